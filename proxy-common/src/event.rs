@@ -1,0 +1,66 @@
+//! What is counted: one enum for the kernel's counters, the metrics and the command line.
+
+macro_rules! events {
+    ($($(#[doc = $doc:literal])+ $variant:ident = $number:literal, $name:literal;)+) => {
+        /// Something worth counting. The number is the index into the `events` map.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        #[repr(u32)]
+        pub enum Event {
+            $($(#[doc = $doc])+ $variant = $number,)+
+        }
+
+        impl Event {
+            /// All events, in the order of their numbers.
+            pub const ALL: &[Self] = &[$(Self::$variant),+];
+
+            /// Name in tables and metrics: lower case with underscores.
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$variant => $name,)+ }
+            }
+
+            /// One sentence for help texts.
+            pub const fn describe(self) -> &'static str {
+                match self { $(Self::$variant => concat!($($doc),+),)+ }
+            }
+        }
+    };
+}
+
+events! {
+    /// New flows that the socket hook gave a backend.
+    SocketFlow = 0, "socket_flow";
+    /// New flows that tc gave a backend.
+    TcFlow = 1, "tc_flow";
+    /// New flows that XDP gave a backend.
+    XdpFlow = 2, "xdp_flow";
+    /// Packets or connects refused because the frontend has no backend.
+    NoBackend = 3, "no_backend";
+    /// Packets dropped because no backend is eligible under the traffic policy.
+    PolicyDrop = 4, "policy_drop";
+    /// New flows dropped because every source port towards the backend belongs to an open flow.
+    SnatExhausted = 5, "snat_exhausted";
+    /// Flows forwarded by hash without an entry, because the conntrack map refused one.
+    ConntrackFull = 6, "conntrack_full";
+    /// Packets that XDP left to tc because the kernel knew no neighbour or route yet.
+    XdpToTc = 7, "xdp_to_tc";
+    /// Flows whose client port was in use to another frontend, so that their source port was translated.
+    PortCollision = 8, "port_collision";
+    /// Packets of frontends dropped because their headers could not be rewritten.
+    RewriteFailed = 9, "rewrite_failed";
+}
+
+/// Number of entries of the `events` map: room for more without a new layout.
+pub const MAX_EVENTS: usize = 64;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_positions() {
+        for (position, event) in Event::ALL.iter().enumerate() {
+            assert_eq!(*event as usize, position);
+        }
+        assert!(Event::ALL.len() <= MAX_EVENTS);
+    }
+}

@@ -1,0 +1,28 @@
+//! Letting go of packets that are nobody's Service traffic, without a hash lookup.
+//!
+//! `filter` is a bitmap in an array map. The agent sets one bit per frontend and one per backend *before* the entry
+//! that needs it appears; a clear bit therefore proves that a packet has nothing to do with any frontend or backend,
+//! for the price of one multiplication and one cached load. A set bit proves nothing (two tuples may share it): the
+//! lookups that follow decide. Bits outlive their entries, so that open flows of deleted ones are still found.
+
+use crate::{family::Family, hash, layout::FILTER_WORDS};
+
+const BITS: u32 = FILTER_WORDS as u32 * 64;
+
+/// The bit of a frontend. A node port uses the unspecified address.
+#[inline(always)]
+pub fn frontend_bit<F: Family>(addr: F::Addr, port: u16, proto: u8) -> u32 {
+    hash::side::<F>(addr, port, proto) as u32 % BITS
+}
+
+/// The bit of a backend. Differs from the frontend bit of the same address and port.
+#[inline(always)]
+pub fn backend_bit<F: Family>(addr: F::Addr, port: u16, proto: u8) -> u32 {
+    (hash::side::<F>(addr, port, proto) >> 32) as u32 % BITS
+}
+
+/// Word and mask of a bit in the map.
+#[inline(always)]
+pub fn word_and_mask(bit: u32) -> (u32, u64) {
+    (bit / 64, 1 << (bit % 64))
+}

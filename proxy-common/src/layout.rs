@@ -1,0 +1,360 @@
+//! The map layout: every key and value that the kernel and the agent share.
+//!
+//! All structs are `#[repr(C)]` without implicit padding (asserted below), because the kernel hashes and compares
+//! keys as bytes. Addresses are bytes in network order, ports and lengths are host-order numbers, so that
+//! `bpftool map dump pinned …` reads well. Structs are generic over the address (`[u8; 4]` or `[u8; 16]`); each map
+//! exists once per family, with the suffix `4` or `6`.
+//!
+//! A change of any layout here must raise [`LAYOUT_VERSION`].
+
+/// Version of everything in this module; maps are pinned under `<bpf-root>/v<LAYOUT_VERSION>/`.
+pub const LAYOUT_VERSION: u32 = 1;
+
+/// Names of the maps (at most 15 bytes: the kernel cuts them). Suffix `4`/`6`: one map per family.
+pub mod names {
+    /// `HASH` [`FrontendKey`](super::FrontendKey) → [`Frontend`](super::Frontend).
+    pub const FRONTENDS: [&str; 2] = ["frontends4", "frontends6"];
+    /// `ARRAY`, memory-mappable: index → [`Slot`](super::Slot).
+    pub const SLOTS: [&str; 2] = ["slots4", "slots6"];
+    /// `LRU_HASH` [`FlowKey`](super::FlowKey) → [`Flow`](super::Flow): flows seen in both directions.
+    pub const FLOWS: [&str; 2] = ["flows4", "flows6"];
+    /// `LRU_HASH` [`FlowKey`](super::FlowKey) → [`Flow`](super::Flow): flows not yet answered (a SYN flood fills this).
+    pub const NEW_FLOWS: [&str; 2] = ["new_flows4", "new_flows6"];
+    /// `ARRAY` index by port and backend → [`SnatSlot`](super::SnatSlot).
+    pub const SNAT: [&str; 2] = ["snat4", "snat6"];
+    /// `HASH` address → `u32` flags: the node addresses that node ports answer on.
+    pub const NODE_ADDRS: [&str; 2] = ["node_addrs4", "node_addrs6"];
+    /// `ARRAY`, memory-mappable, of [`FILTER_WORDS`](super::FILTER_WORDS) words: see [`crate::filter`].
+    pub const FILTER: &str = "filter";
+    /// `ARRAY` of [`COLLIDED_WORDS`](super::COLLIDED_WORDS) words: client ports with more than one frontend at once.
+    pub const COLLIDED: &str = "collided";
+    /// `ARRAY` backend id → [`BackendState`](super::BackendState).
+    pub const BACKENDS: &str = "backends";
+    /// `ARRAY` of one [`Config`](super::Config).
+    pub const CONFIG: &str = "config";
+    /// `PERCPU_ARRAY` [`Event`](crate::event::Event) → `u64`.
+    pub const EVENTS: &str = "events";
+    /// `SK_STORAGE` → [`SocketPeers`](super::SocketPeers): which frontends a socket dialled.
+    pub const SOCKETS: &str = "sockets";
+}
+
+/// IANA protocol number of TCP.
+pub const TCP: u8 = 6;
+/// IANA protocol number of UDP.
+pub const UDP: u8 = 17;
+/// IANA protocol number of SCTP.
+pub const SCTP: u8 = 132;
+
+/// [`FrontendKey::scope`] of clients inside the cluster: pods and processes on nodes.
+pub const SCOPE_INTERNAL: u8 = 0;
+/// [`FrontendKey::scope`] of everybody else.
+pub const SCOPE_EXTERNAL: u8 = 1;
+
+/// What a client dials. Every frontend has two entries, one per scope, so that traffic policies cost nothing per packet.
+#[repr(C, align(4))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FrontendKey<A> {
+    /// The address, or unspecified for a node port: then any address in `node_addrs`.
+    pub addr: A,
+    /// Destination port, host order.
+    pub port: u16,
+    /// IANA protocol number: [`TCP`], [`UDP`] or [`SCTP`].
+    pub proto: u8,
+    /// [`SCOPE_INTERNAL`] or [`SCOPE_EXTERNAL`].
+    pub scope: u8,
+}
+
+/// [`Frontend::flags`]: no eligible backend here but elsewhere (traffic policy `Local`): drop instead of refuse.
+pub const FRONTEND_DROP: u16 = 1 << 0;
+/// [`Frontend::flags`]: `sessionAffinity: ClientIP`.
+pub const FRONTEND_AFFINITY: u16 = 1 << 1;
+/// [`Frontend::flags`]: the socket hook leaves it alone, packets are translated.
+pub const FRONTEND_PACKETS_ONLY: u16 = 1 << 2;
+/// [`Frontend::flags`]: only sources in the Service's `loadBalancerSourceRanges` may dial it.
+pub const FRONTEND_SOURCE_RANGES: u16 = 1 << 3;
+/// [`Frontend::flags`]: never SNAT (`externalTrafficPolicy: Local`, external scope).
+pub const FRONTEND_KEEP_SOURCE: u16 = 1 << 4;
+
+/// Where a frontend's backends stand: `slot_count` consecutive entries of `slots` from `slot_base`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Frontend {
+    /// The Service's number, stable while the agent knows the Service.
+    pub service: u32,
+    /// First slot.
+    pub slot_base: u32,
+    /// Number of slots: of backends, or the size of a Maglev table. 0: refuse (or drop, see [`FRONTEND_DROP`]).
+    pub slot_count: u32,
+    /// Seconds of `sessionAffinityConfig.clientIP.timeoutSeconds`; 0 without affinity.
+    pub affinity_secs: u32,
+    /// `FRONTEND_*` bits.
+    pub flags: u16,
+    /// Always zero.
+    pub reserved: u16,
+}
+
+/// [`Slot::flags`]: the backend runs on this node.
+pub const BACKEND_LOCAL: u16 = 1 << 0;
+
+/// One choice of a frontend: a backend's address and port.
+#[repr(C, align(4))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Slot<A> {
+    /// The backend's address.
+    pub addr: A,
+    /// The backend's port, host order.
+    pub port: u16,
+    /// `BACKEND_*` bits.
+    pub flags: u16,
+    /// Index into `backends`; not used again while a flow may remember it.
+    pub backend: u32,
+}
+
+/// The client's side of a flow.
+///
+/// Both directions carry it, as source on the way to the frontend and as destination on the way back, so one entry
+/// serves both. Only when a client's port is in use to two frontends at once does the later flow's key name its
+/// frontend too; that flow's source port is then translated, and its replies are found by that port ([`SnatSlot`]).
+#[repr(C, align(4))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FlowKey<A> {
+    /// The client's address as it dialled.
+    pub client: A,
+    /// Unspecified, or the frontend's address for a flow whose client port is shared.
+    pub frontend: A,
+    /// The client's port as it dialled, host order.
+    pub client_port: u16,
+    /// 0, or the frontend's port for a flow whose client port is shared.
+    pub frontend_port: u16,
+    /// IANA protocol number.
+    pub proto: u8,
+    /// Always zero.
+    pub reserved: [u8; 3],
+}
+
+/// [`Flow::state`]: the backend has answered.
+pub const FLOW_ANSWERED: u16 = 1 << 0;
+/// [`Flow::state`]: the client sent FIN.
+pub const FLOW_CLIENT_FIN: u16 = 1 << 1;
+/// [`Flow::state`]: the backend sent FIN.
+pub const FLOW_BACKEND_FIN: u16 = 1 << 2;
+/// [`Flow::state`]: either side sent RST.
+pub const FLOW_RESET: u16 = 1 << 3;
+/// [`Flow::state`]: the backend is on this node.
+pub const FLOW_LOCAL_BACKEND: u16 = 1 << 4;
+/// [`Flow::state`]: the source (address, port, or the port alone) is translated; `snat` and `snat_port` say to what.
+pub const FLOW_SNAT: u16 = 1 << 5;
+/// [`Flow::state`]: the client is on this node: its packets came in through a pod device.
+pub const FLOW_LOCAL_CLIENT: u16 = 1 << 6;
+
+/// One flow: what its packets carry on either side of this node.
+///
+/// Written in place by several CPUs at once; every field is one aligned word or set before the entry is published.
+#[repr(C, align(4))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flow<A> {
+    /// The address the client dialled.
+    pub frontend: A,
+    /// The backend's address.
+    pub backend: A,
+    /// The source address that the backend sees, when [`FLOW_SNAT`].
+    pub snat: A,
+    /// The port the client dialled, host order.
+    pub frontend_port: u16,
+    /// The backend's port, host order.
+    pub backend_port: u16,
+    /// The source port that the backend sees, when [`FLOW_SNAT`].
+    pub snat_port: u16,
+    /// `FLOW_*` bits.
+    pub state: u16,
+    /// Index into `backends`.
+    pub backend_id: u32,
+    /// When the last packet was seen: seconds of `CLOCK_MONOTONIC`, written at most once a second.
+    pub last_seen: u32,
+}
+
+/// A translated source port towards one backend, and the flow that owns it: how replies find their way.
+///
+/// Found without hashing into a map: see [`crate::snat::index`]. Not an LRU: a flow takes a free, closed or idle
+/// slot, and never one of an open flow.
+#[repr(C, align(4))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SnatSlot<A> {
+    /// The client's address.
+    pub client: A,
+    /// The address the client dialled.
+    pub frontend: A,
+    /// The backend's address.
+    pub backend: A,
+    /// The source address that the backend sees: this node's, or the client's own when only the port is translated.
+    pub snat: A,
+    /// The client's port, host order.
+    pub client_port: u16,
+    /// The port the client dialled, host order.
+    pub frontend_port: u16,
+    /// The backend's port, host order.
+    pub backend_port: u16,
+    /// `FLOW_*` bits.
+    pub state: u16,
+    /// When the last packet was seen, as [`Flow::last_seen`]; 0: never used. Claimed by compare-and-swap.
+    pub last_seen: u32,
+    /// Index into `backends`.
+    pub backend_id: u32,
+    /// IANA protocol number.
+    pub proto: u8,
+    /// Always zero.
+    pub reserved: [u8; 3],
+}
+
+/// [`BackendState::flags`]: the backend takes packets of existing flows.
+pub const BACKEND_SERVING: u32 = 1 << 0;
+
+/// What is known of a backend beside its address. One per Service port and endpoint.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BackendState {
+    /// Flows that the socket hook sent here.
+    pub socket_flows: u64,
+    /// Flows that tc sent here.
+    pub tc_flows: u64,
+    /// Flows that XDP sent here.
+    pub xdp_flows: u64,
+    /// `BACKEND_SERVING`.
+    pub flags: u32,
+    /// Always zero.
+    pub reserved: u32,
+}
+
+/// Words of the `filter` map: 2^22 bits, half a MiB.
+pub const FILTER_WORDS: usize = 1 << 16;
+/// Words of the `collided` map: 2^16 bits.
+pub const COLLIDED_WORDS: usize = 1 << 10;
+
+/// A CIDR prefix in [`Config`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Prefix<A> {
+    /// Network address; host bits zero.
+    pub addr: A,
+    /// Bits that count are one.
+    pub mask: A,
+}
+
+/// Most CIDRs per family in [`FamilyConfig::cluster_cidrs`].
+pub const MAX_CLUSTER_CIDRS: usize = 4;
+
+/// [`Config::flags`]: the `node_addrs` check also admits loopback addresses from the node's own namespace.
+pub const CONFIG_NODEPORT_LOOPBACK: u32 = 1 << 0;
+
+/// The part of [`Config`] that exists once per family.
+#[repr(C, align(4))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FamilyConfig<A> {
+    /// This node's address of the family, the source of translated packets; unspecified if it has none.
+    pub node: A,
+    /// Sources in these are internal clients wherever their packets come in; `mask` all zero: unused.
+    pub cluster_cidrs: [Prefix<A>; MAX_CLUSTER_CIDRS],
+    /// Number of `cluster_cidrs` in use.
+    pub cluster_cidr_count: u32,
+}
+
+/// What the programs must know of this node. One entry, replaced as a whole by the agent.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Config {
+    /// `SO_NETNS_COOKIE` of the node's own network namespace: loopback means the node only there.
+    pub host_netns: u64,
+    /// First port of the SNAT range, host order.
+    pub snat_first: u16,
+    /// Number of ports in the SNAT range, at least 1.
+    pub snat_ports: u16,
+    /// `snat` slots per port, at least 1: flows with one port to so many different backends can live side by side.
+    pub snat_ways: u32,
+    /// `CONFIG_*` bits.
+    pub flags: u32,
+    /// IPv4.
+    pub v4: FamilyConfig<[u8; 4]>,
+    /// IPv6.
+    pub v6: FamilyConfig<[u8; 16]>,
+}
+
+/// Frontends that a socket keeps in mind at once.
+pub const SOCKET_PEERS: usize = 4;
+
+/// One frontend that a socket dialled, and the backend it was given. IPv4 addresses are IPv4-mapped (`::ffff:a.b.c.d`).
+#[repr(C, align(4))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SocketPeer {
+    /// The address the process dialled.
+    pub frontend: [u8; 16],
+    /// The backend's address.
+    pub backend: [u8; 16],
+    /// The port the process dialled, host order; 0: unused.
+    pub frontend_port: u16,
+    /// The backend's port, host order.
+    pub backend_port: u16,
+    /// Index into `backends`.
+    pub backend_id: u32,
+}
+
+/// What the socket hook remembers with a socket; the kernel frees it with the socket.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SocketPeers {
+    /// A connected socket uses the first only; an unconnected UDP socket the others too, oldest overwritten.
+    pub peers: [SocketPeer; SOCKET_PEERS],
+    /// The entry of `peers` to overwrite next.
+    pub next: u32,
+}
+
+/// Asserts that a type is exactly as large as the sum of its fields: the kernel compares keys byte by byte.
+macro_rules! no_padding {
+    ($($ty:ty = $size:expr),+ $(,)?) => { $(const _: () = assert!(size_of::<$ty>() == $size);)+ };
+}
+no_padding!(
+    FrontendKey<[u8; 4]> = 4 + 2 + 1 + 1,
+    FrontendKey<[u8; 16]> = 16 + 2 + 1 + 1,
+    Frontend = 4 * 4 + 2 + 2,
+    Slot<[u8; 4]> = 4 + 2 + 2 + 4,
+    Slot<[u8; 16]> = 16 + 2 + 2 + 4,
+    FlowKey<[u8; 4]> = 2 * 4 + 2 + 2 + 1 + 3,
+    FlowKey<[u8; 16]> = 2 * 16 + 2 + 2 + 1 + 3,
+    Flow<[u8; 4]> = 3 * 4 + 4 * 2 + 4 + 4,
+    Flow<[u8; 16]> = 3 * 16 + 4 * 2 + 4 + 4,
+    SnatSlot<[u8; 4]> = 4 * 4 + 4 * 2 + 4 + 4 + 1 + 3,
+    SnatSlot<[u8; 16]> = 4 * 16 + 4 * 2 + 4 + 4 + 1 + 3,
+    BackendState = 3 * 8 + 4 + 4,
+    SocketPeer = 2 * 16 + 2 + 2 + 4,
+    SocketPeers = SOCKET_PEERS * 40 + 4,
+    FamilyConfig<[u8; 4]> = 4 + MAX_CLUSTER_CIDRS * 8 + 4,
+    FamilyConfig<[u8; 16]> = 16 + MAX_CLUSTER_CIDRS * 32 + 4,
+    Config = 8 + 2 + 2 + 4 + 4 + 40 + 148,
+);
+
+#[cfg(feature = "user")]
+mod pod {
+    use super::*;
+
+    macro_rules! pod {
+        ($($ty:ty),+ $(,)?) => { $(
+            // SAFETY: `repr(C)`, `Copy`, no padding (asserted above), every bit pattern is a value.
+            unsafe impl aya::Pod for $ty {}
+        )+ };
+    }
+    pod!(
+        FrontendKey<[u8; 4]>,
+        FrontendKey<[u8; 16]>,
+        Frontend,
+        Slot<[u8; 4]>,
+        Slot<[u8; 16]>,
+        FlowKey<[u8; 4]>,
+        FlowKey<[u8; 16]>,
+        Flow<[u8; 4]>,
+        Flow<[u8; 16]>,
+        SnatSlot<[u8; 4]>,
+        SnatSlot<[u8; 16]>,
+        BackendState,
+        Config,
+        SocketPeers,
+    );
+}

@@ -1,0 +1,21 @@
+//! What shunt decides, and the map layout that the kernel and the agent share.
+//!
+//! The crate is `no_std` and has no dependency in the kernel, so the same source is unit-tested on the host and runs
+//! as BPF. Read it in this order: [`family`] (addresses), [`layout`] (what is in the maps), [`filter`] (how a packet
+//! that is nobody's Service traffic is let go cheaply), [`hash`] and [`maglev`] (which backend), [`balance`] (the
+//! decision itself), [`packet`] (headers in, headers out), [`event`] (what is counted).
+#![no_std]
+
+#[cfg(any(feature = "user", test))]
+extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
+pub mod event;
+pub mod family;
+pub mod filter;
+pub mod hash;
+pub mod layout;
+#[cfg(any(feature = "user", test))]
+pub mod maglev;
+pub mod snat;

@@ -1,0 +1,13 @@
+//! The node agent: from Kubernetes objects to entries in the BPF maps.
+//!
+//! Data flows one way, `source → model → plan → sync`, and each stage costs what the Service touched costs:
+//!
+//! - [`object`]: the few fields of Services, endpoint slices and Nodes that shunt keeps.
+//! - [`source`]: where objects come from: manifests ([`source::manifests`]) or a Kubernetes API server.
+//! - [`model`]: the graph of Services and their endpoints; says which Services an event touched.
+//! - [`plan`]: a pure function from one Service and this node's facts to its frontends and backends.
+//! - [`sync`]: brings the pinned maps to the plan, writing only differences.
+//! - [`datapath`]: loading, pinning and attaching the BPF programs; typed access to the maps.
+//! - [`cli`]: one file per verb.
+pub mod object;
+pub mod plan;

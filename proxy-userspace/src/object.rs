@@ -1,0 +1,172 @@
+//! The few fields of Kubernetes objects that shunt keeps: what every source yields and the model stores.
+
+use std::{collections::BTreeSet, fmt, net::IpAddr, sync::Arc};
+
+/// `namespace/name`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ObjectName {
+    /// The namespace; `default` where a manifest names none.
+    pub namespace: Arc<str>,
+    /// `metadata.name`.
+    pub name: Arc<str>,
+}
+
+impl ObjectName {
+    /// `namespace/name` from its parts.
+    pub fn new(namespace: &str, name: &str) -> Self {
+        Self {
+            namespace: namespace.into(),
+            name: name.into(),
+        }
+    }
+}
+
+impl fmt::Display for ObjectName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// Transport protocol of a Service port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Protocol {
+    /// `TCP`, the default.
+    Tcp = shunt_common::layout::TCP,
+    /// `UDP`.
+    Udp = shunt_common::layout::UDP,
+    /// `SCTP`.
+    Sctp = shunt_common::layout::SCTP,
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+            Self::Sctp => "SCTP",
+        })
+    }
+}
+
+/// `spec.externalTrafficPolicy` and `spec.internalTrafficPolicy`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum TrafficPolicy {
+    /// All backends.
+    #[default]
+    Cluster,
+    /// Backends of this node only.
+    Local,
+}
+
+/// One entry of `spec.ports`, checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServicePort {
+    /// `name`, empty when the Service has a single unnamed port; joins it to the slices' ports.
+    pub name: Arc<str>,
+    /// `protocol`.
+    pub protocol: Protocol,
+    /// `port`, 1 to 65535.
+    pub port: u16,
+    /// `nodePort`, if there is one.
+    pub node_port: Option<u16>,
+}
+
+/// A Service that has frontends (not headless, not ExternalName, not somebody else's).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// `namespace/name`.
+    pub name: ObjectName,
+    /// `spec.clusterIPs`, parsed.
+    pub cluster_ips: Vec<IpAddr>,
+    /// `spec.externalIPs`, parsed.
+    pub external_ips: Vec<IpAddr>,
+    /// `status.loadBalancer.ingress[].ip` whose `ipMode` is not `Proxy`.
+    pub load_balancer_ips: Vec<IpAddr>,
+    /// `spec.ports`.
+    pub ports: Vec<ServicePort>,
+    /// `sessionAffinity: ClientIP` and its time-out in seconds.
+    pub affinity_secs: Option<u32>,
+    /// `spec.externalTrafficPolicy`.
+    pub external_policy: TrafficPolicy,
+    /// `spec.internalTrafficPolicy`.
+    pub internal_policy: TrafficPolicy,
+    /// `spec.healthCheckNodePort`.
+    pub health_check_node_port: Option<u16>,
+    /// `spec.loadBalancerSourceRanges`; empty: everybody.
+    pub source_ranges: Vec<ipnet::IpNet>,
+    /// `spec.publishNotReadyAddresses`.
+    pub publish_not_ready: bool,
+}
+
+/// One endpoint of a slice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    /// `addresses[0]`: consumers use the first only (EndpointSlice API reference).
+    pub address: IpAddr,
+    /// `nodeName`.
+    pub node: Option<Arc<str>>,
+    /// `conditions.ready`; absent means true.
+    pub ready: bool,
+    /// `conditions.serving`; absent means `ready`.
+    pub serving: bool,
+    /// `conditions.terminating`; absent means false.
+    pub terminating: bool,
+    /// `hints.forZones[].name`.
+    pub zones: BTreeSet<Arc<str>>,
+    /// `hints.forNodes[].name`.
+    pub nodes: BTreeSet<Arc<str>>,
+}
+
+/// One entry of a slice's `ports`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndpointPort {
+    /// `name`; empty when absent. Joins it to [`ServicePort::name`].
+    pub name: Arc<str>,
+    /// `protocol`.
+    pub protocol: Protocol,
+    /// `port`, 1 to 65535.
+    pub port: u16,
+}
+
+/// An EndpointSlice, or what is its like: an `Endpoints` object, or the ready Pods that a selector finds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndpointSlice {
+    /// The slice's own `namespace/name`, for messages and as key.
+    pub name: ObjectName,
+    /// The Service it belongs to: label `kubernetes.io/service-name`.
+    pub service: ObjectName,
+    /// `ports`.
+    pub ports: Vec<EndpointPort>,
+    /// `endpoints`, without FQDN slices and those of forbidden addresses.
+    pub endpoints: Vec<Endpoint>,
+}
+
+/// What this node is, as far as plans depend on it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NodeFacts {
+    /// The Node's name: endpoints with this `nodeName` are local.
+    pub name: Arc<str>,
+    /// Label `topology.kubernetes.io/zone`.
+    pub zone: Option<Arc<str>>,
+    /// The Node's addresses: an endpoint with one of these is local whatever its `nodeName` says.
+    pub addresses: BTreeSet<IpAddr>,
+}
+
+/// One change, as a source tells it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A Service appeared or changed.
+    Service(Service),
+    /// A Service is gone, or no longer has frontends.
+    ServiceGone(ObjectName),
+    /// A slice appeared or changed.
+    Slice(EndpointSlice),
+    /// A slice is gone (its own name).
+    SliceGone(ObjectName),
+    /// The own Node's facts changed.
+    Node(NodeFacts),
+    /// The source has now yielded everything there is: what was not named since its start (or since the last
+    /// `Complete`-less restart of a list) does not exist. Nothing is pruned from the maps before the first one.
+    Complete,
+}
