@@ -115,7 +115,7 @@ pub struct Slot<A> {
 /// Both directions carry it, as source on the way to the frontend and as destination on the way back, so one entry
 /// serves both. Only when a client's port is in use to two frontends at once does the later flow's key name its
 /// frontend too; that flow's source port is then translated, and its replies are found by that port ([`SnatSlot`]).
-#[repr(C, align(4))]
+#[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FlowKey<A> {
     /// The client's address as it dialled.
@@ -129,8 +129,13 @@ pub struct FlowKey<A> {
     /// IANA protocol number.
     pub proto: u8,
     /// Always zero.
-    pub reserved: [u8; 3],
+    pub reserved: u8,
+    /// Always zero.
+    pub reserved2: u16,
 }
+
+/// Unit of `last_seen`: 2^30 ns, so that the kernel gets it by a shift (1.07 s).
+pub const TICK_NS: u64 = 1 << 30;
 
 /// [`Flow::state`]: the backend has answered.
 pub const FLOW_ANSWERED: u16 = 1 << 0;
@@ -169,7 +174,7 @@ pub struct Flow<A> {
     pub state: u16,
     /// Index into `backends`.
     pub backend_id: u32,
-    /// When the last packet was seen: seconds of `CLOCK_MONOTONIC`, written at most once a second.
+    /// When the last packet was seen: `CLOCK_MONOTONIC` in [`TICK_NS`], written at most once a tick.
     pub last_seen: u32,
 }
 
@@ -203,7 +208,9 @@ pub struct SnatSlot<A> {
     /// IANA protocol number.
     pub proto: u8,
     /// Always zero.
-    pub reserved: [u8; 3],
+    pub reserved: u8,
+    /// Always zero.
+    pub reserved2: u16,
 }
 
 /// [`BackendState::flags`]: the backend takes packets of existing flows.
@@ -317,12 +324,12 @@ no_padding!(
     Frontend = 4 * 4 + 2 + 2,
     Slot<[u8; 4]> = 4 + 2 + 2 + 4,
     Slot<[u8; 16]> = 16 + 2 + 2 + 4,
-    FlowKey<[u8; 4]> = 2 * 4 + 2 + 2 + 1 + 3,
-    FlowKey<[u8; 16]> = 2 * 16 + 2 + 2 + 1 + 3,
+    FlowKey<[u8; 4]> = 2 * 4 + 2 + 2 + 1 + 1 + 2,
+    FlowKey<[u8; 16]> = 2 * 16 + 2 + 2 + 1 + 1 + 2,
     Flow<[u8; 4]> = 3 * 4 + 4 * 2 + 4 + 4,
     Flow<[u8; 16]> = 3 * 16 + 4 * 2 + 4 + 4,
-    SnatSlot<[u8; 4]> = 4 * 4 + 4 * 2 + 4 + 4 + 1 + 3,
-    SnatSlot<[u8; 16]> = 4 * 16 + 4 * 2 + 4 + 4 + 1 + 3,
+    SnatSlot<[u8; 4]> = 4 * 4 + 4 * 2 + 4 + 4 + 1 + 1 + 2,
+    SnatSlot<[u8; 16]> = 4 * 16 + 4 * 2 + 4 + 4 + 1 + 1 + 2,
     BackendState = 3 * 8 + 4 + 4,
     SocketPeer = 2 * 16 + 2 + 2 + 4,
     SocketPeers = SOCKET_PEERS * 40 + 4,
