@@ -34,6 +34,8 @@ pub mod names {
     pub const CONFIG: &str = "config";
     /// `PERCPU_ARRAY` [`Event`](crate::event::Event) → `u64`.
     pub const EVENTS: &str = "events";
+    /// `HASH` Service number ([`Frontend::service`](super::Frontend::service)) → [`ServiceInfo`](super::ServiceInfo).
+    pub const SERVICES: &str = "services";
     /// `SK_STORAGE` → [`SocketPeers`](super::SocketPeers): which frontends a socket dialled.
     pub const SOCKETS: &str = "sockets";
 }
@@ -79,7 +81,7 @@ pub const FRONTEND_KEEP_SOURCE: u16 = 1 << 4;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Frontend {
-    /// The Service's number, stable while the agent knows the Service.
+    /// The Service's number, stable while the agent knows the Service; key of `services`.
     pub service: u32,
     /// First slot.
     pub slot_base: u32,
@@ -89,8 +91,30 @@ pub struct Frontend {
     pub affinity_secs: u32,
     /// `FRONTEND_*` bits.
     pub flags: u16,
-    /// Always zero.
-    pub reserved: u16,
+    /// One of `KIND_*`: for people and tools, no program looks at it.
+    pub kind: u16,
+}
+
+/// [`Frontend::kind`]: one of `spec.clusterIPs`.
+pub const KIND_CLUSTER_IP: u16 = 0;
+/// [`Frontend::kind`]: a `spec.ports[].nodePort`.
+pub const KIND_NODE_PORT: u16 = 1;
+/// [`Frontend::kind`]: one of `status.loadBalancer.ingress[].ip`.
+pub const KIND_LOAD_BALANCER: u16 = 2;
+/// [`Frontend::kind`]: one of `spec.externalIPs`.
+pub const KIND_EXTERNAL_IP: u16 = 3;
+
+/// Bytes of a name in [`ServiceInfo`]: a DNS label has at most 63 (RFC 1123), so the last is always zero.
+pub const NAME_LEN: usize = 64;
+
+/// Whose frontends these are: lets tools print names when no agent runs. No program looks at it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ServiceInfo {
+    /// `metadata.namespace`, padded with zeros.
+    pub namespace: [u8; NAME_LEN],
+    /// `metadata.name`, padded with zeros.
+    pub name: [u8; NAME_LEN],
 }
 
 /// [`Slot::flags`]: the backend runs on this node.
@@ -330,6 +354,7 @@ no_padding!(
     Flow<[u8; 16]> = 3 * 16 + 4 * 2 + 4 + 4,
     SnatSlot<[u8; 4]> = 4 * 4 + 4 * 2 + 4 + 4 + 1 + 1 + 2,
     SnatSlot<[u8; 16]> = 4 * 16 + 4 * 2 + 4 + 4 + 1 + 1 + 2,
+    ServiceInfo = 2 * NAME_LEN,
     BackendState = 3 * 8 + 4 + 4,
     SocketPeer = 2 * 16 + 2 + 2 + 4,
     SocketPeers = SOCKET_PEERS * 40 + 4,
@@ -360,6 +385,7 @@ mod pod {
         Flow<[u8; 16]>,
         SnatSlot<[u8; 4]>,
         SnatSlot<[u8; 16]>,
+        ServiceInfo,
         BackendState,
         Config,
         SocketPeers,
