@@ -11,14 +11,24 @@ const BITS: u32 = FILTER_WORDS as u32 * 64;
 
 /// The bit of a frontend. A node port uses the unspecified address.
 #[inline(always)]
-pub fn frontend_bit<F: Family>(addr: F::Addr, port: u16, proto: u8) -> u32 {
+pub fn frontend<F: Family>(addr: F::Words, port: u16, proto: u8) -> u32 {
     hash::side::<F>(addr, port, proto) as u32 % BITS
 }
 
 /// The bit of a backend. Differs from the frontend bit of the same address and port.
 #[inline(always)]
-pub fn backend_bit<F: Family>(addr: F::Addr, port: u16, proto: u8) -> u32 {
+pub fn backend<F: Family>(addr: F::Words, port: u16, proto: u8) -> u32 {
     (hash::side::<F>(addr, port, proto) >> 32) as u32 % BITS
+}
+
+/// [`frontend`] for an address in bytes.
+pub fn frontend_bit<F: Family>(addr: F::Addr, port: u16, proto: u8) -> u32 {
+    frontend::<F>(F::words(addr), port, proto)
+}
+
+/// [`backend`] for an address in bytes.
+pub fn backend_bit<F: Family>(addr: F::Addr, port: u16, proto: u8) -> u32 {
+    backend::<F>(F::words(addr), port, proto)
 }
 
 /// Word and mask of a bit in the map.

@@ -21,13 +21,13 @@ pub fn mix(value: u64) -> u64 {
 
 /// Hash of one side of a flow: address, port (host order), protocol.
 #[inline(always)]
-pub fn side<F: Family>(addr: F::Addr, port: u16, proto: u8) -> u64 {
+pub fn side<F: Family>(addr: F::Words, port: u16, proto: u8) -> u64 {
     mix(F::fold(addr).wrapping_mul(K1) ^ (u64::from(port) << 40 | u64::from(proto) << 56))
 }
 
 /// The flow hash: the client's side and the frontend's. Equal on all nodes.
 #[inline(always)]
-pub fn flow<F: Family>(client: F::Addr, client_port: u16, frontend: F::Addr, frontend_port: u16, proto: u8) -> u32 {
+pub fn flow<F: Family>(client: F::Words, client_port: u16, frontend: F::Words, frontend_port: u16, proto: u8) -> u32 {
     let client = side::<F>(client, client_port, proto);
     let frontend = F::fold(frontend) ^ u64::from(frontend_port) << 32;
     mix(client.rotate_left(17) ^ frontend.wrapping_mul(K2)) as u32
@@ -63,8 +63,11 @@ mod tests {
             let mut frontend6 = [0; 16];
             frontend6[..3].copy_from_slice(&[0xfd, 0, seed]);
             for port in 30_000..40_000u16 {
-                v4[pick(flow::<V4>([10, 0, seed, 2], port, [10, 96, 0, 1], 80, 6), 7) as usize] += 1;
-                v6[pick(flow::<V6>([seed; 16], port, frontend6, 80, 17), 7) as usize] += 1;
+                v4[pick(
+                    flow::<V4>(V4::words([10, 0, seed, 2]), port, V4::words([10, 96, 0, 1]), 80, 6),
+                    7,
+                ) as usize] += 1;
+                v6[pick(flow::<V6>(V6::words([seed; 16]), port, V6::words(frontend6), 80, 17), 7) as usize] += 1;
             }
             assert!(chi_squared(&v4) < 22.46, "IPv4, seed {seed}: {v4:?}");
             assert!(chi_squared(&v6) < 22.46, "IPv6, seed {seed}: {v6:?}");

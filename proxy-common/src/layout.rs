@@ -36,6 +36,8 @@ pub mod names {
     pub const EVENTS: &str = "events";
     /// `HASH` Service number ([`Frontend::service`](super::Frontend::service)) → [`ServiceInfo`](super::ServiceInfo).
     pub const SERVICES: &str = "services";
+    /// `PERCPU_ARRAY` of one [`Scratch`](crate::balance::Scratch): the programs' own memory.
+    pub const SCRATCH: [&str; 2] = ["scratch4", "scratch6"];
     /// `SK_STORAGE` → [`SocketPeers`](super::SocketPeers): which frontends a socket dialled.
     pub const SOCKETS: &str = "sockets";
 }
@@ -64,6 +66,8 @@ pub struct FrontendKey<A> {
     pub proto: u8,
     /// [`SCOPE_INTERNAL`] or [`SCOPE_EXTERNAL`].
     pub scope: u8,
+    /// Always zero.
+    pub reserved: u32,
 }
 
 /// [`Frontend::flags`]: no eligible backend here but elsewhere (traffic policy `Local`): drop instead of refuse.
@@ -235,6 +239,8 @@ pub struct SnatSlot<A> {
     pub reserved: u8,
     /// Always zero.
     pub reserved2: u16,
+    /// Always zero.
+    pub reserved3: u32,
 }
 
 /// [`BackendState::flags`]: the backend takes packets of existing flows.
@@ -343,8 +349,8 @@ macro_rules! no_padding {
     ($($ty:ty = $size:expr),+ $(,)?) => { $(const _: () = assert!(size_of::<$ty>() == $size);)+ };
 }
 no_padding!(
-    FrontendKey<[u8; 4]> = 4 + 2 + 1 + 1,
-    FrontendKey<[u8; 16]> = 16 + 2 + 1 + 1,
+    FrontendKey<[u8; 4]> = 4 + 2 + 1 + 1 + 4,
+    FrontendKey<[u8; 16]> = 16 + 2 + 1 + 1 + 4,
     Frontend = 4 * 4 + 2 + 2,
     Slot<[u8; 4]> = 4 + 2 + 2 + 4,
     Slot<[u8; 16]> = 16 + 2 + 2 + 4,
@@ -352,8 +358,8 @@ no_padding!(
     FlowKey<[u8; 16]> = 2 * 16 + 2 + 2 + 1 + 1 + 2,
     Flow<[u8; 4]> = 3 * 4 + 4 * 2 + 4 + 4,
     Flow<[u8; 16]> = 3 * 16 + 4 * 2 + 4 + 4,
-    SnatSlot<[u8; 4]> = 4 * 4 + 4 * 2 + 4 + 4 + 1 + 1 + 2,
-    SnatSlot<[u8; 16]> = 4 * 16 + 4 * 2 + 4 + 4 + 1 + 1 + 2,
+    SnatSlot<[u8; 4]> = 4 * 4 + 4 * 2 + 4 + 4 + 1 + 1 + 2 + 4,
+    SnatSlot<[u8; 16]> = 4 * 16 + 4 * 2 + 4 + 4 + 1 + 1 + 2 + 4,
     ServiceInfo = 2 * NAME_LEN,
     BackendState = 3 * 8 + 4 + 4,
     SocketPeer = 2 * 16 + 2 + 2 + 4,

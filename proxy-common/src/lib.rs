@@ -11,11 +11,15 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+pub mod balance;
+pub mod checksum;
 pub mod event;
 pub mod family;
 pub mod filter;
 pub mod hash;
+pub mod icmp;
 pub mod layout;
 #[cfg(any(feature = "user", test))]
 pub mod maglev;
+pub mod packet;
 pub mod snat;

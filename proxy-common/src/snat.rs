@@ -18,7 +18,7 @@ pub fn in_range(config: &Config, port: u16) -> bool {
 
 /// The slot of a port in the SNAT range towards a backend. Out of every map's range for ports outside it.
 #[inline(always)]
-pub fn index<F: Family>(config: &Config, port: u16, backend: F::Addr, backend_port: u16, proto: u8) -> u32 {
+pub fn index<F: Family>(config: &Config, port: u16, backend: F::Words, backend_port: u16, proto: u8) -> u32 {
     let way = hash::pick(hash::side::<F>(backend, backend_port, proto) as u32, config.snat_ways);
     u32::from(port.wrapping_sub(config.snat_first)) * config.snat_ways + way
 }

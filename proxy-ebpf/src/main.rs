@@ -1,2 +1,26 @@
+//! The BPF programs: where shunt hooks into the kernel. What they decide is `shunt_common::balance`.
+//!
+//! [`socket`] at the cgroup hooks, [`tc`] on pod and node devices, [`xdp`] on node devices, [`maps`] for all of them.
 #![no_std]
 #![no_main]
+#![feature(core_intrinsics)]
+#![expect(
+    internal_features,
+    reason = "the BPF target's `core` has no compare-and-swap on 32 bits, LLVM does"
+)]
+
+mod maps;
+mod socket;
+mod tc;
+mod xdp;
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    // The verifier rejects a program that could get here.
+    loop {}
+}
+
+/// The kernel lends some helpers to programs with a GPL-compatible licence only.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

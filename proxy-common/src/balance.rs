@@ -1,0 +1,893 @@
+//! The decision: what becomes of a packet, at whichever hook it is seen.
+//!
+//! A flow is one entry, keyed by the client's side ([`FlowKey`]). A packet towards a frontend is recognised where it
+//! **arrives** at the node, its reply where it **leaves** towards the client, by tuple alone; so replies that are
+//! bridged at layer 2 are caught as well.
+//!
+//! ```text
+//!                  arrives ([`arriving`])                     leaves ([`leaving`])
+//! client → backend C:cp → F:fp  becomes  C:sp → B:bp          C:sp → B:bp  becomes  N:sp → B:bp   (SNAT only)
+//! backend → client B:bp → N:sp  becomes  B:bp → C:sp (SNAT)   B:bp → C:sp  becomes  F:fp → C:cp
+//! ```
+//!
+//! Source translation is split so that the kernel never sees one of its own addresses as the source of an arriving
+//! packet (which it would drop as martian), and netfilter in between sees one connection. XDP, which sends packets on
+//! itself, does both halves at once ([`Arrival::sends_on`]). Without SNAT `sp` is `cp`, and only the frontend's side
+//! changes.
+
+use core::{marker::PhantomData, ptr::NonNull};
+
+use crate::{
+    event::Event,
+    family::Family,
+    filter, hash,
+    layout::*,
+    packet::{ACK, FIN, RST, SYN, Tuple},
+    snat,
+};
+
+/// Seconds in [`TICK_NS`] after which a source port whose flow is closed may be taken by another flow.
+const CLOSED_TICKS: u32 = 5;
+/// The same for a flow that was never answered.
+const UNANSWERED_TICKS: u32 = 20;
+/// The same for UDP: nf_conntrack's stream time-out of 120 s and a margin.
+const UDP_TICKS: u32 = 180;
+/// The same for TCP: kube-proxy's default `tcpEstablishedTimeout`, 24 h.
+const TCP_TICKS: u32 = 80_500;
+
+/// Both FINs.
+const FLOW_FINISHED: u16 = FLOW_CLIENT_FIN | FLOW_BACKEND_FIN;
+
+/// An entry in a map: alive while the program runs, and written by other CPUs at any time.
+pub struct Entry<'m, T> {
+    ptr: NonNull<T>,
+    map: PhantomData<&'m T>,
+}
+
+impl<T> Clone for Entry<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Entry<'_, T> {}
+
+impl<T: Copy> Entry<'_, T> {
+    /// Wraps what a map look-up returned.
+    ///
+    /// # Safety
+    /// `ptr` must stay readable and writable for the entry's lifetime, and nobody may hold a reference into it.
+    #[inline(always)]
+    pub unsafe fn new(ptr: NonNull<T>) -> Self {
+        Self { ptr, map: PhantomData }
+    }
+
+    /// A copy of the value; fields that are not looked at are not loaded.
+    #[inline(always)]
+    pub fn read(self) -> T {
+        // SAFETY: valid by `new`'s contract. A value that another CPU changes in between is a mix of two valid ones.
+        unsafe { self.ptr.as_ptr().read() }
+    }
+
+    /// Replaces the value in place: no map operation, so a full LRU evicts nobody.
+    #[inline(always)]
+    pub fn write(self, value: T) {
+        // SAFETY: valid by `new`'s contract.
+        unsafe { self.ptr.as_ptr().write(value) };
+    }
+}
+
+/// A value that carries a flow's state and age.
+pub trait Tracked: Copy {
+    /// Address of the `FLOW_*` bits.
+    fn state(entry: *mut Self) -> *mut u16;
+    /// Address of the time stamp.
+    fn last_seen(entry: *mut Self) -> *mut u32;
+}
+
+impl<A: Copy> Tracked for Flow<A> {
+    #[inline(always)]
+    fn state(entry: *mut Self) -> *mut u16 {
+        // SAFETY: only the field's address is computed.
+        unsafe { &raw mut (*entry).state }
+    }
+    #[inline(always)]
+    fn last_seen(entry: *mut Self) -> *mut u32 {
+        // SAFETY: only the field's address is computed.
+        unsafe { &raw mut (*entry).last_seen }
+    }
+}
+
+impl<A: Copy> Tracked for SnatSlot<A> {
+    #[inline(always)]
+    fn state(entry: *mut Self) -> *mut u16 {
+        // SAFETY: only the field's address is computed.
+        unsafe { &raw mut (*entry).state }
+    }
+    #[inline(always)]
+    fn last_seen(entry: *mut Self) -> *mut u32 {
+        // SAFETY: only the field's address is computed.
+        unsafe { &raw mut (*entry).last_seen }
+    }
+}
+
+impl<T: Tracked> Entry<'_, T> {
+    /// Address of the time stamp, for an atomic exchange.
+    #[inline(always)]
+    pub fn last_seen(self) -> *mut u32 {
+        T::last_seen(self.ptr.as_ptr())
+    }
+
+    /// Notes a packet: state bits when they are new, the time when a tick has passed. Returns whether it had.
+    #[inline(always)]
+    fn note(self, bits: u16, now: u32) -> bool {
+        let state = T::state(self.ptr.as_ptr());
+        let last_seen = T::last_seen(self.ptr.as_ptr());
+        // SAFETY: fields of an entry that is valid by `new`'s contract, aligned by its layout.
+        unsafe {
+            let old = *state;
+            if old | bits != old {
+                *state = old | bits;
+            }
+            let passed = *last_seen != now;
+            if passed {
+                *last_seen = now;
+            }
+            passed
+        }
+    }
+}
+
+/// The maps, as far as decisions need them: the kernel's, or `std` ones in tests.
+pub trait Maps<F: Family> {
+    /// The node's configuration.
+    fn config(&self) -> Option<&Config>;
+    /// Whether a bit of `filter` is set.
+    fn filter(&self, bit: u32) -> bool;
+    /// A frontend.
+    fn frontend(&self, key: &FrontendKey<F::Words>) -> Option<Frontend>;
+    /// A slot.
+    fn slot(&self, index: u32) -> Option<Slot<F::Words>>;
+    /// Whether node ports answer on this address.
+    fn is_node_addr(&self, addr: &F::Words) -> bool;
+    /// An entry of `flows`.
+    fn flow(&self, key: &FlowKey<F::Words>) -> Option<Entry<'_, Flow<F::Words>>>;
+    /// Adds to `flows`; `false` when the map refuses.
+    fn add_flow(&self, key: &FlowKey<F::Words>, flow: &Flow<F::Words>) -> bool;
+    /// An entry of `new_flows`.
+    fn new_flow(&self, key: &FlowKey<F::Words>) -> Option<Entry<'_, Flow<F::Words>>>;
+    /// Adds to `new_flows`; `false` when the map refuses.
+    fn add_new_flow(&self, key: &FlowKey<F::Words>, flow: &Flow<F::Words>) -> bool;
+    /// Removes from `new_flows`.
+    fn remove_new_flow(&self, key: &FlowKey<F::Words>);
+    /// A slot of `snat`.
+    fn snat(&self, index: u32) -> Option<Entry<'_, SnatSlot<F::Words>>>;
+    /// Sets a SNAT slot's `last_seen` from `seen` to `now`, unless another CPU was first.
+    fn claim(&self, slot: Entry<'_, SnatSlot<F::Words>>, seen: u32, now: u32) -> bool;
+    /// Whether a socket of this node would get packets of this tuple (a reply's: from the backend to the node).
+    fn socket_takes(&self, reply: &Tuple<F::Words>) -> bool;
+    /// Memory of this program run's own.
+    #[expect(clippy::mut_from_ref, reason = "per-CPU memory, asked for once in a run")]
+    fn scratch(&self) -> Option<&mut Scratch<F::Words>>;
+    /// Whether a word of `collided` has a bit set.
+    fn collided(&self, bit: u32) -> bool;
+    /// Sets a bit of `collided`.
+    fn set_collided(&self, bit: u32);
+    /// Counts a new flow of a backend, under the hook that runs.
+    fn count_flow(&self, backend: u32);
+    /// Counts an event.
+    fn count(&self, event: Event);
+    /// `CLOCK_MONOTONIC` in [`TICK_NS`], at least 1.
+    fn now(&self) -> u32;
+}
+
+/// Where packets come in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum From {
+    /// A device of a pod on this node.
+    Pod,
+    /// A device of the node: the network.
+    Network,
+}
+
+/// What becomes of a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict<A> {
+    /// Not ours.
+    Pass,
+    /// Ours, with a new tuple.
+    Translate(Translation<A>),
+    /// Ours, and there is no backend: answer with port unreachable.
+    Refuse,
+    /// Ours, and not allowed or not possible.
+    Drop,
+}
+
+/// A packet's new tuple.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Translation<A> {
+    /// What the packet carries from here on.
+    pub tuple: Tuple<A>,
+    /// The receiver is on this node: hand the packet to the kernel, do not send it on.
+    pub local: bool,
+}
+
+/// A packet that arrives, and the circumstances.
+#[derive(Clone, Copy, Debug)]
+pub struct Arrival<A> {
+    /// What it carries.
+    pub tuple: Tuple<A>,
+    /// TCP flags; 0 for other protocols.
+    pub tcp_flags: u8,
+    /// Where it came in.
+    pub from: From,
+    /// The hook sends packets for other nodes on by itself, so both halves of the translation are due.
+    pub sends_on: bool,
+}
+
+/// A packet that arrives at the node through a device.
+#[inline(always)]
+pub fn arriving<F: Family, M: Maps<F>>(maps: &M, arrival: &Arrival<F::Words>) -> Verdict<F::Words> {
+    let tuple = &arrival.tuple;
+    // A reply to a translated source comes before any frontend: a SNAT port could be a frontend's too.
+    let Some(config) = maps.config() else {
+        return Verdict::Pass;
+    };
+    if snat::in_range(config, tuple.dst_port)
+        && maps.filter(filter::backend::<F>(tuple.src, tuple.src_port, tuple.proto))
+        && let Some(translation) = snat_reply_arriving(maps, config, arrival)
+    {
+        return Verdict::Translate(translation);
+    }
+
+    if !maps.filter(filter::frontend::<F>(tuple.dst, tuple.dst_port, tuple.proto))
+        && !maps.filter(filter::frontend::<F>(F::UNSPECIFIED, tuple.dst_port, tuple.proto))
+    {
+        return Verdict::Pass;
+    }
+    let key = client_key::<F>(tuple);
+    if let Some(flow) = maps.flow(&key)
+        && let Some(translation) = forward(maps, config, flow, arrival)
+    {
+        return Verdict::Translate(translation);
+    }
+    let Some(scratch) = maps.scratch() else {
+        return Verdict::Pass;
+    };
+    scratch.arrival = *arrival;
+    match undecided(maps, scratch) {
+        Outcome::Pass => Verdict::Pass,
+        Outcome::Translate => Verdict::Translate(scratch.translation),
+        Outcome::Refuse => Verdict::Refuse,
+        Outcome::Drop => Verdict::Drop,
+    }
+}
+
+/// [`Verdict`], with the translation left in [`Scratch`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+enum Outcome {
+    Pass,
+    Translate,
+    Refuse,
+    Drop,
+}
+
+/// Memory for the path of few packets: the BPF stack holds 512 bytes for a whole chain of calls, and an IPv6 flow with its
+/// keys has more.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Scratch<A> {
+    arrival: Arrival<A>,
+    key: FlowKey<A>,
+    own_port: FlowKey<A>,
+    frontend_key: FrontendKey<A>,
+    flow: Flow<A>,
+    reply: Tuple<A>,
+    translation: Translation<A>,
+}
+
+/// A packet towards a possible frontend that no established flow of its client's side explains.
+#[inline(never)]
+fn undecided<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
+    scratch.key = client_key::<F>(&scratch.arrival.tuple);
+    if let Some(flow) = maps.new_flow(&scratch.key)
+        && unconfirmed(maps, flow, scratch)
+    {
+        return Outcome::Translate;
+    }
+    if maps.collided(collided_bit::<F>(&scratch.arrival.tuple)) {
+        scratch.key = shared_key::<F>(&scratch.arrival.tuple);
+        if let Some(flow) = maps.flow(&scratch.key)
+            && explains(maps, flow, scratch)
+        {
+            return Outcome::Translate;
+        }
+        if let Some(flow) = maps.new_flow(&scratch.key)
+            && unconfirmed(maps, flow, scratch)
+        {
+            return Outcome::Translate;
+        }
+    }
+    open(maps, scratch)
+}
+
+/// [`forward`], with the translation left in `scratch`.
+#[inline(always)]
+fn explains<F: Family, M: Maps<F>>(
+    maps: &M,
+    entry: Entry<'_, Flow<F::Words>>,
+    scratch: &mut Scratch<F::Words>,
+) -> bool {
+    let Some(config) = maps.config() else { return false };
+    match forward(maps, config, entry, &scratch.arrival) {
+        Some(translation) => {
+            scratch.translation = translation;
+            true
+        }
+        None => false,
+    }
+}
+
+/// A packet that leaves the node, or goes to one of its pods, through a device.
+#[inline(always)]
+pub fn leaving<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, tcp_flags: u8) -> Verdict<F::Words> {
+    let from_backend = maps.filter(filter::backend::<F>(tuple.src, tuple.src_port, tuple.proto));
+    let to_backend = maps.filter(filter::backend::<F>(tuple.dst, tuple.dst_port, tuple.proto));
+    if !from_backend && !to_backend {
+        return Verdict::Pass;
+    }
+    let Some(config) = maps.config() else {
+        return Verdict::Pass;
+    };
+    if from_backend {
+        let state = reply_state(tuple.proto, tcp_flags);
+        if snat::in_range(config, tuple.dst_port)
+            && let Some((entry, slot)) = snat_slot(maps, config, tuple.dst_port, tuple.src, tuple.src_port, tuple.proto)
+            && slot.client == tuple.dst
+        {
+            entry.note(state, maps.now());
+            return translate(Tuple {
+                src: slot.frontend,
+                src_port: slot.frontend_port,
+                dst_port: slot.client_port,
+                ..*tuple
+            });
+        }
+        let key = FlowKey {
+            client: tuple.dst,
+            client_port: tuple.dst_port,
+            ..client_key::<F>(tuple)
+        };
+        if let Some(tuple) = reply(maps, maps.flow(&key), tuple, state) {
+            return translate(tuple);
+        }
+        if let Some(tuple) = reply(maps, maps.new_flow(&key), tuple, state) {
+            return translate(tuple);
+        }
+    }
+    if to_backend
+        && snat::in_range(config, tuple.src_port)
+        && let Some((_, slot)) = snat_slot(maps, config, tuple.src_port, tuple.dst, tuple.dst_port, tuple.proto)
+        && slot.client == tuple.src
+        && slot.snat != tuple.src
+    {
+        return translate(Tuple {
+            src: slot.snat,
+            ..*tuple
+        });
+    }
+    Verdict::Pass
+}
+
+/// Finds the frontend for a socket's destination, and whether to look at it at all. `node_itself`: the destination is
+/// an address that means this node (one of `node_addrs`, or loopback in the node's own namespace).
+#[inline(always)]
+pub fn socket_frontend<F: Family, M: Maps<F>>(
+    maps: &M,
+    dst: F::Words,
+    port: u16,
+    proto: u8,
+    node_itself: impl FnOnce() -> bool,
+) -> Option<Frontend> {
+    let key = FrontendKey {
+        addr: dst,
+        port,
+        proto,
+        scope: SCOPE_INTERNAL,
+        reserved: 0,
+    };
+    let frontend = if maps.filter(filter::frontend::<F>(dst, port, proto)) {
+        maps.frontend(&key)
+    } else {
+        None
+    };
+    let frontend = match frontend {
+        Some(frontend) => frontend,
+        None if maps.filter(filter::frontend::<F>(F::UNSPECIFIED, port, proto)) && node_itself() => {
+            maps.frontend(&FrontendKey {
+                addr: F::UNSPECIFIED,
+                ..key
+            })?
+        }
+        None => return None,
+    };
+    (frontend.flags & FRONTEND_PACKETS_ONLY == 0).then_some(frontend)
+}
+
+/// The key that both directions of a client's flow compute.
+#[inline(always)]
+fn client_key<F: Family>(tuple: &Tuple<F::Words>) -> FlowKey<F::Words> {
+    FlowKey {
+        client: tuple.src,
+        frontend: F::UNSPECIFIED,
+        client_port: tuple.src_port,
+        frontend_port: 0,
+        proto: tuple.proto,
+        reserved: 0,
+        reserved2: 0,
+    }
+}
+
+/// The key of a flow whose client port is in use to another frontend.
+#[inline(always)]
+fn shared_key<F: Family>(tuple: &Tuple<F::Words>) -> FlowKey<F::Words> {
+    FlowKey {
+        frontend: tuple.dst,
+        frontend_port: tuple.dst_port,
+        ..client_key::<F>(tuple)
+    }
+}
+
+#[inline(always)]
+fn collided_bit<F: Family>(tuple: &Tuple<F::Words>) -> u32 {
+    hash::side::<F>(tuple.src, tuple.src_port, tuple.proto) as u32 % (COLLIDED_WORDS as u32 * 64)
+}
+
+#[inline(always)]
+fn translate<A: Copy>(tuple: Tuple<A>) -> Verdict<A> {
+    Verdict::Translate(Translation { tuple, local: true })
+}
+
+#[inline(always)]
+fn reply_state(proto: u8, tcp_flags: u8) -> u16 {
+    let mut state = FLOW_ANSWERED;
+    if proto == TCP {
+        if tcp_flags & FIN != 0 {
+            state |= FLOW_BACKEND_FIN;
+        }
+        if tcp_flags & RST != 0 {
+            state |= FLOW_RESET;
+        }
+    }
+    state
+}
+
+#[inline(always)]
+fn client_state(tcp_flags: u8) -> u16 {
+    let mut state = 0;
+    if tcp_flags & FIN != 0 {
+        state |= FLOW_CLIENT_FIN;
+    }
+    if tcp_flags & RST != 0 {
+        state |= FLOW_RESET;
+    }
+    state
+}
+
+#[inline(always)]
+fn is_closed(state: u16) -> bool {
+    state & FLOW_RESET != 0 || state & FLOW_FINISHED == FLOW_FINISHED
+}
+
+/// Whether nobody would miss the flow.
+#[inline(always)]
+fn is_over(state: u16, proto: u8, last_seen: u32, now: u32) -> bool {
+    let idle = now.wrapping_sub(last_seen);
+    let limit = if is_closed(state) {
+        CLOSED_TICKS
+    } else if state & FLOW_ANSWERED == 0 {
+        UNANSWERED_TICKS
+    } else if proto == TCP {
+        TCP_TICKS
+    } else {
+        UDP_TICKS
+    };
+    idle > limit
+}
+
+/// A packet of an established flow on its way to the backend. `None`: the entry belongs to another flow, or to a
+/// connection that is over and is being opened anew.
+#[inline(always)]
+fn forward<F: Family, M: Maps<F>>(
+    maps: &M,
+    config: &Config,
+    entry: Entry<'_, Flow<F::Words>>,
+    arrival: &Arrival<F::Words>,
+) -> Option<Translation<F::Words>> {
+    let (tuple, tcp_flags) = (&arrival.tuple, arrival.tcp_flags);
+    let flow = entry.read();
+    if flow.frontend != tuple.dst || flow.frontend_port != tuple.dst_port {
+        return None;
+    }
+    if tcp_flags & SYN != 0 && is_closed(flow.state) {
+        return None;
+    }
+    let state = client_state(tcp_flags);
+    let now = maps.now();
+    if (entry.note(state, now) || state != 0)
+        && flow.state & FLOW_SNAT != 0
+        && let Some((slot, _)) = snat_slot(
+            maps,
+            config,
+            flow.snat_port,
+            flow.backend,
+            flow.backend_port,
+            tuple.proto,
+        )
+    {
+        slot.note(state, now);
+    }
+    Some(towards_backend(&flow, arrival))
+}
+
+/// A packet of a flow in `new_flows` on its way to the backend: moved to `flows` once both sides have spoken.
+#[inline(always)]
+fn unconfirmed<F: Family, M: Maps<F>>(
+    maps: &M,
+    entry: Entry<'_, Flow<F::Words>>,
+    scratch: &mut Scratch<F::Words>,
+) -> bool {
+    if !explains(maps, entry, scratch) {
+        return false;
+    }
+    let Arrival {
+        tuple: Tuple { proto, .. },
+        tcp_flags,
+        ..
+    } = scratch.arrival;
+    let flow = &mut scratch.flow;
+    *flow = entry.read();
+    if flow.state & FLOW_SNAT != 0
+        && let Some(config) = maps.config()
+        && let Some((_, slot)) = snat_slot(maps, config, flow.snat_port, flow.backend, flow.backend_port, proto)
+    {
+        // Replies of a translated source are seen in its slot only.
+        flow.state |= slot.state & FLOW_ANSWERED;
+    }
+    let confirms = proto != TCP || tcp_flags & (SYN | ACK) == ACK;
+    if flow.state & FLOW_ANSWERED != 0 && confirms && maps.add_flow(&scratch.key, flow) {
+        maps.remove_new_flow(&scratch.key);
+    }
+    true
+}
+
+#[inline(always)]
+fn towards_backend<A: Copy>(flow: &Flow<A>, arrival: &Arrival<A>) -> Translation<A> {
+    let mut tuple = Tuple {
+        dst: flow.backend,
+        dst_port: flow.backend_port,
+        ..arrival.tuple
+    };
+    let local = flow.state & FLOW_LOCAL_BACKEND != 0;
+    if flow.state & FLOW_SNAT != 0 {
+        tuple.src_port = flow.snat_port;
+        if arrival.sends_on && !local {
+            tuple.src = flow.snat;
+        }
+    }
+    Translation { tuple, local }
+}
+
+/// A reply, if the entry is the flow that it answers.
+#[inline(always)]
+fn reply<F: Family, M: Maps<F>>(
+    maps: &M,
+    entry: Option<Entry<'_, Flow<F::Words>>>,
+    tuple: &Tuple<F::Words>,
+    state: u16,
+) -> Option<Tuple<F::Words>> {
+    let entry = entry?;
+    let flow = entry.read();
+    if flow.backend != tuple.src || flow.backend_port != tuple.src_port || flow.state & FLOW_SNAT != 0 {
+        return None;
+    }
+    entry.note(state, maps.now());
+    Some(Tuple {
+        src: flow.frontend,
+        src_port: flow.frontend_port,
+        ..*tuple
+    })
+}
+
+/// The slot of a port in the SNAT range towards a backend, if it is in use for that backend and protocol.
+#[inline(always)]
+fn snat_slot<'m, F: Family, M: Maps<F>>(
+    maps: &'m M,
+    config: &Config,
+    port: u16,
+    backend: F::Words,
+    backend_port: u16,
+    proto: u8,
+) -> Option<(Entry<'m, SnatSlot<F::Words>>, SnatSlot<F::Words>)> {
+    let entry = maps.snat(snat::index::<F>(config, port, backend, backend_port, proto))?;
+    let slot = entry.read();
+    (slot.backend == backend && slot.backend_port == backend_port && slot.proto == proto && slot.last_seen != 0)
+        .then_some((entry, slot))
+}
+
+/// A reply that comes back to the address that this node put in place of the client's.
+#[inline(always)]
+fn snat_reply_arriving<F: Family, M: Maps<F>>(
+    maps: &M,
+    config: &Config,
+    arrival: &Arrival<F::Words>,
+) -> Option<Translation<F::Words>> {
+    let tuple = &arrival.tuple;
+    let (entry, slot) = snat_slot(maps, config, tuple.dst_port, tuple.src, tuple.src_port, tuple.proto)?;
+    // A port translated under the client's own address comes back through the client's device: `leaving` does it.
+    if slot.snat != tuple.dst || slot.snat == slot.client {
+        return None;
+    }
+    entry.note(reply_state(tuple.proto, arrival.tcp_flags), maps.now());
+    let local = slot.state & FLOW_LOCAL_CLIENT != 0;
+    let mut tuple = Tuple {
+        dst: slot.client,
+        ..*tuple
+    };
+    if arrival.sends_on && !local {
+        tuple.src = slot.frontend;
+        tuple.src_port = slot.frontend_port;
+        tuple.dst_port = slot.client_port;
+    }
+    Some(Translation { tuple, local })
+}
+
+/// The first packet of a flow, or of one that was forgotten: finds the frontend, chooses, remembers.
+#[inline(always)]
+fn open<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
+    let Some(config) = maps.config() else {
+        return Outcome::Pass;
+    };
+    let Scratch {
+        arrival,
+        key,
+        own_port,
+        frontend_key,
+        flow,
+        reply,
+        translation,
+    } = scratch;
+    let tuple = &arrival.tuple;
+    let scope = match arrival.from {
+        From::Pod => SCOPE_INTERNAL,
+        From::Network => scope_of::<F>(config, tuple.src),
+    };
+    *frontend_key = FrontendKey {
+        addr: tuple.dst,
+        port: tuple.dst_port,
+        proto: tuple.proto,
+        scope,
+        reserved: 0,
+    };
+    let mut frontend = None;
+    if maps.filter(filter::frontend::<F>(tuple.dst, tuple.dst_port, tuple.proto)) {
+        frontend = maps.frontend(frontend_key);
+    }
+    if frontend.is_none() && maps.is_node_addr(&tuple.dst) {
+        frontend_key.addr = F::UNSPECIFIED;
+        frontend = maps.frontend(frontend_key);
+    }
+    let Some(frontend) = frontend else { return Outcome::Pass };
+
+    let choice = hash::flow::<F>(tuple.src, tuple.src_port, tuple.dst, tuple.dst_port, tuple.proto);
+    let slot = if frontend.slot_count == 0 {
+        None
+    } else {
+        maps.slot(frontend.slot_base.wrapping_add(hash::pick(choice, frontend.slot_count)))
+    };
+    let Some(slot) = slot else {
+        if frontend.flags & FRONTEND_DROP != 0 {
+            maps.count(Event::PolicyDrop);
+            return Outcome::Drop;
+        }
+        maps.count(Event::NoBackend);
+        return Outcome::Refuse;
+    };
+
+    let now = maps.now();
+    *flow = Flow {
+        frontend: tuple.dst,
+        backend: slot.addr,
+        snat: tuple.src,
+        frontend_port: tuple.dst_port,
+        backend_port: slot.port,
+        snat_port: tuple.src_port,
+        state: 0,
+        backend_id: slot.backend,
+        last_seen: now,
+    };
+    let local = slot.flags & BACKEND_LOCAL != 0;
+    if local {
+        flow.state |= FLOW_LOCAL_BACKEND;
+    }
+    if arrival.from == From::Pod {
+        flow.state |= FLOW_LOCAL_CLIENT;
+    }
+    // A pod that is its own backend would take its own address as a source for a forgery.
+    let hairpin = slot.addr == tuple.src;
+    let elsewhere = arrival.from == From::Network && !local && frontend.flags & FRONTEND_KEEP_SOURCE == 0;
+    if hairpin || elsewhere {
+        flow.snat = F::words(F::config(config).node);
+        flow.state |= FLOW_SNAT;
+    }
+
+    *key = client_key::<F>(tuple);
+    let mut held = holder(maps, key, tuple, now);
+    if port_is_lent(maps, config, tuple, &slot) {
+        held = Holder::Other;
+    }
+    if let Holder::Other = held {
+        *key = shared_key::<F>(tuple);
+        flow.state |= FLOW_SNAT;
+        maps.set_collided(collided_bit::<F>(tuple));
+        maps.count(Event::PortCollision);
+    }
+    if flow.state & FLOW_SNAT != 0 && !translate_source(maps, config, tuple, flow, own_port, reply, choice) {
+        maps.count(Event::SnatExhausted);
+        return Outcome::Drop;
+    }
+    match held {
+        Holder::Over(entry) => entry.write(*flow),
+        Holder::Nobody | Holder::Other => {
+            if !maps.add_new_flow(key, flow) {
+                // Never drop for lack of an entry: the hash finds the same backend again.
+                maps.count(Event::ConntrackFull);
+            }
+        }
+    }
+    maps.count_flow(slot.backend);
+    *translation = towards_backend(flow, arrival);
+    Outcome::Translate
+}
+
+/// Who holds the entry of a client's side.
+enum Holder<'m, A: Copy> {
+    Nobody,
+    /// A flow that is over, of this frontend or another: the entry can be written over.
+    Over(Entry<'m, Flow<A>>),
+    /// A live flow to another frontend.
+    Other,
+}
+
+#[inline(always)]
+fn holder<'m, F: Family, M: Maps<F>>(
+    maps: &'m M,
+    key: &FlowKey<F::Words>,
+    tuple: &Tuple<F::Words>,
+    now: u32,
+) -> Holder<'m, F::Words> {
+    let entry = match maps.flow(key) {
+        Some(entry) => Some(entry),
+        None => maps.new_flow(key),
+    };
+    let Some(entry) = entry else { return Holder::Nobody };
+    let flow = entry.read();
+    let same = flow.frontend == tuple.dst && flow.frontend_port == tuple.dst_port;
+    // The same frontend: only a connection that is opened anew comes here. Another: wait until its packets are gone.
+    if same || is_over(flow.state, tuple.proto, flow.last_seen, now) {
+        Holder::Over(entry)
+    } else {
+        Holder::Other
+    }
+}
+
+/// Whether the backend already sees this client's address and port: lent to another flow of the client by
+/// [`translate_source`].
+#[inline(always)]
+fn port_is_lent<F: Family, M: Maps<F>>(
+    maps: &M,
+    config: &Config,
+    tuple: &Tuple<F::Words>,
+    backend: &Slot<F::Words>,
+) -> bool {
+    snat::in_range(config, tuple.src_port)
+        && match snat_slot(maps, config, tuple.src_port, backend.addr, backend.port, tuple.proto) {
+            Some((_, slot)) => {
+                slot.snat == tuple.src
+                    && (slot.client_port != tuple.src_port
+                        || slot.frontend != tuple.dst
+                        || slot.frontend_port != tuple.dst_port)
+            }
+            None => false,
+        }
+}
+
+/// Whether a client that comes in from the network belongs to the cluster.
+#[inline(always)]
+fn scope_of<F: Family>(config: &Config, client: F::Words) -> u8 {
+    let config = F::config(config);
+    let mut scope = SCOPE_EXTERNAL;
+    for (i, cidr) in config.cluster_cidrs.iter().enumerate() {
+        if (i as u32) < config.cluster_cidr_count && F::mask(client, F::words(cidr.mask)) == F::words(cidr.addr) {
+            scope = SCOPE_INTERNAL;
+        }
+    }
+    scope
+}
+
+/// Takes a source port towards the flow's backend: the client's own if it is in the range and free, else one from a
+/// place that depends on the flow alone, so that a flow whose entry was evicted finds its port again.
+#[inline(always)]
+fn translate_source<F: Family, M: Maps<F>>(
+    maps: &M,
+    config: &Config,
+    tuple: &Tuple<F::Words>,
+    flow: &mut Flow<F::Words>,
+    own_port: &mut FlowKey<F::Words>,
+    reply: &mut Tuple<F::Words>,
+    choice: u32,
+) -> bool {
+    let now = flow.last_seen;
+    let ports = u32::from(config.snat_ports);
+    let mut offset = if snat::in_range(config, tuple.src_port) {
+        u32::from(tuple.src_port.wrapping_sub(config.snat_first))
+    } else {
+        hash::pick(choice.rotate_left(16), ports)
+    };
+    for _ in 0..snat::MAX_TRIES {
+        let port = config.snat_first.wrapping_add(offset as u16);
+        let index = snat::index::<F>(config, port, flow.backend, flow.backend_port, tuple.proto);
+        let Some(entry) = maps.snat(index) else { return false };
+        let slot = entry.read();
+        let own = slot.client == tuple.src
+            && slot.client_port == tuple.src_port
+            && slot.frontend == flow.frontend
+            && slot.frontend_port == flow.frontend_port
+            && slot.backend == flow.backend
+            && slot.backend_port == flow.backend_port
+            && slot.snat == flow.snat
+            && slot.proto == tuple.proto
+            && slot.last_seen != 0;
+        let free = slot.last_seen == 0 || is_over(slot.state, slot.proto, slot.last_seen, now);
+        *reply = Tuple {
+            src: flow.backend,
+            dst: flow.snat,
+            src_port: flow.backend_port,
+            dst_port: port,
+            proto: tuple.proto,
+        };
+        // A client that keeps its address must not be given a port that it uses itself.
+        *own_port = FlowKey {
+            client_port: port,
+            ..client_key::<F>(tuple)
+        };
+        let taken = flow.snat == tuple.src && (maps.flow(own_port).is_some() || maps.new_flow(own_port).is_some())
+            || maps.socket_takes(reply);
+        if (own || free && !taken) && maps.claim(entry, slot.last_seen, now) {
+            flow.snat_port = port;
+            entry.write(SnatSlot {
+                client: tuple.src,
+                frontend: flow.frontend,
+                backend: flow.backend,
+                snat: flow.snat,
+                client_port: tuple.src_port,
+                frontend_port: flow.frontend_port,
+                backend_port: flow.backend_port,
+                state: flow.state,
+                last_seen: now,
+                backend_id: flow.backend_id,
+                proto: tuple.proto,
+                reserved: 0,
+                reserved2: 0,
+                reserved3: 0,
+            });
+            return true;
+        }
+        offset += 1;
+        if offset >= ports {
+            offset = 0;
+        }
+    }
+    false
+}

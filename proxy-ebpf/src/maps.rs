@@ -1,0 +1,326 @@
+//! The maps, and the decision's view of them.
+//!
+//! Sizes here are defaults; the agent sets each map's capacity when it loads the programs.
+
+use core::{
+    ffi::c_void,
+    intrinsics::{AtomicOrdering, atomic_cxchg, atomic_or, atomic_xadd},
+    ptr::NonNull,
+};
+
+use aya_ebpf::{
+    bindings::{BPF_ANY, BPF_F_CURRENT_NETNS, BPF_F_MMAPABLE, bpf_sock_tuple},
+    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, SkStorage},
+    helpers::{bpf_ktime_get_coarse_ns, bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp},
+    macros::btf_map,
+};
+use shunt_common::{
+    balance::{Entry, Maps, Scratch},
+    event::{Event, MAX_EVENTS},
+    family::{Family, V4, V6, Words6},
+    filter,
+    layout::*,
+    packet::Tuple,
+};
+
+const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
+
+type Frontends<A> = HashMap<FrontendKey<A>, Frontend, 65_536>;
+type Slots<A> = Array<Slot<A>, 524_288, MMAPABLE>;
+type Flows<A> = LruHashMap<FlowKey<A>, Flow<A>, 524_288>;
+type NewFlows<A> = LruHashMap<FlowKey<A>, Flow<A>, 65_536>;
+type Snat<A> = Array<SnatSlot<A>, 262_144>;
+type NodeAddrs<A> = HashMap<A, u32, 1024>;
+
+#[btf_map(name = "scratch4")]
+static SCRATCH4: PerCpuArray<Scratch<u32>, 1> = PerCpuArray::new();
+#[btf_map(name = "scratch6")]
+static SCRATCH6: PerCpuArray<Scratch<Words6>, 1> = PerCpuArray::new();
+
+/// The maps of one family.
+pub(crate) trait KernelFamily: Family {
+    const FRONTENDS: &'static Frontends<Self::Addr>;
+    const SLOTS: &'static Slots<Self::Addr>;
+    const FLOWS: &'static Flows<Self::Addr>;
+    const NEW_FLOWS: &'static NewFlows<Self::Addr>;
+    const SNAT: &'static Snat<Self::Addr>;
+    const NODE_ADDRS: &'static NodeAddrs<Self::Addr>;
+    const SCRATCH: &'static PerCpuArray<Scratch<Self::Words>, 1>;
+    /// `AF_INET` or `AF_INET6`.
+    const AF: u8;
+}
+
+#[btf_map(name = "frontends4")]
+static FRONTENDS4: Frontends<[u8; 4]> = Frontends::new();
+#[btf_map(name = "frontends6")]
+static FRONTENDS6: Frontends<[u8; 16]> = Frontends::new();
+#[btf_map(name = "slots4")]
+static SLOTS4: Slots<[u8; 4]> = Slots::new();
+#[btf_map(name = "slots6")]
+static SLOTS6: Slots<[u8; 16]> = Slots::new();
+#[btf_map(name = "flows4")]
+static FLOWS4: Flows<[u8; 4]> = Flows::new();
+#[btf_map(name = "flows6")]
+static FLOWS6: Flows<[u8; 16]> = Flows::new();
+#[btf_map(name = "new_flows4")]
+static NEW_FLOWS4: NewFlows<[u8; 4]> = NewFlows::new();
+#[btf_map(name = "new_flows6")]
+static NEW_FLOWS6: NewFlows<[u8; 16]> = NewFlows::new();
+#[btf_map(name = "snat4")]
+static SNAT4: Snat<[u8; 4]> = Snat::new();
+#[btf_map(name = "snat6")]
+static SNAT6: Snat<[u8; 16]> = Snat::new();
+#[btf_map(name = "node_addrs4")]
+static NODE_ADDRS4: NodeAddrs<[u8; 4]> = NodeAddrs::new();
+#[btf_map(name = "node_addrs6")]
+static NODE_ADDRS6: NodeAddrs<[u8; 16]> = NodeAddrs::new();
+#[btf_map(name = "filter")]
+static FILTER: Array<u64, FILTER_WORDS, MMAPABLE> = Array::new();
+#[btf_map(name = "collided")]
+static COLLIDED: Array<u64, COLLIDED_WORDS> = Array::new();
+#[btf_map(name = "backends")]
+pub(crate) static BACKENDS: Array<BackendState, 131_072> = Array::new();
+#[btf_map(name = "config")]
+static CONFIG: Array<Config, 1> = Array::new();
+#[btf_map(name = "events")]
+static EVENTS: PerCpuArray<u64, MAX_EVENTS> = PerCpuArray::new();
+/// Read by tools only: names for the numbers in `frontends`.
+#[btf_map(name = "services")]
+static SERVICES: HashMap<u32, ServiceInfo, 65_536> = HashMap::new();
+#[btf_map(name = "sockets")]
+pub(crate) static SOCKETS: SkStorage<SocketPeers> = SkStorage::new();
+
+impl KernelFamily for V4 {
+    const FRONTENDS: &'static Frontends<[u8; 4]> = &FRONTENDS4;
+    const SLOTS: &'static Slots<[u8; 4]> = &SLOTS4;
+    const FLOWS: &'static Flows<[u8; 4]> = &FLOWS4;
+    const NEW_FLOWS: &'static NewFlows<[u8; 4]> = &NEW_FLOWS4;
+    const SNAT: &'static Snat<[u8; 4]> = &SNAT4;
+    const NODE_ADDRS: &'static NodeAddrs<[u8; 4]> = &NODE_ADDRS4;
+    const SCRATCH: &'static PerCpuArray<Scratch<u32>, 1> = &SCRATCH4;
+    const AF: u8 = 2;
+}
+
+impl KernelFamily for V6 {
+    const FRONTENDS: &'static Frontends<[u8; 16]> = &FRONTENDS6;
+    const SLOTS: &'static Slots<[u8; 16]> = &SLOTS6;
+    const FLOWS: &'static Flows<[u8; 16]> = &FLOWS6;
+    const NEW_FLOWS: &'static NewFlows<[u8; 16]> = &NEW_FLOWS6;
+    const SNAT: &'static Snat<[u8; 16]> = &SNAT6;
+    const NODE_ADDRS: &'static NodeAddrs<[u8; 16]> = &NODE_ADDRS6;
+    const SCRATCH: &'static PerCpuArray<Scratch<Words6>, 1> = &SCRATCH6;
+    const AF: u8 = 10;
+}
+
+/// Which hook runs, for the counters.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Hook {
+    Socket,
+    Tc,
+    Xdp,
+}
+
+/// The kernel's maps, as the decision wants them.
+pub(crate) struct KernelMaps {
+    ctx: *mut c_void,
+    hook: Hook,
+}
+
+impl KernelMaps {
+    /// `ctx` is the program's own context.
+    #[inline(always)]
+    pub(crate) fn new(ctx: *mut c_void, hook: Hook) -> Self {
+        Self { ctx, hook }
+    }
+}
+
+/// What a look-up returned, as an entry; addresses as words instead of bytes.
+#[inline(always)]
+fn entry<'m, B, W: Copy>(ptr: Option<*mut B>) -> Option<Entry<'m, W>> {
+    const { assert!(size_of::<B>() == size_of::<W>() && align_of::<W>() <= 8) };
+    // SAFETY: the same layout, map values are aligned to eight bytes; they stay readable and writable while the program runs, and nobody makes
+    // references into them.
+    ptr.and_then(|ptr| NonNull::new(ptr.cast()))
+        .map(|ptr| unsafe { Entry::new(ptr) })
+}
+
+/// A key or value with addresses as words, as the map is declared: with bytes.
+#[inline(always)]
+fn bytes<W, B>(words: &W) -> &B {
+    const { assert!(size_of::<B>() == size_of::<W>() && align_of::<B>() <= align_of::<W>()) };
+    // SAFETY: the same layout but for the addresses, of which any bytes are one.
+    unsafe { &*core::ptr::from_ref(words).cast() }
+}
+
+/// Adds to a counter that other CPUs add to as well.
+#[inline(always)]
+fn add(counter: *mut u64) {
+    // SAFETY: callers pass the address of an aligned map value's field.
+    unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(counter, 1) };
+}
+
+/// Counts an event.
+#[inline(always)]
+pub(crate) fn count(event: Event) {
+    if let Some(counter) = EVENTS.get_ptr_mut(event as u32) {
+        // SAFETY: a per-CPU value: only this CPU writes it.
+        unsafe { *counter += 1 };
+    }
+}
+
+impl<F: KernelFamily> Maps<F> for KernelMaps {
+    #[inline(always)]
+    fn config(&self) -> Option<&Config> {
+        CONFIG.get(0)
+    }
+
+    #[inline(always)]
+    fn filter(&self, bit: u32) -> bool {
+        let (word, mask) = filter::word_and_mask(bit);
+        FILTER.get(word).is_some_and(|word| word & mask != 0)
+    }
+
+    #[inline(always)]
+    fn frontend(&self, key: &FrontendKey<F::Words>) -> Option<Frontend> {
+        // SAFETY: the copy is taken at once; an entry replaced meanwhile is freed after this program only.
+        unsafe { F::FRONTENDS.get(bytes(key)).copied() }
+    }
+
+    #[inline(always)]
+    fn slot(&self, index: u32) -> Option<Slot<F::Words>> {
+        entry::<_, Slot<F::Words>>(F::SLOTS.get_ptr_mut(index)).map(Entry::read)
+    }
+
+    #[inline(always)]
+    fn is_node_addr(&self, addr: &F::Words) -> bool {
+        F::NODE_ADDRS.get_ptr(bytes::<_, F::Addr>(addr)).is_some()
+    }
+
+    #[inline(always)]
+    fn flow(&self, key: &FlowKey<F::Words>) -> Option<Entry<'_, Flow<F::Words>>> {
+        entry(F::FLOWS.get_ptr_mut(bytes(key)))
+    }
+
+    #[inline(always)]
+    fn add_flow(&self, key: &FlowKey<F::Words>, flow: &Flow<F::Words>) -> bool {
+        F::FLOWS.insert(bytes(key), bytes(flow), BPF_ANY.into()).is_ok()
+    }
+
+    #[inline(always)]
+    fn new_flow(&self, key: &FlowKey<F::Words>) -> Option<Entry<'_, Flow<F::Words>>> {
+        entry(F::NEW_FLOWS.get_ptr_mut(bytes(key)))
+    }
+
+    #[inline(always)]
+    fn add_new_flow(&self, key: &FlowKey<F::Words>, flow: &Flow<F::Words>) -> bool {
+        F::NEW_FLOWS.insert(bytes(key), bytes(flow), BPF_ANY.into()).is_ok()
+    }
+
+    #[inline(always)]
+    fn remove_new_flow(&self, key: &FlowKey<F::Words>) {
+        let _gone_already = F::NEW_FLOWS.remove(bytes(key));
+    }
+
+    #[inline(always)]
+    fn snat(&self, index: u32) -> Option<Entry<'_, SnatSlot<F::Words>>> {
+        entry(F::SNAT.get_ptr_mut(index))
+    }
+
+    #[inline(always)]
+    fn claim(&self, slot: Entry<'_, SnatSlot<F::Words>>, seen: u32, now: u32) -> bool {
+        let last_seen = slot.last_seen();
+        // SAFETY: an aligned field of a live map value.
+        unsafe { atomic_cxchg::<u32, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(last_seen, seen, now).1 }
+    }
+
+    #[inline(always)]
+    fn socket_takes(&self, reply: &Tuple<F::Words>) -> bool {
+        let mut words = [0u64; 5];
+        let ports = u64::from(reply.src_port.to_be()) | u64::from(reply.dst_port.to_be()) << 16;
+        let addr = size_of::<F::Words>();
+        // SAFETY: an address is one or two words.
+        unsafe {
+            if addr == 4 {
+                let (src, dst): (u32, u32) = (
+                    core::mem::transmute_copy(&reply.src),
+                    core::mem::transmute_copy(&reply.dst),
+                );
+                words[0] = u64::from(src) | u64::from(dst) << 32;
+                words[1] = ports;
+            } else {
+                let (src, dst): (Words6, Words6) = (
+                    core::mem::transmute_copy(&reply.src),
+                    core::mem::transmute_copy(&reply.dst),
+                );
+                words = [src.high, src.low, dst.high, dst.low, ports];
+            }
+        }
+        let (tuple, size) = (words.as_mut_ptr().cast::<bpf_sock_tuple>(), 2 * addr as u32 + 4);
+        let netns = BPF_F_CURRENT_NETNS as i64 as u64;
+        // SAFETY: the helpers read `size` bytes of `tuple`; `ctx` is the running program's; what they return is released.
+        unsafe {
+            let socket = match reply.proto {
+                TCP => bpf_skc_lookup_tcp(self.ctx, tuple, size, netns, 0),
+                UDP => bpf_sk_lookup_udp(self.ctx, tuple, size, netns, 0),
+                _ => return false,
+            };
+            if socket.is_null() {
+                return false;
+            }
+            bpf_sk_release(socket.cast());
+        }
+        true
+    }
+
+    #[inline(always)]
+    fn scratch(&self) -> Option<&mut Scratch<F::Words>> {
+        // SAFETY: this CPU's own, and programs of the packet path do not interrupt each other.
+        F::SCRATCH.get_ptr_mut(0).map(|ptr| unsafe { &mut *ptr })
+    }
+
+    #[inline(always)]
+    fn collided(&self, bit: u32) -> bool {
+        let (word, mask) = filter::word_and_mask(bit);
+        COLLIDED.get(word).is_some_and(|word| word & mask != 0)
+    }
+
+    #[inline(always)]
+    fn set_collided(&self, bit: u32) {
+        let (word, mask) = filter::word_and_mask(bit);
+        if let Some(word) = COLLIDED.get_ptr_mut(word) {
+            // SAFETY: an aligned live map value.
+            unsafe { atomic_or::<u64, u64, { AtomicOrdering::Relaxed }>(word, mask) };
+        }
+    }
+
+    #[inline(always)]
+    fn count_flow(&self, backend: u32) {
+        if let Some(state) = BACKENDS.get_ptr_mut(backend) {
+            // SAFETY: only the fields' addresses are computed.
+            unsafe {
+                add(match self.hook {
+                    Hook::Socket => &raw mut (*state).socket_flows,
+                    Hook::Tc => &raw mut (*state).tc_flows,
+                    Hook::Xdp => &raw mut (*state).xdp_flows,
+                });
+            }
+        }
+        count(match self.hook {
+            Hook::Socket => Event::SocketFlow,
+            Hook::Tc => Event::TcFlow,
+            Hook::Xdp => Event::XdpFlow,
+        });
+    }
+
+    #[inline(always)]
+    fn count(&self, event: Event) {
+        count(event);
+    }
+
+    #[inline(always)]
+    fn now(&self) -> u32 {
+        // SAFETY: the helper has no preconditions. Coarse time costs a tenth of `bpf_ktime_get_ns`.
+        let ns = unsafe { bpf_ktime_get_coarse_ns() };
+        ((ns / TICK_NS) as u32).max(1)
+    }
+}

@@ -1,0 +1,350 @@
+//! The cgroup hooks: a frontend is replaced by a backend before a packet exists, and shown again when a process asks
+//! who its peer is.
+//!
+//! What a socket dialled is remembered with the socket itself ([`SocketPeers`]), so nothing is left when it closes.
+
+use aya_ebpf::{
+    EbpfContext,
+    bindings::bpf_sock_addr,
+    helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval},
+    macros::cgroup_sock_addr,
+    programs::SockAddrContext,
+};
+use shunt_common::{
+    balance::{Maps, socket_frontend},
+    event::Event,
+    family::{Family, V4, V6, Words6},
+    hash,
+    layout::*,
+};
+
+use crate::maps::{BACKENDS, Hook, KernelFamily, KernelMaps, SOCKETS, count};
+
+/// Let the call go on.
+const ALLOW: i32 = 1;
+/// Let it fail, with the error set by `bpf_set_retval`.
+const DENY: i32 = 0;
+/// `::ffff:0:0/96`, the third word in memory order.
+const MAPPED: u32 = 0xffffu32.to_be();
+
+/// What is dialled, or who sent: address and port as the context holds them.
+trait Peer: KernelFamily {
+    fn addr(ctx: &SockAddrContext) -> Self::Words;
+    fn set_addr(ctx: &SockAddrContext, addr: Self::Words);
+    /// As [`SocketPeer`] keeps it.
+    fn mapped(addr: Self::Words) -> Words6;
+    fn unmapped(addr: Words6) -> Self::Words;
+}
+
+/// The context's fields. The verifier turns each access into the kernel's own.
+#[inline(always)]
+fn fields(ctx: &SockAddrContext) -> *mut bpf_sock_addr {
+    ctx.sock_addr
+}
+
+#[inline(always)]
+fn word6(ctx: &SockAddrContext, i: usize) -> u32 {
+    // SAFETY: the context is valid while the program runs, `i` is below 4.
+    unsafe { (&raw const (*fields(ctx)).user_ip6[i]).read_volatile() }
+}
+
+#[inline(always)]
+fn set_word6(ctx: &SockAddrContext, i: usize, word: u32) {
+    // SAFETY: the context is valid while the program runs, `i` is below 4.
+    unsafe { (&raw mut (*fields(ctx)).user_ip6[i]).write_volatile(word) };
+}
+
+impl Peer for V4 {
+    #[inline(always)]
+    fn addr(ctx: &SockAddrContext) -> u32 {
+        // SAFETY: the context is valid while the program runs.
+        unsafe { (&raw const (*fields(ctx)).user_ip4).read_volatile() }
+    }
+
+    #[inline(always)]
+    fn set_addr(ctx: &SockAddrContext, addr: u32) {
+        // SAFETY: the context is valid while the program runs.
+        unsafe { (&raw mut (*fields(ctx)).user_ip4).write_volatile(addr) };
+    }
+
+    #[inline(always)]
+    fn mapped(addr: u32) -> Words6 {
+        Words6 {
+            high: 0,
+            low: u64::from(MAPPED) | u64::from(addr) << 32,
+        }
+    }
+
+    #[inline(always)]
+    fn unmapped(addr: Words6) -> u32 {
+        (addr.low >> 32) as u32
+    }
+}
+
+impl Peer for V6 {
+    #[inline(always)]
+    fn addr(ctx: &SockAddrContext) -> Words6 {
+        let pair = |i| u64::from(word6(ctx, i)) | u64::from(word6(ctx, i + 1)) << 32;
+        Words6 {
+            high: pair(0),
+            low: pair(2),
+        }
+    }
+
+    #[inline(always)]
+    fn set_addr(ctx: &SockAddrContext, addr: Words6) {
+        set_word6(ctx, 0, addr.high as u32);
+        set_word6(ctx, 1, (addr.high >> 32) as u32);
+        set_word6(ctx, 2, addr.low as u32);
+        set_word6(ctx, 3, (addr.low >> 32) as u32);
+    }
+
+    #[inline(always)]
+    fn mapped(addr: Words6) -> Words6 {
+        addr
+    }
+
+    #[inline(always)]
+    fn unmapped(addr: Words6) -> Words6 {
+        addr
+    }
+}
+
+/// An IPv4 address in an IPv6 socket (`::ffff:a.b.c.d`): decided as IPv4, read and written where IPv6 stands.
+#[derive(Clone, Copy)]
+struct InSocket6<'a>(&'a SockAddrContext);
+
+impl InSocket6<'_> {
+    #[inline(always)]
+    fn is_mapped(self) -> bool {
+        word6(self.0, 0) == 0 && word6(self.0, 1) == 0 && word6(self.0, 2) == MAPPED
+    }
+}
+
+#[inline(always)]
+fn port(ctx: &SockAddrContext) -> u16 {
+    // SAFETY: the context is valid while the program runs. The port stands in network order in the low half.
+    u16::from_be(unsafe { (&raw const (*fields(ctx)).user_port).read_volatile() } as u16)
+}
+
+#[inline(always)]
+fn set_port(ctx: &SockAddrContext, port: u16) {
+    // SAFETY: the context is valid while the program runs.
+    unsafe { (&raw mut (*fields(ctx)).user_port).write_volatile(u32::from(port.to_be())) };
+}
+
+/// What the process does.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Call {
+    Connect,
+    Send,
+}
+
+/// A backend for what is dialled, or `None` to leave it alone. `Err`: refuse.
+#[inline(always)]
+fn choose<F: Peer>(ctx: &SockAddrContext, addr: F::Words, call: Call) -> Result<Option<(F::Words, u16)>, ()> {
+    let maps = KernelMaps::new(ctx.as_ptr(), Hook::Socket);
+    // SAFETY: the context is valid while the program runs.
+    let proto = unsafe { (&raw const (*fields(ctx)).protocol).read_volatile() } as u8;
+    let port = port(ctx);
+    let Some(frontend) = socket_frontend::<F, _>(&maps, addr, port, proto, || means_this_node::<F>(ctx, &maps, addr))
+    else {
+        return Ok(None);
+    };
+    let dialled = F::mapped(addr);
+    if call == Call::Send
+        && let Some(peer) = remembered(ctx, |peer| {
+            peer.frontend_port == port && words(&peer.frontend) == dialled
+        })
+        && let Some(backend) = BACKENDS.get(peer.backend_id)
+        && backend.flags & BACKEND_SERVING != 0
+    {
+        return Ok(Some((F::unmapped(words(&peer.backend)), peer.backend_port)));
+    }
+    // SAFETY: the helper takes the program's own context. A cookie numbers the socket: one socket, one choice.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    let choice = hash::mix(cookie ^ u64::from(frontend.slot_base) << 40) as u32;
+    let slot = if frontend.slot_count == 0 {
+        None
+    } else {
+        Maps::<F>::slot(
+            &maps,
+            frontend.slot_base.wrapping_add(hash::pick(choice, frontend.slot_count)),
+        )
+    };
+    let Some(slot) = slot else {
+        count(if frontend.flags & FRONTEND_DROP != 0 {
+            Event::PolicyDrop
+        } else {
+            Event::NoBackend
+        });
+        return Err(());
+    };
+    remember(
+        ctx,
+        call,
+        SocketPeer {
+            frontend: V6::bytes(dialled),
+            backend: V6::bytes(F::mapped(slot.addr)),
+            frontend_port: port,
+            backend_port: slot.port,
+            backend_id: slot.backend,
+        },
+    );
+    Maps::<F>::count_flow(&maps, slot.backend);
+    Ok(Some((slot.addr, slot.port)))
+}
+
+#[inline(always)]
+fn means_this_node<F: Peer>(ctx: &SockAddrContext, maps: &KernelMaps, addr: F::Words) -> bool {
+    if !F::is_loopback(addr) {
+        return Maps::<F>::is_node_addr(maps, &addr);
+    }
+    let Some(config) = Maps::<F>::config(maps) else {
+        return false;
+    };
+    // A pod's loopback is the pod itself.
+    config.flags & CONFIG_NODEPORT_LOOPBACK != 0
+        // SAFETY: the helper takes the program's own context.
+        && unsafe { bpf_get_netns_cookie(ctx.as_ptr()) } == config.host_netns
+}
+
+/// A remembered address; words, not bytes, for LLVM's sake ([`shunt_common::family::Family::Words`]).
+#[inline(always)]
+fn words(addr: &[u8; 16]) -> Words6 {
+    let ptr = core::ptr::from_ref(addr).cast::<u32>();
+    // SAFETY: sixteen bytes are four words, and [`SocketPeer`] aligns them so.
+    let word = |i| unsafe { u64::from(ptr.add(i).read()) };
+    Words6 {
+        high: word(0) | word(1) << 32,
+        low: word(2) | word(3) << 32,
+    }
+}
+
+/// The first of the socket's peers that a test accepts.
+#[inline(always)]
+fn remembered(ctx: &SockAddrContext, accept: impl Fn(&SocketPeer) -> bool) -> Option<&SocketPeer> {
+    // SAFETY: the storage lives as long as the socket, which outlives the call; only its own calls write it.
+    let peers = unsafe { SOCKETS.get_ptr_mut(ctx).as_ref() }?;
+    peers.peers.iter().find(|peer| accept(peer))
+}
+
+#[inline(always)]
+fn remember(ctx: &SockAddrContext, call: Call, peer: SocketPeer) {
+    // SAFETY: as above. Without memory for it the call works all the same; only the peer's name is the backend's.
+    let Some(peers) = (unsafe { SOCKETS.get_or_insert_ptr_mut(ctx, None).as_mut() }) else {
+        return;
+    };
+    let i = match call {
+        Call::Connect => 0,
+        Call::Send => peers.next as usize % SOCKET_PEERS,
+    };
+    if call == Call::Send {
+        peers.next = peers.next.wrapping_add(1);
+    }
+    if let Some(place) = peers.peers.get_mut(i) {
+        *place = peer;
+    }
+}
+
+#[inline(always)]
+fn refused() -> i32 {
+    const ECONNREFUSED: i32 = 111;
+    // SAFETY: the helper has no preconditions.
+    unsafe { bpf_set_retval(-ECONNREFUSED) };
+    DENY
+}
+
+/// `connect` or `sendmsg` of an address of the socket's own family.
+#[inline(always)]
+fn dial<F: Peer>(ctx: &SockAddrContext, call: Call) -> i32 {
+    match choose::<F>(ctx, F::addr(ctx), call) {
+        Ok(None) => ALLOW,
+        Ok(Some((addr, port))) => {
+            F::set_addr(ctx, addr);
+            set_port(ctx, port);
+            ALLOW
+        }
+        Err(()) => refused(),
+    }
+}
+
+/// The same on an IPv6 socket, where the address may be an IPv4 one.
+#[inline(always)]
+fn dial6(ctx: &SockAddrContext, call: Call) -> i32 {
+    if InSocket6(ctx).is_mapped() {
+        dial_mapped(ctx, call)
+    } else {
+        dial_plain6(ctx, call)
+    }
+}
+
+#[inline(never)]
+fn dial_plain6(ctx: &SockAddrContext, call: Call) -> i32 {
+    dial::<V6>(ctx, call)
+}
+
+#[inline(never)]
+fn dial_mapped(ctx: &SockAddrContext, call: Call) -> i32 {
+    match choose::<V4>(ctx, word6(ctx, 3), call) {
+        Ok(None) => ALLOW,
+        Ok(Some((addr, port))) => {
+            set_word6(ctx, 3, addr);
+            set_port(ctx, port);
+            ALLOW
+        }
+        Err(()) => refused(),
+    }
+}
+
+/// Shows the frontend where the kernel would show the backend.
+#[inline(always)]
+fn show<F: Peer>(ctx: &SockAddrContext) -> i32 {
+    let (addr, port) = (F::mapped(F::addr(ctx)), port(ctx));
+    if let Some(peer) = remembered(ctx, |peer| peer.backend_port == port && words(&peer.backend) == addr) {
+        F::set_addr(ctx, F::unmapped(words(&peer.frontend)));
+        set_port(ctx, peer.frontend_port);
+    }
+    ALLOW
+}
+
+#[cgroup_sock_addr(connect4)]
+fn sock_connect4(ctx: SockAddrContext) -> i32 {
+    dial::<V4>(&ctx, Call::Connect)
+}
+
+#[cgroup_sock_addr(connect6)]
+fn sock_connect6(ctx: SockAddrContext) -> i32 {
+    dial6(&ctx, Call::Connect)
+}
+
+#[cgroup_sock_addr(sendmsg4)]
+fn sock_sendmsg4(ctx: SockAddrContext) -> i32 {
+    dial::<V4>(&ctx, Call::Send)
+}
+
+#[cgroup_sock_addr(sendmsg6)]
+fn sock_sendmsg6(ctx: SockAddrContext) -> i32 {
+    dial6(&ctx, Call::Send)
+}
+
+#[cgroup_sock_addr(recvmsg4)]
+fn sock_recvmsg4(ctx: SockAddrContext) -> i32 {
+    show::<V4>(&ctx)
+}
+
+// Peers are remembered IPv4-mapped, which is what an IPv6 socket shows of them.
+#[cgroup_sock_addr(recvmsg6)]
+fn sock_recvmsg6(ctx: SockAddrContext) -> i32 {
+    show::<V6>(&ctx)
+}
+
+#[cgroup_sock_addr(getpeername4)]
+fn sock_getpeer4(ctx: SockAddrContext) -> i32 {
+    show::<V4>(&ctx)
+}
+
+#[cgroup_sock_addr(getpeername6)]
+fn sock_getpeer6(ctx: SockAddrContext) -> i32 {
+    show::<V6>(&ctx)
+}

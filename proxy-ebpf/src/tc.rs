@@ -1,0 +1,216 @@
+//! tc on pod and node devices: packets of senders that no socket hook sees, forwarded traffic, and replies.
+//!
+//! Only addresses and ports change here; routing, neighbours and netfilter stay the kernel's.
+
+use aya_ebpf::{
+    EbpfContext,
+    bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC},
+    helpers::{bpf_l4_csum_replace, bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_pull_data},
+    macros::classifier,
+    programs::TcContext,
+};
+use shunt_common::{
+    balance::{Arrival, From, Verdict, arriving, leaving},
+    event::Event,
+    family::{Family, V4, V6},
+    icmp,
+    layout::UDP,
+    packet::{self, ETHERNET, Headers, Packet, Tuple},
+};
+
+use crate::maps::{Hook, KernelFamily, KernelMaps, count};
+
+/// `bpf_skb_adjust_room`: between the MAC and the network header (an enum that the bindings lack).
+const BPF_ADJ_ROOM_MAC: u32 = 1;
+/// Ethernet, the longest IPv4 header and a TCP header without options: all that is ever read.
+const HEADERS: usize = ETHERNET + 60 + 20;
+
+/// The linear part of a socket buffer.
+struct Buffer<'a>(&'a TcContext);
+
+impl Packet for Buffer<'_> {
+    #[inline(always)]
+    fn bytes(&self, offset: usize, len: usize) -> Option<*mut u8> {
+        let start = self.0.data() + offset;
+        (start + len <= self.0.data_end()).then_some(start as *mut u8)
+    }
+}
+
+/// Where a program sits.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    In(From),
+    Out,
+}
+
+/// Packets from the network.
+#[classifier]
+fn tc_node_in(ctx: TcContext) -> i32 {
+    match family(&ctx) {
+        Some(V4::ETHERTYPE) => node_in4(&ctx),
+        Some(V6::ETHERTYPE) => node_in6(&ctx),
+        _ => TC_ACT_UNSPEC,
+    }
+}
+
+/// Packets to the network.
+#[classifier]
+fn tc_node_out(ctx: TcContext) -> i32 {
+    out(&ctx)
+}
+
+/// Packets from a pod.
+#[classifier]
+fn tc_pod_in(ctx: TcContext) -> i32 {
+    match family(&ctx) {
+        Some(V4::ETHERTYPE) => pod_in4(&ctx),
+        Some(V6::ETHERTYPE) => pod_in6(&ctx),
+        _ => TC_ACT_UNSPEC,
+    }
+}
+
+/// Packets to a pod.
+#[classifier]
+fn tc_pod_out(ctx: TcContext) -> i32 {
+    out(&ctx)
+}
+
+// One function per family and place: each has a BPF stack of its own.
+#[inline(never)]
+fn node_in4(ctx: &TcContext) -> i32 {
+    handle::<V4>(ctx, Place::In(From::Network))
+}
+
+#[inline(never)]
+fn node_in6(ctx: &TcContext) -> i32 {
+    handle::<V6>(ctx, Place::In(From::Network))
+}
+
+#[inline(never)]
+fn pod_in4(ctx: &TcContext) -> i32 {
+    handle::<V4>(ctx, Place::In(From::Pod))
+}
+
+#[inline(never)]
+fn pod_in6(ctx: &TcContext) -> i32 {
+    handle::<V6>(ctx, Place::In(From::Pod))
+}
+
+#[inline(always)]
+fn out(ctx: &TcContext) -> i32 {
+    match family(ctx) {
+        Some(V4::ETHERTYPE) => out4(ctx),
+        Some(V6::ETHERTYPE) => out6(ctx),
+        _ => TC_ACT_UNSPEC,
+    }
+}
+
+#[inline(never)]
+fn out4(ctx: &TcContext) -> i32 {
+    handle::<V4>(ctx, Place::Out)
+}
+
+#[inline(never)]
+fn out6(ctx: &TcContext) -> i32 {
+    handle::<V6>(ctx, Place::Out)
+}
+
+/// The packet's Ethernet type. A VLAN tag that stands beside the buffer does not hide it.
+#[inline(always)]
+fn family(ctx: &TcContext) -> Option<u16> {
+    // SAFETY: the context is valid while the program runs.
+    let protocol = unsafe { (*ctx.skb.skb).protocol };
+    Some(u16::from_be(protocol as u16))
+}
+
+#[inline(always)]
+fn handle<F: KernelFamily>(ctx: &TcContext, place: Place) -> i32 {
+    let buffer = Buffer(ctx);
+    // Headers may stand in page fragments, where programs cannot read: have them pulled into the linear part.
+    if buffer.bytes(0, ETHERNET + F::HEADER + 20).is_none() {
+        let len = ctx.len().min(HEADERS as u32);
+        // SAFETY: the helper checks the length; pointers are taken anew afterwards.
+        if unsafe { bpf_skb_pull_data(ctx.skb.skb, len) } != 0 {
+            return TC_ACT_UNSPEC;
+        }
+    }
+    let Some(headers) = packet::parse::<F>(&buffer, ETHERNET) else {
+        return TC_ACT_UNSPEC;
+    };
+    let maps = KernelMaps::new(ctx.as_ptr(), Hook::Tc);
+    let Headers { tuple, tcp_flags, .. } = headers;
+    let verdict = match place {
+        Place::In(from) => arriving::<F, _>(
+            &maps,
+            &Arrival {
+                tuple,
+                tcp_flags,
+                from,
+                sends_on: false,
+            },
+        ),
+        Place::Out => leaving::<F, _>(&maps, &tuple, tcp_flags),
+    };
+    match verdict {
+        Verdict::Pass => TC_ACT_UNSPEC,
+        Verdict::Drop => TC_ACT_SHOT,
+        Verdict::Refuse => refuse::<F>(ctx, &headers),
+        Verdict::Translate(to) => {
+            if rewrite::<F>(ctx, &headers, &to.tuple) {
+                TC_ACT_UNSPEC
+            } else {
+                count(Event::RewriteFailed);
+                TC_ACT_SHOT
+            }
+        }
+    }
+}
+
+/// Writes the new tuple. The transport checksum goes through the kernel, which knows whether it is complete yet.
+#[inline(always)]
+fn rewrite<F: Family>(ctx: &TcContext, headers: &Headers<F::Words>, new: &Tuple<F::Words>) -> bool {
+    let old = &headers.tuple;
+    if let Some(offset) = packet::checksum_offset(old.proto) {
+        let offset = (headers.l4 + offset) as u32;
+        let (addresses, ports) = packet::differences::<F>(old, new);
+        // A UDP checksum of zero means none, and must neither be updated nor arise.
+        let mangled = if old.proto == UDP {
+            u64::from(BPF_F_MARK_MANGLED_0)
+        } else {
+            0
+        };
+        // SAFETY: the helpers check the offset; pointers are taken anew afterwards.
+        unsafe {
+            let pseudo = mangled | u64::from(BPF_F_PSEUDO_HDR);
+            if bpf_l4_csum_replace(ctx.skb.skb, offset, 0, addresses.fold32().into(), pseudo) != 0 {
+                return false;
+            }
+            if (old.src_port != new.src_port || old.dst_port != new.dst_port)
+                && bpf_l4_csum_replace(ctx.skb.skb, offset, 0, ports.fold32().into(), mangled) != 0
+            {
+                return false;
+            }
+        }
+    }
+    packet::write_tuple::<F>(&Buffer(ctx), headers, new)
+}
+
+/// Turns the packet into its refusal and sends it back through the device it came from.
+#[inline(never)]
+fn refuse<F: Family>(ctx: &TcContext, headers: &Headers<F::Words>) -> i32 {
+    let quote = icmp::quote_len(headers);
+    let prefix = icmp::prefix_len::<F>() as i32;
+    // SAFETY: the helpers check their arguments against the buffer; pointers are taken anew afterwards.
+    unsafe {
+        if bpf_skb_change_tail(ctx.skb.skb, (ETHERNET + quote) as u32, 0) != 0
+            || bpf_skb_adjust_room(ctx.skb.skb, prefix, BPF_ADJ_ROOM_MAC, 0) != 0
+        {
+            return TC_ACT_SHOT;
+        }
+    }
+    if !icmp::port_unreachable::<F>(&Buffer(ctx), headers, quote) {
+        return TC_ACT_SHOT;
+    }
+    // SAFETY: the context is valid while the program runs; the helper only notes where to send.
+    unsafe { bpf_redirect((*ctx.skb.skb).ifindex, 0) as i32 }
+}

@@ -1,0 +1,197 @@
+//! XDP on node devices: packets from the network, before the kernel makes a socket buffer of them.
+//!
+//! A packet whose receiver is on another node is rewritten in full and sent on from here; one for this node is rewritten
+//! and passed up; whatever the kernel must help with (no neighbour yet, no route, too big, last hop) is passed up
+//! untouched, and tc finds the same flow there.
+
+use aya_ebpf::{
+    EbpfContext,
+    bindings::xdp_action::{XDP_DROP, XDP_PASS, XDP_TX},
+    helpers::{bpf_fib_lookup, bpf_xdp_adjust_head, bpf_xdp_adjust_tail},
+    macros::xdp,
+    programs::XdpContext,
+};
+use shunt_common::{
+    balance::{Arrival, From, Verdict, arriving},
+    event::Event,
+    family::{Family, V4, V6, Words6},
+    icmp,
+    packet::{self, ETHERNET, Headers, Packet, Tuple},
+};
+
+use crate::maps::{Hook, KernelFamily, KernelMaps, count};
+
+/// A frame in the driver's memory.
+struct Frame<'a>(&'a XdpContext);
+
+impl Packet for Frame<'_> {
+    #[inline(always)]
+    fn bytes(&self, offset: usize, len: usize) -> Option<*mut u8> {
+        let start = self.0.data() + offset;
+        (start + len <= self.0.data_end()).then_some(start as *mut u8)
+    }
+}
+
+/// Packets from the network.
+#[xdp]
+fn xdp_node(ctx: XdpContext) -> u32 {
+    match packet::ethertype(&Frame(&ctx)) {
+        Some(V4::ETHERTYPE) => node4(&ctx),
+        Some(V6::ETHERTYPE) => node6(&ctx),
+        _ => XDP_PASS,
+    }
+}
+
+// One function per family: each has a BPF stack of its own.
+#[inline(never)]
+fn node4(ctx: &XdpContext) -> u32 {
+    node::<V4>(ctx)
+}
+
+#[inline(never)]
+fn node6(ctx: &XdpContext) -> u32 {
+    node::<V6>(ctx)
+}
+
+#[inline(always)]
+fn node<F: KernelFamily>(ctx: &XdpContext) -> u32 {
+    let frame = Frame(ctx);
+    let Some(headers) = packet::parse::<F>(&frame, ETHERNET) else {
+        return XDP_PASS;
+    };
+    let maps = KernelMaps::new(ctx.as_ptr(), Hook::Xdp);
+    let Headers { tuple, tcp_flags, .. } = headers;
+    match arriving::<F, _>(
+        &maps,
+        &Arrival {
+            tuple,
+            tcp_flags,
+            from: From::Network,
+            sends_on: true,
+        },
+    ) {
+        Verdict::Pass => XDP_PASS,
+        Verdict::Drop => XDP_DROP,
+        Verdict::Refuse => refuse::<F>(ctx, &headers),
+        Verdict::Translate(to) if to.local => {
+            rewrite::<F>(&frame, &headers, &to.tuple);
+            XDP_PASS
+        }
+        Verdict::Translate(to) => send_on::<F>(ctx, &headers, &to.tuple),
+    }
+}
+
+/// Writes the new tuple; every offset was checked when the headers were read, so it does not fail.
+#[inline(always)]
+fn rewrite<F: Family>(frame: &Frame<'_>, headers: &Headers<F::Words>, new: &Tuple<F::Words>) -> bool {
+    packet::update_checksum::<F>(frame, headers, new) && packet::write_tuple::<F>(frame, headers, new)
+}
+
+/// The kernel's `struct bpf_fib_lookup`, without its unions.
+#[repr(C)]
+struct FibLookup {
+    family: u8,
+    l4_protocol: u8,
+    sport: u16,
+    dport: u16,
+    /// In: length of the packet from its IP header. Out: the route's MTU.
+    tot_len: u16,
+    /// In: the device the packet came in through. Out: the one it leaves through.
+    ifindex: u32,
+    flowinfo: u32,
+    src: Words6,
+    dst: Words6,
+    vlan: u32,
+    smac: [u8; 6],
+    dmac: [u8; 6],
+}
+
+const _: () = assert!(size_of::<FibLookup>() == 64);
+
+/// Routes the packet by the kernel's tables and sends it, if it can be sent from here.
+#[inline(never)]
+fn send_on<F: KernelFamily>(ctx: &XdpContext, headers: &Headers<F::Words>, new: &Tuple<F::Words>) -> u32 {
+    let frame = Frame(ctx);
+    let ingress = ctx.ingress_ifindex() as u32;
+    let mut fib = FibLookup {
+        family: F::AF,
+        l4_protocol: new.proto,
+        sport: new.src_port.to_be(),
+        dport: new.dst_port.to_be(),
+        tot_len: (ctx.data_end() - ctx.data() - ETHERNET) as u16,
+        ifindex: ingress,
+        flowinfo: 0,
+        src: words::<F>(new.src),
+        dst: words::<F>(new.dst),
+        vlan: 0,
+        smac: [0; 6],
+        dmac: [0; 6],
+    };
+    // SAFETY: `fib` has the size and layout of the kernel's struct.
+    let routed = unsafe { bpf_fib_lookup(ctx.as_ptr(), (&raw mut fib).cast(), size_of::<FibLookup>() as i32, 0) };
+    // Another device may lack the means to send XDP frames, and would lose them without a word.
+    if routed != 0 || fib.ifindex != ingress || !packet::decrement_hops::<F>(&frame, headers.l3) {
+        count(Event::XdpToTc);
+        return XDP_PASS;
+    }
+    if !rewrite::<F>(&frame, headers, new) {
+        count(Event::RewriteFailed);
+        return XDP_DROP;
+    }
+    let Some(ethernet) = frame.bytes(0, ETHERNET) else {
+        return XDP_DROP;
+    };
+    // SAFETY: 14 bytes were checked; the addresses are 6 bytes each.
+    unsafe {
+        ethernet.cast::<[u8; 6]>().write_unaligned(fib.dmac);
+        ethernet.add(6).cast::<[u8; 6]>().write_unaligned(fib.smac);
+    }
+    XDP_TX
+}
+
+/// An address as the kernel's union holds it: IPv4 in the first word.
+#[inline(always)]
+fn words<F: Family>(addr: F::Words) -> Words6 {
+    // SAFETY: an address is one or two words.
+    unsafe {
+        if size_of::<F::Words>() == 4 {
+            Words6 {
+                high: u64::from(core::mem::transmute_copy::<_, u32>(&addr)),
+                low: 0,
+            }
+        } else {
+            core::mem::transmute_copy(&addr)
+        }
+    }
+}
+
+/// Turns the packet into its refusal and sends it back.
+#[inline(never)]
+fn refuse<F: Family>(ctx: &XdpContext, headers: &Headers<F::Words>) -> u32 {
+    let quote = icmp::quote_len(headers);
+    let surplus = (ETHERNET + quote) as i32 - (ctx.data_end() - ctx.data()) as i32;
+    // SAFETY: both helpers check their arguments against the frame; pointers are taken anew afterwards.
+    unsafe {
+        if surplus > 0
+            || bpf_xdp_adjust_tail(ctx.ctx, surplus) != 0
+            || bpf_xdp_adjust_head(ctx.ctx, -(icmp::prefix_len::<F>() as i32)) != 0
+        {
+            return XDP_DROP;
+        }
+    }
+    let frame = Frame(ctx);
+    let prefix = icmp::prefix_len::<F>();
+    let (Some(old), Some(new)) = (frame.bytes(prefix, ETHERNET), frame.bytes(0, ETHERNET)) else {
+        return XDP_DROP;
+    };
+    // SAFETY: both were checked for 14 bytes, and lie at least 28 bytes apart.
+    unsafe {
+        new.cast::<[u8; ETHERNET]>()
+            .write_unaligned(old.cast::<[u8; ETHERNET]>().read_unaligned())
+    };
+    if icmp::port_unreachable::<F>(&frame, headers, quote) {
+        XDP_TX
+    } else {
+        XDP_DROP
+    }
+}
