@@ -7,8 +7,8 @@
 use crate::{
     checksum,
     family::Family,
-    layout::TCP,
-    packet::{self, ETHERNET, Headers, Packet, read, write, write_addr},
+    layout::{TCP, UDP},
+    packet::{ETHERNET, Headers, Packet, read, write, write_addr},
 };
 
 /// Length of an ICMP or ICMPv6 error's own header.
@@ -102,23 +102,31 @@ pub fn port_unreachable<F: Family>(packet: &impl Packet, refused: &Headers<F::Wo
 /// UDP's length) is set such that filling in would write what stands there already.
 #[inline(always)]
 fn settle_checksum<F: Family>(packet: &impl Packet, refused: &Headers<F::Words>, inner: usize) -> bool {
-    let Some(offset) = packet::checksum_offset(refused.tuple.proto) else {
-        return true;
-    };
     let l4 = inner + (refused.l4 - refused.l3);
-    let (len, spare) = if refused.tuple.proto == TCP { (20, 18) } else { (8, 4) };
-    let Some(ptr) = packet.bytes(l4, len) else { return false };
-    // SAFETY: `len` bytes were checked, and both fields lie within.
-    let field: u16 = unsafe {
-        write::<u16>(ptr, spare, 0);
-        read(ptr, offset)
-    };
-    let Some(rest) = sum(packet, l4, len) else { return false };
-    let Some(ptr) = packet.bytes(l4, len) else { return false };
-    // rest + spare = !field, with rest including the field.
-    let value = checksum::fold(u64::from(!field) + u64::from(!checksum::fold(rest)));
-    // SAFETY: as above.
-    unsafe { write(ptr, spare, value) };
+    match refused.tuple.proto {
+        TCP => settle::<20, 16, 18>(packet, l4),
+        UDP => settle::<8, 6, 4>(packet, l4),
+        _ => true,
+    }
+}
+
+/// [`settle_checksum`] of a header of `LEN` bytes with its checksum at `FIELD` and the other field at `SPARE`.
+// Constants, and one check for all of the header, because the verifier follows a variable length to one comparison only.
+#[inline(always)]
+fn settle<const LEN: usize, const FIELD: usize, const SPARE: usize>(packet: &impl Packet, l4: usize) -> bool {
+    let Some(ptr) = packet.bytes(l4, LEN) else { return false };
+    let mut rest = 0;
+    // SAFETY: `LEN` bytes were checked, and all offsets lie within.
+    unsafe {
+        for i in 0..LEN / 2 {
+            if i * 2 != SPARE {
+                rest += u64::from(read::<u16>(ptr, i * 2));
+            }
+        }
+        let field: u16 = read(ptr, FIELD);
+        // rest + spare = !field, with rest including the field.
+        write(ptr, SPARE, checksum::fold(u64::from(!field) + u64::from(!checksum::fold(rest))));
+    }
     true
 }
 
