@@ -35,10 +35,18 @@ fn main() -> ExitCode {
 
 fn build() -> Result<(), String> {
     let workspace = PathBuf::from(variable("CARGO_MANIFEST_DIR")?).join("..");
-    let workspace = workspace.canonicalize().map_err(|e| format!("{}: {e}", workspace.display()))?;
+    let workspace = workspace
+        .canonicalize()
+        .map_err(|e| format!("{}: {e}", workspace.display()))?;
     let out = PathBuf::from(variable("OUT_DIR")?).join(OBJECT);
     let env_file = workspace.join("target/tools/env");
-    for path in ["proxy-ebpf", "proxy-common", "Cargo.toml", "Cargo.lock", "target/tools/env"] {
+    for path in [
+        "proxy-ebpf",
+        "proxy-common",
+        "Cargo.toml",
+        "Cargo.lock",
+        "target/tools/env",
+    ] {
         println!("cargo::rerun-if-changed={}", workspace.join(path).display());
     }
 
@@ -81,7 +89,10 @@ fn build() -> Result<(), String> {
         cargo.env_remove(name);
     }
     for (name, _) in env::vars_os() {
-        if name.to_str().is_some_and(|n| n.starts_with("CARGO_PROFILE_") || n.starts_with("CARGO_UNSTABLE_")) {
+        if name
+            .to_str()
+            .is_some_and(|n| n.starts_with("CARGO_PROFILE_") || n.starts_with("CARGO_UNSTABLE_"))
+        {
             cargo.env_remove(name);
         }
     }
@@ -95,10 +106,15 @@ fn build() -> Result<(), String> {
         .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "1")
         .envs(&tools);
 
-    let output = cargo.output().map_err(|e| format!("{:?} does not start: {e}", cargo.get_program()))?;
+    let output = cargo
+        .output()
+        .map_err(|e| format!("{:?} does not start: {e}", cargo.get_program()))?;
     let stderr = String::from_utf8_lossy(&output.stderr);
     if !output.status.success() {
-        return Err(format!("{stderr}\nproxy-ebpf does not build ({}); see above", output.status));
+        return Err(format!(
+            "{stderr}\nproxy-ebpf does not build ({}); see above",
+            output.status
+        ));
     }
     for warning in warnings(&stderr) {
         println!("cargo::warning=proxy-ebpf: {warning}");
@@ -110,14 +126,21 @@ fn build() -> Result<(), String> {
 
 /// The toolchain that `cargo xtask setup` wrote down: lines of `KEY=VALUE`, empty lines and `#` comments.
 fn tools(file: &Path) -> Result<BTreeMap<String, String>, String> {
-    let text = fs::read_to_string(file)
-        .map_err(|e| format!("the BPF toolchain is not set up ({}: {e}): run `cargo xtask setup`", file.display()))?;
+    let text = fs::read_to_string(file).map_err(|e| {
+        format!(
+            "the BPF toolchain is not set up ({}: {e}): run `cargo xtask setup`",
+            file.display()
+        )
+    })?;
     text.lines()
         .map(str::trim)
         .filter(|line| !line.is_empty() && !line.starts_with('#'))
         .map(|line| match line.split_once('=') {
             Some((key, value)) => Ok((key.trim().to_owned(), value.trim().to_owned())),
-            None => Err(format!("{}: `{line}` is not KEY=VALUE: run `cargo xtask setup`", file.display())),
+            None => Err(format!(
+                "{}: `{line}` is not KEY=VALUE: run `cargo xtask setup`",
+                file.display()
+            )),
         })
         .collect()
 }
@@ -127,7 +150,10 @@ fn warnings(stderr: &str) -> impl Iterator<Item = String> + '_ {
     let lines: Vec<&str> = stderr.lines().collect();
     (0..lines.len()).filter_map(move |i| {
         let text = lines[i].strip_prefix("warning: ")?;
-        let place = lines.get(i + 1).and_then(|l| l.trim().strip_prefix("--> ")).unwrap_or_default();
+        let place = lines
+            .get(i + 1)
+            .and_then(|l| l.trim().strip_prefix("--> "))
+            .unwrap_or_default();
         Some(format!("{text} {place}").trim().to_owned())
     })
 }
