@@ -20,7 +20,7 @@ use shunt::{
     datapath::{
         Capacities, Paths,
         attach::{Attacher, PinnedLink, TcMode, XdpMode, pinned_links},
-        devices::{DevicePatterns, DeviceWatcher, Glob, Role},
+        devices::{Device, DevicePatterns, DeviceWatcher, Glob, Role},
         load::{Datapath, LoadConfig, LoadError, load},
         lock::LockError,
         netns::{self, NodePortAddresses},
@@ -307,6 +307,32 @@ fn programs_follow_devices() {
 }
 
 #[test]
+fn a_device_that_vanished_before_it_got_its_programs_is_no_problem() {
+    let place = Place::new();
+    in_namespace(move || {
+        let datapath = place.load().unwrap();
+        for mode in [TcMode::Tcx, TcMode::Clsact] {
+            let mut attacher = Attacher::with_tc(&datapath, XdpMode::Native, mode).unwrap();
+            let ghost = |index, name: &str| Device {
+                index,
+                name: name.to_owned(),
+                ..Device::default()
+            };
+            let status = attacher
+                .reconcile(&[(ghost(4711, "node0"), Role::Node), (ghost(4712, "pod0"), Role::Pod)])
+                .unwrap();
+            for device in status {
+                assert!(
+                    device.problems.is_empty() && device.programs.is_empty(),
+                    "{mode:?} {device:?}"
+                );
+            }
+            assert_eq!(place.pins(), set(&[]));
+        }
+    });
+}
+
+#[test]
 fn two_devices_that_swap_names_keep_their_links() {
     let place = Place::new();
     in_namespace(move || {
@@ -418,10 +444,16 @@ fn clsact_filters_are_replaced_not_stacked_and_cleaned_up() {
         ip("link add node0 type veth peer name pod0");
         // Somebody else's qdisc and filter stay.
         tc("qdisc add dev pod0 clsact");
-        tc("filter add dev pod0 ingress protocol all prio 7 matchall action pass");
+        let datapath = place.load().unwrap();
+        let any = place.paths().program("tc_node_in");
+        tc(&format!(
+            "filter add dev pod0 ingress protocol all prio 7 handle 9 bpf da pinned {}",
+            any.display()
+        ));
+        drop(datapath);
         let program = || {
             let filters = tc("filter show dev node0 ingress");
-            assert_eq!(filters.matches("tc_node_in").count(), 1, "{filters}");
+            assert_eq!(filters.matches("direct-action").count(), 1, "{filters}");
             let (_, id) = filters.split_once(" id ").unwrap();
             id.split_whitespace().next().unwrap().to_owned()
         };
@@ -448,7 +480,7 @@ fn clsact_filters_are_replaced_not_stacked_and_cleaned_up() {
         assert!(!tc("qdisc show dev node0").contains("clsact"));
         assert!(tc("qdisc show dev pod0").contains("clsact"));
         let left = tc("filter show dev pod0 ingress");
-        assert!(left.contains("matchall") && !left.contains("tc_pod_in"), "{left}");
+        assert!(left.contains("handle 0x9") && !left.contains("tc_pod_in"), "{left}");
 
         // A kernel with TCX takes over from one without.
         run(TcMode::Clsact);
@@ -639,7 +671,7 @@ fn devices_are_found_without_patterns() {
         ip("link set lo up");
         ip("link add br0 type bridge");
         ip("link add eth0 type veth peer name wan");
-        ip("link add eth1 type dummy");
+        ip("link add eth1 type veth peer name wan1");
         ip("link add veth1 type veth peer name in1");
         ip("addr add 192.0.2.1/24 dev eth0");
         ip("addr add 198.51.100.1/24 dev eth1");
@@ -676,7 +708,7 @@ fn devices_are_found_without_patterns() {
 fn node_addresses_are_followed() {
     in_namespace(|| {
         ip("link set lo up");
-        ip("link add eth0 type dummy");
+        ip("link add eth0 type veth peer name wan");
         ip("link set eth0 up");
         ip("addr add 192.0.2.1/24 dev eth0");
         runtime().block_on(async {

@@ -16,6 +16,9 @@ use crate::datapath::{
     lock::{LockError, RootLock},
 };
 
+/// What the kernel puts into every bpffs (`CONFIG_BPF_PRELOAD`).
+const KERNEL_FILES: [&str; 2] = ["maps.debug", "progs.debug"];
+
 /// What was removed, or what stays.
 #[derive(Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Removed {
@@ -121,9 +124,14 @@ fn remove_version(root: &Path, version: &Path, removed: &mut Removed) -> Result<
 }
 
 fn remove_root(root: &Path, removed: &mut Removed) -> Result<(), CleanupError> {
-    let left = entries(root)?;
+    let mut left = entries(root)?;
+    let mounted = mounted_by_shunt(root);
+    if mounted {
+        // The kernel's own iterators, in every bpffs; they go with the mount.
+        left.retain(|path| !KERNEL_FILES.iter().any(|name| path.ends_with(name)));
+    }
     if left.is_empty() {
-        if mounted_by_shunt(root) {
+        if mounted {
             rustix::mount::unmount(root, rustix::mount::UnmountFlags::empty())
                 .map_err(|e| io_error("unmount", root)(e.into()))?;
         }

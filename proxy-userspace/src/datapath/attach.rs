@@ -23,7 +23,7 @@ use super::{
     devices::{Device, Role, XdpState},
     link::{self, Hook, OpenLink, Target},
     load::Datapath,
-    unescape,
+    rtnl, unescape,
 };
 
 /// `CGROUP2_SUPER_MAGIC` of linux/magic.h.
@@ -385,7 +385,7 @@ impl Attacher {
                         self.problems.remove(&key);
                         state.programs.push(program);
                     }
-                    Err(error) if gone(&error) => {
+                    Err(error) if gone(&error, device.index) => {
                         debug!(device = device.name, "{program}: the device is gone already");
                     }
                     Err(error) if hook == Hook::Xdp && self.xdp == XdpMode::Auto => {
@@ -598,6 +598,11 @@ impl Attacher {
     }
 }
 
-fn gone(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::ENODEV | libc::ENXIO | libc::ENOLINK))
+/// Whether the reason for `error` is that the device is not there any more. XDP says no more than `EINVAL` then.
+fn gone(error: &io::Error, index: u32) -> bool {
+    match error.raw_os_error() {
+        Some(libc::ENODEV | libc::ENXIO | libc::ENOLINK) => true,
+        Some(libc::EINVAL) => rtnl::device_name(index).is_ok_and(|name| name.is_none()),
+        _ => false,
+    }
 }

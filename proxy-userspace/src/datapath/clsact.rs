@@ -133,7 +133,7 @@ pub(crate) fn attach(device: &str, hook: Hook, program: &Path) -> io::Result<()>
 pub(crate) fn detach(note: &Note) -> io::Result<()> {
     let gone = |e: &io::Error| matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::EINVAL));
     // The name may be another device's by now.
-    if rustix_index(&note.device)? != Some(note.index) {
+    if rtnl::device_index(&note.device)? != Some(note.index) {
         return Ok(());
     }
     for (_, direction, _) in DIRECTIONS {
@@ -170,15 +170,6 @@ fn has_filters(index: u32) -> io::Result<bool> {
         }
     }
     Ok(false)
-}
-
-fn rustix_index(device: &str) -> io::Result<Option<u32>> {
-    let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?;
-    match rustix::net::netdevice::name_to_index(&socket, device) {
-        Ok(index) => Ok(Some(index)),
-        Err(rustix::io::Errno::NODEV) => Ok(None),
-        Err(e) => Err(e.into()),
-    }
 }
 
 fn direction(hook: Hook) -> io::Result<TcAttachType> {

@@ -1,11 +1,19 @@
 //! Blocking requests to rtnetlink in the calling thread's network namespace: short ones, answered by the kernel at once.
 
-use std::{io, os::fd::AsRawFd};
+use std::{
+    io,
+    os::fd::{AsRawFd, OwnedFd},
+};
 
 use netlink_packet_route::RouteNetlinkMessage;
 use rtnetlink::{
     packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload},
     sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
+};
+
+use rustix::{
+    io::Errno,
+    net::{AddressFamily, SocketType, netdevice, socket},
 };
 
 /// Set on a dump during which the tables changed.
@@ -37,6 +45,34 @@ pub(crate) fn dump(message: RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkM
 /// The kernel's answer.
 pub(crate) fn change(message: RouteNetlinkMessage) -> io::Result<()> {
     exchange(message, NLM_F_REQUEST | NLM_F_ACK).map(drop)
+}
+
+/// The index of the device with this name; `None` if there is none.
+///
+/// # Errors
+/// When there is no socket to ask with.
+pub(crate) fn device_index(name: &str) -> io::Result<Option<u32>> {
+    match netdevice::name_to_index(datagram_socket()?, name) {
+        Ok(index) => Ok(Some(index)),
+        Err(Errno::NODEV) => Ok(None),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// The name of the device with this index; `None` if there is none.
+///
+/// # Errors
+/// When there is no socket to ask with.
+pub(crate) fn device_name(index: u32) -> io::Result<Option<String>> {
+    match netdevice::index_to_name(datagram_socket()?, index) {
+        Ok(name) => Ok(Some(name)),
+        Err(Errno::NODEV | Errno::NXIO) => Ok(None),
+        Err(e) => Err(e.into()),
+    }
+}
+
+fn datagram_socket() -> rustix::io::Result<OwnedFd> {
+    socket(AddressFamily::INET, SocketType::DGRAM, None)
 }
 
 fn exchange(message: RouteNetlinkMessage, flags: u16) -> io::Result<(Vec<RouteNetlinkMessage>, bool)> {
