@@ -129,7 +129,7 @@ pub(crate) fn unescape(name: &str) -> String {
 /// How many entries the maps take; per family where there is one map per family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capacities {
-    /// `--max-frontends`: entries of `frontends*`; every frontend has two, one per scope.
+    /// `--max-frontends`: entries of `frontends*` and `services`; every frontend has two, one per scope.
     pub frontends: u32,
     /// `--max-slots`: entries of `slots*`.
     pub slots: u32,
@@ -169,6 +169,8 @@ impl Capacities {
         } = *self;
         [
             (&names::FRONTENDS[..], "--max-frontends", frontends),
+            // A Service has two frontends at least.
+            (&[names::SERVICES][..], "--max-frontends", frontends),
             (&names::SLOTS[..], "--max-slots", slots),
             (&[names::BACKENDS][..], "--max-backends", backends),
             (&names::FLOWS[..], "--max-flows", flows),
@@ -179,7 +181,7 @@ impl Capacities {
         .find_map(|(maps, setting, value)| maps.contains(&map).then_some((setting, value)))
     }
 
-    /// Takes over the size that `map` has.
+    /// Takes over the size that `map` has; `services` follows `frontends*`.
     fn set(&mut self, map: &str, entries: u32) {
         let fields = [
             (&names::FRONTENDS[..], &mut self.frontends),
