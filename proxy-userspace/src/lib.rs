@@ -9,5 +9,11 @@
 //! - [`sync`]: brings the pinned maps to the plan, writing only differences.
 //! - [`datapath`]: loading, pinning and attaching the BPF programs; typed access to the maps.
 //! - [`cli`]: one file per verb.
+pub mod cli {
+    //! One file per verb.
+    pub mod check;
+    pub mod cleanup;
+}
+pub mod datapath;
 pub mod object;
 pub mod plan;

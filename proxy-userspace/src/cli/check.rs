@@ -1,0 +1,545 @@
+//! `shunt check`: what this kernel, this process and this node have of what shunt needs, tried out, not read from versions.
+//!
+//! Nothing is left behind and nothing of the node's own is touched: programs are attached to the loopback device of a
+//! network namespace that lives as long as the probe.
+
+use std::{
+    fs, io,
+    os::fd::{AsFd, AsRawFd},
+    path::Path,
+};
+
+use aya::{
+    maps::MapType,
+    programs::ProgramType,
+    sys::{is_helper_supported, is_map_supported},
+};
+use aya_obj::generated::bpf_func_id;
+use comfy_table::{Table, presets::NOTHING};
+use rustix::fs::statfs;
+use serde::Serialize;
+
+use crate::datapath::{
+    link::{self, Hook},
+    load::{is_bpffs, kernel},
+};
+
+/// `BPF_PROG_TYPE_SCHED_CLS`.
+const SCHED_CLS: u32 = 3;
+/// `BPF_PROG_TYPE_XDP`.
+const XDP: u32 = 6;
+/// `BPF_PROG_TYPE_CGROUP_SOCK_ADDR`.
+const CGROUP_SOCK_ADDR: u32 = 18;
+/// `XDP_FLAGS_SKB_MODE`.
+const XDP_FLAGS_SKB_MODE: u32 = 1 << 1;
+/// Index of the loopback device in every network namespace.
+const LOOPBACK: u32 = 1;
+
+/// How much depends on a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Need {
+    /// shunt does not run without it.
+    Required,
+    /// Something is missing or slower without it.
+    Optional,
+}
+
+/// One row of the table.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Row {
+    /// The feature, capability or condition.
+    pub what: String,
+    /// How much depends on it.
+    pub need: Need,
+    /// Whether it is there.
+    pub ok: bool,
+    /// What was found.
+    pub found: String,
+    /// What to do when it is not there; empty when it is.
+    pub advice: String,
+}
+
+/// All rows, and the kernel that they are about.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Report {
+    /// The running kernel's release.
+    pub kernel: String,
+    /// The rows.
+    pub rows: Vec<Row>,
+}
+
+impl Report {
+    /// Whether everything required is there.
+    pub fn ok(&self) -> bool {
+        self.rows.iter().all(|row| row.ok || row.need == Need::Optional)
+    }
+}
+
+struct Rows(Vec<Row>);
+
+impl Rows {
+    fn add(&mut self, what: &str, need: Need, found: Result<String, String>, advice: &str) {
+        let ok = found.is_ok();
+        let advice = if ok { String::new() } else { advice.to_owned() };
+        let found = found.unwrap_or_else(|e| e);
+        self.0.push(Row {
+            what: what.to_owned(),
+            need,
+            ok,
+            found,
+            advice,
+        });
+    }
+}
+
+/// Tries everything out.
+pub fn check(bpf_root: &Path, cgroup_root: &Path) -> Report {
+    let mut rows = Rows(Vec::new());
+    capabilities(&mut rows);
+    filesystems(&mut rows, bpf_root, cgroup_root);
+    features(&mut rows);
+    others(&mut rows);
+    Report {
+        kernel: kernel(),
+        rows: rows.0,
+    }
+}
+
+fn capabilities(rows: &mut Rows) {
+    // capabilities(7): NET_ADMIN 12, SYS_ADMIN 21, PERFMON 38, BPF 39.
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status
+        .lines()
+        .find_map(|l| l.strip_prefix("CapEff:"))
+        .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
+        .unwrap_or(0);
+    let has = |bit: u32| effective & (1 << bit) != 0;
+    for (name, ok) in [
+        ("BPF", has(39) || has(21)),
+        ("NET_ADMIN", has(12)),
+        ("PERFMON", has(38) || has(21)),
+    ] {
+        let found = if ok {
+            Ok("held".to_owned())
+        } else {
+            Err("not held".to_owned())
+        };
+        rows.add(
+            &format!("capability {name}"),
+            Need::Required,
+            found,
+            &format!("run as root, or add {name} to the container's securityContext.capabilities"),
+        );
+    }
+}
+
+fn filesystems(rows: &mut Rows, bpf_root: &Path, cgroup_root: &Path) {
+    let existing = bpf_root.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"));
+    let known = fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    let bpffs = if is_bpffs(existing) {
+        Ok(format!("{} is on one", bpf_root.display()))
+    } else if known.lines().any(|l| l.split_whitespace().last() == Some("bpf")) {
+        Ok("known to the kernel; `shunt run` mounts it".to_owned())
+    } else {
+        Err("not known to the kernel".to_owned())
+    };
+    rows.add("bpffs", Need::Required, bpffs, "a kernel with CONFIG_BPF_SYSCALL");
+    let btf = fs::metadata("/sys/kernel/btf/vmlinux")
+        .map(|m| format!("{} KiB", m.len() / 1024))
+        .map_err(|e| format!("/sys/kernel/btf/vmlinux: {e}"));
+    rows.add(
+        "kernel type information (BTF)",
+        Need::Required,
+        btf,
+        "a kernel with CONFIG_DEBUG_INFO_BTF",
+    );
+    // CGROUP2_SUPER_MAGIC of linux/magic.h.
+    let cgroup = match statfs(cgroup_root) {
+        Ok(s) if s.f_type as u64 & 0xffff_ffff == 0x6367_7270 => Ok(cgroup_root.display().to_string()),
+        Ok(_) => Err(format!("{} is no cgroup2 directory", cgroup_root.display())),
+        Err(e) => Err(format!("{}: {e}", cgroup_root.display())),
+    };
+    rows.add(
+        "cgroup2 root",
+        Need::Optional,
+        cgroup,
+        "name it with --cgroup-root (often /sys/fs/cgroup or /sys/fs/cgroup/unified); without it run with --socket-lb off",
+    );
+}
+
+fn features(rows: &mut Rows) {
+    for (kind, name, need, advice) in [
+        (MapType::LruHash, "LRU hash map", Need::Required, "kernel 4.10 or later"),
+        (
+            MapType::SkStorage,
+            "socket storage map",
+            Need::Optional,
+            "kernel 5.2 or later; without it run with --socket-lb off",
+        ),
+    ] {
+        let found = match is_map_supported(kind) {
+            Ok(true) => Ok("works".to_owned()),
+            Ok(false) => Err("not supported".to_owned()),
+            Err(e) => Err(chain(&e)),
+        };
+        rows.add(name, need, found, advice);
+    }
+    let batch = link::probe_batch()
+        .map(|()| "works".to_owned())
+        .map_err(|e| e.to_string());
+    rows.add(
+        "batch operations on maps",
+        Need::Optional,
+        batch,
+        "kernel 5.6 or later; without them walks over flows are slower",
+    );
+
+    use ProgramType::{CgroupSockAddr, SchedClassifier, Xdp};
+    use bpf_func_id::{
+        BPF_FUNC_fib_lookup, BPF_FUNC_get_netns_cookie, BPF_FUNC_redirect_peer, BPF_FUNC_set_retval,
+        BPF_FUNC_sk_lookup_udp, BPF_FUNC_sk_storage_get, BPF_FUNC_skc_lookup_tcp,
+    };
+    let tc = "kernel 5.15 or later";
+    for (program, helper, name, need, advice) in [
+        (
+            SchedClassifier,
+            BPF_FUNC_fib_lookup,
+            "route lookup in tc (fib_lookup)",
+            Need::Required,
+            tc,
+        ),
+        (
+            SchedClassifier,
+            BPF_FUNC_skc_lookup_tcp,
+            "TCP socket lookup in tc",
+            Need::Required,
+            tc,
+        ),
+        (
+            SchedClassifier,
+            BPF_FUNC_sk_lookup_udp,
+            "UDP socket lookup in tc",
+            Need::Required,
+            tc,
+        ),
+        (
+            SchedClassifier,
+            BPF_FUNC_redirect_peer,
+            "redirect into a pod (redirect_peer)",
+            Need::Optional,
+            "kernel 5.10 or later",
+        ),
+        (
+            Xdp,
+            BPF_FUNC_fib_lookup,
+            "route lookup in XDP (fib_lookup)",
+            Need::Optional,
+            "run with --xdp off",
+        ),
+        (
+            Xdp,
+            BPF_FUNC_skc_lookup_tcp,
+            "TCP socket lookup in XDP",
+            Need::Optional,
+            "run with --xdp off",
+        ),
+        (
+            CgroupSockAddr,
+            BPF_FUNC_sk_storage_get,
+            "socket storage in the socket hook",
+            Need::Optional,
+            "run with --socket-lb off",
+        ),
+        (
+            CgroupSockAddr,
+            BPF_FUNC_get_netns_cookie,
+            "namespace cookie in the socket hook",
+            Need::Optional,
+            "run with --socket-lb off",
+        ),
+        (
+            CgroupSockAddr,
+            BPF_FUNC_set_retval,
+            "refusal with ECONNREFUSED in the socket hook (set_retval)",
+            Need::Optional,
+            "kernel 5.18 or later; before it a refused connect(2) fails with EPERM",
+        ),
+    ] {
+        let found = match is_helper_supported(program, helper) {
+            Ok(true) => Ok("works".to_owned()),
+            Ok(false) => Err("not supported".to_owned()),
+            Err(e) => Err(chain(&e)),
+        };
+        rows.add(name, need, found, advice);
+    }
+
+    let links = cgroup_links().map_err(|e| e.to_string());
+    rows.add(
+        "links to cgroups",
+        Need::Optional,
+        links,
+        "kernel 5.7 or later; without them run with --socket-lb off",
+    );
+    // A namespace of the probe's own, gone with its thread.
+    let attached = std::thread::spawn(|| -> io::Result<[io::Result<()>; 2]> {
+        // SAFETY: nothing else runs in this thread that a new network namespace could surprise.
+        unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }?;
+        let xdp = link::load_trivial(XDP, Some(Hook::Xdp), 2)
+            .and_then(|program| link::create(program.as_fd(), LOOPBACK, Hook::Xdp, XDP_FLAGS_SKB_MODE));
+        let tcx = link::load_trivial(SCHED_CLS, None, -1)
+            .and_then(|program| link::create(program.as_fd(), LOOPBACK, Hook::TcxIngress, 0));
+        Ok([xdp.map(drop), tcx.map(drop)])
+    });
+    let [xdp, tcx] = match attached
+        .join()
+        .unwrap_or_else(|_| Err(io::Error::other("the probe panicked")))
+    {
+        Ok(results) => results.map(|r| r.map(|()| "works".to_owned()).map_err(|e| e.to_string())),
+        Err(e) => [0, 1].map(|_| Err(format!("no network namespace to try it in: {e}"))),
+    };
+    rows.add(
+        "links to XDP",
+        Need::Optional,
+        xdp,
+        "kernel 5.9 or later; without them run with --xdp off",
+    );
+    rows.add(
+        "links to tc (TCX)",
+        Need::Optional,
+        tcx,
+        "kernel 6.6 or later; before it shunt uses clsact filters",
+    );
+}
+
+fn cgroup_links() -> io::Result<String> {
+    let program = link::load_trivial(CGROUP_SOCK_ADDR, Some(Hook::Connect4), 1)?;
+    // No cgroup at all, so that nothing is attached: a kernel that knows such links looks at the descriptor first.
+    let not_a_cgroup = fs::File::open("/dev/null")?;
+    match link::create(program.as_fd(), not_a_cgroup.as_raw_fd() as u32, Hook::Connect4, 0) {
+        Err(e) if e.raw_os_error() == Some(libc::EBADF) => Ok("works".to_owned()),
+        Err(e) => Err(e),
+        Ok(_) => Err(io::Error::other("the kernel took /dev/null for a cgroup")),
+    }
+}
+
+/// Others who translate Service traffic: two proxies on a node fight over its packets.
+fn others(rows: &mut Rows) {
+    let found = match nft::kube_proxy() {
+        Ok(Some(what)) => Err(what),
+        Ok(None) => Ok("none found".to_owned()),
+        // Without nf_tables in the kernel there are no rules in it.
+        Err(e)
+            if matches!(
+                e.raw_os_error(),
+                Some(libc::EPROTONOSUPPORT | libc::EOPNOTSUPP | libc::EINVAL)
+            ) =>
+        {
+            Ok("no nf_tables in this kernel".to_owned())
+        }
+        Err(e) => Ok(format!("cannot tell: nf_tables: {e}")),
+    };
+    let advice = "stop kube-proxy on this node, then remove its rules with `kube-proxy --cleanup`";
+    rows.add("no kube-proxy rules in nf_tables", Need::Optional, found, advice);
+    for (port, what) in [(10256, "healthz"), (10249, "metrics")] {
+        let found = if listening(port) {
+            Err(format!("port {port} is taken"))
+        } else {
+            Ok(format!("port {port} is free"))
+        };
+        rows.add(
+            &format!("nobody at kube-proxy's {what} port"),
+            Need::Optional,
+            found,
+            "kube-proxy, or a shunt, runs in this network namespace: stop it first",
+        );
+    }
+}
+
+/// Whether a TCP socket listens on `port` in this network namespace.
+fn listening(port: u16) -> bool {
+    ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"]
+        .iter()
+        .any(|file| {
+            fs::read_to_string(file).is_ok_and(|table| {
+                // sl local_address rem_address st …; 0A: TCP_LISTEN.
+                table.lines().skip(1).any(|line| {
+                let fields: Vec<&str> = line.split_whitespace().take(4).collect();
+                matches!(fields[..], [_, local, _, "0A"] if local.rsplit(':').next() == Some(&format!("{port:04X}")))
+            })
+            })
+        })
+}
+
+/// kube-proxy's traces in nf_tables, which iptables-nft writes into as well; read over netlink, as no `nft` need be there.
+mod nft {
+    use std::{io, os::fd::AsFd};
+
+    use rustix::net::{
+        AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType,
+        netlink::NETFILTER,
+        recv, send, socket_with,
+        sockopt::{Timeout, set_socket_timeout},
+    };
+
+    const NLM_F_REQUEST_DUMP: u16 = 0x301;
+    const NLMSG_ERROR: u16 = 2;
+    const NLMSG_DONE: u16 = 3;
+    /// `NFNL_SUBSYS_NFTABLES` << 8 | `NFT_MSG_GETTABLE`.
+    const GET_TABLE: u16 = (10 << 8) | 1;
+    /// `NFNL_SUBSYS_NFTABLES` << 8 | `NFT_MSG_GETCHAIN`.
+    const GET_CHAIN: u16 = (10 << 8) | 4;
+    /// `NFTA_TABLE_NAME`.
+    const TABLE_NAME: u16 = 1;
+    /// `NFTA_CHAIN_NAME`.
+    const CHAIN_NAME: u16 = 3;
+
+    /// What of kube-proxy is there, in its iptables (`KUBE-SERVICES`) or nftables mode (table `kube-proxy`).
+    pub(super) fn kube_proxy() -> io::Result<Option<String>> {
+        if dump(GET_TABLE, TABLE_NAME)?.iter().any(|name| name == "kube-proxy") {
+            return Ok(Some("table kube-proxy".to_owned()));
+        }
+        Ok(dump(GET_CHAIN, CHAIN_NAME)?
+            .into_iter()
+            .find(|name| name == "KUBE-SERVICES" || name == "KUBE-NODEPORTS")
+            .map(|name| format!("chain {name}")))
+    }
+
+    /// The names (attribute `attribute`) of all objects of a kind and of every family.
+    fn dump(kind: u16, attribute: u16) -> io::Result<Vec<String>> {
+        let socket = socket_with(
+            AddressFamily::NETLINK,
+            SocketType::RAW,
+            SocketFlags::CLOEXEC,
+            Some(NETFILTER),
+        )?;
+        set_socket_timeout(socket.as_fd(), Timeout::Recv, Some(std::time::Duration::from_secs(5)))?;
+        let mut request = Vec::new();
+        // nlmsghdr with nfgenmsg (family 0: all, version 0, resource 0) behind it.
+        request.extend(20_u32.to_ne_bytes());
+        request.extend(kind.to_ne_bytes());
+        request.extend(NLM_F_REQUEST_DUMP.to_ne_bytes());
+        request.extend(1_u32.to_ne_bytes());
+        request.extend([0; 8]);
+        send(&socket, &request, SendFlags::empty())?;
+        let mut names = Vec::new();
+        let mut buffer = vec![0; 64 * 1024];
+        loop {
+            let (length, _) = recv(&socket, &mut buffer[..], RecvFlags::empty())?;
+            let mut rest = &buffer[..length];
+            while let Some(length) = u32_at(rest, 0)
+                .map(|l| l as usize)
+                .filter(|&l| l >= 16 && l <= rest.len())
+            {
+                let message = &rest[..length];
+                rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+                match u16_at(message, 4) {
+                    Some(NLMSG_DONE) => return Ok(names),
+                    Some(NLMSG_ERROR) => {
+                        let errno = u32_at(message, 16).unwrap_or(0).cast_signed();
+                        return if errno == 0 {
+                            Ok(names)
+                        } else {
+                            Err(io::Error::from_raw_os_error(-errno))
+                        };
+                    }
+                    _ => names.extend(name(message.get(20..).unwrap_or_default(), attribute)),
+                }
+            }
+        }
+    }
+
+    fn name(mut attributes: &[u8], wanted: u16) -> Option<String> {
+        while let (Some(length), Some(kind)) = (u16_at(attributes, 0), u16_at(attributes, 2)) {
+            let value = attributes.get(4..usize::from(length))?;
+            // The upper bits are flags (NLA_F_NESTED and its like).
+            if kind & 0x3fff == wanted {
+                return Some(String::from_utf8_lossy(value).trim_end_matches('\0').to_owned());
+            }
+            attributes = attributes.get(usize::from(length).next_multiple_of(4)..)?;
+        }
+        None
+    }
+
+    fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+        Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
+    }
+
+    fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+        Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}
+
+/// Runs the verb and prints the table, or JSON; whether everything required is there.
+///
+/// # Errors
+/// When the report cannot be printed.
+pub fn run(bpf_root: &Path, cgroup_root: &Path, json: bool) -> anyhow::Result<bool> {
+    let report = check(bpf_root, cgroup_root);
+    if json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+        return Ok(report.ok());
+    }
+    let mut table = Table::new();
+    table
+        .load_style(NOTHING)
+        .set_header(["", "", "WHAT", "FOUND", "WHAT TO DO"]);
+    for row in &report.rows {
+        let verdict = match (row.ok, row.need) {
+            (true, _) => "ok",
+            (false, Need::Required) => "MISSING",
+            (false, Need::Optional) => "without",
+        };
+        let need = match row.need {
+            Need::Required => "required",
+            Need::Optional => "optional",
+        };
+        table.add_row([verdict, need, &row.what, &row.found, &row.advice]);
+    }
+    println!("kernel {}\n{table}", report.kernel);
+    Ok(report.ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_required_decides() {
+        let row = |need, ok| Row {
+            what: String::new(),
+            need,
+            ok,
+            found: String::new(),
+            advice: String::new(),
+        };
+        let report = |rows| Report {
+            kernel: String::new(),
+            rows,
+        };
+        assert!(report(vec![row(Need::Required, true), row(Need::Optional, false)]).ok());
+        assert!(!report(vec![row(Need::Required, false), row(Need::Optional, true)]).ok());
+    }
+
+    #[test]
+    fn a_listener_is_seen() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        assert!(listening(port));
+        drop(listener);
+        assert!(!listening(port));
+    }
+}

@@ -1,0 +1,495 @@
+//! Programs and maps into the kernel, pinned under `--bpf-root`.
+//!
+//! Maps that are pinned there already are used again, with what is in them: that is how flows survive a restart. Nothing
+//! that runs is touched before everything new has loaded, so a start that fails leaves the node as it was.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use aya::{
+    EbpfError, EbpfLoader,
+    maps::{MapData, MapError},
+    programs::{Program, ProgramError},
+};
+use rustix::fs::{FlockOperation, flock, statfs};
+use tracing::warn;
+
+use super::{
+    CGROUP_PROGRAMS, Capacities, NODE_PROGRAMS, POD_PROGRAMS, Paths, XDP_PROGRAM, link,
+    lock::{LockError, RootLock},
+};
+
+/// The compiled `proxy-ebpf`.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/shunt-bpf"));
+
+/// `BPF_FS_MAGIC` of linux/magic.h.
+const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
+/// Where every distribution mounts the bpffs.
+const USUAL_BPFFS: &str = "/sys/fs/bpf";
+/// The source of a bpffs that shunt mounted itself, as /proc/self/mountinfo shows it: `cleanup` takes that one away.
+pub(crate) const MOUNT_SOURCE: &str = "shunt";
+/// Lines of the verifier's log that an error quotes; the reason is in the last ones.
+const VERIFIER_LINES: usize = 12;
+
+/// The ELF object with all programs and map definitions, as [`load`] loads it.
+pub fn object() -> &'static [u8] {
+    OBJECT
+}
+
+/// What to load.
+#[derive(Clone, Debug)]
+pub struct LoadConfig {
+    /// `--bpf-root`.
+    pub bpf_root: PathBuf,
+    /// `--max-*`.
+    pub capacities: Capacities,
+    /// `--socket-lb`: with the socket programs.
+    pub socket_lb: bool,
+    /// `--xdp` is not `off`: with the XDP program.
+    pub xdp: bool,
+}
+
+/// Why nothing was loaded. What ran before runs on.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// Another agent works there.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// The folders under `--bpf-root` cannot be made.
+    #[error("--bpf-root {}: {what}: {error}", path.display())]
+    Root {
+        /// Where.
+        path: PathBuf,
+        /// What was tried.
+        what: &'static str,
+        /// The kernel's answer.
+        error: io::Error,
+    },
+    /// The maps that are pinned, and in use, were made by another build.
+    #[error(
+        "pinned map {}: {found}, this shunt needs {wanted}, and programs are attached to it: drain the node, run `shunt cleanup`, start again",
+        path.display()
+    )]
+    Incompatible {
+        /// The pin.
+        path: PathBuf,
+        /// Key and value size and the like, as found.
+        found: String,
+        /// The same as needed.
+        wanted: String,
+    },
+    /// The kernel has no room for a map.
+    #[error("map {map}: no memory for {entries} entries ({error}): lower {setting}, or give the node more memory")]
+    Memory {
+        /// The map.
+        map: String,
+        /// Its setting.
+        setting: &'static str,
+        /// The setting's value.
+        entries: u32,
+        /// The kernel's answer.
+        error: io::Error,
+    },
+    /// Missing capabilities.
+    #[error(
+        "{what}: not permitted: shunt needs the capabilities BPF, PERFMON and NET_ADMIN (or SYS_ADMIN): run it as root or add them to the container's securityContext"
+    )]
+    Permission {
+        /// What was not permitted.
+        what: String,
+    },
+    /// The kernel refused a program.
+    #[error("program {program}: the verifier of kernel {kernel} refused it ({error}); end of its log:\n{log}")]
+    Verifier {
+        /// The program.
+        program: String,
+        /// The running kernel.
+        kernel: String,
+        /// The kernel's answer.
+        error: io::Error,
+        /// Last lines of the log.
+        log: String,
+    },
+    /// The kernel does not know something.
+    #[error("{what}: kernel {kernel} refused it ({error}): see `shunt check` for the feature that it lacks")]
+    Unsupported {
+        /// A map or program.
+        what: String,
+        /// The running kernel.
+        kernel: String,
+        /// The answer.
+        error: String,
+    },
+    /// The object itself is not as expected.
+    #[error("the embedded BPF object: {0}: this build of shunt is broken, build it again")]
+    Object(String),
+}
+
+/// The loaded programs and pinned maps. Dropping it frees the lock and leaves the rest in the kernel.
+#[derive(Debug)]
+pub struct Datapath {
+    paths: Paths,
+    capacities: Capacities,
+    programs: BTreeMap<&'static str, OwnedFd>,
+    _lock: RootLock,
+}
+
+impl Datapath {
+    /// The folders that things are pinned in.
+    pub fn paths(&self) -> &Paths {
+        &self.paths
+    }
+
+    /// The sizes that the maps have, which are the pinned maps' own where those are used again.
+    pub fn capacities(&self) -> Capacities {
+        self.capacities
+    }
+
+    /// A loaded program; `None` if its hook is turned off.
+    pub fn program(&self, name: &str) -> Option<BorrowedFd<'_>> {
+        self.programs.get(name).map(AsFd::as_fd)
+    }
+
+    /// All loaded programs by name.
+    pub fn programs(&self) -> impl Iterator<Item = (&'static str, BorrowedFd<'_>)> {
+        self.programs.iter().map(|(&name, fd)| (name, fd.as_fd()))
+    }
+
+    /// Opens a map.
+    ///
+    /// # Errors
+    /// When there is no map of that name.
+    pub fn map(&self, name: &str) -> Result<MapData, MapError> {
+        MapData::from_pin(self.paths.map(name))
+    }
+}
+
+/// Loads everything that `config` asks for and pins it, after taking the lock of `--bpf-root`, which the result keeps.
+///
+/// Nothing is attached: fill the maps first, then see [`super::attach`].
+///
+/// # Errors
+/// [`LoadError`], each with what to do.
+pub fn load(config: &LoadConfig) -> Result<Datapath, LoadError> {
+    let paths = Paths::new(&config.bpf_root);
+    ensure_root(paths.root())?;
+    let lock = RootLock::acquire(paths.root())?;
+    for folder in [paths.maps(), paths.programs(), paths.links(), paths.clsact()] {
+        create_folder(&folder)?;
+    }
+
+    let object = aya_obj::Object::parse(OBJECT).map_err(|e| LoadError::Object(e.to_string()))?;
+    let mut capacities = config.capacities;
+    // Sections like .rodata come as maps too; they belong to this load alone.
+    let wanted: BTreeMap<&str, &aya_obj::Map> = object
+        .maps
+        .iter()
+        .map(|(name, map)| (name.as_str(), map))
+        .filter(|(name, _)| !name.starts_with('.'))
+        .collect();
+    reuse(&paths, &wanted, &mut capacities)?;
+    let mut loader = EbpfLoader::new();
+    let mut fresh = FreshPins(Vec::new());
+    for &name in wanted.keys() {
+        if let Some((_, entries)) = capacities.of_map(name) {
+            loader.map_max_entries(name, entries);
+        }
+        let pin = paths.map(name);
+        if !pin.exists() {
+            fresh.0.push(pin.clone());
+        }
+        loader.map_pin_path(name, pin);
+    }
+
+    let mut ebpf = loader.load(OBJECT).map_err(|e| map_error(e, &capacities))?;
+    let mut programs = BTreeMap::new();
+    for name in program_names(config) {
+        let program = ebpf
+            .program_mut(name)
+            .ok_or_else(|| LoadError::Object(format!("no program {name}")))?;
+        let loaded = match program {
+            Program::CgroupSockAddr(p) => p.load(),
+            Program::SchedClassifier(p) => p.load(),
+            Program::Xdp(p) => p.load(),
+            other => {
+                return Err(LoadError::Object(format!(
+                    "program {name} is a {:?}",
+                    other.prog_type()
+                )));
+            }
+        };
+        loaded.map_err(|e| program_error(name, e))?;
+        let fd = program
+            .fd()
+            .map_err(|e| program_error(name, e))?
+            .as_fd()
+            .try_clone_to_owned();
+        programs.insert(name, fd.map_err(|e| program_error(name, e.into()))?);
+    }
+
+    let root_error = |path: PathBuf, what| move |error| LoadError::Root { path, what, error };
+    for (&name, fd) in &programs {
+        let path = paths.program(name);
+        link::pin_over(fd.as_fd(), &path).map_err(root_error(path, "pin the program"))?;
+    }
+    for name in all_programs().filter(|name| !programs.contains_key(name)) {
+        let path = paths.program(name);
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                return Err(root_error(path, "remove the program of a hook that is off")(e));
+            }
+            _ => {}
+        }
+    }
+    fresh.0.clear();
+    Ok(Datapath {
+        paths,
+        capacities,
+        programs,
+        _lock: lock,
+    })
+}
+
+/// Pins that a failed load takes back.
+struct FreshPins(Vec<PathBuf>);
+
+impl Drop for FreshPins {
+    fn drop(&mut self) {
+        for pin in &self.0 {
+            // Most were not made before the failure.
+            let _ = fs::remove_file(pin);
+        }
+    }
+}
+
+fn all_programs() -> impl Iterator<Item = &'static str> {
+    let tc = NODE_PROGRAMS.iter().chain(&POD_PROGRAMS);
+    CGROUP_PROGRAMS
+        .iter()
+        .chain(tc)
+        .map(|&(name, _)| name)
+        .chain([XDP_PROGRAM])
+}
+
+fn program_names(config: &LoadConfig) -> impl Iterator<Item = &'static str> {
+    all_programs().filter(|name| {
+        (config.socket_lb || !CGROUP_PROGRAMS.iter().any(|(n, _)| n == name)) && (config.xdp || *name != XDP_PROGRAM)
+    })
+}
+
+/// Settles what becomes of maps that are pinned from before: used again where they fit, made anew where nothing is attached
+/// to them, and an error or a warning where they differ and packets run through them.
+fn reuse(paths: &Paths, wanted: &BTreeMap<&str, &aya_obj::Map>, capacities: &mut Capacities) -> Result<(), LoadError> {
+    let mut incompatible = None;
+    let mut resized = Vec::new();
+    for (&name, &map) in wanted {
+        let path = paths.map(name);
+        if !path.exists() {
+            continue;
+        }
+        let info = MapData::from_pin(&path)
+            .and_then(|map| map.info())
+            .map_err(|e| LoadError::Root {
+                path: path.clone(),
+                what: "open the pinned map",
+                error: io::Error::other(e),
+            })?;
+        // bpf_map_info's type, unlike aya's enum, is there for types that aya does not know.
+        let kind = info.map_type().map_or(0, |t| t as u32);
+        let setting = capacities.of_map(name);
+        let entries = setting.map_or(map.max_entries(), |(_, entries)| entries);
+        // The kernel rounds a size of 0 (socket storage) and per-CPU sizes itself, so those are not compared.
+        let sized = map.max_entries() != 0;
+        let found = (kind, info.key_size(), info.value_size());
+        let needs = (map.map_type(), map.key_size(), map.value_size());
+        if found != needs || (setting.is_none() && sized && info.max_entries() != entries) {
+            let show =
+                |(kind, key, value), entries| format!("type {kind}, key {key}, value {value} bytes, {entries} entries");
+            incompatible.get_or_insert_with(|| LoadError::Incompatible {
+                path,
+                found: show(found, info.max_entries()),
+                wanted: show(needs, entries),
+            });
+        } else if let Some((setting, entries)) = setting
+            && info.max_entries() != entries
+        {
+            resized.push((name, setting, entries, info.max_entries()));
+        }
+    }
+    if incompatible.is_none() && resized.is_empty() {
+        return Ok(());
+    }
+    if !in_use(paths) {
+        // Entries of one map point into another: all of them start anew.
+        return remove_all(&paths.maps());
+    }
+    if let Some(error) = incompatible {
+        return Err(error);
+    }
+    let mut said = Vec::new();
+    for (name, setting, entries, found) in resized {
+        capacities.set(name, found);
+        let text = format!("{setting} {entries} (map has {found})");
+        if !said.contains(&text) {
+            said.push(text);
+        }
+    }
+    warn!(
+        "pinned maps keep their size while programs are attached, so these settings wait: {}; to apply them drain the node, run `shunt cleanup`, start again",
+        said.join(", ")
+    );
+    Ok(())
+}
+
+/// Whether packets run through what is pinned.
+fn in_use(paths: &Paths) -> bool {
+    [paths.links(), paths.clsact()]
+        .iter()
+        .any(|folder| fs::read_dir(folder).is_ok_and(|mut d| d.next().is_some()))
+}
+
+fn remove_all(folder: &Path) -> Result<(), LoadError> {
+    let attempt = || {
+        for entry in fs::read_dir(folder)? {
+            fs::remove_file(entry?.path())?;
+        }
+        Ok(())
+    };
+    attempt().map_err(|error| LoadError::Root {
+        path: folder.to_owned(),
+        what: "remove maps of another size",
+        error,
+    })
+}
+
+fn create_folder(folder: &Path) -> Result<(), LoadError> {
+    fs::create_dir_all(folder).map_err(|error| LoadError::Root {
+        path: folder.to_owned(),
+        what: "create the folder (bpffs takes no dots in names)",
+        error,
+    })
+}
+
+/// Makes `root`, on a bpffs: under /sys/fs/bpf that of the system, mounted if it is not, elsewhere one of its own.
+fn ensure_root(root: &Path) -> Result<(), LoadError> {
+    let existing = root.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"));
+    if !is_bpffs(existing) {
+        let mount_point = if root.starts_with(USUAL_BPFFS) {
+            Path::new(USUAL_BPFFS)
+        } else {
+            root
+        };
+        if mount_point == root {
+            create_folder(mount_point)?;
+        }
+        let fail = |error| LoadError::Root {
+            path: mount_point.to_owned(),
+            what: "mount a bpffs",
+            error,
+        };
+        // Two agents that start at once must not mount one over the other's.
+        let directory = fs::File::open(mount_point).map_err(fail)?;
+        flock(&directory, FlockOperation::LockExclusive).map_err(|e| fail(e.into()))?;
+        if !is_bpffs(mount_point) {
+            let source = if mount_point == root { MOUNT_SOURCE } else { "bpf" };
+            rustix::mount::mount(
+                source,
+                mount_point,
+                "bpf",
+                rustix::mount::MountFlags::empty(),
+                Some(c"mode=0700"),
+            )
+            .map_err(|errno| match errno {
+                rustix::io::Errno::PERM => LoadError::Permission {
+                    what: format!("mount a bpffs at {}", mount_point.display()),
+                },
+                other => fail(other.into()),
+            })?;
+        }
+    }
+    create_folder(root)
+}
+
+pub(crate) fn is_bpffs(path: &Path) -> bool {
+    statfs(path).is_ok_and(|s| s.f_type as u64 & 0xffff_ffff == BPF_FS_MAGIC)
+}
+
+/// The running kernel's release, for messages.
+pub(crate) fn kernel() -> String {
+    rustix::system::uname().release().to_string_lossy().into_owned()
+}
+
+fn not_permitted(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EPERM)
+}
+
+fn map_error(error: EbpfError, capacities: &Capacities) -> LoadError {
+    match error {
+        EbpfError::MapError(MapError::CreateError { name, io_error }) => {
+            let sized = capacities.of_map(&name);
+            match (io_error.raw_os_error(), sized) {
+                (Some(libc::EPERM), _) => LoadError::Permission {
+                    what: format!("create map {name}"),
+                },
+                (Some(libc::ENOMEM | libc::E2BIG | libc::EINVAL), Some((setting, entries))) => LoadError::Memory {
+                    map: name,
+                    setting,
+                    entries,
+                    error: io_error,
+                },
+                _ => LoadError::Unsupported {
+                    what: format!("map {name}"),
+                    kernel: kernel(),
+                    error: io_error.to_string(),
+                },
+            }
+        }
+        EbpfError::BtfError(e) => LoadError::Unsupported {
+            what: "type information (BTF)".to_owned(),
+            kernel: kernel(),
+            error: e.to_string(),
+        },
+        EbpfError::ParseError(e) => LoadError::Object(e.to_string()),
+        other => {
+            // The chain of causes, which aya does not print.
+            let mut text = other.to_string();
+            let mut source = std::error::Error::source(&other);
+            while let Some(cause) = source {
+                text = format!("{text}: {cause}");
+                source = cause.source();
+            }
+            LoadError::Unsupported {
+                what: "maps".to_owned(),
+                kernel: kernel(),
+                error: text,
+            }
+        }
+    }
+}
+
+fn program_error(program: &str, error: ProgramError) -> LoadError {
+    match error {
+        ProgramError::LoadError { io_error, .. } if not_permitted(&io_error) => LoadError::Permission {
+            what: format!("load program {program}"),
+        },
+        ProgramError::LoadError { io_error, verifier_log } => {
+            let log = verifier_log.to_string();
+            let lines: Vec<&str> = log.lines().filter(|l| !l.trim().is_empty()).collect();
+            LoadError::Verifier {
+                program: program.to_owned(),
+                kernel: kernel(),
+                error: io_error,
+                log: lines[lines.len().saturating_sub(VERIFIER_LINES)..].join("\n"),
+            }
+        }
+        other => LoadError::Unsupported {
+            what: format!("program {program}"),
+            kernel: kernel(),
+            error: other.to_string(),
+        },
+    }
+}

@@ -1,0 +1,230 @@
+//! The kernel's half: loading, pinning and attaching the BPF programs, and the devices and addresses of this node.
+//!
+//! In the order of a start: [`lock`] makes this agent the only one on its `--bpf-root`, [`load`] brings programs and maps
+//! in (maps that are pinned there are used again), then whoever fills the maps does so, and only then [`attach`] puts the
+//! programs in the packets' way, on the devices that [`devices`] finds. [`netns`] knows the node's own addresses.
+//!
+//! Everything is pinned, so it goes on without the agent, and `bpftool` sees it:
+//!
+//! ```text
+//! <bpf-root>/v1/maps/frontends4         every map under its name
+//!               progs/tc_node_in        every program under its name
+//!               links/cgroup-sock_connect4
+//!               links/eth0-tc_node_in   every link: <device>-<program>
+//!               clsact/eth0-2-made      (kernels before 6.6) folders, as notes which clsact qdisc is shunt's own
+//! ```
+//!
+//! A bpffs takes no dots in names: `eth0.100` is pinned as `eth0%2e100`.
+
+use std::path::{Path, PathBuf};
+
+use shunt_common::layout::{LAYOUT_VERSION, names};
+
+pub mod attach;
+pub(crate) mod clsact;
+pub mod devices;
+pub mod link;
+pub mod load;
+pub mod lock;
+pub mod netns;
+pub(crate) mod rtnl;
+
+use link::Hook;
+
+/// The socket programs, attached to the cgroup root.
+pub const CGROUP_PROGRAMS: [(&str, Hook); 8] = [
+    ("sock_connect4", Hook::Connect4),
+    ("sock_connect6", Hook::Connect6),
+    ("sock_sendmsg4", Hook::Sendmsg4),
+    ("sock_sendmsg6", Hook::Sendmsg6),
+    ("sock_recvmsg4", Hook::Recvmsg4),
+    ("sock_recvmsg6", Hook::Recvmsg6),
+    ("sock_getpeer4", Hook::Getpeername4),
+    ("sock_getpeer6", Hook::Getpeername6),
+];
+/// The tc programs of node devices.
+pub const NODE_PROGRAMS: [(&str, Hook); 2] = [("tc_node_in", Hook::TcxIngress), ("tc_node_out", Hook::TcxEgress)];
+/// The tc programs of pod devices: ingress is what the pod sends, egress is what it gets.
+pub const POD_PROGRAMS: [(&str, Hook); 2] = [("tc_pod_in", Hook::TcxIngress), ("tc_pod_out", Hook::TcxEgress)];
+/// The XDP program of node devices.
+pub const XDP_PROGRAM: &str = "xdp_node";
+
+/// The folders under a `--bpf-root`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Paths {
+    root: PathBuf,
+}
+
+impl Paths {
+    /// The folders under `bpf_root`, whether they exist or not.
+    pub fn new(bpf_root: &Path) -> Self {
+        Self {
+            root: bpf_root.to_owned(),
+        }
+    }
+
+    /// The `--bpf-root` itself.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The folder of this map layout.
+    pub fn version(&self) -> PathBuf {
+        self.root.join(format!("v{LAYOUT_VERSION}"))
+    }
+
+    /// The folder of maps.
+    pub fn maps(&self) -> PathBuf {
+        self.version().join("maps")
+    }
+
+    /// The folder of programs.
+    pub fn programs(&self) -> PathBuf {
+        self.version().join("progs")
+    }
+
+    /// The folder of links.
+    pub fn links(&self) -> PathBuf {
+        self.version().join("links")
+    }
+
+    /// The folder of notes about clsact qdiscs.
+    pub fn clsact(&self) -> PathBuf {
+        self.version().join("clsact")
+    }
+
+    /// Where a map is pinned.
+    pub fn map(&self, name: &str) -> PathBuf {
+        self.maps().join(name)
+    }
+
+    /// Where a program is pinned.
+    pub fn program(&self, name: &str) -> PathBuf {
+        self.programs().join(name)
+    }
+
+    /// Where the link of a program on a device is pinned.
+    pub fn device_link(&self, device: &str, program: &str) -> PathBuf {
+        self.links().join(format!("{}-{program}", escape(device)))
+    }
+
+    /// Where the link of a program on the cgroup root is pinned.
+    ///
+    /// A device with the name `cgroup` does not meet it: programs on devices have other names.
+    pub fn cgroup_link(&self, program: &str) -> PathBuf {
+        self.links().join(format!("cgroup-{program}"))
+    }
+}
+
+/// A device's name as the name of a file on a bpffs, which keeps dots to itself.
+pub(crate) fn escape(device: &str) -> String {
+    device.replace('%', "%25").replace('.', "%2e")
+}
+
+/// The device's name of [`escape`].
+pub(crate) fn unescape(name: &str) -> String {
+    name.replace("%2e", ".").replace("%25", "%")
+}
+
+/// How many entries the maps take; per family where there is one map per family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capacities {
+    /// `--max-frontends`: entries of `frontends*` and `services`; every frontend has two, one per scope.
+    pub frontends: u32,
+    /// `--max-slots`: entries of `slots*`.
+    pub slots: u32,
+    /// `--max-backends`: entries of `backends`.
+    pub backends: u32,
+    /// `--max-flows`: entries of `flows*`.
+    pub flows: u32,
+    /// `--max-new-flows`: entries of `new_flows*`.
+    pub new_flows: u32,
+    /// `--max-snat`: entries of `snat*`.
+    pub snat: u32,
+}
+
+impl Default for Capacities {
+    fn default() -> Self {
+        Self {
+            frontends: 65_536,
+            slots: 524_288,
+            backends: 131_072,
+            flows: 524_288,
+            new_flows: 65_536,
+            snat: 262_144,
+        }
+    }
+}
+
+impl Capacities {
+    /// The setting that sizes `map` and its value; `None` for maps of one size.
+    pub fn of_map(&self, map: &str) -> Option<(&'static str, u32)> {
+        let Self {
+            frontends,
+            slots,
+            backends,
+            flows,
+            new_flows,
+            snat,
+        } = *self;
+        [
+            (&names::FRONTENDS[..], "--max-frontends", frontends),
+            // A Service has two frontends at least.
+            (&[names::SERVICES][..], "--max-frontends", frontends),
+            (&names::SLOTS[..], "--max-slots", slots),
+            (&[names::BACKENDS][..], "--max-backends", backends),
+            (&names::FLOWS[..], "--max-flows", flows),
+            (&names::NEW_FLOWS[..], "--max-new-flows", new_flows),
+            (&names::SNAT[..], "--max-snat", snat),
+        ]
+        .into_iter()
+        .find_map(|(maps, setting, value)| maps.contains(&map).then_some((setting, value)))
+    }
+
+    /// Takes over the size that `map` has; `services` follows `frontends*`.
+    fn set(&mut self, map: &str, entries: u32) {
+        let fields = [
+            (&names::FRONTENDS[..], &mut self.frontends),
+            (&names::SLOTS[..], &mut self.slots),
+            (&[names::BACKENDS][..], &mut self.backends),
+            (&names::FLOWS[..], &mut self.flows),
+            (&names::NEW_FLOWS[..], &mut self.new_flows),
+            (&names::SNAT[..], &mut self.snat),
+        ];
+        for (maps, field) in fields {
+            if maps.contains(&map) {
+                *field = entries;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn device_names_survive_the_bpffs() {
+        for name in ["eth0", "eth0.100", "a%b", "x%2e.%25", "cali12-3"] {
+            let file = escape(name);
+            assert!(!file.contains('.'), "{file}");
+            assert_eq!(unescape(&file), name);
+        }
+    }
+
+    #[test]
+    fn settings_name_their_maps() {
+        let mut capacities = Capacities::default();
+        assert_eq!(capacities.of_map("new_flows6"), Some(("--max-new-flows", 65_536)));
+        assert_eq!(capacities.of_map("config"), None);
+        capacities.set("new_flows6", 7);
+        assert_eq!(capacities.new_flows, 7);
+        assert_eq!(
+            Capacities {
+                new_flows: 65_536,
+                ..capacities
+            },
+            Capacities::default()
+        );
+    }
+}

@@ -1,0 +1,764 @@
+//! Loading, attaching and cleaning up with real kernel objects: every test in a network namespace, a cgroup and a
+//! `--bpf-root` of its own.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    net::IpAddr,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::atomic::{AtomicU32, Ordering},
+    time::{Duration, Instant},
+};
+
+use aya::maps::{HashMap, MapData};
+use shunt::{
+    cli::{
+        check,
+        cleanup::{CleanupError, cleanup},
+    },
+    datapath::{
+        Capacities, Paths,
+        attach::{Attacher, PinnedLink, TcMode, XdpMode, pinned_links},
+        devices::{Device, DevicePatterns, DeviceWatcher, Glob, Role},
+        load::{Datapath, LoadConfig, LoadError, load},
+        lock::LockError,
+        netns::{self, NodePortAddresses},
+    },
+};
+use shunt_common::layout::{Frontend, FrontendKey, SCOPE_INTERNAL, TCP};
+
+/// A bpf-root and a cgroup that nobody else has, removed with everything in them when the test ends in whatever way.
+struct Place {
+    bpf_root: PathBuf,
+    cgroup: PathBuf,
+}
+
+impl Place {
+    fn new() -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let name = format!(
+            "shunt-test-{}-{}",
+            std::process::id(),
+            COUNT.fetch_add(1, Ordering::Relaxed)
+        );
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+        let cgroup_root = mounts
+            .lines()
+            .find_map(|line| match line.split(' ').collect::<Vec<_>>()[..] {
+                [_, path, "cgroup2", ..] => Some(PathBuf::from(path)),
+                _ => None,
+            });
+        let cgroup = cgroup_root.expect("cgroup2 is mounted").join(&name);
+        fs::create_dir(&cgroup).unwrap();
+        Self {
+            bpf_root: Path::new("/sys/fs/bpf").join(name),
+            cgroup,
+        }
+    }
+
+    fn paths(&self) -> Paths {
+        Paths::new(&self.bpf_root)
+    }
+
+    fn load(&self) -> Result<Datapath, LoadError> {
+        self.load_sized(small())
+    }
+
+    fn load_sized(&self, capacities: Capacities) -> Result<Datapath, LoadError> {
+        load(&LoadConfig {
+            bpf_root: self.bpf_root.clone(),
+            capacities,
+            socket_lb: true,
+            xdp: true,
+        })
+    }
+
+    fn links(&self) -> Vec<PinnedLink> {
+        pinned_links(&self.paths()).unwrap()
+    }
+
+    /// Link and program ids by pin.
+    fn ids(&self) -> BTreeMap<String, (u32, u32)> {
+        self.links()
+            .into_iter()
+            .map(|l| (format!("{}-{}", l.target, l.program), (l.link, l.program_id)))
+            .collect()
+    }
+
+    fn pins(&self) -> BTreeSet<String> {
+        self.ids().into_keys().collect()
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        // Pins hold links and maps: without the pins the kernel frees them.
+        let _ = fs::remove_dir_all(&self.bpf_root);
+        let _ = fs::remove_dir(&self.cgroup);
+    }
+}
+
+fn small() -> Capacities {
+    Capacities {
+        frontends: 128,
+        slots: 128,
+        backends: 64,
+        flows: 128,
+        new_flows: 128,
+        snat: 128,
+    }
+}
+
+/// Runs `test` in a thread with a network namespace of its own, which ends with it.
+fn in_namespace(test: impl FnOnce() + Send + 'static) {
+    std::thread::spawn(move || {
+        // SAFETY: this thread begins here and shares nothing that depends on its namespace.
+        unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }.unwrap();
+        test();
+    })
+    .join()
+    .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+}
+
+fn ip(arguments: &str) {
+    let output = Command::new("ip")
+        .args(arguments.split(' '))
+        .output()
+        .expect("iproute2 is installed");
+    assert!(
+        output.status.success(),
+        "ip {arguments}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+fn tc(arguments: &str) -> String {
+    let output = Command::new("tc")
+        .args(arguments.split(' '))
+        .output()
+        .expect("iproute2 is installed");
+    assert!(
+        output.status.success(),
+        "tc {arguments}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// A runtime whose tasks all run in this thread, and so in its namespace.
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap()
+}
+
+async fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(10);
+    while !condition() {
+        assert!(Instant::now() < end, "still not: {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+fn patterns() -> DevicePatterns {
+    DevicePatterns {
+        devices: vec![Glob::new("node*")],
+        pod_devices: vec![Glob::new("pod*")],
+        ..Default::default()
+    }
+}
+
+fn set(names: &[&str]) -> BTreeSet<String> {
+    names.iter().map(|&n| n.to_owned()).collect()
+}
+
+const CGROUP: [&str; 8] = [
+    "cgroup-sock_connect4",
+    "cgroup-sock_connect6",
+    "cgroup-sock_sendmsg4",
+    "cgroup-sock_sendmsg6",
+    "cgroup-sock_recvmsg4",
+    "cgroup-sock_recvmsg6",
+    "cgroup-sock_getpeer4",
+    "cgroup-sock_getpeer6",
+];
+
+fn frontend_key() -> FrontendKey<[u8; 4]> {
+    FrontendKey {
+        addr: [10, 96, 0, 1],
+        port: 80,
+        proto: TCP,
+        scope: SCOPE_INTERNAL,
+    }
+}
+
+fn frontends(datapath: &Datapath) -> HashMap<MapData, FrontendKey<[u8; 4]>, Frontend> {
+    HashMap::try_from(aya::maps::Map::HashMap(datapath.map("frontends4").unwrap())).unwrap()
+}
+
+#[test]
+fn a_restart_keeps_links_and_maps() {
+    let place = Place::new();
+    in_namespace(move || {
+        ip("link add node0 type veth peer name pod0");
+        ip("link set node0 up");
+        ip("link set pod0 up");
+        let run = || {
+            let datapath = place.load().unwrap();
+            let mut attacher = Attacher::new(&datapath, XdpMode::Native).unwrap();
+            attacher.attach_cgroup(&place.cgroup).unwrap();
+            runtime().block_on(async {
+                let watcher = DeviceWatcher::spawn(attacher, patterns()).unwrap();
+                for device in watcher.status.borrow().iter() {
+                    assert_eq!(device.problems, Vec::<String>::new());
+                }
+            });
+            datapath
+        };
+        let first = run();
+        frontends(&first)
+            .insert(
+                frontend_key(),
+                Frontend {
+                    slot_count: 7,
+                    ..Default::default()
+                },
+                0,
+            )
+            .unwrap();
+        let before = place.ids();
+        let devices = [
+            "node0-tc_node_in",
+            "node0-tc_node_out",
+            "node0-xdp_node",
+            "pod0-tc_pod_in",
+            "pod0-tc_pod_out",
+        ];
+        assert_eq!(place.pins(), set(&[&CGROUP[..], &devices].concat()));
+        drop(first);
+
+        // The agent is away: everything stays where it is.
+        assert_eq!(place.ids(), before);
+
+        let second = run();
+        let after = place.ids();
+        for (pin, (link, program)) in &before {
+            let (link_now, program_now) = after[pin];
+            assert_eq!(link_now, *link, "{pin}: the same link, so there was no gap");
+            assert_ne!(program_now, *program, "{pin}: runs the program of the new agent");
+        }
+        assert_eq!(after.len(), before.len());
+        assert_eq!(
+            frontends(&second).get(&frontend_key(), 0).unwrap().slot_count,
+            7,
+            "maps are used again"
+        );
+        drop(second);
+
+        let removed = cleanup(&place.bpf_root).unwrap();
+        assert_eq!(removed.links.len(), before.len());
+        assert!(!place.bpf_root.exists());
+    });
+}
+
+#[test]
+fn programs_follow_devices() {
+    let place = Place::new();
+    in_namespace(move || {
+        let datapath = place.load().unwrap();
+        let attacher = Attacher::new(&datapath, XdpMode::Off).unwrap();
+        runtime().block_on(async {
+            let _watcher = DeviceWatcher::spawn(attacher, patterns()).unwrap();
+            assert_eq!(place.pins(), set(&[]));
+
+            ip("link add pod1 type veth peer name other1");
+            until("a device that appears", || {
+                place.pins() == set(&["pod1-tc_pod_in", "pod1-tc_pod_out"])
+            })
+            .await;
+            let ids: Vec<(u32, u32)> = place.ids().into_values().collect();
+
+            ip("link set pod1 name pod2.5");
+            until("a device that is renamed", || {
+                place.pins() == set(&["pod2.5-tc_pod_in", "pod2.5-tc_pod_out"])
+            })
+            .await;
+            assert_eq!(
+                place.ids().into_values().collect::<Vec<_>>(),
+                ids,
+                "the links are the same ones"
+            );
+
+            // Out of the patterns' sight, though the device is still there.
+            ip("link set pod2.5 name away");
+            until("a device that is shunt's no more", || place.pins().is_empty()).await;
+            ip("link set away name node7");
+            until("a device of another role", || {
+                place.pins() == set(&["node7-tc_node_in", "node7-tc_node_out"])
+            })
+            .await;
+
+            ip("link del node7");
+            until("a device that vanishes", || place.pins().is_empty()).await;
+        });
+    });
+}
+
+#[test]
+fn a_device_that_vanished_before_it_got_its_programs_is_no_problem() {
+    let place = Place::new();
+    in_namespace(move || {
+        let datapath = place.load().unwrap();
+        for mode in [TcMode::Tcx, TcMode::Clsact] {
+            let mut attacher = Attacher::with_tc(&datapath, XdpMode::Native, mode).unwrap();
+            let ghost = |index, name: &str| Device {
+                index,
+                name: name.to_owned(),
+                ..Device::default()
+            };
+            let status = attacher
+                .reconcile(&[(ghost(4711, "node0"), Role::Node), (ghost(4712, "pod0"), Role::Pod)])
+                .unwrap();
+            for device in status {
+                assert!(
+                    device.problems.is_empty() && device.programs.is_empty(),
+                    "{mode:?} {device:?}"
+                );
+            }
+            assert_eq!(place.pins(), set(&[]));
+        }
+    });
+}
+
+#[test]
+fn two_devices_that_swap_names_keep_their_links() {
+    let place = Place::new();
+    in_namespace(move || {
+        ip("link add pod1 type veth peer name pod2");
+        let ids = || -> BTreeMap<u32, Vec<(String, u32)>> {
+            let mut by_device = BTreeMap::<u32, Vec<(String, u32)>>::new();
+            for link in place.links() {
+                by_device
+                    .entry(link.index.unwrap())
+                    .or_default()
+                    .push((link.program, link.link));
+            }
+            by_device
+        };
+        let run = || {
+            let datapath = place.load().unwrap();
+            let attacher = Attacher::new(&datapath, XdpMode::Off).unwrap();
+            runtime().block_on(async {
+                let _watcher = DeviceWatcher::spawn(attacher, patterns()).unwrap();
+            });
+        };
+        run();
+        let before = ids();
+        assert_eq!(before.len(), 2);
+        // While no agent runs.
+        ip("link set pod1 name x");
+        ip("link set pod2 name pod1");
+        ip("link set x name pod2");
+        run();
+        assert_eq!(ids(), before);
+        let by_name: BTreeMap<String, u32> = place
+            .links()
+            .into_iter()
+            .map(|l| (l.target, l.index.unwrap()))
+            .collect();
+        let listed = shunt::datapath::devices::list().unwrap();
+        for device in listed.iter().filter(|d| d.name.starts_with("pod")) {
+            assert_eq!(
+                by_name[&device.name], device.index,
+                "the pin bears the device's present name"
+            );
+        }
+    });
+}
+
+#[test]
+fn stale_pins_are_removed_and_a_device_of_the_same_name_gets_new_links() {
+    let place = Place::new();
+    in_namespace(move || {
+        let run = || {
+            let datapath = place.load().unwrap();
+            let attacher = Attacher::new(&datapath, XdpMode::Native).unwrap();
+            runtime().block_on(async {
+                let _watcher = DeviceWatcher::spawn(attacher, patterns()).unwrap();
+            });
+        };
+        ip("link add node1 type veth peer name other1");
+        run();
+        let before = place.ids();
+        assert_eq!(before.len(), 3);
+        ip("link del node1");
+        assert!(
+            place.links().iter().all(|l| l.index == Some(0)),
+            "the kernel says that the device is gone"
+        );
+        ip("link add node1 type veth peer name other1");
+        run();
+        let after = place.ids();
+        assert_eq!(after.keys().collect::<Vec<_>>(), before.keys().collect::<Vec<_>>());
+        assert!(before.iter().all(|(pin, (link, _))| after[pin].0 != *link));
+        ip("link del node1");
+        run();
+        assert_eq!(place.pins(), set(&[]));
+    });
+}
+
+#[test]
+fn xdp_changes_its_mode_and_auto_leaves_veths_alone() {
+    let place = Place::new();
+    in_namespace(move || {
+        ip("link add node0 type veth peer name other0");
+        let run = |mode| {
+            let datapath = place.load().unwrap();
+            let attacher = Attacher::new(&datapath, mode).unwrap();
+            runtime().block_on(async {
+                let _watcher = DeviceWatcher::spawn(attacher, patterns()).unwrap();
+            });
+            let devices = shunt::datapath::devices::list().unwrap();
+            devices
+                .into_iter()
+                .find(|d| d.name == "node0")
+                .unwrap()
+                .xdp
+                .map(|x| x.generic)
+        };
+        assert_eq!(run(XdpMode::Native), Some(false));
+        assert_eq!(run(XdpMode::Generic), Some(true));
+        assert_eq!(run(XdpMode::Generic), Some(true));
+        assert_eq!(run(XdpMode::Auto), None);
+        assert_eq!(run(XdpMode::Native), Some(false));
+        assert_eq!(run(XdpMode::Off), None);
+    });
+}
+
+#[test]
+fn clsact_filters_are_replaced_not_stacked_and_cleaned_up() {
+    let place = Place::new();
+    in_namespace(move || {
+        ip("link add node0 type veth peer name pod0");
+        // Somebody else's qdisc and filter stay.
+        tc("qdisc add dev pod0 clsact");
+        let datapath = place.load().unwrap();
+        let any = place.paths().program("tc_node_in");
+        tc(&format!(
+            "filter add dev pod0 ingress protocol all prio 7 handle 9 bpf da pinned {}",
+            any.display()
+        ));
+        drop(datapath);
+        let program = || {
+            let filters = tc("filter show dev node0 ingress");
+            assert_eq!(filters.matches("direct-action").count(), 1, "{filters}");
+            let (_, id) = filters.split_once(" id ").unwrap();
+            id.split_whitespace().next().unwrap().to_owned()
+        };
+        let run = |mode| {
+            let datapath = place.load().unwrap();
+            let attacher = Attacher::with_tc(&datapath, XdpMode::Off, mode).unwrap();
+            runtime().block_on(async {
+                let watcher = DeviceWatcher::spawn(attacher, patterns()).unwrap();
+                for device in watcher.status.borrow().iter() {
+                    assert_eq!(device.problems, Vec::<String>::new());
+                    assert_eq!(device.programs.len(), 2);
+                }
+            });
+        };
+        run(TcMode::Clsact);
+        let first = program();
+        assert!(tc("filter show dev pod0 egress").contains("tc_pod_out"));
+        assert_eq!(place.pins(), set(&[]));
+        run(TcMode::Clsact);
+        assert_ne!(program(), first, "the filter runs the new program");
+
+        let removed = cleanup(&place.bpf_root).unwrap();
+        assert_eq!(removed.filters, ["node0", "pod0"]);
+        assert!(!tc("qdisc show dev node0").contains("clsact"));
+        assert!(tc("qdisc show dev pod0").contains("clsact"));
+        let left = tc("filter show dev pod0 ingress");
+        assert!(left.contains("handle 0x9") && !left.contains("tc_pod_in"), "{left}");
+
+        // A kernel with TCX takes over from one without.
+        run(TcMode::Clsact);
+        run(TcMode::Tcx);
+        assert!(!tc("qdisc show dev node0").contains("clsact"));
+        assert_eq!(place.pins().len(), 4);
+    });
+}
+
+#[test]
+fn a_second_agent_and_cleanup_beside_one_are_refused() {
+    let place = Place::new();
+    in_namespace(move || {
+        let first = place.load().unwrap();
+        let pid = std::process::id();
+        match place.load().unwrap_err() {
+            LoadError::Lock(error @ LockError::Held { pid: Some(holder), .. }) if holder == pid => {
+                assert!(error.to_string().contains("--bpf-root"), "{error}");
+            }
+            other => panic!("{other}"),
+        }
+        assert!(matches!(cleanup(&place.bpf_root), Err(CleanupError::Running(_))));
+        drop(first);
+        assert!(!cleanup(&place.bpf_root).unwrap().maps.is_empty());
+        assert!(!place.bpf_root.exists());
+        let again = cleanup(&place.bpf_root).unwrap();
+        assert!(again.maps.is_empty() && again.folders.is_empty(), "{again:?}");
+    });
+}
+
+#[test]
+fn cleanup_leaves_what_is_not_shunts() {
+    let place = Place::new();
+    in_namespace(move || {
+        drop(place.load().unwrap());
+        let folder = place.bpf_root.join("mine");
+        fs::create_dir(&folder).unwrap();
+        let inside = place.paths().maps().join("mine");
+        fs::create_dir(&inside).unwrap();
+        let removed = cleanup(&place.bpf_root).unwrap();
+        assert!(folder.exists() && inside.exists());
+        assert!(removed.foreign.contains(&inside), "{removed:?}");
+        assert!(!place.paths().programs().exists());
+    });
+}
+
+#[test]
+fn sizes_change_only_while_nothing_is_attached() {
+    let place = Place::new();
+    in_namespace(move || {
+        let entries = |datapath: &Datapath| datapath.map("flows4").unwrap().info().unwrap().max_entries();
+        let larger = Capacities { flows: 256, ..small() };
+        let first = place.load().unwrap();
+        assert_eq!(entries(&first), 128);
+        frontends(&first)
+            .insert(frontend_key(), Frontend::default(), 0)
+            .unwrap();
+        drop(first);
+
+        let second = place.load_sized(larger).unwrap();
+        assert_eq!(entries(&second), 256);
+        assert_eq!(second.capacities(), larger);
+        assert!(
+            frontends(&second).get(&frontend_key(), 0).is_err(),
+            "all maps begin anew together"
+        );
+        frontends(&second)
+            .insert(frontend_key(), Frontend::default(), 0)
+            .unwrap();
+        Attacher::new(&second, XdpMode::Off)
+            .unwrap()
+            .attach_cgroup(&place.cgroup)
+            .unwrap();
+        drop(second);
+
+        let third = place.load().unwrap();
+        assert_eq!(entries(&third), 256);
+        assert_eq!(third.capacities(), larger, "the result says what the maps really have");
+        frontends(&third).get(&frontend_key(), 0).unwrap();
+    });
+}
+
+#[test]
+fn a_map_too_large_names_its_setting_and_leaves_nothing() {
+    let place = Place::new();
+    in_namespace(move || {
+        let error = place
+            .load_sized(Capacities {
+                flows: u32::MAX,
+                ..small()
+            })
+            .unwrap_err();
+        assert!(error.to_string().contains("--max-flows"), "{error}");
+        assert_eq!(fs::read_dir(place.paths().maps()).unwrap().count(), 0);
+        assert_eq!(fs::read_dir(place.paths().programs()).unwrap().count(), 0);
+        place.load().unwrap();
+    });
+}
+
+#[test]
+fn hooks_that_are_off_leave_nothing_behind() {
+    let place = Place::new();
+    in_namespace(move || {
+        ip("link add node0 type veth peer name other0");
+        let run = |socket_lb, xdp: XdpMode| {
+            let datapath = load(&LoadConfig {
+                bpf_root: place.bpf_root.clone(),
+                capacities: small(),
+                socket_lb,
+                xdp: xdp != XdpMode::Off,
+            })
+            .unwrap();
+            let mut attacher = Attacher::new(&datapath, xdp).unwrap();
+            attacher.attach_cgroup(&place.cgroup).unwrap();
+            runtime().block_on(async {
+                let _watcher = DeviceWatcher::spawn(attacher, patterns()).unwrap();
+            });
+        };
+        run(true, XdpMode::Generic);
+        assert_eq!(place.pins().len(), CGROUP.len() + 3);
+        run(false, XdpMode::Off);
+        assert_eq!(place.pins(), set(&["node0-tc_node_in", "node0-tc_node_out"]));
+        let programs = fs::read_dir(place.paths().programs()).unwrap();
+        let programs: BTreeSet<String> = programs
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .collect();
+        assert_eq!(programs, set(&["tc_node_in", "tc_node_out", "tc_pod_in", "tc_pod_out"]));
+    });
+}
+
+#[test]
+fn a_cgroup_root_that_is_none_is_named() {
+    let place = Place::new();
+    in_namespace(move || {
+        let datapath = place.load().unwrap();
+        let mut attacher = Attacher::new(&datapath, XdpMode::Off).unwrap();
+        let error = attacher.attach_cgroup(Path::new("/proc")).unwrap_err().to_string();
+        assert!(
+            error.contains("--cgroup-root /proc") && error.contains("cgroup2"),
+            "{error}"
+        );
+        assert_eq!(place.pins(), set(&[]));
+
+        // From one cgroup to another.
+        attacher.attach_cgroup(&place.cgroup).unwrap();
+        let before = place.ids();
+        let inner = place.cgroup.join("inner");
+        fs::create_dir(&inner).unwrap();
+        attacher.attach_cgroup(&inner).unwrap();
+        let after = place.ids();
+        assert!(before.iter().all(|(pin, (link, _))| after[pin].0 != *link));
+        drop(datapath);
+        cleanup(&place.bpf_root).unwrap();
+        fs::remove_dir(inner).unwrap();
+    });
+}
+
+#[test]
+fn a_bpf_root_of_its_own_is_mounted_and_unmounted() {
+    in_namespace(|| {
+        let folder = tempfile::tempdir().unwrap();
+        let bpf_root = folder.path().join("bpf");
+        let config = LoadConfig {
+            bpf_root: bpf_root.clone(),
+            capacities: small(),
+            socket_lb: false,
+            xdp: false,
+        };
+        let datapath = load(&config);
+        struct Unmount(PathBuf);
+        impl Drop for Unmount {
+            fn drop(&mut self) {
+                let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
+            }
+        }
+        let _guard = Unmount(bpf_root.clone());
+        drop(datapath.unwrap());
+        assert!(Paths::new(&bpf_root).map("config").exists());
+        let removed = cleanup(&bpf_root).unwrap();
+        assert!(removed.foreign.is_empty(), "{removed:?}");
+        assert!(!bpf_root.exists());
+    });
+}
+
+#[test]
+fn devices_are_found_without_patterns() {
+    in_namespace(|| {
+        ip("link set lo up");
+        ip("link add br0 type bridge");
+        ip("link add eth0 type veth peer name wan");
+        ip("link add eth1 type veth peer name wan1");
+        ip("link add veth1 type veth peer name in1");
+        ip("addr add 192.0.2.1/24 dev eth0");
+        ip("addr add 198.51.100.1/24 dev eth1");
+        ip("link set eth0 up");
+        ip("link set wan up");
+        ip("route add default via 192.0.2.254");
+        // A pod: a thread in another namespace that holds the other end until the test is over.
+        let (tid_sender, tid) = std::sync::mpsc::channel();
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        let pod = std::thread::spawn(move || {
+            // SAFETY: as in `in_namespace`.
+            unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }.unwrap();
+            tid_sender.send(rustix::thread::gettid()).unwrap();
+            let _ = ended.recv();
+        });
+        ip(&format!("link set in1 netns {}", tid.recv().unwrap().as_raw_pid()));
+        let patterns = DevicePatterns {
+            node_ips: ["198.51.100.1".parse().unwrap()].into(),
+            ..DevicePatterns::default()
+        };
+        let roles: BTreeMap<String, Role> = shunt::datapath::devices::list()
+            .unwrap()
+            .into_iter()
+            .filter_map(|d| Some((d.name.clone(), patterns.role(&d)?)))
+            .collect();
+        drop(end);
+        pod.join().unwrap();
+        let expected = [("eth0", Role::Node), ("eth1", Role::Node), ("veth1", Role::Pod)];
+        assert_eq!(roles, expected.map(|(n, r)| (n.to_owned(), r)).into());
+    });
+}
+
+#[test]
+fn node_addresses_are_followed() {
+    in_namespace(|| {
+        ip("link set lo up");
+        ip("link add eth0 type veth peer name wan");
+        ip("link set eth0 up");
+        ip("addr add 192.0.2.1/24 dev eth0");
+        runtime().block_on(async {
+            let (addresses, _task) = netns::watch_addresses(NodePortAddresses::All).unwrap();
+            let expect = |texts: &[&str]| -> BTreeSet<IpAddr> { texts.iter().map(|t| t.parse().unwrap()).collect() };
+            assert_eq!(*addresses.borrow(), expect(&["192.0.2.1"]));
+            ip("addr add 2001:db8::1/64 dev eth0 nodad");
+            until("a new address", || {
+                *addresses.borrow() == expect(&["192.0.2.1", "2001:db8::1"])
+            })
+            .await;
+            ip("addr del 192.0.2.1/24 dev eth0");
+            until("an address less", || *addresses.borrow() == expect(&["2001:db8::1"])).await;
+        });
+        let here = netns::cookie();
+        assert_ne!(here, 0);
+        let elsewhere = std::thread::spawn(|| {
+            // SAFETY: as in `in_namespace`.
+            unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }.unwrap();
+            netns::cookie()
+        });
+        assert_ne!(elsewhere.join().unwrap(), here);
+    });
+}
+
+#[test]
+fn check_finds_what_the_other_tests_use() {
+    let place = Place::new();
+    in_namespace(move || {
+        let report = check::check(&place.bpf_root, &place.cgroup);
+        assert!(report.ok(), "{report:#?}");
+        for what in [
+            "links to cgroups",
+            "links to XDP",
+            "cgroup2 root",
+            "batch operations on maps",
+        ] {
+            let row = report.rows.iter().find(|r| r.what == what).unwrap();
+            assert!(row.ok, "{row:?}");
+        }
+        let tcx = report.rows.iter().find(|r| r.what == "links to tc (TCX)").unwrap();
+        assert_eq!(tcx.ok, TcMode::probe() == TcMode::Tcx);
+        let _taken = std::net::TcpListener::bind("0.0.0.0:10256").unwrap();
+        let report = check::check(&place.bpf_root, Path::new("/proc"));
+        let bad: Vec<&str> = report.rows.iter().filter(|r| !r.ok).map(|r| r.what.as_str()).collect();
+        assert!(
+            bad.contains(&"cgroup2 root") && bad.contains(&"nobody at kube-proxy's healthz port"),
+            "{bad:?}"
+        );
+        assert!(report.rows.iter().filter(|r| !r.ok).all(|r| !r.advice.is_empty()));
+        assert!(report.ok(), "both are optional");
+    });
+}
