@@ -35,6 +35,9 @@ const UDP_TICKS: u32 = 180;
 /// The same for TCP: kube-proxy's default `tcpEstablishedTimeout`, 24 h.
 const TCP_TICKS: u32 = 80_500;
 
+/// Most free ports looked at more closely for one flow.
+const MAX_CANDIDATES: u32 = 2;
+
 /// Both FINs.
 const FLOW_FINISHED: u16 = FLOW_CLIENT_FIN | FLOW_BACKEND_FIN;
 
@@ -71,9 +74,35 @@ impl<T: Copy> Entry<'_, T> {
 
     /// Replaces the value in place: no map operation, so a full LRU evicts nobody.
     #[inline(always)]
-    pub fn write(self, value: T) {
+    pub fn write(self, value: &T) {
         // SAFETY: valid by `new`'s contract.
-        unsafe { self.ptr.as_ptr().write(value) };
+        unsafe { copy(value, self.ptr.as_ptr()) };
+    }
+
+    /// Copies the value to memory of the caller's.
+    #[inline(always)]
+    pub fn copy_to(self, value: &mut T) {
+        // SAFETY: valid by `new`'s contract.
+        unsafe { copy(self.ptr.as_ptr(), value) };
+    }
+}
+
+/// Copies word by word: LLVM would call a `memmove` for it that goes byte by byte.
+///
+/// # Safety
+/// `from` must be readable, `to` writable, both aligned; `T` must be made of whole words, without padding.
+#[inline(always)]
+unsafe fn copy<T>(from: *const T, to: *mut T) {
+    const { assert!(align_of::<T>() >= 4 && size_of::<T>().is_multiple_of(4)) };
+    // SAFETY: the caller's promise.
+    unsafe {
+        if align_of::<T>() == 8 {
+            let (from, to) = (from.cast::<u64>(), to.cast::<u64>());
+            (0..size_of::<T>() / 8).for_each(|i| to.add(i).write_volatile(from.add(i).read()));
+        } else {
+            let (from, to) = (from.cast::<u32>(), to.cast::<u32>());
+            (0..size_of::<T>() / 4).for_each(|i| to.add(i).write_volatile(from.add(i).read()));
+        }
     }
 }
 
@@ -285,31 +314,103 @@ pub struct Scratch<A> {
     flow: Flow<A>,
     reply: Tuple<A>,
     translation: Translation<A>,
+    slot: SnatSlot<A>,
+    search: Search,
+    /// Whether the flow is written over one that is over.
+    over: Opaque,
+}
+
+/// Where the search for a source port stands.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct Search {
+    /// Offset into the SNAT range that is looked at.
+    offset: Opaque,
+    /// Offset found.
+    found: Opaque,
+    /// [`SnatSlot::owner`] of the flow.
+    owner: Opaque,
+    /// A condition.
+    flag: Opaque,
+}
+
+/// A number that the verifier knows nothing about, because it stands in memory that it does not follow. It walks a loop
+/// once for every combination of what it does know, and would not come to an end.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug)]
+struct Opaque(u32);
+
+impl Opaque {
+    #[inline(always)]
+    fn get(&self) -> u32 {
+        // SAFETY: a reference is readable; volatile, so that LLVM does not remember what was written.
+        unsafe { (&raw const self.0).read_volatile() }
+    }
+
+    #[inline(always)]
+    fn set(&mut self, value: u32) {
+        // SAFETY: a reference is writable.
+        unsafe { (&raw mut self.0).write_volatile(value) };
+    }
+
+    /// The condition, forgotten and remembered.
+    #[inline(always)]
+    fn hide(&mut self, condition: bool) -> bool {
+        self.set(u32::from(condition));
+        self.get() != 0
+    }
 }
 
 /// A packet towards a possible frontend that no established flow of its client's side explains.
+// Each step is a function of its own that leaves what it found in `scratch`: so its locals share the stack with the
+// other steps' locals, and the verifier walks it once, not once for every way through the step before.
 #[inline(never)]
 fn undecided<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
+    let recalled = recall(maps, scratch);
+    if scratch.search.flag.hide(recalled) {
+        return Outcome::Translate;
+    }
+    let outcome = choose(maps, scratch) as u32;
+    scratch.search.flag.set(outcome);
+    match scratch.search.flag.get() {
+        0 => return Outcome::Pass,
+        1 => {}
+        2 => return Outcome::Refuse,
+        _ => return Outcome::Drop,
+    }
+    if scratch.flow.state & FLOW_SNAT != 0 {
+        if !translate_source(maps, scratch) {
+            maps.count(Event::SnatExhausted);
+            return Outcome::Drop;
+        }
+    }
+    remember(maps, scratch);
+    Outcome::Translate
+}
+
+/// Looks for the flow among those not yet confirmed, and those whose client's port is shared.
+#[inline(never)]
+fn recall<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
     scratch.key = client_key::<F>(&scratch.arrival.tuple);
     if let Some(flow) = maps.new_flow(&scratch.key)
         && unconfirmed(maps, flow, scratch)
     {
-        return Outcome::Translate;
+        return true;
     }
     if maps.collided(collided_bit::<F>(&scratch.arrival.tuple)) {
         scratch.key = shared_key::<F>(&scratch.arrival.tuple);
         if let Some(flow) = maps.flow(&scratch.key)
             && explains(maps, flow, scratch)
         {
-            return Outcome::Translate;
+            return true;
         }
         if let Some(flow) = maps.new_flow(&scratch.key)
             && unconfirmed(maps, flow, scratch)
         {
-            return Outcome::Translate;
+            return true;
         }
     }
-    open(maps, scratch)
+    false
 }
 
 /// [`forward`], with the translation left in `scratch`.
@@ -547,7 +648,7 @@ fn unconfirmed<F: Family, M: Maps<F>>(
         ..
     } = scratch.arrival;
     let flow = &mut scratch.flow;
-    *flow = entry.read();
+    entry.copy_to(flow);
     if flow.state & FLOW_SNAT != 0
         && let Some(config) = maps.config()
         && let Some((_, slot)) = snat_slot(maps, config, flow.snat_port, flow.backend, flow.backend_port, proto)
@@ -643,20 +744,19 @@ fn snat_reply_arriving<F: Family, M: Maps<F>>(
     Some(Translation { tuple, local })
 }
 
-/// The first packet of a flow, or of one that was forgotten: finds the frontend, chooses, remembers.
-#[inline(always)]
-fn open<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
+/// The first packet of a flow, or of one that was forgotten: finds the frontend and chooses a backend. The flow to
+/// remember is left in `scratch`.
+#[inline(never)]
+fn choose<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
     let Some(config) = maps.config() else {
         return Outcome::Pass;
     };
     let Scratch {
         arrival,
         key,
-        own_port,
         frontend_key,
         flow,
-        reply,
-        translation,
+        ..
     } = scratch;
     let tuple = &arrival.tuple;
     let scope = match arrival.from {
@@ -733,40 +833,44 @@ fn open<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Out
         maps.set_collided(collided_bit::<F>(tuple));
         maps.count(Event::PortCollision);
     }
-    if flow.state & FLOW_SNAT != 0 && !translate_source(maps, config, tuple, flow, own_port, reply, choice) {
-        maps.count(Event::SnatExhausted);
-        return Outcome::Drop;
-    }
-    match held {
-        Holder::Over(entry) => entry.write(*flow),
-        Holder::Nobody | Holder::Other => {
-            if !maps.add_new_flow(key, flow) {
-                // Never drop for lack of an entry: the hash finds the same backend again.
-                maps.count(Event::ConntrackFull);
-            }
-        }
-    }
-    maps.count_flow(slot.backend);
-    *translation = towards_backend(flow, arrival);
+    scratch.over.set(u32::from(matches!(held, Holder::Over)));
     Outcome::Translate
 }
 
+/// Stores the chosen flow, and says where its packet goes.
+#[inline(never)]
+fn remember<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
+    let Scratch {
+        arrival,
+        key,
+        flow,
+        translation,
+        over,
+        ..
+    } = scratch;
+    *translation = towards_backend(flow, arrival);
+    maps.count_flow(flow.backend_id);
+    if over.get() != 0
+        && let Some(entry) = maps.flow(key).or_else(|| maps.new_flow(key))
+    {
+        entry.write(flow);
+    } else if !maps.add_new_flow(key, flow) {
+        // Never drop for lack of an entry: the hash finds the same backend again.
+        maps.count(Event::ConntrackFull);
+    }
+}
+
 /// Who holds the entry of a client's side.
-enum Holder<'m, A: Copy> {
+enum Holder {
     Nobody,
     /// A flow that is over, of this frontend or another: the entry can be written over.
-    Over(Entry<'m, Flow<A>>),
+    Over,
     /// A live flow to another frontend.
     Other,
 }
 
 #[inline(always)]
-fn holder<'m, F: Family, M: Maps<F>>(
-    maps: &'m M,
-    key: &FlowKey<F::Words>,
-    tuple: &Tuple<F::Words>,
-    now: u32,
-) -> Holder<'m, F::Words> {
+fn holder<F: Family, M: Maps<F>>(maps: &M, key: &FlowKey<F::Words>, tuple: &Tuple<F::Words>, now: u32) -> Holder {
     let entry = match maps.flow(key) {
         Some(entry) => Some(entry),
         None => maps.new_flow(key),
@@ -776,7 +880,7 @@ fn holder<'m, F: Family, M: Maps<F>>(
     let same = flow.frontend == tuple.dst && flow.frontend_port == tuple.dst_port;
     // The same frontend: only a connection that is opened anew comes here. Another: wait until its packets are gone.
     if same || is_over(flow.state, tuple.proto, flow.last_seen, now) {
-        Holder::Over(entry)
+        Holder::Over
     } else {
         Holder::Other
     }
@@ -816,40 +920,65 @@ fn scope_of<F: Family>(config: &Config, client: F::Words) -> u8 {
     scope
 }
 
-/// Takes a source port towards the flow's backend: the client's own if it is in the range and free, else one from a
+/// Finds a source port towards the flow's backend: the client's own if it is in the range and free, else one from a
 /// place that depends on the flow alone, so that a flow whose entry was evicted finds its port again.
 #[inline(always)]
-fn translate_source<F: Family, M: Maps<F>>(
-    maps: &M,
-    config: &Config,
-    tuple: &Tuple<F::Words>,
-    flow: &mut Flow<F::Words>,
-    own_port: &mut FlowKey<F::Words>,
-    reply: &mut Tuple<F::Words>,
-    choice: u32,
-) -> bool {
-    let now = flow.last_seen;
-    let ports = u32::from(config.snat_ports);
-    let mut offset = if snat::in_range(config, tuple.src_port) {
+fn translate_source<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
+    first_port(maps, scratch);
+    for _ in 0..MAX_CANDIDATES {
+        let taken = take_port(maps, scratch);
+        if scratch.search.flag.hide(taken) {
+            return true;
+        }
+        let found = next_port(maps, scratch);
+        if !scratch.search.flag.hide(found) {
+            return false;
+        }
+    }
+    false
+}
+
+/// Sets where the search for a source port begins.
+#[inline(never)]
+fn first_port<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
+    let Some(config) = maps.config() else { return };
+    let tuple = &scratch.arrival.tuple;
+    let owner = hash::flow::<F>(tuple.src, tuple.src_port, tuple.dst, tuple.dst_port, tuple.proto);
+    let search = &mut scratch.search;
+    search.owner.set(owner);
+    search.offset.set(if snat::in_range(config, tuple.src_port) {
         u32::from(tuple.src_port.wrapping_sub(config.snat_first))
     } else {
-        hash::pick(choice.rotate_left(16), ports)
-    };
-    for _ in 0..snat::MAX_TRIES {
-        let port = config.snat_first.wrapping_add(offset as u16);
-        let index = snat::index::<F>(config, port, flow.backend, flow.backend_port, tuple.proto);
-        let Some(entry) = maps.snat(index) else { return false };
-        let slot = entry.read();
-        let own = slot.client == tuple.src
-            && slot.client_port == tuple.src_port
-            && slot.frontend == flow.frontend
-            && slot.frontend_port == flow.frontend_port
-            && slot.backend == flow.backend
-            && slot.backend_port == flow.backend_port
-            && slot.snat == flow.snat
-            && slot.proto == tuple.proto
-            && slot.last_seen != 0;
-        let free = slot.last_seen == 0 || is_over(slot.state, slot.proto, slot.last_seen, now);
+        hash::pick(owner.rotate_left(16), u32::from(config.snat_ports))
+    });
+}
+
+/// Takes the port that the search stands at, if it is the flow's own or free.
+#[inline(never)]
+fn take_port<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
+    let Some(config) = maps.config() else { return false };
+    let Scratch {
+        arrival,
+        own_port,
+        flow,
+        reply,
+        slot: mine,
+        search,
+        ..
+    } = scratch;
+    let tuple = &arrival.tuple;
+    let now = flow.last_seen;
+    let port = config.snat_first.wrapping_add(search.offset.get() as u16);
+    let index = snat::index::<F>(config, port, flow.backend, flow.backend_port, tuple.proto);
+    let Some(entry) = maps.snat(index) else { return false };
+    let slot = entry.read();
+    if !search
+        .flag
+        .hide(is_own(&slot, flow, tuple.src, tuple.src_port, search.owner.get()))
+    {
+        if !search.flag.hide(is_free(&slot, now)) {
+            return false;
+        }
         *reply = Tuple {
             src: flow.backend,
             dst: flow.snat,
@@ -857,37 +986,86 @@ fn translate_source<F: Family, M: Maps<F>>(
             dst_port: port,
             proto: tuple.proto,
         };
-        // A client that keeps its address must not be given a port that it uses itself.
-        *own_port = FlowKey {
-            client_port: port,
-            ..client_key::<F>(tuple)
-        };
-        let taken = flow.snat == tuple.src && (maps.flow(own_port).is_some() || maps.new_flow(own_port).is_some())
-            || maps.socket_takes(reply);
-        if (own || free && !taken) && maps.claim(entry, slot.last_seen, now) {
-            flow.snat_port = port;
-            entry.write(SnatSlot {
-                client: tuple.src,
-                frontend: flow.frontend,
-                backend: flow.backend,
-                snat: flow.snat,
-                client_port: tuple.src_port,
-                frontend_port: flow.frontend_port,
-                backend_port: flow.backend_port,
-                state: flow.state,
-                last_seen: now,
-                backend_id: flow.backend_id,
-                proto: tuple.proto,
-                reserved: 0,
-                reserved2: 0,
-                reserved3: 0,
-            });
-            return true;
+        if maps.socket_takes(reply) {
+            return false;
         }
-        offset += 1;
-        if offset >= ports {
-            offset = 0;
+        // A client that keeps its address must not be given a port that it uses itself.
+        if search.flag.hide(flow.snat == tuple.src) {
+            *own_port = FlowKey {
+                client_port: port,
+                ..client_key::<F>(tuple)
+            };
+            if maps.flow(own_port).is_some() || maps.new_flow(own_port).is_some() {
+                return false;
+            }
         }
     }
-    false
+    if !maps.claim(entry, slot.last_seen, now) {
+        return false;
+    }
+    flow.snat_port = port;
+    *mine = SnatSlot {
+        client: tuple.src,
+        frontend: flow.frontend,
+        backend: flow.backend,
+        snat: flow.snat,
+        client_port: tuple.src_port,
+        frontend_port: flow.frontend_port,
+        backend_port: flow.backend_port,
+        state: flow.state,
+        last_seen: now,
+        backend_id: flow.backend_id,
+        proto: tuple.proto,
+        reserved: 0,
+        reserved2: 0,
+        owner: search.owner.get(),
+    };
+    entry.write(mine);
+    true
+}
+
+/// Moves the search to the next port whose slot is the flow's own or free, among [`snat::MAX_TRIES`].
+#[inline(never)]
+fn next_port<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
+    const NONE: u32 = u32::MAX;
+    let Some(config) = maps.config() else { return false };
+    let Scratch {
+        arrival, flow, search, ..
+    } = scratch;
+    let tuple = &arrival.tuple;
+    search.found.set(NONE);
+    for _ in 0..snat::MAX_TRIES {
+        let next = search.offset.get().wrapping_add(1);
+        search
+            .offset
+            .set(if next >= u32::from(config.snat_ports) { 0 } else { next });
+        let port = config.snat_first.wrapping_add(search.offset.get() as u16);
+        let index = snat::index::<F>(config, port, flow.backend, flow.backend_port, tuple.proto);
+        let Some(entry) = maps.snat(index) else { return false };
+        let slot = entry.read();
+        let usable =
+            is_own(&slot, flow, tuple.src, tuple.src_port, search.owner.get()) | is_free(&slot, flow.last_seen);
+        if search.flag.hide(usable) && search.found.get() == NONE {
+            search.found.set(search.offset.get());
+        }
+    }
+    search.offset.set(search.found.get());
+    search.found.get() != NONE
+}
+
+/// Whether nobody would miss what a slot holds.
+#[inline(always)]
+fn is_free<A: Copy>(slot: &SnatSlot<A>, now: u32) -> bool {
+    (slot.last_seen == 0) | is_over(slot.state, slot.proto, slot.last_seen, now)
+}
+
+/// Whether a slot is what an evicted entry of this very flow left behind.
+#[inline(always)]
+fn is_own<A: Copy + Eq>(slot: &SnatSlot<A>, flow: &Flow<A>, client: A, client_port: u16, owner: u32) -> bool {
+    (slot.owner == owner)
+        & (slot.client == client)
+        & (slot.client_port == client_port)
+        & (slot.backend == flow.backend)
+        & (slot.backend_port == flow.backend_port)
+        & (slot.last_seen != 0)
 }

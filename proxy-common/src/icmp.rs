@@ -125,7 +125,11 @@ fn settle<const LEN: usize, const FIELD: usize, const SPARE: usize>(packet: &imp
         }
         let field: u16 = read(ptr, FIELD);
         // rest + spare = !field, with rest including the field.
-        write(ptr, SPARE, checksum::fold(u64::from(!field) + u64::from(!checksum::fold(rest))));
+        write(
+            ptr,
+            SPARE,
+            checksum::fold(u64::from(!field) + u64::from(!checksum::fold(rest))),
+        );
     }
     true
 }

@@ -239,8 +239,8 @@ pub struct SnatSlot<A> {
     pub reserved: u8,
     /// Always zero.
     pub reserved2: u16,
-    /// Always zero.
-    pub reserved3: u32,
+    /// Flow hash of the client's side and the frontend ([`crate::hash::flow`]): whose slot it is, at a glance.
+    pub owner: u32,
 }
 
 /// [`BackendState::flags`]: the backend takes packets of existing flows.

@@ -3,7 +3,9 @@
 //! [`socket`] at the cgroup hooks, [`tc`] on pod and node devices, [`xdp`] on node devices, [`maps`] for all of them.
 #![no_std]
 #![no_main]
-#![feature(core_intrinsics)]
+// No call of `memset` where a few stores do: BPF has no such function, and ours goes byte by byte.
+#![no_builtins]
+#![feature(asm_experimental_arch, core_intrinsics)]
 #![expect(
     internal_features,
     reason = "the BPF target's `core` has no compare-and-swap on 32 bits, LLVM does"

@@ -4,6 +4,8 @@
 //! and passed up; whatever the kernel must help with (no neighbour yet, no route, too big, last hop) is passed up
 //! untouched, and tc finds the same flow there.
 
+use core::arch::asm;
+
 use aya_ebpf::{
     EbpfContext,
     bindings::xdp_action::{XDP_DROP, XDP_PASS, XDP_TX},
@@ -29,6 +31,18 @@ impl Packet for Frame<'_> {
     fn bytes(&self, offset: usize, len: usize) -> Option<*mut u8> {
         let start = self.0.data() + offset;
         (start + len <= self.0.data_end()).then_some(start as *mut u8)
+    }
+}
+
+impl Frame<'_> {
+    /// The frame's length in bytes.
+    #[inline(always)]
+    fn len(&self) -> usize {
+        let (mut start, mut end) = (self.0.data(), self.0.data_end());
+        // SAFETY: no instruction at all. It hides from LLVM that the context's fields are 32 bits wide, or it would
+        // spill half of what the verifier knows to be a pointer.
+        unsafe { asm!("/* {0} {1} */", inout(reg) start, inout(reg) end, options(nomem, nostack)) };
+        end - start
     }
 }
 
@@ -74,7 +88,7 @@ fn node<F: KernelFamily>(ctx: &XdpContext) -> u32 {
         Verdict::Drop => XDP_DROP,
         Verdict::Refuse => refuse::<F>(ctx, &headers),
         Verdict::Translate(to) if to.local => {
-            rewrite::<F>(&frame, &headers, &to.tuple);
+            rewrite::<F>(ctx, &headers, &to.tuple);
             XDP_PASS
         }
         Verdict::Translate(to) => send_on::<F>(ctx, &headers, &to.tuple),
@@ -82,9 +96,10 @@ fn node<F: KernelFamily>(ctx: &XdpContext) -> u32 {
 }
 
 /// Writes the new tuple; every offset was checked when the headers were read, so it does not fail.
-#[inline(always)]
-fn rewrite<F: Family>(frame: &Frame<'_>, headers: &Headers<F::Words>, new: &Tuple<F::Words>) -> bool {
-    packet::update_checksum::<F>(frame, headers, new) && packet::write_tuple::<F>(frame, headers, new)
+#[inline(never)]
+fn rewrite<F: Family>(ctx: &XdpContext, headers: &Headers<F::Words>, new: &Tuple<F::Words>) -> bool {
+    let frame = Frame(ctx);
+    packet::update_checksum::<F>(&frame, headers, new) && packet::write_tuple::<F>(&frame, headers, new)
 }
 
 /// The kernel's `struct bpf_fib_lookup`, without its unions.
@@ -102,8 +117,8 @@ struct FibLookup {
     src: Words6,
     dst: Words6,
     vlan: u32,
-    smac: [u8; 6],
-    dmac: [u8; 6],
+    /// Source and destination MAC address.
+    macs: [u16; 6],
 }
 
 const _: () = assert!(size_of::<FibLookup>() == 64);
@@ -118,14 +133,13 @@ fn send_on<F: KernelFamily>(ctx: &XdpContext, headers: &Headers<F::Words>, new: 
         l4_protocol: new.proto,
         sport: new.src_port.to_be(),
         dport: new.dst_port.to_be(),
-        tot_len: (ctx.data_end() - ctx.data() - ETHERNET) as u16,
+        tot_len: (frame.len() - ETHERNET) as u16,
         ifindex: ingress,
         flowinfo: 0,
         src: words::<F>(new.src),
         dst: words::<F>(new.dst),
         vlan: 0,
-        smac: [0; 6],
-        dmac: [0; 6],
+        macs: [0; 6],
     };
     // SAFETY: `fib` has the size and layout of the kernel's struct.
     let routed = unsafe { bpf_fib_lookup(ctx.as_ptr(), (&raw mut fib).cast(), size_of::<FibLookup>() as i32, 0) };
@@ -134,17 +148,20 @@ fn send_on<F: KernelFamily>(ctx: &XdpContext, headers: &Headers<F::Words>, new: 
         count(Event::XdpToTc);
         return XDP_PASS;
     }
-    if !rewrite::<F>(&frame, headers, new) {
+    if !rewrite::<F>(ctx, headers, new) {
         count(Event::RewriteFailed);
         return XDP_DROP;
     }
     let Some(ethernet) = frame.bytes(0, ETHERNET) else {
         return XDP_DROP;
     };
-    // SAFETY: 14 bytes were checked; the addresses are 6 bytes each.
+    // SAFETY: 14 bytes were checked, and frames start at even addresses.
     unsafe {
-        ethernet.cast::<[u8; 6]>().write_unaligned(fib.dmac);
-        ethernet.add(6).cast::<[u8; 6]>().write_unaligned(fib.smac);
+        let ethernet = ethernet.cast::<u16>();
+        for i in 0..3 {
+            ethernet.add(i).write_volatile(fib.macs[3 + i]);
+            ethernet.add(3 + i).write_volatile(fib.macs[i]);
+        }
     }
     XDP_TX
 }
@@ -169,7 +186,7 @@ fn words<F: Family>(addr: F::Words) -> Words6 {
 #[inline(never)]
 fn refuse<F: Family>(ctx: &XdpContext, headers: &Headers<F::Words>) -> u32 {
     let quote = icmp::quote_len(headers);
-    let surplus = (ETHERNET + quote) as i32 - (ctx.data_end() - ctx.data()) as i32;
+    let surplus = (ETHERNET + quote) as i32 - Frame(ctx).len() as i32;
     // SAFETY: both helpers check their arguments against the frame; pointers are taken anew afterwards.
     unsafe {
         if surplus > 0

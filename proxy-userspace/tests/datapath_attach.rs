@@ -191,6 +191,7 @@ fn frontend_key() -> FrontendKey<[u8; 4]> {
         port: 80,
         proto: TCP,
         scope: SCOPE_INTERNAL,
+        reserved: 0,
     }
 }
 
