@@ -17,3 +17,4 @@ pub mod cli {
 pub mod datapath;
 pub mod object;
 pub mod plan;
+pub mod sync;

@@ -474,7 +474,9 @@ impl<F: MapFamily> PerFamily<F> {
             return Ok(());
         }
         let index = snat::index::<F>(config, flow.snat_port, flow.backend, flow.backend_port, key.proto);
-        let Some(slot) = self.snat.get(&index)? else { return Ok(()) };
+        let Some(slot) = self.snat.get(&index)? else {
+            return Ok(());
+        };
         let owned = slot.client == key.client
             && slot.client_port == key.client_port
             && slot.proto == key.proto
@@ -484,7 +486,14 @@ impl<F: MapFamily> PerFamily<F> {
             && slot.backend_port == flow.backend_port;
         if owned {
             // `last_seen` 0 is "never used", which every new flow may claim.
-            self.snat.set(&index, &SnatSlot { last_seen: 0, state: 0, ..slot })?;
+            self.snat.set(
+                &index,
+                &SnatSlot {
+                    last_seen: 0,
+                    state: 0,
+                    ..slot
+                },
+            )?;
         }
         Ok(())
     }
@@ -787,9 +796,14 @@ mod tests {
 
     #[test]
     fn a_root_without_an_agent_says_what_to_do() {
-        let error = Maps::open(Path::new("/sys/fs/bpf/shunt-nobody")).err().expect("no maps there");
+        let error = Maps::open(Path::new("/sys/fs/bpf/shunt-nobody"))
+            .err()
+            .expect("no maps there");
         let message = error.to_string();
-        assert!(message.contains("no agent has run with --bpf-root /sys/fs/bpf/shunt-nobody"), "{message}");
+        assert!(
+            message.contains("no agent has run with --bpf-root /sys/fs/bpf/shunt-nobody"),
+            "{message}"
+        );
         assert!(!message.contains('\n'));
     }
 
@@ -819,7 +833,11 @@ mod tests {
             map.set(&key(n), &value).expect("room");
         }
         let entries = map.entries().expect("walk");
-        assert!(entries.iter().all(|(key, value)| u32::from(key.port) == value.slot_base));
+        assert!(
+            entries
+                .iter()
+                .all(|(key, value)| u32::from(key.port) == value.slot_base)
+        );
         let seen: HashSet<u16> = entries.iter().map(|(key, _)| key.port).collect();
         assert_eq!((entries.len(), seen.len()), (5000, 5000));
 
@@ -838,7 +856,9 @@ mod tests {
             ..Default::default()
         });
         let map = root.maps().v4.frontends;
-        let error = (0..100).find_map(|n| map.set(&key(n), &Frontend::default()).err()).expect("16 entries at most");
+        let error = (0..100)
+            .find_map(|n| map.set(&key(n), &Frontend::default()).err())
+            .expect("16 entries at most");
         assert_eq!(
             error.to_string(),
             "map frontends4 is full (16 entries): start the agent with a larger --max-frontends"

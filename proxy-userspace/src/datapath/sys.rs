@@ -87,7 +87,11 @@ struct InfoAttr {
 unsafe fn bpf<A>(command: Command, attr: &mut A) -> io::Result<i64> {
     // SAFETY: `attr` is a live, writable prefix of `union bpf_attr` of the size given; its pointers are the caller's duty.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command as i32, ptr::from_mut(attr), size_of::<A>()) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
 }
 
 fn address<T: ?Sized>(value: &T) -> u64 {
@@ -506,7 +510,13 @@ pub(crate) mod create {
     }
 
     /// Creates a map.
-    pub(crate) fn map(map_type: u32, key: usize, value: usize, max_entries: u32, map_flags: u32) -> io::Result<OwnedFd> {
+    pub(crate) fn map(
+        map_type: u32,
+        key: usize,
+        value: usize,
+        max_entries: u32,
+        map_flags: u32,
+    ) -> io::Result<OwnedFd> {
         let mut attr = CreateAttr {
             map_type,
             key_size: key as u32,
@@ -517,7 +527,14 @@ pub(crate) mod create {
         };
         const BPF_MAP_CREATE: i32 = 0;
         // SAFETY: `attr` holds no pointers.
-        let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_MAP_CREATE, ptr::from_mut(&mut attr), size_of::<CreateAttr>()) };
+        let fd = unsafe {
+            libc::syscall(
+                libc::SYS_bpf,
+                BPF_MAP_CREATE,
+                ptr::from_mut(&mut attr),
+                size_of::<CreateAttr>(),
+            )
+        };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -535,7 +552,18 @@ pub(crate) mod create {
         };
         const BPF_OBJ_PIN: i32 = 6;
         // SAFETY: `pathname` points to a zero-terminated string that outlives the call.
-        let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_OBJ_PIN, ptr::from_mut(&mut attr), size_of::<ObjAttr>()) };
-        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_bpf,
+                BPF_OBJ_PIN,
+                ptr::from_mut(&mut attr),
+                size_of::<ObjAttr>(),
+            )
+        };
+        if result < 0 {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(())
+        }
     }
 }
