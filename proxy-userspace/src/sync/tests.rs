@@ -74,8 +74,16 @@ fn simple(service: &str, address: &str, addresses: &[&str]) -> ServicePlan {
 
 /// What a packet to this frontend can reach, sorted; `None` without an entry.
 fn reach(maps: &Maps, id: &FrontendId) -> Option<Vec<(IpAddr, u16)>> {
+    reach_slowly(maps, id, Duration::ZERO)
+}
+
+/// As [`reach`], with a pause between the lookup of the frontend and the reading of its slots.
+fn reach_slowly(maps: &Maps, id: &FrontendId, pause: Duration) -> Option<Vec<(IpAddr, u16)>> {
     let table = maps.table(FamilyIndex::of(id));
     let entry = table.get(id).unwrap()?;
+    if !pause.is_zero() {
+        thread::sleep(pause);
+    }
     let mut all: Vec<_> = (entry.slot_base..entry.slot_base + entry.slot_count)
         .map(|index| table.slot(index).unwrap())
         .map(|choice| (choice.address, choice.port))
@@ -546,8 +554,9 @@ fn what_another_broke_in_the_maps_is_mended_by_the_next_apply() {
     }
 }
 
-/// Readers do what a program does (look the frontend up, then read its slots) while the Service flips between two disjoint
-/// backend sets of different size: each must see the one set or the other, whole.
+/// Readers do what a program does (look the frontend up, then read its slots, one of them as if its CPU were taken away in
+/// between) while the Service changes between three disjoint backend sets: each must see one set, whole. The sizes differ, so that
+/// a range used again too early would lie across an old one.
 #[test]
 fn a_packet_never_sees_a_state_in_between() {
     const FLIPS: usize = 5000;
@@ -558,22 +567,32 @@ fn a_packet_never_sees_a_state_in_between() {
     });
     let mut syncer = syncer(&root);
     let maps = syncer.maps().clone();
-    let sets: [&[&str]; 2] = [
+    let sets: [&[&str]; 3] = [
         &["10.0.1.1", "10.0.1.2"],
         &["10.0.2.1", "10.0.2.2", "10.0.2.3", "10.0.2.4", "10.0.2.5"],
+        &["10.0.3.1", "10.0.3.2", "10.0.3.3"],
     ];
     let plans = sets.map(|set| simple("web", "10.96.0.1", set));
     let whole = sets.map(|pods| set(pods, 8080));
     syncer.apply(&plans[0]).unwrap();
+    // No set twice in a row, and no cycle in which every set would find its own old slots again.
+    let order: Vec<usize> = (0..FLIPS)
+        .scan(0, |last, flip| {
+            *last = (*last + 1 + (shunt_common::hash::mix(flip as u64) % 2) as usize) % 3;
+            Some(*last)
+        })
+        .collect();
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
         let readers: Vec<_> = [Scope::Internal, Scope::External]
             .map(|client| {
+                let pause = Duration::from_millis(if client == Scope::Internal { 0 } else { 3 });
                 let (maps, whole, done) = (&maps, &whole, &done);
                 scope.spawn(move || {
-                    let mut seen = [0usize; 2];
+                    let mut seen = [0usize; 3];
                     while !done.load(Ordering::Relaxed) {
-                        let reached = reach(maps, &id(ip("10.96.0.1"), 80, client)).expect("never without an entry");
+                        let reached = reach_slowly(maps, &id(ip("10.96.0.1"), 80, client), pause)
+                            .expect("never without an entry");
                         let which = whole.iter().position(|set| *set == reached);
                         seen[which.unwrap_or_else(|| panic!("a state in between: {reached:?}"))] += 1;
                     }
@@ -581,8 +600,10 @@ fn a_packet_never_sees_a_state_in_between() {
                 })
             })
             .into();
+        // Also when an assertion below fails: the scope waits for its threads.
+        let stop = StopOnDrop(&done);
         for flip in 0..FLIPS {
-            while let Err(error) = syncer.apply(&plans[(flip + 1) % 2]) {
+            while let Err(error) = syncer.apply(&plans[order[flip]]) {
                 // All ranges rest: the grace period at work.
                 assert!(matches!(error.cause, Cause::Slots { .. }), "{error}");
                 thread::sleep(Duration::from_millis(20));
@@ -591,10 +612,18 @@ fn a_packet_never_sees_a_state_in_between() {
                 thread::yield_now();
             }
         }
-        done.store(true, Ordering::Relaxed);
+        drop(stop);
         for reader in readers {
             let seen = reader.join().expect("a reader's assertion");
-            assert!(seen.iter().all(|&n| n > 0), "both sets were seen: {seen:?}");
+            assert!(seen.iter().all(|&n| n > 0), "every set was seen: {seen:?}");
         }
     });
+}
+
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
