@@ -15,5 +15,7 @@ pub mod cli {
     pub mod cleanup;
 }
 pub mod datapath;
+pub mod model;
 pub mod object;
 pub mod plan;
+pub mod source;
