@@ -289,7 +289,7 @@ impl Model {
             .filter(|(claim, ask)| !self.complete || all.get(claim) != Some(ask))
             .map(|(claim, _)| claim);
         let changed: BTreeSet<Claim> = given_up.chain(after.keys().copied()).collect();
-        for claim in changed {
+        for claim in changed.iter().copied() {
             let claimants = self.claims.entry(claim).or_default();
             let had = claim.holder(claimants).map(|holder| holder.service.clone());
             claimants.retain(|claimant| claimant.service != *name);
@@ -318,9 +318,9 @@ impl Model {
             if let Claim::Address(ip) = claim {
                 self.cluster_ip_changed(ip, touched);
             }
-            if self.complete {
-                self.report_claim(claim);
-            }
+        }
+        if self.complete {
+            changed.into_iter().for_each(|claim| self.report_claim(claim));
         }
     }
 
@@ -467,3 +467,6 @@ fn claims_of(service: &Service) -> BTreeMap<Claim, (bool, String)> {
     }
     claims
 }
+
+#[cfg(test)]
+mod tests;

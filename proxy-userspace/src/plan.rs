@@ -5,7 +5,8 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    net::IpAddr,
+    fmt,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
@@ -372,3 +373,41 @@ fn backends(service: &Service, kind: FrontendKind, scope: Scope, choices: &Choic
     };
     (backends.clone(), flags)
 }
+
+impl fmt::Display for FrontendId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.address {
+            FrontendAddress::Ip(ip) => write!(f, "{}/{}", SocketAddr::new(ip, self.port), self.protocol),
+            FrontendAddress::NodePortV4 => write!(f, "0.0.0.0:{}/{}", self.port, self.protocol),
+            FrontendAddress::NodePortV6 => write!(f, "[::]:{}/{}", self.port, self.protocol),
+        }
+    }
+}
+
+/// One line: scope, key, kind, what is special, and backends, those of this node with an asterisk.
+impl fmt::Display for Frontend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} {} {:?}", self.id.scope, self.id, self.kind)?;
+        if self.flags & FRONTEND_AFFINITY != 0 {
+            write!(f, " affinity={}s", self.affinity_secs)?;
+        }
+        for (flag, name) in [
+            (FRONTEND_SOURCE_RANGES, " source-ranges"),
+            (FRONTEND_KEEP_SOURCE, " keep-source"),
+            (FRONTEND_DROP, " drop"),
+        ] {
+            if self.flags & flag != 0 {
+                f.write_str(name)?;
+            }
+        }
+        f.write_str(" ->")?;
+        for backend in self.backends.iter() {
+            let local = if backend.local { "*" } else { "" };
+            write!(f, " {}{local}", SocketAddr::new(backend.address, backend.port))?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

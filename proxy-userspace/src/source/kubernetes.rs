@@ -124,7 +124,7 @@ fn watched<K>(
 where
     K: kube::Resource<DynamicType = ()> + Clone + serde::de::DeserializeOwned + std::fmt::Debug + Send + 'static,
 {
-    watcher::watcher(Api::<K>::all(client.clone()), config).default_backoff()
+    watcher(Api::<K>::all(client.clone()), config).default_backoff()
 }
 
 /// Says what Nodes there are when the own one is not.
@@ -218,13 +218,13 @@ impl State {
                 problems,
             ),
             Change::Node(event) => {
-                let name = self.node_name.as_str().into();
+                let name: std::sync::Arc<str> = self.node_name.as_str().into();
                 self.nodes.apply(
                     event,
                     |raw| slim(&raw.metadata, |_| Some(convert::node(&raw))),
                     |node| {
                         events.push(Event::Node(node.unwrap_or_else(|_| NodeFacts {
-                            name,
+                            name: name.clone(),
                             ..NodeFacts::default()
                         })));
                     },

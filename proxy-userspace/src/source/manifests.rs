@@ -10,23 +10,22 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet, hash_map::DefaultHasher},
     hash::{Hash, Hasher},
-    io,
     net::IpAddr,
     ops::RangeInclusive,
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use anyhow::Context;
 use ipnet::IpNet;
 use k8s_openapi::{api::core::v1::Service as KubernetesService, apimachinery::pkg::util::intstr::IntOrString};
-use notify::{EventKind, RecursiveMode, Watcher, event::AccessKind, event::AccessMode};
 use tokio::sync::mpsc;
 
 use super::{
     allocate::{Pool, Range, to_ip, to_number},
     convert::{self, PodFacts},
+    files::{self, Files},
     yaml::{self, Object},
 };
 use crate::object::{
@@ -40,14 +39,6 @@ const QUIET: Duration = Duration::from_millis(50);
 const MOST_QUIET: Duration = Duration::from_secs(1);
 /// A file of no bytes is most often one that is being written: it is looked at once more after so long.
 const EMPTY_FILE: Duration = Duration::from_millis(200);
-/// Folders are looked through so often when the kernel tells of changes: it does not for network file systems, and not
-/// for the targets of symbolic links.
-const POLL: Duration = Duration::from_secs(5);
-/// The same where the kernel cannot tell.
-const POLL_ALONE: Duration = Duration::from_millis(500);
-/// Deepest folder below a given one; symbolic links could go on for ever.
-const MOST_DEPTH: usize = 16;
-
 /// Where manifests are and what missing numbers are allocated from.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -87,13 +78,13 @@ impl Manifests {
         }
         let mut state = State::new(self.config.clone());
         let (wake, mut woken) = mpsc::channel(1);
-        let mut watcher = watch(&self.config.paths, &wake);
-        let mut seen = signature(&self.config.paths);
+        let mut watcher = files::watch(&self.config.paths, &wake);
+        let mut seen = files::signature(&self.config.paths);
         loop {
-            let mut files = read(&self.config.paths).await;
+            let mut files = files::read(&self.config.paths).await;
             if state.has_emptied(&files) {
                 tokio::time::sleep(EMPTY_FILE).await;
-                files = read(&self.config.paths).await;
+                files = files::read(&self.config.paths).await;
             }
             let (events, problems) = state.update(files);
             for problem in problems {
@@ -103,7 +94,11 @@ impl Manifests {
                 return Ok(());
             }
             loop {
-                let poll = if watcher.is_some() { POLL } else { POLL_ALONE };
+                let poll = if watcher.is_some() {
+                    files::POLL
+                } else {
+                    files::POLL_ALONE
+                };
                 let told = tokio::select! {
                     told = woken.recv() => told.is_some(),
                     () = tokio::time::sleep(poll) => false,
@@ -114,12 +109,12 @@ impl Manifests {
                     while tokio::time::Instant::now() < end && tokio::time::timeout(QUIET, woken.recv()).await.is_ok() {
                     }
                 }
-                let now = signature(&self.config.paths);
+                let now = files::signature(&self.config.paths);
                 let changed = now != seen;
                 seen = now;
                 if changed && !told {
                     // Something changed that the watcher did not tell: a path was replaced, or links lead elsewhere.
-                    watcher = watch(&self.config.paths, &wake);
+                    watcher = files::watch(&self.config.paths, &wake);
                 }
                 if told || changed {
                     break;
@@ -127,152 +122,6 @@ impl Manifests {
             }
         }
     }
-}
-
-/// A watcher that sends a word for every change; `None` where the kernel has none to give.
-fn watch(paths: &[PathBuf], wake: &mpsc::Sender<()>) -> Option<notify::RecommendedWatcher> {
-    let wake = wake.clone();
-    let ours: Vec<PathBuf> = paths.to_vec();
-    let on_event = move |event: notify::Result<notify::Event>| {
-        let matters = match event {
-            // Reading is an event too: answering it by reading would never end.
-            Ok(event) => match event.kind {
-                EventKind::Access(AccessKind::Close(AccessMode::Write)) => concerns(&ours, &event.paths),
-                EventKind::Access(_) => false,
-                _ => concerns(&ours, &event.paths),
-            },
-            Err(_) => true,
-        };
-        if matters {
-            // Full: a word is already waiting.
-            let _ = wake.try_send(());
-        }
-    };
-    let start = || -> notify::Result<notify::RecommendedWatcher> {
-        let mut watcher = notify::recommended_watcher(on_event)?;
-        for path in paths {
-            if path.is_dir() {
-                watcher.watch(path, RecursiveMode::Recursive)?;
-            } else {
-                // Editors replace files: the folder outlives them.
-                let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-                watcher.watch(folder.unwrap_or(Path::new(".")), RecursiveMode::NonRecursive)?;
-            }
-        }
-        Ok(watcher)
-    };
-    match start() {
-        Ok(watcher) => Some(watcher),
-        Err(error) => {
-            tracing::warn!(
-                "the kernel does not tell of changes to manifests ({error}); looking every {POLL_ALONE:?} instead"
-            );
-            None
-        }
-    }
-}
-
-/// Whether a change at `changed` is one of our files; other files of a watched file's folder are not.
-fn concerns(ours: &[PathBuf], changed: &[PathBuf]) -> bool {
-    // A mounted ConfigMap changes by its hidden link `..data`.
-    let swapped = |path: &PathBuf| {
-        path.file_name()
-            .is_some_and(|name| name.to_string_lossy().starts_with(".."))
-    };
-    let ends = |path: &PathBuf, our: &PathBuf| path.starts_with(our) || path.file_name() == our.file_name();
-    changed.is_empty()
-        || changed
-            .iter()
-            .any(|path| swapped(path) || ours.iter().any(|our| ends(path, our)))
-}
-
-/// What a look at the files found.
-#[derive(Debug, Default)]
-struct Files {
-    /// Every file with its text, in the order in which they count.
-    files: Vec<(PathBuf, io::Result<String>)>,
-    /// Folders that could not be read; what is known from below them stays.
-    unreadable: Vec<(PathBuf, io::Error)>,
-}
-
-async fn read(paths: &[PathBuf]) -> Files {
-    let paths = paths.to_vec();
-    let read = tokio::task::spawn_blocking(move || {
-        let mut found = Files::default();
-        let (files, unreadable) = list(&paths);
-        found.unreadable = unreadable;
-        for file in files {
-            match std::fs::read(&file) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => found.files.push((file, Err(error))),
-                Ok(bytes) => {
-                    let text = String::from_utf8(bytes)
-                        .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "is not UTF-8 text"));
-                    found.files.push((file, text));
-                }
-            }
-        }
-        found
-    });
-    read.await.unwrap_or_default()
-}
-
-/// All files below the paths, each once, in order; and the folders that cannot be read.
-fn list(paths: &[PathBuf]) -> (Vec<PathBuf>, Vec<(PathBuf, io::Error)>) {
-    let (mut files, mut unreadable, mut known) = (Vec::new(), Vec::new(), HashSet::new());
-    for path in paths {
-        let mut below = Vec::new();
-        match std::fs::metadata(path) {
-            Ok(meta) if meta.is_dir() => walk(path, 0, &mut below, &mut unreadable),
-            Ok(_) => below.push(path.clone()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => unreadable.push((path.clone(), error)),
-        }
-        files.extend(below.into_iter().filter(|file| known.insert(file.clone())));
-    }
-    (files, unreadable)
-}
-
-fn walk(folder: &Path, depth: usize, files: &mut Vec<PathBuf>, unreadable: &mut Vec<(PathBuf, io::Error)>) {
-    let entries = std::fs::read_dir(folder).and_then(|entries| entries.collect::<io::Result<Vec<_>>>());
-    let entries = match entries {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return,
-        Err(error) => return unreadable.push((folder.to_owned(), error)),
-    };
-    let mut paths: Vec<PathBuf> = entries.iter().map(std::fs::DirEntry::path).collect();
-    paths.sort();
-    for path in paths {
-        let hidden = path
-            .file_name()
-            .is_none_or(|name| name.to_string_lossy().starts_with('.'));
-        if hidden {
-            continue;
-        }
-        let wanted = path.extension().is_some_and(|extension| {
-            ["yaml", "yml", "json"]
-                .iter()
-                .any(|known| extension.eq_ignore_ascii_case(known))
-        });
-        match std::fs::metadata(&path) {
-            Ok(meta) if meta.is_dir() && depth < MOST_DEPTH => walk(&path, depth + 1, files, unreadable),
-            Ok(meta) if meta.is_file() && wanted => files.push(path),
-            _ => {}
-        }
-    }
-}
-
-/// What tells whether any file changed, without reading them.
-fn signature(paths: &[PathBuf]) -> Vec<(PathBuf, u64, Option<SystemTime>, u64)> {
-    use std::os::unix::fs::MetadataExt;
-    let (files, _) = list(paths);
-    files
-        .into_iter()
-        .filter_map(|file| {
-            let meta = std::fs::metadata(&file).ok()?;
-            Some((file, meta.len(), meta.modified().ok(), meta.ino()))
-        })
-        .collect()
 }
 
 /// Kind and name: what an object is known by.
@@ -981,3 +830,6 @@ fn select(manifest: &ServiceManifest, pods: &[Arc<PodFacts>]) -> Vec<EndpointSli
     };
     groups.into_iter().map(slice).collect()
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -5,6 +5,7 @@
 
 mod allocate;
 pub mod convert;
+mod files;
 pub mod kubernetes;
 pub mod manifests;
 mod yaml;

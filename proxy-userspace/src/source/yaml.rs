@@ -361,8 +361,17 @@ fn mistake(error: &serde_saphyr::Error, document: Document<'_>, prefix: &str) ->
     let message = error.without_snippet().render_with_options(render);
     // The position comes with the file's name; the parser's counts from the document's beginning.
     let message = match message.rfind(" at line ").or_else(|| message.rfind(" (line ")) {
-        Some(end) => message[..end].trim_end_matches([',', ':', ' ']).to_owned(),
-        None => message,
+        Some(end) => message[..end].trim_end_matches([',', ':', ' ']),
+        None => &message,
+    };
+    let message = match message {
+        "invalid i32" | "invalid i64" => "wants a whole number".to_owned(),
+        "invalid bool" => "wants true or false".to_owned(),
+        "expected sequence start" => "wants a list".to_owned(),
+        "expected mapping start" => "wants a mapping".to_owned(),
+        "expected string scalar" => "wants a string".to_owned(),
+        syntax if syntax.starts_with("while ") || syntax.starts_with("unclosed ") => format!("no valid YAML: {syntax}"),
+        other => other.to_owned(),
     };
     let location = error.location();
     let field = location.and_then(|location| {
@@ -527,3 +536,6 @@ impl<'de> Visitor<'de> for ValueVisitor {
         Ok(Value::Scalar)
     }
 }
+
+#[cfg(test)]
+mod tests;
