@@ -277,18 +277,23 @@ impl Model {
         let before = old.map(claims_of).unwrap_or_default();
         let mut after = new.map(claims_of).unwrap_or_default();
         let mut since = 0;
+        let mut changed: BTreeSet<Claim> = before.keys().chain(after.keys()).copied().collect();
         if self.complete {
-            // What it goes on asking for keeps its place.
-            after.retain(|claim, ask| before.get(claim) != Some(ask));
             since = self.next_claim;
             self.next_claim += 1;
+            // What it goes on asking for keeps its place, whatever field asks for it now.
+            for (claim, (as_cluster_ip, _)) in before {
+                if after.get(&claim).is_some_and(|ask| ask.0 == as_cluster_ip)
+                    && let Some((_, field)) = after.remove(&claim)
+                {
+                    changed.remove(&claim);
+                    let claimants = self.claims.get_mut(&claim).into_iter().flatten();
+                    for claimant in claimants.filter(|claimant| claimant.service == *name) {
+                        claimant.field.clone_from(&field);
+                    }
+                }
+            }
         }
-        let all = new.map(claims_of).unwrap_or_default();
-        let given_up = before
-            .into_iter()
-            .filter(|(claim, ask)| !self.complete || all.get(claim) != Some(ask))
-            .map(|(claim, _)| claim);
-        let changed: BTreeSet<Claim> = given_up.chain(after.keys().copied()).collect();
         for claim in changed.iter().copied() {
             let claimants = self.claims.entry(claim).or_default();
             let had = claim.holder(claimants).map(|holder| holder.service.clone());

@@ -153,6 +153,19 @@ fn who_has_a_node_port_keeps_it_and_the_other_takes_over() {
     }
     assert_eq!(told(&mut model), [""; 0]);
     assert_eq!((frontends(&model, "a"), frontends(&model, "b")), (0, 4));
+    // Neither does a new port before it.
+    let mut update = with_node_port("b", 30_080);
+    update.ports.insert(
+        0,
+        ServicePort {
+            name: "new".into(),
+            port: 81,
+            ..update.ports[0].clone()
+        },
+    );
+    update.ports[0].node_port = None;
+    apply(&mut model, Event::Service(update));
+    assert_eq!((frontends(&model, "a"), frontends(&model, "b")), (0, 4));
     // The other protocol is another port.
     let mut udp = with_node_port("c", 30_080);
     udp.ports[0].protocol = Protocol::Udp;

@@ -6,9 +6,10 @@
 
 use std::{
     collections::{HashMap, HashSet, hash_map::DefaultHasher},
-    fmt::Display,
+    fmt::{Debug, Display},
     hash::{Hash, Hasher},
     path::PathBuf,
+    time::Duration,
 };
 
 use anyhow::Context;
@@ -23,6 +24,7 @@ use kube::{
     config::{KubeConfigOptions, Kubeconfig},
     runtime::{WatchStreamExt, watcher},
 };
+use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 
 use super::convert;
@@ -30,6 +32,10 @@ use crate::object::{Event, NodeFacts, ObjectName, Problem};
 
 /// Events that are sent at once when they are there.
 const BATCH: usize = 1024;
+/// HTTP status 410: the server has forgotten the version that a watch wants to go on from.
+const GONE: u16 = 410;
+/// Between such an answer and the next list.
+const RESTART: Duration = Duration::from_secs(1);
 /// Names of Nodes that a message lists.
 const LISTED_NODES: u32 = 10;
 
@@ -122,9 +128,22 @@ fn watched<K>(
     config: watcher::Config,
 ) -> impl Stream<Item = watcher::Result<watcher::Event<K>>> + use<K>
 where
-    K: kube::Resource<DynamicType = ()> + Clone + serde::de::DeserializeOwned + std::fmt::Debug + Send + 'static,
+    K: kube::Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + 'static,
 {
-    watcher(Api::<K>::all(client.clone()), config).default_backoff()
+    let api = Api::<K>::all(client.clone());
+    let start = move || Box::pin(watcher(api.clone(), config.clone()).default_backoff());
+    futures::stream::unfold((start(), start), async |(mut stream, start)| {
+        let item = stream.next().await?;
+        // kube reads the list again when 410 Gone comes as a watch event, but asks for the same version for ever when
+        // it is the answer's status.
+        if let Err(watcher::Error::WatchStartFailed(kube::Error::Api(status))) = &item
+            && status.code == GONE
+        {
+            tokio::time::sleep(RESTART).await;
+            stream = start();
+        }
+        Some((item, (stream, start)))
+    })
 }
 
 /// Says what Nodes there are when the own one is not.
@@ -340,9 +359,12 @@ impl Known {
     /// Logs an error once, for as long as it stays the same.
     fn failed(&mut self, error: &watcher::Error) {
         // The server has forgotten the version we know: an everyday thing, and the list is read again at once.
-        if let watcher::Error::WatchError(status) = error
-            && status.code == 410
-        {
+        let status = match error {
+            watcher::Error::WatchError(status) => Some(status),
+            watcher::Error::WatchStartFailed(kube::Error::Api(status)) => Some(status),
+            _ => None,
+        };
+        if status.is_some_and(|status| status.code == GONE) {
             return tracing::debug!("{}: {error}", self.plural);
         }
         let (what, advice) = explain(error, self.plural);
@@ -381,3 +403,6 @@ fn explain(error: &watcher::Error, plural: &str) -> (String, String) {
 fn one_line(text: &impl Display) -> String {
     text.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
 }
+
+#[cfg(test)]
+mod tests;
