@@ -24,7 +24,12 @@ const MOST_DEPTH: usize = 16;
 /// A watcher that sends a word for every change; `None` where the kernel has none to give.
 pub(super) fn watch(paths: &[PathBuf], wake: &mpsc::Sender<()>) -> Option<notify::RecommendedWatcher> {
     let wake = wake.clone();
-    let ours: Vec<PathBuf> = paths.to_vec();
+    // Events name absolute paths.
+    let paths: Vec<PathBuf> = paths
+        .iter()
+        .map(|path| std::path::absolute(path).unwrap_or_else(|_| path.clone()))
+        .collect();
+    let ours = paths.clone();
     let on_event = move |event: notify::Result<notify::Event>| {
         let matters = match event {
             // Reading is an event too: answering it by reading would never end.
@@ -42,7 +47,7 @@ pub(super) fn watch(paths: &[PathBuf], wake: &mpsc::Sender<()>) -> Option<notify
     };
     let start = || -> notify::Result<notify::RecommendedWatcher> {
         let mut watcher = notify::recommended_watcher(on_event)?;
-        for path in paths {
+        for path in &paths {
             if path.is_dir() {
                 watcher.watch(path, RecursiveMode::Recursive)?;
             } else {
@@ -111,7 +116,7 @@ pub(super) async fn read(paths: &[PathBuf]) -> Files {
 }
 
 /// All files below the paths, each once, in order; and the folders that cannot be read.
-fn list(paths: &[PathBuf]) -> (Vec<PathBuf>, Vec<(PathBuf, io::Error)>) {
+pub(super) fn list(paths: &[PathBuf]) -> (Vec<PathBuf>, Vec<(PathBuf, io::Error)>) {
     let (mut files, mut unreadable, mut known) = (Vec::new(), Vec::new(), HashSet::new());
     for path in paths {
         let mut below = Vec::new();

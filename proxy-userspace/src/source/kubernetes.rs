@@ -93,7 +93,7 @@ impl Kubernetes {
 
         let services = watched::<Service>(&client, by_label.clone()).map(Change::Service);
         let slices = watched::<EndpointSlice>(&client, by_label).map(Change::Slice);
-        let nodes = watched::<Node>(&client, by_name).map(Change::Node);
+        let nodes = watched::<Node>(&client, by_name).map(|event| Change::Node(Box::new(event)));
         let changes = futures::stream::select(futures::stream::select(services, slices), nodes);
         let mut changes = std::pin::pin!(changes.ready_chunks(BATCH));
 
@@ -170,7 +170,7 @@ async fn missing_node(client: &Client, node_name: &str) -> String {
 enum Change {
     Service(watcher::Result<watcher::Event<Service>>),
     Slice(watcher::Result<watcher::Event<EndpointSlice>>),
-    Node(watcher::Result<watcher::Event<Node>>),
+    Node(Box<watcher::Result<watcher::Event<Node>>>),
 }
 
 /// What was yielded, as far as differences need it.
@@ -239,7 +239,7 @@ impl State {
             Change::Node(event) => {
                 let name: std::sync::Arc<str> = self.node_name.as_str().into();
                 self.nodes.apply(
-                    event,
+                    *event,
                     |raw| slim(&raw.metadata, |_| Some(convert::node(&raw))),
                     |node| {
                         events.push(Event::Node(node.unwrap_or_else(|_| NodeFacts {

@@ -750,6 +750,43 @@ async fn files_and_folders_are_watched() {
 }
 
 #[tokio::test]
+async fn a_mounted_config_map_is_followed_and_read_once() {
+    // As a kubelet lays it out, and changes it: files are links through `..data`, which is exchanged as a whole.
+    let dir = tempfile::tempdir().unwrap();
+    let lay_out = |version: &str, port: &str| {
+        std::fs::create_dir(dir.path().join(version)).unwrap();
+        std::fs::write(dir.path().join(version).join("web.yaml"), WEB.replace("80", port)).unwrap();
+        std::os::unix::fs::symlink(version, dir.path().join("..data_tmp")).unwrap();
+        std::fs::rename(dir.path().join("..data_tmp"), dir.path().join("..data")).unwrap();
+    };
+    lay_out("..2026_1", "80");
+    std::os::unix::fs::symlink("..data/web.yaml", dir.path().join("web.yaml")).unwrap();
+    assert_eq!(files::list(&[dir.path().to_owned()]).0, [dir.path().join("web.yaml")]);
+    for path in [dir.path().to_owned(), dir.path().join("web.yaml")] {
+        let source = Manifests::new(Config {
+            paths: vec![path.clone()],
+            ..Cluster::new().state.config
+        });
+        let (tx, mut rx) = mpsc::channel(16);
+        let run = tokio::spawn(source.run(tx));
+        let mut model = Model::new(NodeFacts::default());
+        let port = |model: &Model| model.plan(&ObjectName::new("default", "web")).frontends[0].id.port;
+        next(&mut rx, &mut model).await;
+        let before = port(&model);
+        let version = if before == 80 {
+            ("..2026_2", "81")
+        } else {
+            ("..2026_3", "82")
+        };
+        lay_out(version.0, version.1);
+        next(&mut rx, &mut model).await;
+        assert_eq!(port(&model), before + 1, "{}", path.display());
+        drop(rx);
+        run.await.unwrap().unwrap();
+    }
+}
+
+#[tokio::test]
 async fn a_path_that_is_not_there_is_an_error_at_the_start() {
     let source = Manifests::new(Config {
         paths: vec!["/no/such/folder".into()],
