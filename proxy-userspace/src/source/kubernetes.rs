@@ -93,7 +93,7 @@ impl Kubernetes {
 
         let services = watched::<Service>(&client, by_label.clone()).map(Change::Service);
         let slices = watched::<EndpointSlice>(&client, by_label).map(Change::Slice);
-        let nodes = watched::<Node>(&client, by_name).map(|event| Change::Node(Box::new(event)));
+        let nodes = watched::<Node>(&client, by_name).map(Change::Node);
         let changes = futures::stream::select(futures::stream::select(services, slices), nodes);
         let mut changes = std::pin::pin!(changes.ready_chunks(BATCH));
 
@@ -123,10 +123,7 @@ impl Kubernetes {
     }
 }
 
-fn watched<K>(
-    client: &Client,
-    config: watcher::Config,
-) -> impl Stream<Item = watcher::Result<watcher::Event<K>>> + use<K>
+fn watched<K>(client: &Client, config: watcher::Config) -> impl Stream<Item = Told<K>> + use<K>
 where
     K: kube::Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + 'static,
 {
@@ -142,7 +139,7 @@ where
             tokio::time::sleep(RESTART).await;
             stream = start();
         }
-        Some((item, (stream, start)))
+        Some((Box::new(item), (stream, start)))
     })
 }
 
@@ -165,12 +162,15 @@ async fn missing_node(client: &Client, node_name: &str) -> String {
     )
 }
 
+/// What one watch tells; boxed, since whole objects of different sizes travel side by side.
+type Told<K> = Box<watcher::Result<watcher::Event<K>>>;
+
 /// Something that a watch told.
 #[derive(Debug)]
 enum Change {
-    Service(watcher::Result<watcher::Event<Service>>),
-    Slice(watcher::Result<watcher::Event<EndpointSlice>>),
-    Node(Box<watcher::Result<watcher::Event<Node>>>),
+    Service(Told<Service>),
+    Slice(Told<EndpointSlice>),
+    Node(Told<Node>),
 }
 
 /// What was yielded, as far as differences need it.
@@ -225,13 +225,13 @@ impl State {
         let problems = &mut self.problems;
         match change {
             Change::Service(event) => self.services.apply(
-                event,
+                *event,
                 |raw| slim(&raw.metadata, |problems| convert::service(&raw, problems)),
                 |service| events.push(service.map_or_else(Event::ServiceGone, Event::Service)),
                 problems,
             ),
             Change::Slice(event) => self.slices.apply(
-                event,
+                *event,
                 |raw| slim(&raw.metadata, |problems| convert::slice(&raw, problems)),
                 |slice| events.push(slice.map_or_else(Event::SliceGone, Event::Slice)),
                 problems,

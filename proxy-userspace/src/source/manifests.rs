@@ -599,7 +599,7 @@ fn read_file(path: &Path, text: &str, before: KnownFile) -> KnownFile {
                 let key = content.as_ref().map(|(key, _)| key.clone());
                 for mut problem in found {
                     problem.file = Some(path.to_owned());
-                    problem.line = parsed.line(&problem.field);
+                    problem.line = parsed.line_of(&problem.field);
                     let key = key.clone().or_else(|| Some(("Service", problem.name.clone()?)));
                     if rejected && key.as_ref().is_some_and(good_before) {
                         problem.message += "; the Service as it was before goes on serving";
@@ -611,7 +611,7 @@ fn read_file(path: &Path, text: &str, before: KnownFile) -> KnownFile {
                     && !(rejected && good_before(&key))
                 {
                     objects.push(Known {
-                        line: parsed.line(""),
+                        line: parsed.line,
                         key,
                         content,
                         clean,

@@ -36,6 +36,8 @@ pub(super) struct Parsed<'a> {
     pub kind: String,
     /// `metadata.namespace` and `metadata.name`, as far as they could be read.
     pub name: Option<(String, String)>,
+    /// The line in the file on which the object begins.
+    pub line: Option<u64>,
     document: Document<'a>,
     /// Path of the object in the document: empty, or `items[n]`.
     prefix: String,
@@ -52,9 +54,20 @@ pub(super) struct Mistake {
     pub message: String,
 }
 
-impl Parsed<'_> {
+impl<'a> Parsed<'a> {
+    fn new(document: Document<'a>, head: Option<&Spanned<Head>>, object: Result<Object, Mistake>) -> Self {
+        Self {
+            object,
+            kind: head.and_then(|head| head.value.kind.clone()).unwrap_or_default(),
+            name: head.and_then(|head| head.value.name()),
+            line: head.map(|head| head.referenced.line() + document.lines_before),
+            document,
+            prefix: String::new(),
+        }
+    }
+
     /// The line in the file on which a field stands, or the nearest thing around it that is there.
-    pub(super) fn line(&self, field: &str) -> Option<u64> {
+    pub(super) fn line_of(&self, field: &str) -> Option<u64> {
         let tree: Tree = serde_saphyr::from_str_with_options(self.document.text, options()).ok()?;
         let path = join(&self.prefix, field);
         Some(tree.find(&path).line + self.document.lines_before)
@@ -139,72 +152,38 @@ struct HeadMeta {
 #[derive(Debug, Default, Deserialize)]
 struct ListHeads {
     #[serde(default)]
-    items: Option<Vec<Head>>,
+    items: Option<Vec<Spanned<Head>>>,
 }
 
 fn parse_document(document: Document<'_>) -> Vec<Parsed<'_>> {
-    let head = match serde_saphyr::from_str_with_options::<Option<Head>>(document.text, options()) {
+    let head = match serde_saphyr::from_str_with_options::<Option<Spanned<Head>>>(document.text, options()) {
         Ok(None) => return Vec::new(),
         Ok(Some(head)) => head,
-        Err(error) => {
-            // Its head may be readable all the same, when the mistake comes later.
-            return vec![Parsed {
-                object: Err(mistake(&error, document, "")),
-                kind: String::new(),
-                name: None,
-                document,
-                prefix: String::new(),
-            }];
-        }
+        Err(error) => return vec![Parsed::new(document, None, Err(mistake(&error, document, "")))],
     };
-    let Some(kind) = head.kind.clone().filter(|kind| !kind.is_empty()) else {
-        return vec![Parsed {
-            object: Err(Mistake {
-                line: tree_line(document),
-                field: "kind".to_owned(),
-                message: "is missing; a Kubernetes object needs apiVersion and kind".to_owned(),
-            }),
-            kind: String::new(),
-            name: head.name(),
-            document,
-            prefix: String::new(),
-        }];
-    };
-    let Some(list_of) = kind.strip_suffix("List") else {
-        let object = parse_object(document, &kind).map_err(|error| mistake(&error, document, ""));
-        return vec![Parsed {
-            object,
-            name: head.name(),
-            kind,
-            document,
-            prefix: String::new(),
-        }];
+    let kind = head.value.kind.as_deref().unwrap_or_default();
+    if kind.is_empty() {
+        let missing = Mistake {
+            line: Some(head.referenced.line() + document.lines_before),
+            field: "kind".to_owned(),
+            message: "is missing; a Kubernetes object needs apiVersion and kind".to_owned(),
+        };
+        return vec![Parsed::new(document, Some(&head), Err(missing))];
+    }
+    let known = |of: &&str| matches!(*of, "" | "Service" | "EndpointSlice" | "Endpoints" | "Pod" | "Node");
+    let Some(list_of) = kind.strip_suffix("List").filter(known) else {
+        let object = parse_object(document, kind).map_err(|error| mistake(&error, document, ""));
+        return vec![Parsed::new(document, Some(&head), object)];
     };
     let heads = match serde_saphyr::from_str_with_options::<ListHeads>(document.text, options()) {
         Ok(heads) => heads.items.unwrap_or_default(),
-        Err(error) => {
-            return vec![Parsed {
-                object: Err(mistake(&error, document, "")),
-                name: None,
-                kind,
-                document,
-                prefix: String::new(),
-            }];
-        }
+        Err(error) => return vec![Parsed::new(document, Some(&head), Err(mistake(&error, document, "")))],
     };
-    let item = |(i, head): (usize, Head)| {
-        let prefix = format!("items[{i}]");
-        let kind = head.kind.clone().unwrap_or_else(|| list_of.to_owned());
+    let item = |(i, mut head): (usize, Spanned<Head>)| {
+        head.value.kind.get_or_insert_with(|| list_of.to_owned());
         Parsed {
-            name: head.name(),
-            object: Err(Mistake {
-                line: None,
-                field: String::new(),
-                message: String::new(),
-            }),
-            kind,
-            document,
-            prefix,
+            prefix: format!("items[{i}]"),
+            ..Parsed::new(document, Some(&head), Ok(Object::Other))
         }
     };
     let mut items: Vec<Parsed<'_>> = heads.into_iter().enumerate().map(item).collect();
@@ -389,11 +368,6 @@ fn mistake(error: &serde_saphyr::Error, document: Document<'_>, prefix: &str) ->
         field: field.unwrap_or_default(),
         message,
     }
-}
-
-fn tree_line(document: Document<'_>) -> Option<u64> {
-    let tree: Tree = serde_saphyr::from_str_with_options(document.text, options()).ok()?;
-    Some(tree.line + document.lines_before)
 }
 
 fn join(prefix: &str, field: &str) -> String {

@@ -642,6 +642,17 @@ fn families_are_those_that_are_asked_for() {
 }
 
 #[test]
+fn a_list_of_ten_thousand_services_gets_ten_thousand_addresses() {
+    let mut cluster = Cluster::new();
+    let items: String = (0..10_000)
+        .map(|i| format!("- {{ kind: Service, metadata: {{ name: s{i} }}, spec: {{ ports: [{{ port: 80 }}] }} }}\n"))
+        .collect();
+    assert_eq!(cluster.write("all.yaml", &format!("kind: List\nitems:\n{items}")), NONE);
+    let distinct: HashSet<IpAddr> = cluster.model.services().map(|service| service.cluster_ips[0]).collect();
+    assert_eq!(distinct.len(), 10_000);
+}
+
+#[test]
 fn one_node_port_for_both_protocols_of_a_port() {
     let mut cluster = Cluster::new();
     let spec = "type: NodePort, ports: [{ name: t, port: 53 }, { name: u, port: 53, protocol: UDP }]";

@@ -12,7 +12,7 @@ fn read(text: &str) -> Vec<String> {
                 None => String::new(),
             };
             match &parsed.object {
-                Ok(_) => format!("{} {}{name}", parsed.line("").unwrap(), parsed.kind),
+                Ok(_) => format!("{} {}{name}", parsed.line.unwrap(), parsed.kind),
                 Err(Mistake { line, field, message }) => {
                     format!("{} {}{name}: {field}: {message}", line.unwrap(), parsed.kind)
                 }
@@ -103,6 +103,14 @@ items:
     );
     let typed = "kind: ServiceList\nitems:\n- metadata: { name: a }\n- metadata: { name: b }\n";
     assert_eq!(read(typed), ["3 Service default/a", "4 Service default/b"]);
+}
+
+#[test]
+fn a_kind_that_only_ends_like_a_list_is_somebody_elses() {
+    assert_eq!(
+        read("kind: AllowList\nmetadata: { name: a }\nitems: all\n"),
+        ["1 AllowList default/a"]
+    );
 }
 
 #[test]
