@@ -117,7 +117,7 @@ pub trait MapFamily: Family<Addr: Octets + Hash + Ord + Send + Sync> + Send + Sy
     /// The address of some bytes.
     fn address(octets: Self::Addr) -> IpAddr;
     /// This family's part of the node's configuration.
-    fn config(config: &mut Config) -> &mut FamilyConfig<Self::Addr>;
+    fn config_mut(config: &mut Config) -> &mut FamilyConfig<Self::Addr>;
 }
 
 impl MapFamily for V4 {
@@ -134,7 +134,7 @@ impl MapFamily for V4 {
         octets.into()
     }
 
-    fn config(config: &mut Config) -> &mut FamilyConfig<[u8; 4]> {
+    fn config_mut(config: &mut Config) -> &mut FamilyConfig<[u8; 4]> {
         &mut config.v4
     }
 }
@@ -153,7 +153,7 @@ impl MapFamily for V6 {
         octets.into()
     }
 
-    fn config(config: &mut Config) -> &mut FamilyConfig<[u8; 16]> {
+    fn config_mut(config: &mut Config) -> &mut FamilyConfig<[u8; 16]> {
         &mut config.v6
     }
 }
@@ -431,6 +431,9 @@ impl Array<u64> {
     }
 }
 
+/// A connection table of one family.
+pub type FlowMap<F> = Map<FlowKey<<F as Family>::Addr>, Flow<<F as Family>::Addr>>;
+
 /// The maps that exist once per family.
 pub struct PerFamily<F: MapFamily> {
     /// What clients dial.
@@ -438,9 +441,9 @@ pub struct PerFamily<F: MapFamily> {
     /// What they reach.
     pub slots: Array<Slot<F::Addr>>,
     /// Flows seen in both directions.
-    pub flows: Map<FlowKey<F::Addr>, Flow<F::Addr>>,
+    pub flows: FlowMap<F>,
     /// Flows not yet answered.
-    pub new_flows: Map<FlowKey<F::Addr>, Flow<F::Addr>>,
+    pub new_flows: FlowMap<F>,
     /// Owners of translated source ports.
     pub snat: Map<u32, SnatSlot<F::Addr>>,
     /// Addresses that node ports answer on.
@@ -461,7 +464,7 @@ impl<F: MapFamily> PerFamily<F> {
     }
 
     /// Both flow maps: unanswered flows first, so that one that moves during a walk is not missed.
-    pub fn flow_maps(&self) -> [&Map<FlowKey<F::Addr>, Flow<F::Addr>>; 2] {
+    pub fn flow_maps(&self) -> [&FlowMap<F>; 2] {
         [&self.new_flows, &self.flows]
     }
 
@@ -473,7 +476,13 @@ impl<F: MapFamily> PerFamily<F> {
         if flow.state & FLOW_SNAT == 0 {
             return Ok(());
         }
-        let index = snat::index::<F>(config, flow.snat_port, flow.backend, flow.backend_port, key.proto);
+        let index = snat::index::<F>(
+            config,
+            flow.snat_port,
+            F::words(flow.backend),
+            flow.backend_port,
+            key.proto,
+        );
         let Some(slot) = self.snat.get(&index)? else {
             return Ok(());
         };
@@ -791,6 +800,7 @@ mod tests {
             port: n,
             proto: TCP,
             scope: SCOPE_EXTERNAL,
+            reserved: 0,
         }
     }
 

@@ -142,13 +142,13 @@ pub fn kind_name(number: u16) -> &'static str {
 /// An address as octets of the family; the unspecified address for one of the other family, which no plan contains.
 fn octets<F: MapFamily>(address: IpAddr) -> F::Addr {
     debug_assert!(F::octets(address).is_some(), "{address} is of the other family");
-    F::octets(address).unwrap_or(F::UNSPECIFIED)
+    F::octets(address).unwrap_or(F::bytes(F::UNSPECIFIED))
 }
 
 fn frontend_octets<F: MapFamily>(id: &FrontendId) -> F::Addr {
     match id.address {
         FrontendAddress::Ip(address) => octets::<F>(address),
-        FrontendAddress::NodePortV4 | FrontendAddress::NodePortV6 => F::UNSPECIFIED,
+        FrontendAddress::NodePortV4 | FrontendAddress::NodePortV6 => F::bytes(F::UNSPECIFIED),
     }
 }
 
@@ -158,12 +158,13 @@ fn key<F: MapFamily>(id: &FrontendId) -> FrontendKey<F::Addr> {
         port: id.port,
         proto: id.protocol as u8,
         scope: id.scope as u8,
+        reserved: 0,
     }
 }
 
 fn id<F: MapFamily>(key: &FrontendKey<F::Addr>) -> Option<FrontendId> {
     Some(FrontendId {
-        address: match (key.addr == F::UNSPECIFIED, F::INDEX) {
+        address: match (F::words(key.addr) == F::UNSPECIFIED, F::INDEX) {
             (true, 0) => FrontendAddress::NodePortV4,
             (true, _) => FrontendAddress::NodePortV6,
             (false, _) => FrontendAddress::Ip(F::address(key.addr)),
@@ -240,6 +241,6 @@ impl<F: MapFamily> FrontendTable for PerFamily<F> {
     }
 
     fn identity(&self, address: IpAddr, port: u16, protocol: Protocol) -> u64 {
-        hash::side::<F>(octets::<F>(address), port, protocol as u8)
+        hash::side::<F>(F::words(octets::<F>(address)), port, protocol as u8)
     }
 }
