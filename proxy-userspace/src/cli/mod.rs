@@ -150,6 +150,9 @@ fn print(text: &str) -> anyhow::Result<()> {
 fn table<const N: usize>(titles: [&str; N], rows: impl Iterator<Item = [String; N]>) -> String {
     let mut table = Table::new();
     table.load_style(NOTHING).set_header(titles).add_rows(rows);
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
     table.trim_fmt()
 }
 
@@ -204,22 +207,4 @@ impl FromStr for Peer {
 }
 
 #[cfg(test)]
-mod tests {
-    use clap::CommandFactory;
-
-    use super::*;
-
-    #[test]
-    fn the_command_line_is_consistent() {
-        Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn peers_are_addresses_with_or_without_port() {
-        let peer: Peer = "10.0.0.1".parse().unwrap();
-        assert!(peer.matches([10, 0, 0, 1].into(), 80) && peer.matches([10, 0, 0, 1].into(), 81));
-        let peer: Peer = "[fd00::1]:53".parse().unwrap();
-        assert!(peer.matches("fd00::1".parse().unwrap(), 53) && !peer.matches("fd00::1".parse().unwrap(), 54));
-        assert!("10.0.0".parse::<Peer>().is_err());
-    }
-}
+mod tests;

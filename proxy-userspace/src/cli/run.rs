@@ -9,6 +9,7 @@
 use std::{
     collections::{BTreeSet, HashMap},
     future::pending,
+    io::{self, IsTerminal},
     net::IpAddr,
     ops::RangeInclusive,
     path::PathBuf,
@@ -173,7 +174,8 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
         .init();
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -255,9 +257,9 @@ async fn serve(args: RunArgs, begin: Instant) -> anyhow::Result<()> {
                         retry = slots::GRACE;
                     }
                     if let (false, Some(live)) = (was_live, &agent.live) {
-                        let (services, backends) = (agent.model.services().len(), agent.syncer.counts().1);
+                        let (services, backends) = agent.syncer.counts();
                         debug!("node addresses: {:?}", live.addresses);
-                        print(&format!("ready: {services} Services, {backends} backends, took {:.1?}", begin.elapsed()))?;
+                        print(&format!("ready: {services} services, {backends} backends, took {:.1?}", begin.elapsed()))?;
                     }
                 }
                 // The source has ended, or its task holds the reason why.
