@@ -9,7 +9,7 @@ use super::{Common, Output, open, print, table};
 use crate::{
     datapath::{
         Paths,
-        attach::{PinnedLink, pinned_links},
+        attach::pinned_links,
         lock::agent_pid,
         maps::{MapFamily, Maps, PerFamily, Usage},
     },
@@ -48,9 +48,14 @@ pub struct Status {
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Link {
-    /// What is pinned.
-    #[serde(flatten)]
-    pub link: PinnedLink,
+    /// `cgroup`, or the device's name when it was attached.
+    pub target: String,
+    /// The program's name.
+    pub program: String,
+    /// The kernel's number of the link.
+    pub link: u32,
+    /// The kernel's number of the program.
+    pub program_id: u32,
     /// False when its device is gone.
     pub attached: bool,
 }
@@ -88,7 +93,10 @@ impl Status {
                 .into_iter()
                 .map(|link| Link {
                     attached: link.index != Some(0),
-                    link,
+                    target: link.target,
+                    program: link.program,
+                    link: link.link,
+                    program_id: link.program_id,
                 })
                 .collect(),
             events: maps.events()?.into_iter().map(|(event, n)| (event.name(), n)).collect(),
@@ -135,8 +143,8 @@ impl Status {
         });
         let mut programs: BTreeMap<(&str, bool), Vec<&str>> = BTreeMap::new();
         for link in &self.links {
-            let place = (link.link.target.as_str(), link.attached);
-            programs.entry(place).or_default().push(&link.link.program);
+            let place = (link.target.as_str(), link.attached);
+            programs.entry(place).or_default().push(&link.program);
         }
         let attached = programs.into_iter().map(|((target, attached), programs)| {
             let note = if attached { "" } else { "device is gone" };
