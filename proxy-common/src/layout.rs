@@ -370,8 +370,22 @@ no_padding!(
 );
 
 #[cfg(feature = "user")]
+pub use pod::Octets;
+
+#[cfg(feature = "user")]
 mod pod {
     use super::*;
+
+    mod sealed {
+        pub trait Sealed {}
+        impl Sealed for [u8; 4] {}
+        impl Sealed for [u8; 16] {}
+    }
+
+    /// The two address types for which the absence of padding is asserted above, and no other.
+    pub trait Octets: aya::Pod + sealed::Sealed {}
+    impl Octets for [u8; 4] {}
+    impl Octets for [u8; 16] {}
 
     macro_rules! pod {
         ($($ty:ty),+ $(,)?) => { $(
@@ -379,21 +393,12 @@ mod pod {
             unsafe impl aya::Pod for $ty {}
         )+ };
     }
-    pod!(
-        FrontendKey<[u8; 4]>,
-        FrontendKey<[u8; 16]>,
-        Frontend,
-        Slot<[u8; 4]>,
-        Slot<[u8; 16]>,
-        FlowKey<[u8; 4]>,
-        FlowKey<[u8; 16]>,
-        Flow<[u8; 4]>,
-        Flow<[u8; 16]>,
-        SnatSlot<[u8; 4]>,
-        SnatSlot<[u8; 16]>,
-        ServiceInfo,
-        BackendState,
-        Config,
-        SocketPeers,
-    );
+    macro_rules! pod_per_family {
+        ($($ty:ident),+ $(,)?) => { $(
+            // SAFETY: `repr(C)`, `Copy`, no padding (asserted above for both address types), every bit pattern is a value.
+            unsafe impl<A: Octets> aya::Pod for $ty<A> {}
+        )+ };
+    }
+    pod_per_family!(FrontendKey, Slot, FlowKey, Flow, SnatSlot);
+    pod!(Frontend, ServiceInfo, BackendState, Config, SocketPeers);
 }

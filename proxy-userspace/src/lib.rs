@@ -8,12 +8,13 @@
 //! - [`plan`]: a pure function from one Service and this node's facts to its frontends and backends.
 //! - [`sync`]: brings the pinned maps to the plan, writing only differences.
 //! - [`datapath`]: loading, pinning and attaching the BPF programs; typed access to the maps.
+//! - [`gc`]: flows that have ended or fallen silent leave the connection tables.
 //! - [`cli`]: one file per verb.
-pub mod cli {
-    //! One file per verb.
-    pub mod check;
-    pub mod cleanup;
-}
+pub mod cli;
 pub mod datapath;
+pub mod gc;
+pub mod model;
 pub mod object;
 pub mod plan;
+pub mod source;
+pub mod sync;

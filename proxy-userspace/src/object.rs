@@ -1,6 +1,6 @@
 //! The few fields of Kubernetes objects that shunt keeps: what every source yields and the model stores.
 
-use std::{collections::BTreeSet, fmt, net::IpAddr, sync::Arc};
+use std::{collections::BTreeSet, fmt, net::IpAddr, path::PathBuf, sync::Arc};
 
 /// `namespace/name`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -60,7 +60,7 @@ pub enum TrafficPolicy {
 }
 
 /// One entry of `spec.ports`, checked.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ServicePort {
     /// `name`, empty when the Service has a single unnamed port; joins it to the slices' ports.
     pub name: Arc<str>,
@@ -73,10 +73,12 @@ pub struct ServicePort {
 }
 
 /// A Service that has frontends (not headless, not ExternalName, not somebody else's).
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Service {
     /// `namespace/name`.
     pub name: ObjectName,
+    /// `metadata.creationTimestamp`, seconds since 1970; where two Services claim one address, the older has it.
+    pub created: Option<i64>,
     /// `spec.clusterIPs`, parsed.
     pub cluster_ips: Vec<IpAddr>,
     /// `spec.externalIPs`, parsed.
@@ -100,7 +102,7 @@ pub struct Service {
 }
 
 /// One endpoint of a slice.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Endpoint {
     /// `addresses[0]`: consumers use the first only (EndpointSlice API reference).
     pub address: IpAddr,
@@ -119,7 +121,7 @@ pub struct Endpoint {
 }
 
 /// One entry of a slice's `ports`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct EndpointPort {
     /// `name`; empty when absent. Joins it to [`ServicePort::name`].
     pub name: Arc<str>,
@@ -130,7 +132,7 @@ pub struct EndpointPort {
 }
 
 /// An EndpointSlice, or what is its like: an `Endpoints` object, or the ready Pods that a selector finds.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct EndpointSlice {
     /// The slice's own `namespace/name`, for messages and as key.
     pub name: ObjectName,
@@ -143,7 +145,7 @@ pub struct EndpointSlice {
 }
 
 /// What this node is, as far as plans depend on it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct NodeFacts {
     /// The Node's name: endpoints with this `nodeName` are local.
     pub name: Arc<str>,
@@ -169,4 +171,74 @@ pub enum Event {
     /// The source has now yielded everything there is: what was not named since its start (or since the last
     /// `Complete`-less restart of a list) does not exist. Nothing is pruned from the maps before the first one.
     Complete,
+}
+
+/// Something in an object that cannot be served as it is written. Prints as one line; everything else goes on.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Problem {
+    /// The manifest it stands in.
+    pub file: Option<PathBuf>,
+    /// The line in `file`, from 1.
+    pub line: Option<u64>,
+    /// `kind` of the object; empty when it could not be read.
+    pub kind: Arc<str>,
+    /// The object, as far as it is known.
+    pub name: Option<ObjectName>,
+    /// Path of the field as `kubectl explain` writes it, with indices: `spec.ports[0].port`. Empty: the whole object.
+    pub field: String,
+    /// What is wrong, and what to do about it.
+    pub message: String,
+}
+
+impl Problem {
+    /// A problem of a field of a named object.
+    pub fn new(kind: &str, name: &ObjectName, field: impl Into<String>, message: impl Into<String>) -> Self {
+        Self {
+            file: None,
+            line: None,
+            kind: kind.into(),
+            name: Some(name.clone()),
+            field: field.into(),
+            message: message.into(),
+        }
+    }
+
+    /// A problem of a whole file.
+    pub fn in_file(file: impl Into<PathBuf>, line: Option<u64>, message: impl Into<String>) -> Self {
+        Self {
+            file: Some(file.into()),
+            line,
+            kind: "".into(),
+            name: None,
+            field: String::new(),
+            message: message.into(),
+        }
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(file) = &self.file {
+            write!(f, "{}", file.display())?;
+            if let Some(line) = self.line {
+                write!(f, ":{line}")?;
+            }
+            write!(f, ": ")?;
+        }
+        match (&*self.kind, &self.name) {
+            ("", None) => {}
+            (kind, None) => write!(f, "{kind}: ")?,
+            ("", Some(name)) => write!(f, "{name}: ")?,
+            (kind, Some(name)) => write!(f, "{kind} {name}: ")?,
+        }
+        if !self.field.is_empty() {
+            write!(f, "{}: ", self.field)?;
+        }
+        // What others wrote (parser messages, names in manifests) may hold line breaks: a log line is one line.
+        let mut words = self.message.split_whitespace();
+        if let Some(first) = words.next() {
+            f.write_str(first)?;
+        }
+        words.try_for_each(|word| write!(f, " {word}"))
+    }
 }

@@ -1,8 +1,18 @@
 //! What the maps must hold for one Service on this node: a pure function of the Service, its endpoints and the node.
+//!
+//! Which backends a frontend has depends on the endpoints' conditions, the Service's traffic policies and the topology
+//! hints, by kube-proxy's rules (`CategorizeEndpoints` in its `topology.go`), save for what SPEC says otherwise.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashSet},
+    fmt,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
-use crate::object::{ObjectName, Protocol};
+use shunt_common::layout::{FRONTEND_AFFINITY, FRONTEND_DROP, FRONTEND_KEEP_SOURCE, FRONTEND_SOURCE_RANGES};
+
+use crate::object::{EndpointSlice, NodeFacts, ObjectName, Protocol, Service, ServicePort, TrafficPolicy};
 
 /// Where a frontend listens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -103,3 +113,301 @@ pub struct ServicePlan {
     /// Its frontends, sorted by id.
     pub frontends: Vec<Frontend>,
 }
+
+/// What other Services' claims take from a Service; empty unless users made a mistake. See [`crate::model`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Excluded {
+    /// Frontends that another Service holds.
+    pub frontends: HashSet<(FrontendAddress, u16, Protocol)>,
+    /// Addresses that are another Service's cluster IP.
+    pub addresses: HashSet<IpAddr>,
+    /// Endpoint addresses that are cluster IPs (SPEC B6).
+    pub endpoints: HashSet<IpAddr>,
+}
+
+/// The plan of one Service.
+///
+/// `slices` are all of its slices in any order; what does not belong to it is not noticed here.
+pub fn plan<'a>(
+    service: &Service,
+    slices: impl IntoIterator<Item = &'a EndpointSlice>,
+    node: &NodeFacts,
+    excluded: &Excluded,
+) -> ServicePlan {
+    let candidates = Candidates::collect(service, slices, node, excluded);
+    let mut frontends: BTreeMap<FrontendId, Frontend> = BTreeMap::new();
+    for (port_index, port) in service.ports.iter().enumerate() {
+        // One choice per family, made when the first frontend needs it and shared by all of them.
+        let mut choices: [Option<Choices>; 2] = [None, None];
+        for (kind, address, number) in addresses(service, port, excluded) {
+            if excluded.frontends.contains(&(address, number, port.protocol)) {
+                continue;
+            }
+            let is_v6 = address.is_ipv6();
+            let choices = choices[usize::from(is_v6)].get_or_insert_with(|| candidates.choose(port_index, is_v6));
+            for scope in [Scope::Internal, Scope::External] {
+                let id = FrontendId {
+                    address,
+                    port: number,
+                    protocol: port.protocol,
+                    scope,
+                };
+                let (backends, flags) = backends(service, kind, scope, choices);
+                // An address that stands under two headings of one Service is what it was first.
+                frontends.entry(id).or_insert_with(|| Frontend {
+                    id,
+                    kind,
+                    port_name: port.name.clone(),
+                    port_index,
+                    backends,
+                    table: match kind {
+                        // No other node chooses for the same client: agreement would buy nothing for its memory.
+                        FrontendKind::ClusterIp => Table::Direct,
+                        _ => Table::Maglev,
+                    },
+                    flags,
+                    affinity_secs: service.affinity_secs.unwrap_or(0),
+                });
+            }
+        }
+    }
+    ServicePlan {
+        service: service.name.clone(),
+        frontends: frontends.into_values().collect(),
+    }
+}
+
+impl ServicePlan {
+    /// The plan of a Service that is gone.
+    pub fn empty(service: ObjectName) -> Self {
+        Self {
+            service,
+            frontends: Vec::new(),
+        }
+    }
+}
+
+impl FrontendAddress {
+    /// The node port frontend of a family.
+    pub fn node_port(is_v6: bool) -> Self {
+        match is_v6 {
+            false => Self::NodePortV4,
+            true => Self::NodePortV6,
+        }
+    }
+
+    /// Whether it is of IPv6.
+    pub fn is_ipv6(&self) -> bool {
+        match self {
+            Self::Ip(ip) => ip.is_ipv6(),
+            Self::NodePortV4 => false,
+            Self::NodePortV6 => true,
+        }
+    }
+}
+
+/// Everything that a port of a Service listens on, with the port number there.
+pub(crate) fn addresses(
+    service: &Service,
+    port: &ServicePort,
+    excluded: &Excluded,
+) -> Vec<(FrontendKind, FrontendAddress, u16)> {
+    let listed = |kind: FrontendKind, ips: &[IpAddr]| -> Vec<(FrontendKind, FrontendAddress, u16)> {
+        ips.iter()
+            .filter(|ip| !excluded.addresses.contains(ip))
+            .map(|ip| (kind, FrontendAddress::Ip(*ip), port.port))
+            .collect()
+    };
+    let node_ports = [false, true]
+        .into_iter()
+        .filter(|is_v6| has_family(service, *is_v6))
+        .filter_map(|is_v6| {
+            Some((
+                FrontendKind::NodePort,
+                FrontendAddress::node_port(is_v6),
+                port.node_port?,
+            ))
+        });
+    let mut all = listed(FrontendKind::ClusterIp, &service.cluster_ips);
+    all.extend(node_ports);
+    all.extend(listed(FrontendKind::LoadBalancer, &service.load_balancer_ips));
+    all.extend(listed(FrontendKind::ExternalIp, &service.external_ips));
+    all
+}
+
+/// Whether a Service is of a family: that of its cluster IPs, both where it has none.
+fn has_family(service: &Service, is_v6: bool) -> bool {
+    service.cluster_ips.is_empty() || service.cluster_ips.iter().any(|ip| ip.is_ipv6() == is_v6)
+}
+
+/// One endpoint of one port, united over all slices that hold it.
+#[derive(Clone, Copy, Debug, Default)]
+struct Candidate {
+    ready: bool,
+    serving_terminating: bool,
+    local: bool,
+    has_node_hint: bool,
+    for_this_node: bool,
+    has_zone_hint: bool,
+    for_this_zone: bool,
+}
+
+/// The endpoints of every port: by port index and family, then by address and port.
+struct Candidates(BTreeMap<(usize, bool), BTreeMap<(IpAddr, u16), Candidate>>);
+
+/// The backends of one Service port in one family, by who asks.
+struct Choices {
+    /// Everybody's, whatever the node: ready ones, else those that still serve while they terminate.
+    all: BackendSet,
+    /// The same, kept to the node or zone when the hints allow it.
+    near: BackendSet,
+    /// Those of this node, by the same preference.
+    local: BackendSet,
+}
+
+impl Candidates {
+    fn collect<'a>(
+        service: &Service,
+        slices: impl IntoIterator<Item = &'a EndpointSlice>,
+        node: &NodeFacts,
+        excluded: &Excluded,
+    ) -> Self {
+        let mut all: BTreeMap<(usize, bool), BTreeMap<(IpAddr, u16), Candidate>> = BTreeMap::new();
+        for slice in slices {
+            for slice_port in &slice.ports {
+                let joined = |port: &ServicePort| port.name == slice_port.name && port.protocol == slice_port.protocol;
+                let Some(port_index) = service.ports.iter().position(joined) else {
+                    continue;
+                };
+                for endpoint in &slice.endpoints {
+                    if excluded.endpoints.contains(&endpoint.address) {
+                        continue;
+                    }
+                    let candidate = all
+                        .entry((port_index, endpoint.address.is_ipv6()))
+                        .or_default()
+                        .entry((endpoint.address, slice_port.port))
+                        .or_default();
+                    let on_this_node = !node.name.is_empty() && endpoint.node.as_ref() == Some(&node.name);
+                    // Slices may disagree while one follows the other: what any of them allows is allowed.
+                    candidate.ready |= endpoint.ready || service.publish_not_ready;
+                    candidate.serving_terminating |= endpoint.serving && endpoint.terminating;
+                    candidate.local |= on_this_node || node.addresses.contains(&endpoint.address);
+                    candidate.has_node_hint |= !endpoint.nodes.is_empty();
+                    candidate.for_this_node |= endpoint.nodes.contains(&node.name);
+                    candidate.has_zone_hint |= !endpoint.zones.is_empty();
+                    candidate.for_this_zone |= node.zone.as_ref().is_some_and(|zone| endpoint.zones.contains(zone));
+                }
+            }
+        }
+        Self(all)
+    }
+
+    fn choose(&self, port_index: usize, is_v6: bool) -> Choices {
+        let empty = BTreeMap::new();
+        let candidates = self.0.get(&(port_index, is_v6)).unwrap_or(&empty);
+        let pick = |wanted: &dyn Fn(&Candidate) -> bool| -> BackendSet {
+            candidates
+                .iter()
+                .filter(|(_, candidate)| wanted(candidate))
+                .map(|((address, port), candidate)| Backend {
+                    address: *address,
+                    port: *port,
+                    local: candidate.local,
+                })
+                .collect()
+        };
+        // Ready ones; else those that serve while they terminate (SPEC B3).
+        let best = |wanted: &dyn Fn(&Candidate) -> bool| -> BackendSet {
+            let ready = pick(&|candidate| candidate.ready && wanted(candidate));
+            match ready.is_empty() {
+                false => ready,
+                true => pick(&|candidate| candidate.serving_terminating && wanted(candidate)),
+            }
+        };
+        let ready = || candidates.values().filter(|candidate| candidate.ready);
+        let all = best(&|_| true);
+        // Hints count only when every ready endpoint has them and some are meant for us: a half-written set, or one
+        // that knows nothing of this node, must not send all traffic to few endpoints.
+        let near = if ready().all(|candidate| candidate.has_node_hint)
+            && ready().any(|candidate| candidate.for_this_node)
+        {
+            pick(&|candidate| candidate.ready && candidate.for_this_node)
+        } else if ready().all(|candidate| candidate.has_zone_hint) && ready().any(|candidate| candidate.for_this_zone) {
+            pick(&|candidate| candidate.ready && candidate.for_this_zone)
+        } else {
+            all.clone()
+        };
+        Choices {
+            local: best(&|candidate| candidate.local),
+            near,
+            all,
+        }
+    }
+}
+
+/// Backends and flags of one frontend.
+fn backends(service: &Service, kind: FrontendKind, scope: Scope, choices: &Choices) -> (BackendSet, u16) {
+    let mut flags = 0;
+    if service.affinity_secs.is_some() {
+        flags |= FRONTEND_AFFINITY;
+    }
+    // Also when the ranges are all of the other family: "other sources are dropped" (SPEC P5).
+    if kind == FrontendKind::LoadBalancer && !service.source_ranges.is_empty() {
+        flags |= FRONTEND_SOURCE_RANGES;
+    }
+    let backends = match (kind, scope) {
+        // The internal policy goes by what is dialled, not by who dials. None: refused (SPEC P3).
+        (FrontendKind::ClusterIp, _) if service.internal_policy == TrafficPolicy::Local => &choices.local,
+        (FrontendKind::ClusterIp, Scope::External) => &choices.all,
+        // Internal clients of an external address get all backends, whatever the external policy (SPEC P2).
+        (_, Scope::Internal) => &choices.near,
+        (_, Scope::External) if service.external_policy == TrafficPolicy::Local => {
+            flags |= FRONTEND_KEEP_SOURCE;
+            if choices.local.is_empty() && !choices.all.is_empty() {
+                flags |= FRONTEND_DROP;
+            }
+            &choices.local
+        }
+        (_, Scope::External) => &choices.all,
+    };
+    (backends.clone(), flags)
+}
+
+impl fmt::Display for FrontendId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.address {
+            FrontendAddress::Ip(ip) => write!(f, "{}/{}", SocketAddr::new(ip, self.port), self.protocol),
+            FrontendAddress::NodePortV4 => write!(f, "0.0.0.0:{}/{}", self.port, self.protocol),
+            FrontendAddress::NodePortV6 => write!(f, "[::]:{}/{}", self.port, self.protocol),
+        }
+    }
+}
+
+/// One line: scope, key, kind, what is special, and backends, those of this node with an asterisk.
+impl fmt::Display for Frontend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} {} {:?}", self.id.scope, self.id, self.kind)?;
+        if self.flags & FRONTEND_AFFINITY != 0 {
+            write!(f, " affinity={}s", self.affinity_secs)?;
+        }
+        for (flag, name) in [
+            (FRONTEND_SOURCE_RANGES, " source-ranges"),
+            (FRONTEND_KEEP_SOURCE, " keep-source"),
+            (FRONTEND_DROP, " drop"),
+        ] {
+            if self.flags & flag != 0 {
+                f.write_str(name)?;
+            }
+        }
+        f.write_str(" ->")?;
+        for backend in self.backends.iter() {
+            let local = if backend.local { "*" } else { "" };
+            write!(f, " {}{local}", SocketAddr::new(backend.address, backend.port))?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

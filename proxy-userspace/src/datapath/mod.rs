@@ -26,8 +26,10 @@ pub mod devices;
 pub mod link;
 pub mod load;
 pub mod lock;
+pub mod maps;
 pub mod netns;
 pub(crate) mod rtnl;
+pub mod sys;
 
 use link::Hook;
 

@@ -1,0 +1,156 @@
+//! `shunt backends`: what clients reach, and how often each hook sent a flow there.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, SocketAddr},
+};
+
+use anyhow::bail;
+use clap::Args;
+use serde::Serialize;
+
+use super::{Common, open, print_rows, service_name, service_names, services};
+use crate::{
+    datapath::maps::{MapError, Maps},
+    sync::table::FamilyIndex,
+};
+
+/// `shunt backends`.
+#[derive(Debug, Args)]
+pub struct BackendsArgs {
+    #[command(flatten)]
+    common: Common,
+    /// Only this namespace.
+    #[arg(short, long)]
+    namespace: Option<String>,
+    /// Only this Service: NAME or NAMESPACE/NAME.
+    service: Option<String>,
+}
+
+/// One backend of one Service port.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BackendRow {
+    /// `metadata.namespace` of the Service.
+    pub namespace: String,
+    /// `metadata.name` of the Service.
+    pub service: String,
+    /// Its address.
+    pub address: IpAddr,
+    /// Its port.
+    pub port: u16,
+    /// `TCP`, `UDP` or `SCTP`.
+    pub protocol: String,
+    /// Whether it runs on this node.
+    pub local: bool,
+    /// Flows that were sent here.
+    pub flows: FlowCounts,
+    /// The frontends that lead here: address and port.
+    pub frontends: BTreeSet<SocketAddr>,
+    /// Its number in the maps.
+    pub id: u32,
+}
+
+/// New flows by the hook that chose the backend.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct FlowCounts {
+    /// `connect` and `sendmsg`.
+    pub socket: u64,
+    /// Packets at tc.
+    pub tc: u64,
+    /// Packets at XDP.
+    pub xdp: u64,
+}
+
+/// All backends in the maps, sorted.
+///
+/// # Errors
+/// The kernel's.
+pub fn list(maps: &Maps) -> Result<Vec<BackendRow>, MapError> {
+    let names = service_names(maps)?;
+    let mut rows: BTreeMap<u32, BackendRow> = BTreeMap::new();
+    for family in FamilyIndex::ALL {
+        for (id, entry) in maps.table(family).entries()? {
+            let frontend = SocketAddr::new(services::address(&id), id.port);
+            for backend in services::backends_of(maps, family, &entry) {
+                if let Some(row) = rows.get_mut(&backend.id) {
+                    row.frontends.insert(frontend);
+                    continue;
+                }
+                let (namespace, service) = service_name(&names, entry.service);
+                let state = maps.backends.get(&backend.id)?.unwrap_or_default();
+                let row = BackendRow {
+                    namespace,
+                    service,
+                    address: backend.address,
+                    port: backend.port,
+                    protocol: id.protocol.to_string(),
+                    local: backend.local,
+                    flows: FlowCounts {
+                        socket: state.socket_flows,
+                        tc: state.tc_flows,
+                        xdp: state.xdp_flows,
+                    },
+                    frontends: [frontend].into(),
+                    id: backend.id,
+                };
+                rows.insert(backend.id, row);
+            }
+        }
+    }
+    let mut rows: Vec<BackendRow> = rows.into_values().collect();
+    rows.sort();
+    Ok(rows)
+}
+
+/// Whether a row is of the Service that an argument names.
+fn is_of(row: &BackendRow, service: &str) -> bool {
+    match service.split_once('/') {
+        Some((namespace, name)) => row.namespace == namespace && row.service == name,
+        None => row.service == service,
+    }
+}
+
+/// Runs the verb.
+///
+/// # Errors
+/// No maps, no such Service, or the kernel's.
+pub fn run(args: &BackendsArgs) -> anyhow::Result<()> {
+    let maps = open(&args.common.bpf_root)?;
+    let mut rows = list(&maps)?;
+    if let Some(namespace) = &args.namespace {
+        rows.retain(|row| row.namespace == *namespace);
+    }
+    if let Some(service) = &args.service {
+        rows.retain(|row| is_of(row, service));
+        let name = service.rsplit('/').next().unwrap_or(service);
+        if rows.is_empty() && !service_names(&maps)?.values().any(|(_, known)| known == name) {
+            bail!("no Service {service} in the maps: `shunt services` lists all");
+        }
+    }
+    let titles = [
+        "NAMESPACE",
+        "SERVICE",
+        "BACKEND",
+        "PROTOCOL",
+        "WHERE",
+        "SOCKET",
+        "TC",
+        "XDP",
+        "FRONTENDS",
+    ];
+    print_rows(args.common.output, &rows, titles, |row| {
+        let frontends: Vec<String> = row.frontends.iter().map(ToString::to_string).collect();
+        [
+            row.namespace.clone(),
+            row.service.clone(),
+            SocketAddr::new(row.address, row.port).to_string(),
+            row.protocol.clone(),
+            if row.local { "local".into() } else { "remote".into() },
+            row.flows.socket.to_string(),
+            row.flows.tc.to_string(),
+            row.flows.xdp.to_string(),
+            frontends.join(" "),
+        ]
+    })
+}

@@ -1,0 +1,210 @@
+//! The command line: one file per verb.
+//!
+//! `run` is the agent. All other verbs look at what is pinned under `--bpf-root`, whether an agent runs or not, and print a
+//! table or, with `-o json`, an array or object that scripts can rely on.
+
+use std::{
+    collections::HashMap,
+    io::{self, Write},
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
+    process::ExitCode,
+    str::FromStr,
+};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use comfy_table::{Table, presets::NOTHING};
+use rustix::fs::statfs;
+use serde::Serialize;
+
+use crate::datapath::maps::{MapError, Maps, name_str};
+
+pub mod backends;
+pub mod check;
+pub mod cleanup;
+pub mod conntrack;
+pub mod run;
+pub mod services;
+pub mod status;
+
+/// Where everything is pinned unless said otherwise.
+pub const DEFAULT_BPF_ROOT: &str = "/sys/fs/bpf/shunt";
+
+/// An eBPF and XDP load balancer for Kubernetes Services: replaces kube-proxy on a node.
+#[derive(Debug, Parser)]
+#[command(name = "shunt", version, propagate_version = true, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Run the agent.
+    Run(Box<run::RunArgs>),
+    /// Try out what this kernel has; exit 1 when something required is missing.
+    Check {
+        #[command(flatten)]
+        common: Common,
+        /// The cgroup2 directory for socket programs [default: where the system has it mounted].
+        #[arg(long, value_name = "DIR")]
+        cgroup_root: Option<PathBuf>,
+    },
+    /// Whether an agent runs, how full the maps are, what is attached, what was counted.
+    Status(Common),
+    /// What clients can dial.
+    Services(services::ServicesArgs),
+    /// What they reach.
+    Backends(backends::BackendsArgs),
+    /// The flows that are being translated.
+    Conntrack(conntrack::ConntrackArgs),
+    /// Remove every program, map, pin and qdisc that shunt made, and nothing else.
+    Cleanup(Common),
+}
+
+/// What all verbs but `run` take.
+#[derive(Clone, Debug, Args)]
+pub struct Common {
+    /// The folder in a bpf file system where the agent pins everything.
+    #[arg(long, global = true, value_name = "DIR", default_value = DEFAULT_BPF_ROOT)]
+    pub bpf_root: PathBuf,
+    /// How to print.
+    #[arg(short, long, global = true, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+}
+
+/// `-o`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people.
+    Table,
+    /// For programs.
+    Json,
+}
+
+/// Parses the command line and runs its verb; an error is one line on stderr.
+pub fn main() -> ExitCode {
+    let verb = Cli::parse().verb;
+    let result = match verb {
+        Verb::Run(args) => run::run(*args).map(|()| true),
+        Verb::Check { common, cgroup_root } => {
+            let cgroup_root = cgroup_root.unwrap_or_else(default_cgroup_root);
+            check::run(&common.bpf_root, &cgroup_root, common.output == Output::Json)
+        }
+        Verb::Status(common) => status::run(&common).map(|()| true),
+        Verb::Services(args) => services::run(&args).map(|()| true),
+        Verb::Backends(args) => backends::run(&args).map(|()| true),
+        Verb::Conntrack(args) => conntrack::run(&args).map(|()| true),
+        Verb::Cleanup(common) => cleanup::run(&common.bpf_root, common.output == Output::Json).map(|()| true),
+    };
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        // `shunt services | head` closes our stdout: nothing to complain about.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("shunt: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .downcast_ref::<io::Error>()
+        .is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// The cgroup2 mount: `/sys/fs/cgroup`, or its folder `unified` where cgroup1 has the first place.
+pub fn default_cgroup_root() -> PathBuf {
+    /// `CGROUP2_SUPER_MAGIC` of linux/magic.h.
+    const CGROUP2_MAGIC: u64 = 0x6367_7270;
+    let is_cgroup2 = |path: &&str| statfs(*path).is_ok_and(|s| s.f_type as u64 & 0xffff_ffff == CGROUP2_MAGIC);
+    let usual = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
+    usual.iter().copied().find(is_cgroup2).unwrap_or(usual[0]).into()
+}
+
+/// Prints rows as a table with these column titles, or as a JSON array.
+fn print_rows<R: Serialize, const N: usize>(
+    output: Output,
+    rows: &[R],
+    titles: [&str; N],
+    cells: impl Fn(&R) -> [String; N],
+) -> anyhow::Result<()> {
+    let text = match output {
+        Output::Json => serde_json::to_string_pretty(rows)?,
+        Output::Table => table(titles, rows.iter().map(cells)),
+    };
+    print(&text)
+}
+
+/// Prints a line or several to stdout.
+fn print(text: &str) -> anyhow::Result<()> {
+    let mut stdout = io::stdout().lock();
+    writeln!(stdout, "{text}")?;
+    stdout.flush()?;
+    Ok(())
+}
+
+/// Columns without lines, as `kubectl` prints them.
+fn table<const N: usize>(titles: [&str; N], rows: impl Iterator<Item = [String; N]>) -> String {
+    let mut table = Table::new();
+    table.load_style(NOTHING).set_header(titles).add_rows(rows);
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
+    table.trim_fmt()
+}
+
+/// The namespace and name of every Service number.
+fn service_names(maps: &Maps) -> Result<HashMap<u32, (String, String)>, MapError> {
+    let entries = maps.services.entries()?;
+    Ok(entries
+        .into_iter()
+        .map(|(number, info)| (number, (name_str(&info.namespace), name_str(&info.name))))
+        .collect())
+}
+
+/// The Service of a number; `?` for one that has no name in the maps.
+fn service_name(names: &HashMap<u32, (String, String)>, number: u32) -> (String, String) {
+    let unknown = || (String::from("?"), format!("#{number}"));
+    names.get(&number).cloned().unwrap_or_else(unknown)
+}
+
+fn open(bpf_root: &Path) -> anyhow::Result<Maps> {
+    Ok(Maps::open(bpf_root)?)
+}
+
+/// An address, with or without a port: what filters on the command line name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peer {
+    address: IpAddr,
+    port: Option<u16>,
+}
+
+impl Peer {
+    /// Whether an address and port are meant.
+    fn matches(&self, address: IpAddr, port: u16) -> bool {
+        self.address == address && self.port.is_none_or(|wanted| wanted == port)
+    }
+}
+
+impl FromStr for Peer {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Ok(socket) = text.parse::<SocketAddr>() {
+            return Ok(Self {
+                address: socket.ip(),
+                port: Some(socket.port()),
+            });
+        }
+        match text.parse() {
+            Ok(address) => Ok(Self { address, port: None }),
+            Err(_) => Err("neither an address nor ADDRESS:PORT ([ADDRESS]:PORT for IPv6)".into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

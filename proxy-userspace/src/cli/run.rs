@@ -1,0 +1,573 @@
+//! `shunt run`: the agent. Wires source → model → plan → sync, loads and attaches the programs, and keeps all of it going.
+//!
+//! The order of a start: load programs and maps (nothing is attached yet, and what an earlier agent attached goes on), read
+//! the pinned maps back, wait until the source has told everything, bring the maps to the plan, and only then attach. So a
+//! packet never meets an empty map, and a restart changes nothing that need not change.
+//!
+//! The agent ends at SIGTERM or SIGINT and leaves the datapath attached: `shunt cleanup` takes that away.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    future::pending,
+    io::{self, IsTerminal},
+    net::IpAddr,
+    ops::RangeInclusive,
+    path::PathBuf,
+    str::FromStr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+use clap::{Args, ValueEnum};
+use ipnet::IpNet;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, watch},
+    task::JoinHandle,
+};
+use tracing::{debug, info, warn};
+use tracing_subscriber::EnvFilter;
+
+use super::{DEFAULT_BPF_ROOT, default_cgroup_root, print};
+use crate::{
+    datapath::{
+        Capacities,
+        attach::{Attacher, XdpMode},
+        devices::{self, DevicePatterns, DeviceWatcher, Glob},
+        load::{self, Datapath, LoadConfig},
+        maps::{Maps, settings},
+        netns::{self, NodePortAddresses},
+    },
+    gc::{self, Collector, Timeouts, Walk},
+    model::Model,
+    object::{Event, NodeFacts, ObjectName},
+    source::{kubernetes, manifests},
+    sync::{
+        Syncer,
+        node::{self, NodeSettings, SNAT_PORTS},
+        slots,
+    },
+};
+
+/// Batches of events that wait while one is brought into the maps.
+const QUEUE: usize = 64;
+/// Longest pause between attempts to bring a Service in that did not fit.
+const MAX_RETRY: Duration = Duration::from_secs(30);
+/// The source is named in the log when it has not told everything after so long.
+const SLOW_SOURCE: Duration = Duration::from_secs(10);
+
+/// `shunt run`.
+#[derive(Clone, Debug, Args)]
+pub struct RunArgs {
+    /// Connect to the API server as this file says [default: the pod's service account].
+    #[arg(long, value_name = "FILE", conflicts_with = "manifests")]
+    kubeconfig: Option<PathBuf>,
+    /// Files and folders of Kubernetes YAML to serve instead of a cluster; changes are followed.
+    #[arg(long, value_name = "PATH", num_args = 1..)]
+    manifests: Vec<PathBuf>,
+    /// Name of this node's Node object [default: the host name].
+    #[arg(long, value_name = "NAME")]
+    node_name: Option<String>,
+    /// This node's addresses, at most one per family is used as source [default: those of the Node object, else those of the
+    /// device with the default route].
+    #[arg(long, value_name = "IP", num_args = 1.., value_delimiter = ',')]
+    node_ip: Vec<IpAddr>,
+    /// Devices that lead out of the node; `*` stands for anything [default: those with the default route or a node address].
+    #[arg(long, value_name = "PATTERN", num_args = 1.., value_delimiter = ',')]
+    devices: Vec<String>,
+    /// Devices that lead to pods [default: found by their kind and name].
+    #[arg(long, value_name = "PATTERN", num_args = 1.., value_delimiter = ',')]
+    pod_devices: Vec<String>,
+    /// The cgroup2 directory whose processes the socket programs serve [default: where the system has it mounted].
+    #[arg(long, value_name = "DIR")]
+    cgroup_root: Option<PathBuf>,
+    /// The folder in a bpf file system to pin everything in; one agent per folder.
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_BPF_ROOT)]
+    bpf_root: PathBuf,
+    /// XDP on node devices.
+    #[arg(long, value_enum, default_value_t = XdpMode::Auto)]
+    xdp: XdpMode,
+    /// Translate at connect and sendmsg, before there is a packet.
+    #[arg(long, value_enum, default_value_t = Switch::On)]
+    socket_lb: Switch,
+    /// With --manifests: networks that missing cluster IPs come from; the first decides the default family.
+    #[arg(long, value_name = "CIDR", num_args = 1.., value_delimiter = ',',
+          default_values = ["10.96.0.0/12", "fd00:10:96::/112"])]
+    service_cidr: Vec<IpNet>,
+    /// With --manifests: networks that missing load balancer IPs come from [default: none, such Services stay pending].
+    #[arg(long, value_name = "CIDR", num_args = 1.., value_delimiter = ',')]
+    load_balancer_cidr: Vec<IpNet>,
+    /// With --manifests: ports that missing node ports come from.
+    #[arg(long, value_name = "FIRST-LAST", default_value = "30000-32767")]
+    service_node_port_range: PortRange,
+    /// Networks of the cluster's pods: their packets are internal clients' wherever they come in.
+    #[arg(long, value_name = "CIDR", num_args = 1.., value_delimiter = ',')]
+    cluster_cidr: Vec<IpNet>,
+    /// Node addresses that node ports answer on: networks, or `primary` [default: all].
+    #[arg(long, value_name = "CIDR|primary", num_args = 1.., value_delimiter = ',')]
+    nodeport_addresses: Vec<String>,
+    /// Source ports of translated packets.
+    #[arg(long, value_name = "FIRST-LAST", default_value_t = PortRange(SNAT_PORTS))]
+    snat_ports: PortRange,
+    #[command(flatten)]
+    capacities: CapacityArgs,
+}
+
+/// `--max-*`.
+#[derive(Clone, Debug, Args)]
+struct CapacityArgs {
+    /// Frontend entries per family: two per address, port and protocol.
+    #[arg(long, value_name = "N", default_value_t = Capacities::default().frontends)]
+    max_frontends: u32,
+    /// Slots per family: backends of all frontends, and Maglev tables.
+    #[arg(long, value_name = "N", default_value_t = Capacities::default().slots)]
+    max_slots: u32,
+    /// Backends, counted per Service port.
+    #[arg(long, value_name = "N", default_value_t = Capacities::default().backends)]
+    max_backends: u32,
+    /// Answered flows per family; the longest silent one makes room.
+    #[arg(long, value_name = "N", default_value_t = Capacities::default().flows)]
+    max_flows: u32,
+    /// Flows without an answer yet, per family.
+    #[arg(long, value_name = "N", default_value_t = Capacities::default().new_flows)]
+    max_new_flows: u32,
+    /// Translated source ports per family: the ports of --snat-ports times flows that may share one.
+    #[arg(long, value_name = "N", default_value_t = Capacities::default().snat)]
+    max_snat: u32,
+}
+
+/// `on` or `off`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Switch {
+    On,
+    Off,
+}
+
+/// `FIRST-LAST`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct PortRange(RangeInclusive<u16>);
+
+impl FromStr for PortRange {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parse = |(first, last): (&str, &str)| Some((first.parse().ok()?, last.parse().ok()?));
+        match text.split_once('-').and_then(parse) {
+            Some((first, last)) if 0 < first && first <= last => Ok(Self(first..=last)),
+            _ => Err("give FIRST-LAST, both from 1 to 65535, FIRST not above LAST".into()),
+        }
+    }
+}
+
+impl std::fmt::Display for PortRange {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}-{}", self.0.start(), self.0.end())
+    }
+}
+
+/// Runs the agent until a signal ends it.
+///
+/// # Errors
+/// One line with the cause: what cannot be loaded, attached or read at the start.
+pub fn run(args: RunArgs) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
+        .init();
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("cannot start threads")?
+        .block_on(agent(args))
+}
+
+async fn agent(args: RunArgs) -> anyhow::Result<()> {
+    let begin = Instant::now();
+    // From here on a signal ends the agent in order, also in the middle of the start.
+    let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
+    let end = async {
+        tokio::select! {
+            _ = terminate.recv() => "SIGTERM",
+            _ = interrupt.recv() => "SIGINT",
+        }
+    };
+    tokio::select! {
+        name = end => {
+            info!("{name}: the agent ends, the datapath goes on");
+            Ok(())
+        }
+        result = serve(args, begin) => result,
+    }
+}
+
+/// Everything, until it fails.
+async fn serve(args: RunArgs, begin: Instant) -> anyhow::Result<()> {
+    let node_name = node_name(&args)?;
+    let datapath = load::load(&LoadConfig {
+        bpf_root: args.bpf_root.clone(),
+        capacities: capacities(&args.capacities),
+        socket_lb: args.socket_lb == Switch::On,
+        xdp: args.xdp != XdpMode::Off,
+    })?;
+    let maps = Arc::new(Maps::open(&args.bpf_root)?);
+    let syncer = Syncer::new(maps.clone())?;
+    info!(
+        "programs loaded, maps read back: {} Services from before",
+        syncer.counts().0
+    );
+    // Settings that cannot be should end the agent before it waits for a source.
+    node::config(&node_settings(&args, &[]), maps.v4.snat.capacity())?;
+
+    let (mut source, mut events) = spawn_source(&args, &node_name);
+    let configured = NodeFacts {
+        name: node_name.as_str().into(),
+        zone: None,
+        addresses: args.node_ip.iter().copied().collect(),
+    };
+    let (walks_tx, mut walks) = mpsc::channel::<Walk>(1);
+    let report = move |walk| drop(walks_tx.blocking_send(walk));
+    let _collector =
+        Collector::spawn(maps, Timeouts::default(), gc::INTERVAL, report).context("cannot start a thread")?;
+
+    let mut agent = Agent {
+        model: Model::new(configured),
+        syncer,
+        pending: BTreeSet::new(),
+        errors: HashMap::new(),
+        live: None,
+        args,
+        datapath,
+    };
+    let mut retry = slots::GRACE;
+    let slow = tokio::time::sleep(SLOW_SOURCE);
+    tokio::pin!(slow);
+    loop {
+        let waits_for_retry = agent.live.is_some() && !agent.syncer.failed().is_empty();
+        tokio::select! {
+            batch = events.recv() => match batch {
+                Some(batch) => {
+                    let was_live = agent.live.is_some();
+                    let freed = agent.take(batch).await?;
+                    if freed {
+                        retry = slots::GRACE;
+                    }
+                    if let (false, Some(live)) = (was_live, &agent.live) {
+                        let (services, backends) = agent.syncer.counts();
+                        debug!("node addresses: {:?}", live.addresses);
+                        print(&format!("ready: {services} services, {backends} backends, took {:.1?}", begin.elapsed()))?;
+                    }
+                }
+                // The source has ended, or its task holds the reason why.
+                None => return source_ended((&mut source).await),
+            },
+            Some(walk) = walks.recv() => {
+                let reclaimed = agent.syncer.reclaim(walk.started, &walk.referenced)?;
+                if reclaimed > 0 {
+                    debug!("{reclaimed} backend ids are free again");
+                }
+            }
+            () = agent.addresses_changed() => agent.write_addresses(),
+            () = tokio::time::sleep(retry), if waits_for_retry => {
+                agent.pending.extend(agent.syncer.failed().iter().cloned());
+                let freed = agent.bring_pending();
+                retry = if freed { slots::GRACE } else { (retry * 2).min(MAX_RETRY) };
+            }
+            () = &mut slow, if agent.live.is_none() && !slow.is_elapsed() => {
+                warn!("{} has not told everything after {SLOW_SOURCE:?}: waiting; what an earlier agent attached goes on",
+                    if agent.args.manifests.is_empty() { "the API server" } else { "--manifests" });
+            }
+        }
+    }
+}
+
+fn source_ended(result: Result<anyhow::Result<()>, tokio::task::JoinError>) -> anyhow::Result<()> {
+    result.context("the source of objects has failed")??;
+    anyhow::bail!("the source of objects has ended")
+}
+
+/// The agent's state between events.
+struct Agent {
+    args: RunArgs,
+    datapath: Datapath,
+    model: Model,
+    syncer: Syncer,
+    /// Services to be planned and applied.
+    pending: BTreeSet<ObjectName>,
+    /// The last error of every Service that is not wholly in the maps, so that each is said once.
+    errors: HashMap<ObjectName, String>,
+    /// `None` until the source has told everything.
+    live: Option<Live>,
+}
+
+/// What goes on once programs are attached.
+struct Live {
+    /// This node's addresses as configured.
+    addresses: Vec<IpAddr>,
+    devices: DeviceWatcher,
+    admitted: watch::Receiver<BTreeSet<IpAddr>>,
+}
+
+impl Drop for Live {
+    fn drop(&mut self) {
+        self.devices.task.abort();
+    }
+}
+
+impl Agent {
+    /// Takes in what the source says. Until it has told everything the maps stay as they are: what is not named yet is not
+    /// gone. Says whether something was freed.
+    async fn take(&mut self, batch: Vec<Event>) -> anyhow::Result<bool> {
+        let mut completes = false;
+        let mut node_changes = false;
+        for event in batch {
+            completes |= event == Event::Complete;
+            node_changes |= matches!(event, Event::Node(_));
+            self.pending.extend(self.model.apply(event));
+        }
+        for problem in self.model.take_problems() {
+            warn!("{problem}");
+        }
+        if !self.model.is_complete() {
+            return Ok(false);
+        }
+        let first = self.live.is_none();
+        if first {
+            self.pending
+                .extend(self.model.services().map(|service| service.name.clone()));
+        }
+        let mut freed = self.bring_pending();
+        if completes {
+            freed |= self.prune();
+        }
+        if first || node_changes {
+            self.follow_node().await?;
+        }
+        Ok(freed)
+    }
+
+    /// Plans and applies what is pending; when that frees something, also what failed before. Says whether it did.
+    fn bring_pending(&mut self) -> bool {
+        let pending = std::mem::take(&mut self.pending);
+        let mut freed = false;
+        for name in &pending {
+            freed |= self.bring(name);
+        }
+        if freed {
+            let failed: Vec<_> = self.syncer.failed().difference(&pending).cloned().collect();
+            for name in &failed {
+                self.bring(name);
+            }
+        }
+        freed
+    }
+
+    fn bring(&mut self, name: &ObjectName) -> bool {
+        match self.syncer.apply(&self.model.plan(name)) {
+            Ok(applied) => {
+                for warning in &applied.warnings {
+                    warn!("Service {name}: {warning}");
+                }
+                if self.errors.remove(name).is_some() {
+                    info!("Service {name}: wholly in the maps now");
+                }
+                debug!("Service {name}: {applied:?}");
+                applied.deleted > 0
+            }
+            Err(error) => {
+                let text = error.to_string();
+                if self.errors.get(name) != Some(&text) {
+                    warn!("{text}");
+                    self.errors.insert(name.clone(), text);
+                }
+                false
+            }
+        }
+    }
+
+    fn prune(&mut self) -> bool {
+        let model = &self.model;
+        match self.syncer.prune(|name| model.service(name).is_some()) {
+            Ok(applied) => {
+                if applied.deleted > 0 {
+                    info!("{} entries of Services that are gone deleted", applied.deleted);
+                }
+                applied.deleted > 0
+            }
+            Err(error) => {
+                warn!("{error}");
+                false
+            }
+        }
+    }
+
+    /// Writes this node's addresses into the configuration and (again) attaches to its devices, when they have changed.
+    async fn follow_node(&mut self) -> anyhow::Result<()> {
+        let addresses = node_addresses(&self.args, self.model.node())?;
+        if self.live.as_ref().is_some_and(|live| live.addresses == addresses) {
+            return Ok(());
+        }
+        if addresses.is_empty() {
+            warn!("this node has no address: translated packets have no source; give --node-ip");
+        }
+        let maps = self.syncer.maps().clone();
+        let config = node::config(&node_settings(&self.args, &addresses), maps.v4.snat.capacity())?;
+        if maps.set_config(&config)? {
+            info!("node addresses: {addresses:?}");
+        }
+        let policy = NodePortAddresses::parse(&self.args.nodeport_addresses, &addresses).map_err(anyhow::Error::msg)?;
+        let (admitted, _) = netns::watch_addresses(policy).context("cannot follow this node's addresses")?;
+        node::set_addresses(&maps, &admitted.borrow())?;
+
+        // The old watcher changes the same links; it must be gone before another begins.
+        if let Some(mut old) = self.live.take() {
+            old.devices.task.abort();
+            let _ = (&mut old.devices.task).await;
+        }
+        let mut attacher = Attacher::new(&self.datapath, self.args.xdp).context("cannot attach programs")?;
+        let cgroup_root = self.args.cgroup_root.clone().unwrap_or_else(default_cgroup_root);
+        attacher.attach_cgroup(&cgroup_root)?;
+        let globs = |patterns: &[String]| patterns.iter().map(|pattern| Glob::new(pattern)).collect();
+        let patterns = DevicePatterns {
+            devices: globs(&self.args.devices),
+            pod_devices: globs(&self.args.pod_devices),
+            node_ips: addresses.iter().copied().collect(),
+        };
+        self.live = Some(Live {
+            addresses,
+            devices: DeviceWatcher::spawn(attacher, patterns)?,
+            admitted,
+        });
+        Ok(())
+    }
+
+    /// Waits until the node has other addresses.
+    async fn addresses_changed(&mut self) {
+        let changed = match &mut self.live {
+            Some(live) => live.admitted.changed().await.is_ok(),
+            None => false,
+        };
+        if !changed {
+            pending().await
+        }
+    }
+
+    fn write_addresses(&mut self) {
+        let Some(live) = &mut self.live else { return };
+        let addresses = live.admitted.borrow_and_update().clone();
+        match node::set_addresses(self.syncer.maps(), &addresses) {
+            Ok(n) => debug!("node ports answer on {addresses:?}: {n} written"),
+            Err(error) => warn!("{error}; {} can admit fewer", settings::NODEPORT_ADDRESSES),
+        }
+    }
+}
+
+fn capacities(args: &CapacityArgs) -> Capacities {
+    Capacities {
+        frontends: args.max_frontends,
+        slots: args.max_slots,
+        backends: args.max_backends,
+        flows: args.max_flows,
+        new_flows: args.max_new_flows,
+        snat: args.max_snat,
+    }
+}
+
+/// The Node's name: as given, or the host name in lower case, as a kubelet takes it.
+fn node_name(args: &RunArgs) -> anyhow::Result<String> {
+    if let Some(name) = &args.node_name {
+        return Ok(name.clone());
+    }
+    let host = rustix::system::uname();
+    let name = host
+        .nodename()
+        .to_str()
+        .context("the host name is not UTF-8: give --node-name")?;
+    Ok(name.trim().to_lowercase())
+}
+
+type Source = (JoinHandle<anyhow::Result<()>>, mpsc::Receiver<Vec<Event>>);
+
+fn spawn_source(args: &RunArgs, node_name: &str) -> Source {
+    let (tx, rx) = mpsc::channel(QUEUE);
+    let node_name = node_name.to_owned();
+    let task = if args.manifests.is_empty() {
+        let config = kubernetes::Config {
+            kubeconfig: args.kubeconfig.clone(),
+            node_name,
+        };
+        tokio::spawn(kubernetes::Kubernetes::new(config).run(tx))
+    } else {
+        let config = manifests::Config {
+            paths: args.manifests.clone(),
+            service_cidrs: args.service_cidr.clone(),
+            node_ports: args.service_node_port_range.0.clone(),
+            load_balancer_cidrs: args.load_balancer_cidr.clone(),
+            node_name,
+        };
+        tokio::spawn(manifests::Manifests::new(config).run(tx))
+    };
+    (task, rx)
+}
+
+fn node_settings(args: &RunArgs, addresses: &[IpAddr]) -> NodeSettings {
+    // Without networks that say otherwise, the node's own processes reach node ports on loopback too (SPEC F2).
+    let networks: Vec<IpNet> = args
+        .nodeport_addresses
+        .iter()
+        .filter_map(|text| text.parse().ok())
+        .collect();
+    let is_loopback = |network: &IpNet| {
+        [IpAddr::from([127, 0, 0, 1]), std::net::Ipv6Addr::LOCALHOST.into()]
+            .iter()
+            .any(|address| network.contains(address))
+    };
+    NodeSettings {
+        addresses: addresses.to_vec(),
+        cluster_cidrs: args.cluster_cidr.clone(),
+        snat_ports: args.snat_ports.0.clone(),
+        loopback: networks.is_empty() || networks.iter().any(is_loopback),
+        host_netns: netns::cookie(),
+    }
+}
+
+/// This node's addresses, best first: as given; else the Node object's, those that a device here has before others (an
+/// external IP often lies on a gateway); else those of the device with the default route; else any.
+fn node_addresses(args: &RunArgs, node: &NodeFacts) -> anyhow::Result<Vec<IpAddr>> {
+    if !args.node_ip.is_empty() {
+        return Ok(args.node_ip.clone());
+    }
+    let mut devices = devices::list().context("cannot list the devices")?;
+    devices.retain(|device| !device.loopback);
+    devices.sort_by_key(|device| !device.default_route);
+    let usable = |address: &IpAddr| match address {
+        IpAddr::V4(address) => !address.is_link_local(),
+        IpAddr::V6(address) => !address.is_unicast_link_local(),
+    };
+    let here: Vec<IpAddr> = devices
+        .into_iter()
+        .flat_map(|device| device.addresses)
+        .filter(usable)
+        .collect();
+    if node.addresses.is_empty() {
+        // One of each family: the others are of bridges and pods.
+        let first = |is_v4: bool| here.iter().copied().find(|address| address.is_ipv4() == is_v4);
+        return Ok([true, false].into_iter().filter_map(first).collect());
+    }
+    let mut addresses: Vec<IpAddr> = here
+        .into_iter()
+        .filter(|address| node.addresses.contains(address))
+        .collect();
+    addresses.extend(
+        node.addresses
+            .iter()
+            .filter(|address| !addresses.contains(address))
+            .copied()
+            .collect::<Vec<_>>(),
+    );
+    Ok(addresses)
+}

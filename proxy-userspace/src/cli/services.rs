@@ -1,0 +1,168 @@
+//! `shunt services`: what clients can dial.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
+
+use clap::Args;
+use serde::Serialize;
+use shunt_common::layout::{self, FRONTEND_DROP};
+
+use super::{Common, open, print_rows, service_name, service_names};
+use crate::{
+    datapath::maps::{MapError, Maps},
+    plan::{FrontendAddress, FrontendId, Scope},
+    sync::table::{Choice, FamilyIndex, kind_name},
+};
+
+/// `shunt services`.
+#[derive(Debug, Args)]
+pub struct ServicesArgs {
+    #[command(flatten)]
+    common: Common,
+    /// Only this namespace.
+    #[arg(short, long)]
+    namespace: Option<String>,
+}
+
+/// One frontend, both scopes together.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FrontendRow {
+    /// `metadata.namespace` of the Service.
+    pub namespace: String,
+    /// `metadata.name` of the Service.
+    pub service: String,
+    /// `ClusterIP`, `NodePort`, `LoadBalancer` or `ExternalIP`.
+    pub kind: &'static str,
+    /// The address; unspecified for a node port.
+    pub address: IpAddr,
+    /// The port.
+    pub port: u16,
+    /// `TCP`, `UDP` or `SCTP`.
+    pub protocol: String,
+    /// For clients inside the cluster; `None` while the entry is missing.
+    pub internal: Option<ScopeRow>,
+    /// For all others.
+    pub external: Option<ScopeRow>,
+    /// Seconds of client affinity; 0 without.
+    pub affinity_seconds: u32,
+}
+
+/// What clients of one scope get.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ScopeRow {
+    /// Number of different backends.
+    pub backends: usize,
+    /// Number of slots: more than backends for a Maglev table.
+    pub slots: u32,
+    /// Whether packets are dropped while there is no backend; else they are refused.
+    pub drops: bool,
+}
+
+impl ScopeRow {
+    fn cell(&self) -> String {
+        match (self.backends, self.drops) {
+            (0, true) => "none: dropped".into(),
+            (0, false) => "none: refused".into(),
+            (n, _) => n.to_string(),
+        }
+    }
+}
+
+impl FrontendRow {
+    /// Address and port.
+    pub fn socket(&self) -> SocketAddr {
+        SocketAddr::new(self.address, self.port)
+    }
+
+    fn backends_cell(&self) -> String {
+        let cell = |scope: &Option<ScopeRow>| scope.as_ref().map_or("missing".into(), ScopeRow::cell);
+        let (internal, external) = (cell(&self.internal), cell(&self.external));
+        if internal == external {
+            internal
+        } else {
+            format!("{internal} inside, {external} outside")
+        }
+    }
+}
+
+/// The address of a frontend as people write it.
+pub(super) fn address(id: &FrontendId) -> IpAddr {
+    match id.address {
+        FrontendAddress::Ip(address) => address,
+        FrontendAddress::NodePortV4 => Ipv4Addr::UNSPECIFIED.into(),
+        FrontendAddress::NodePortV6 => Ipv6Addr::UNSPECIFIED.into(),
+    }
+}
+
+/// The different backends of a frontend entry.
+pub(super) fn backends_of(maps: &Maps, family: FamilyIndex, entry: &layout::Frontend) -> BTreeSet<Choice> {
+    let table = maps.table(family);
+    let end = entry.slot_base.saturating_add(entry.slot_count);
+    (entry.slot_base..end).map_while(|index| table.slot(index)).collect()
+}
+
+/// All frontends in the maps, sorted.
+///
+/// # Errors
+/// The kernel's.
+pub fn list(maps: &Maps) -> Result<Vec<FrontendRow>, MapError> {
+    let names = service_names(maps)?;
+    let mut rows: BTreeMap<(u32, IpAddr, u16, String), FrontendRow> = BTreeMap::new();
+    for family in FamilyIndex::ALL {
+        for (id, entry) in maps.table(family).entries()? {
+            let (namespace, service) = service_name(&names, entry.service);
+            let protocol = id.protocol.to_string();
+            let row = rows
+                .entry((entry.service, address(&id), id.port, protocol.clone()))
+                .or_insert_with(|| FrontendRow {
+                    namespace,
+                    service,
+                    kind: kind_name(entry.kind),
+                    address: address(&id),
+                    port: id.port,
+                    protocol,
+                    internal: None,
+                    external: None,
+                    affinity_seconds: entry.affinity_secs,
+                });
+            let scope = Some(ScopeRow {
+                backends: backends_of(maps, family, &entry).len(),
+                slots: entry.slot_count,
+                drops: entry.flags & FRONTEND_DROP != 0,
+            });
+            match id.scope {
+                Scope::Internal => row.internal = scope,
+                Scope::External => row.external = scope,
+            }
+        }
+    }
+    let mut rows: Vec<FrontendRow> = rows.into_values().collect();
+    rows.sort();
+    Ok(rows)
+}
+
+/// Runs the verb.
+///
+/// # Errors
+/// No maps, or the kernel's.
+pub fn run(args: &ServicesArgs) -> anyhow::Result<()> {
+    let mut rows = list(&open(&args.common.bpf_root)?)?;
+    if let Some(namespace) = &args.namespace {
+        rows.retain(|row| row.namespace == *namespace);
+    }
+    let titles = ["NAMESPACE", "SERVICE", "KIND", "FRONTEND", "PROTOCOL", "BACKENDS"];
+    print_rows(args.common.output, &rows, titles, |row| {
+        [
+            row.namespace.clone(),
+            row.service.clone(),
+            row.kind.into(),
+            row.socket().to_string(),
+            row.protocol.clone(),
+            row.backends_cell(),
+        ]
+    })
+}

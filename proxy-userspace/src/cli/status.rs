@@ -1,0 +1,180 @@
+//! `shunt status`: whether an agent runs, how full the maps are, what is attached, what was counted.
+
+use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
+
+use serde::Serialize;
+use shunt_common::layout::LAYOUT_VERSION;
+
+use super::{Common, Output, open, print, table};
+use crate::{
+    datapath::{
+        Paths,
+        attach::pinned_links,
+        lock::agent_pid,
+        maps::{MapFamily, Maps, PerFamily, Usage},
+    },
+    sync::table::FamilyIndex,
+};
+
+/// What `shunt status` prints.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Status {
+    /// `--bpf-root`.
+    pub bpf_root: PathBuf,
+    /// [`LAYOUT_VERSION`] of the maps.
+    pub layout: u32,
+    /// Process id of the agent that works with this `--bpf-root`; `None`: none runs, and the datapath goes on alone.
+    pub agent_pid: Option<u32>,
+    /// Number of Services.
+    pub services: u64,
+    /// Number of frontend entries, two per frontend.
+    pub frontend_entries: usize,
+    /// Sources of translated packets, one per family.
+    pub node_addresses: Vec<IpAddr>,
+    /// Addresses that node ports answer on.
+    pub node_port_addresses: Vec<IpAddr>,
+    /// First and last port of the SNAT range.
+    pub snat_ports: (u16, u16),
+    /// How full the maps are.
+    pub maps: Vec<Usage>,
+    /// Links that hold programs to their hooks.
+    pub links: Vec<Link>,
+    /// Counters by name.
+    pub events: BTreeMap<&'static str, u64>,
+}
+
+/// A pinned link.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Link {
+    /// `cgroup`, or the device's name when it was attached.
+    pub target: String,
+    /// The program's name.
+    pub program: String,
+    /// The kernel's number of the link.
+    pub link: u32,
+    /// The kernel's number of the program.
+    pub program_id: u32,
+    /// False when its device is gone.
+    pub attached: bool,
+}
+
+impl Status {
+    /// Gathers it all.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn read(maps: &Maps) -> anyhow::Result<Self> {
+        let paths = Paths::new(maps.root());
+        let config = maps.config()?;
+        let mut node_port_addresses = addresses(&maps.v4)?;
+        node_port_addresses.extend(addresses(&maps.v6)?);
+        let node_addresses = [IpAddr::from(config.v4.node), IpAddr::from(config.v6.node)];
+        let mut frontend_entries = 0;
+        for family in FamilyIndex::ALL {
+            frontend_entries += maps.table(family).entries()?.len();
+        }
+        let links = pinned_links(&paths)?;
+        Ok(Self {
+            bpf_root: maps.root().into(),
+            layout: LAYOUT_VERSION,
+            agent_pid: agent_pid(maps.root()),
+            services: maps.services.count(|_| true)?,
+            frontend_entries,
+            node_addresses: node_addresses.into_iter().filter(|a| !a.is_unspecified()).collect(),
+            node_port_addresses,
+            snat_ports: (
+                config.snat_first,
+                config.snat_first.saturating_add(config.snat_ports.saturating_sub(1)),
+            ),
+            maps: maps.usage()?,
+            links: links
+                .into_iter()
+                .map(|link| Link {
+                    attached: link.index != Some(0),
+                    target: link.target,
+                    program: link.program,
+                    link: link.link,
+                    program_id: link.program_id,
+                })
+                .collect(),
+            events: maps.events()?.into_iter().map(|(event, n)| (event.name(), n)).collect(),
+        })
+    }
+
+    fn text(&self) -> String {
+        let join = |addresses: &[IpAddr]| match addresses {
+            [] => "none".to_owned(),
+            all => all.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "),
+        };
+        let agent = match self.agent_pid {
+            Some(pid) => format!("running, pid {pid}"),
+            None if self.links.iter().any(|link| link.attached) => {
+                "not running; the datapath goes on without it".into()
+            }
+            None => "not running; nothing is attached".into(),
+        };
+        let facts = [
+            ("agent", agent),
+            (
+                "bpf root",
+                format!("{} (layout {})", self.bpf_root.display(), self.layout),
+            ),
+            (
+                "services",
+                format!("{} with {} frontend entries", self.services, self.frontend_entries),
+            ),
+            ("node addresses", join(&self.node_addresses)),
+            ("node ports on", join(&self.node_port_addresses)),
+            ("SNAT ports", format!("{}-{}", self.snat_ports.0, self.snat_ports.1)),
+        ];
+        let facts: Vec<String> = facts.iter().map(|(what, is)| format!("{what}: {is}")).collect();
+
+        let maps = self.maps.iter().map(|usage| {
+            let percent = 100.0 * usage.entries as f64 / f64::from(usage.capacity.max(1));
+            [
+                usage.map.to_owned(),
+                usage.entries.to_string(),
+                usage.capacity.to_string(),
+                format!("{percent:.1} %"),
+                usage.setting.to_owned(),
+            ]
+        });
+        let mut programs: BTreeMap<(&str, bool), Vec<&str>> = BTreeMap::new();
+        for link in &self.links {
+            let place = (link.target.as_str(), link.attached);
+            programs.entry(place).or_default().push(&link.program);
+        }
+        let attached = programs.into_iter().map(|((target, attached), programs)| {
+            let note = if attached { "" } else { "device is gone" };
+            [target.to_owned(), programs.join(" "), note.to_owned()]
+        });
+        let events = self.events.iter().map(|(name, n)| [(*name).to_owned(), n.to_string()]);
+        [
+            facts.join("\n"),
+            table(["MAP", "ENTRIES", "CAPACITY", "FULL", "SETTING"], maps),
+            table(["ATTACHED TO", "PROGRAMS", ""], attached),
+            table(["EVENT", "COUNT"], events),
+        ]
+        .join("\n\n")
+    }
+}
+
+fn addresses<F: MapFamily>(maps: &PerFamily<F>) -> anyhow::Result<Vec<IpAddr>> {
+    let mut addresses: Vec<IpAddr> = maps.node_addrs.entries()?.iter().map(|(a, _)| F::address(*a)).collect();
+    addresses.sort();
+    Ok(addresses)
+}
+
+/// Runs the verb.
+///
+/// # Errors
+/// No maps, or the kernel's.
+pub fn run(common: &Common) -> anyhow::Result<()> {
+    let status = Status::read(&open(&common.bpf_root)?)?;
+    match common.output {
+        Output::Json => print(&serde_json::to_string_pretty(&status)?),
+        Output::Table => print(&status.text()),
+    }
+}

@@ -1,0 +1,431 @@
+//! Flows that have ended or fallen silent leave the connection tables.
+//!
+//! A thread of its own walks `new_flows` and `flows` of both families every [`INTERVAL`], a batch at a time with pauses in
+//! between, and never marks entries as used. It deletes by the flow's own state and age, whoever opened it and whatever
+//! became of its Service. Nothing depends on its speed: the tables are LRU maps, and programming does not wait for it.
+//!
+//! The same walk tells which backend ids flows still name, so that no other id is given to a new backend too early.
+
+use std::{
+    sync::{
+        Arc,
+        mpsc::{self, RecvTimeoutError},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use shunt_common::layout::{
+    Config, FLOW_ANSWERED, FLOW_BACKEND_FIN, FLOW_CLIENT_FIN, FLOW_RESET, SnatSlot, TCP, TICK_NS, UDP,
+};
+use tracing::{debug, warn};
+
+use crate::{
+    datapath::maps::{MapFamily, Maps, PerFamily, Result},
+    sync::ids::IdSet,
+};
+
+/// From one walk's beginning to the next one's.
+pub const INTERVAL: Duration = Duration::from_secs(10);
+/// Pause after each batch of 2048 entries: a table of 524,288 is walked in about a second.
+const PAUSE: Duration = Duration::from_millis(2);
+
+/// How long a flow may be silent, by what it is: names and meanings of nf_conntrack's and kube-proxy's settings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeouts {
+    /// TCP, both sides have spoken: kube-proxy's `conntrack.tcpEstablishedTimeout`.
+    pub tcp_established: Duration,
+    /// TCP, one side has sent FIN: kube-proxy's `conntrack.tcpCloseWaitTimeout`.
+    pub tcp_close_wait: Duration,
+    /// TCP, not answered: `nf_conntrack_tcp_timeout_syn_recv`.
+    pub tcp_unanswered: Duration,
+    /// TCP, both FINs or a RST seen: long enough for retransmissions of the last segments.
+    pub closed: Duration,
+    /// UDP, not answered: `nf_conntrack_udp_timeout`.
+    pub udp_unanswered: Duration,
+    /// UDP, answered: `nf_conntrack_udp_timeout_stream` with a margin.
+    pub udp_stream: Duration,
+    /// SCTP, answered: `nf_conntrack_sctp_timeout_established`, seven heartbeats.
+    pub sctp_established: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            tcp_established: Duration::from_secs(24 * 60 * 60),
+            tcp_close_wait: Duration::from_secs(60 * 60),
+            tcp_unanswered: Duration::from_secs(60),
+            closed: Duration::from_secs(10),
+            udp_unanswered: Duration::from_secs(30),
+            udp_stream: Duration::from_secs(180),
+            sctp_established: Duration::from_secs(210),
+        }
+    }
+}
+
+impl Timeouts {
+    /// How long a flow of this protocol in this state may be silent.
+    pub fn of(&self, proto: u8, state: u16) -> Duration {
+        let fins = state & (FLOW_CLIENT_FIN | FLOW_BACKEND_FIN);
+        match (proto, state & FLOW_ANSWERED != 0) {
+            _ if state & FLOW_RESET != 0 || fins == FLOW_CLIENT_FIN | FLOW_BACKEND_FIN => self.closed,
+            (TCP, true) if fins != 0 => self.tcp_close_wait,
+            (TCP, true) => self.tcp_established,
+            (UDP, true) => self.udp_stream,
+            (_, true) => self.sctp_established,
+            (UDP, false) => self.udp_unanswered,
+            (_, false) => self.tcp_unanswered,
+        }
+    }
+
+    /// Whether a flow of this protocol in this state, last seen at `last_seen`, is over at `now` (both in ticks).
+    pub fn is_over(&self, proto: u8, state: u16, last_seen: u32, now: u32) -> bool {
+        // A program may have written a later tick than the one this walk began with.
+        idle(last_seen, now) > self.of(proto, state)
+    }
+}
+
+/// How long ago something was seen.
+pub fn idle(last_seen: u32, now: u32) -> Duration {
+    Duration::from_nanos(u64::from(now.saturating_sub(last_seen)) * TICK_NS)
+}
+
+/// `CLOCK_MONOTONIC` in [`TICK_NS`], as the programs write it.
+pub fn now() -> u32 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    let ns = time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64;
+    (ns / TICK_NS) as u32
+}
+
+/// What one complete walk found.
+#[derive(Clone, Debug)]
+pub struct Walk {
+    /// When it began.
+    pub started: Instant,
+    /// Flows that are left, answered and not.
+    pub flows: u64,
+    /// Flows deleted.
+    pub deleted: u64,
+    /// Backend ids that flows or translated source ports name, those just deleted included.
+    pub referenced: IdSet,
+}
+
+/// Walks all flows once. `pause` is called after every batch; it says whether to go on.
+///
+/// # Errors
+/// The kernel's.
+pub fn collect(maps: &Maps, timeouts: &Timeouts, mut pause: impl FnMut() -> bool) -> Result<Option<Walk>> {
+    let mut walk = Walk {
+        started: Instant::now(),
+        flows: 0,
+        deleted: 0,
+        referenced: IdSet::default(),
+    };
+    let config = maps.config()?;
+    let done = collect_family(&maps.v4, &config, timeouts, &mut walk, &mut pause)?
+        && collect_family(&maps.v6, &config, timeouts, &mut walk, &mut pause)?;
+    Ok(done.then_some(walk))
+}
+
+fn collect_family<F: MapFamily>(
+    maps: &PerFamily<F>,
+    config: &Config,
+    timeouts: &Timeouts,
+    walk: &mut Walk,
+    pause: &mut impl FnMut() -> bool,
+) -> Result<bool> {
+    let mut go_on = true;
+    for map in maps.flow_maps() {
+        map.for_each_batch(|keys, flows| {
+            let now = now();
+            let mut over = Vec::new();
+            for (key, flow) in keys.iter().zip(flows) {
+                walk.referenced.insert(flow.backend_id);
+                if timeouts.is_over(key.proto, flow.state, flow.last_seen, now) {
+                    over.push(*key);
+                    maps.release_snat(config, key, flow)?;
+                }
+            }
+            let deleted = map.delete_all(&over)? as u64;
+            walk.deleted += deleted;
+            walk.flows += (keys.len() as u64).saturating_sub(deleted);
+            go_on = go_on && pause();
+            Ok(())
+        })?;
+        if !go_on {
+            return Ok(false);
+        }
+    }
+    maps.snat.for_each_batch(|_, slots| {
+        let in_use = |slot: &&SnatSlot<F::Addr>| slot.last_seen != 0;
+        slots
+            .iter()
+            .filter(in_use)
+            .for_each(|slot| walk.referenced.insert(slot.backend_id));
+        go_on = go_on && pause();
+        Ok(())
+    })?;
+    Ok(go_on)
+}
+
+/// The thread that collects. It ends when this is dropped.
+#[derive(Debug)]
+pub struct Collector {
+    stop: Option<mpsc::Sender<()>>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Collector {
+    /// Starts the thread; `report` is called on it after every complete walk.
+    ///
+    /// # Errors
+    /// When no thread can be made.
+    pub fn spawn(
+        maps: Arc<Maps>,
+        timeouts: Timeouts,
+        interval: Duration,
+        mut report: impl FnMut(Walk) + Send + 'static,
+    ) -> std::io::Result<Self> {
+        let (stop, stopped) = mpsc::channel::<()>();
+        let goes_on = move |time| stopped.recv_timeout(time) == Err(RecvTimeoutError::Timeout);
+        let thread = thread::Builder::new().name("flow-collector".into()).spawn(move || {
+            let mut failed = false;
+            while goes_on(interval) {
+                match collect(&maps, &timeouts, || goes_on(PAUSE)) {
+                    Ok(Some(walk)) => {
+                        failed = false;
+                        debug!(
+                            "flows: {} left, {} collected, took {:?}",
+                            walk.flows,
+                            walk.deleted,
+                            walk.started.elapsed()
+                        );
+                        report(walk);
+                    }
+                    Ok(None) => return,
+                    // Said once, not every ten seconds.
+                    Err(error) if !std::mem::replace(&mut failed, true) => warn!("collecting flows: {error}"),
+                    Err(_) => {}
+                }
+            }
+        })?;
+        Ok(Self {
+            stop: Some(stop),
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for Collector {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            warn!("the thread that collects flows has panicked");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use shunt_common::{
+        family::{Family, V4, V6},
+        layout::{FLOW_SNAT, Flow, FlowKey, SCTP},
+        snat,
+    };
+
+    use super::*;
+    use crate::datapath::maps::testing::{Capacities, Root};
+
+    fn seconds(s: u64) -> Duration {
+        Duration::from_secs(s)
+    }
+
+    #[test]
+    fn how_long_a_flow_may_be_silent() {
+        let timeouts = Timeouts::default();
+        let both = FLOW_CLIENT_FIN | FLOW_BACKEND_FIN;
+        for (proto, state, limit) in [
+            (TCP, 0, 60),
+            (TCP, FLOW_ANSWERED, 86_400),
+            (TCP, FLOW_ANSWERED | FLOW_CLIENT_FIN, 3600),
+            (TCP, FLOW_ANSWERED | FLOW_BACKEND_FIN, 3600),
+            (TCP, FLOW_ANSWERED | both, 10),
+            (TCP, FLOW_RESET, 10),
+            (TCP, FLOW_ANSWERED | FLOW_RESET, 10),
+            (UDP, 0, 30),
+            (UDP, FLOW_ANSWERED, 180),
+            (SCTP, 0, 60),
+            (SCTP, FLOW_ANSWERED, 210),
+        ] {
+            assert_eq!(
+                timeouts.of(proto, state),
+                seconds(limit),
+                "protocol {proto}, state {state:#b}"
+            );
+        }
+        // A tick is 1.07 s.
+        assert!(!timeouts.is_over(UDP, 0, 1000, 1000 + 27));
+        assert!(timeouts.is_over(UDP, 0, 1000, 1000 + 28));
+        assert!(!timeouts.is_over(UDP, 0, 1001, 1000), "seen after the walk began");
+    }
+
+    fn flow<F: Family>(n: u16, state: u16, age: u32, backend_id: u32) -> (FlowKey<F::Addr>, Flow<F::Addr>) {
+        let none = F::bytes(F::UNSPECIFIED);
+        let key = FlowKey {
+            client: none,
+            frontend: none,
+            client_port: n,
+            frontend_port: 0,
+            proto: TCP,
+            reserved: 0,
+            reserved2: 0,
+        };
+        let flow = Flow {
+            frontend: none,
+            backend: none,
+            snat: none,
+            frontend_port: 80,
+            backend_port: 8080,
+            snat_port: 0,
+            state,
+            backend_id,
+            last_seen: now() - age,
+        };
+        (key, flow)
+    }
+
+    fn check_family<F: MapFamily>(root: &Root, family: impl Fn(&Maps) -> &PerFamily<F>) {
+        let maps = root.maps();
+        let maps_of = family(&maps);
+        let both = FLOW_ANSWERED | FLOW_CLIENT_FIN | FLOW_BACKEND_FIN;
+        let insert = |table: usize, n, state, age, id| {
+            let (key, flow) = flow::<F>(n, state, age, id);
+            maps_of.flow_maps()[table].set(&key, &flow).unwrap();
+        };
+        insert(0, 1, 0, 5, 11);
+        insert(0, 2, 0, 100, 12);
+        insert(1, 3, FLOW_ANSWERED, 3000, 13);
+        insert(1, 4, both, 5, 14);
+        insert(1, 5, both, 15, 15);
+        insert(1, 6, FLOW_ANSWERED | FLOW_RESET, 15, 16);
+        insert(1, 7, FLOW_ANSWERED | FLOW_CLIENT_FIN, 15, 17);
+
+        let walk = collect(&maps, &Timeouts::default(), || true)
+            .unwrap()
+            .expect("a whole walk");
+        let left = |table: usize| {
+            let entries = maps_of.flow_maps()[table].entries().unwrap();
+            let mut left: Vec<u16> = entries.iter().map(|(key, _)| key.client_port).collect();
+            left.sort();
+            left
+        };
+        assert_eq!(left(0), [1]);
+        assert_eq!(left(1), [3, 4, 7]);
+        assert_eq!((walk.flows, walk.deleted), (4, 3));
+        assert!((11..=17).all(|id| walk.referenced.contains(id)));
+        assert!(!walk.referenced.contains(18));
+        let walk = collect(&maps, &Timeouts::default(), || true)
+            .unwrap()
+            .expect("a whole walk");
+        assert!(!walk.referenced.contains(12), "no flow names it any more");
+    }
+
+    #[test]
+    fn closed_and_idle_flows_go_and_open_ones_stay() {
+        check_family::<V4>(&Root::new(Capacities::default()), |maps| &maps.v4);
+        check_family::<V6>(&Root::new(Capacities::default()), |maps| &maps.v6);
+    }
+
+    #[test]
+    fn a_source_port_goes_with_its_flow_unless_another_has_it_and_counts_as_a_reference() {
+        let root = Root::new(Capacities::default());
+        let maps = root.maps();
+        let config = Config {
+            snat_first: 10_240,
+            snat_ports: 512,
+            snat_ways: 2,
+            ..Default::default()
+        };
+        maps.set_config(&config).unwrap();
+        let place = |n: u16, owner: u16| {
+            let (key, mut flow) = flow::<V4>(n, FLOW_RESET | FLOW_SNAT, 20, u32::from(n));
+            flow.snat_port = 10_240 + n;
+            let index = snat::index::<V4>(&config, flow.snat_port, V4::words(flow.backend), 8080, TCP);
+            let slot = SnatSlot {
+                client: key.client,
+                frontend: flow.frontend,
+                backend: flow.backend,
+                snat: flow.snat,
+                client_port: owner,
+                frontend_port: 80,
+                backend_port: 8080,
+                state: 0,
+                last_seen: now(),
+                backend_id: u32::from(owner),
+                proto: TCP,
+                reserved: 0,
+                reserved2: 0,
+                reserved3: 0,
+            };
+            maps.v4.snat.set(&index, &slot).unwrap();
+            maps.v4.flows.set(&key, &flow).unwrap();
+            index
+        };
+        let (own, others) = (place(1, 1), place(2, 77));
+        let last_seen = |index: u32| maps.v4.snat.get(&index).unwrap().unwrap().last_seen;
+        let walk = collect(&maps, &Timeouts::default(), || true)
+            .unwrap()
+            .expect("a whole walk");
+        assert_eq!(walk.deleted, 2);
+        assert_eq!(last_seen(own), 0);
+        assert_ne!(last_seen(others), 0);
+        assert!(walk.referenced.contains(77));
+    }
+
+    /// Walking must not save old entries from eviction: after thirty walks, new flows evict what the programs used last
+    /// longest ago, as if nobody had walked.
+    #[test]
+    fn a_walk_does_not_mark_entries_as_used() {
+        let survivors = |walks: usize| {
+            let root = Root::new(Capacities {
+                flows: 4096,
+                ..Default::default()
+            });
+            let maps = root.maps();
+            for n in 0..3000 {
+                let (key, flow) = flow::<V4>(n, FLOW_ANSWERED, 0, 1);
+                maps.v4.flows.set(&key, &flow).unwrap();
+            }
+            for _ in 0..walks {
+                collect(&maps, &Timeouts::default(), || true).unwrap();
+            }
+            for n in 10_000..16_000 {
+                let (key, flow) = flow::<V4>(n, FLOW_ANSWERED, 0, 1);
+                maps.v4.flows.set(&key, &flow).unwrap();
+            }
+            let entries = maps.v4.flows.entries().unwrap();
+            entries.iter().filter(|(key, _)| key.client_port < 3000).count()
+        };
+        let (without, with) = (survivors(0), survivors(30));
+        assert!(
+            with <= without + 100,
+            "{with} old flows survive with walks, {without} without"
+        );
+    }
+
+    #[test]
+    fn the_thread_reports_and_stops_in_the_middle_of_an_interval() {
+        let root = Root::new(Capacities::default());
+        let (tx, rx) = mpsc::channel();
+        let report = move |walk: Walk| tx.send(walk.flows).unwrap_or_default();
+        let maps = Arc::new(root.maps());
+        let collector = Collector::spawn(maps.clone(), Timeouts::default(), Duration::from_millis(10), report).unwrap();
+        assert_eq!(rx.recv_timeout(seconds(5)), Ok(0));
+        drop(collector);
+        let begin = Instant::now();
+        drop(Collector::spawn(maps, Timeouts::default(), seconds(3600), |_| ()).unwrap());
+        assert!(begin.elapsed() < seconds(5));
+    }
+}

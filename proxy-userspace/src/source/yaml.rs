@@ -1,0 +1,515 @@
+//! Files of Kubernetes YAML: documents apart from each other, objects with the lines they stand on.
+//!
+//! Every document is parsed by itself, so that a mistake in one takes nothing from the others. A `List` counts as so
+//! many documents. Types are the schema: `version: 1.2` is a string where Kubernetes wants one.
+
+use std::{cell::Cell, fmt};
+
+use k8s_openapi::api::{
+    core::v1::{Endpoints, Node, Pod, Service},
+    discovery::v1::EndpointSlice,
+};
+use serde::{
+    Deserialize, Deserializer,
+    de::{DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor},
+};
+use serde_saphyr::{DuplicateKeyPolicy, Options, RenderOptions, SnippetMode, Spanned, UserMessageFormatter};
+
+/// An object as the manifest has it.
+#[derive(Clone, Debug)]
+pub(super) enum Object {
+    Service(Box<Service>),
+    EndpointSlice(Box<EndpointSlice>),
+    Endpoints(Box<Endpoints>),
+    Pod(Box<Pod>),
+    Node(Box<Node>),
+    /// A kind that does not matter here.
+    Other,
+}
+
+/// What a document, or one item of a list in it, turned out to be.
+#[derive(Debug)]
+pub(super) struct Parsed<'a> {
+    /// The object, or what is wrong.
+    pub object: Result<Object, Mistake>,
+    /// `kind`, as far as it could be read.
+    pub kind: String,
+    /// `metadata.namespace` and `metadata.name`, as far as they could be read.
+    pub name: Option<(String, String)>,
+    /// The line in the file on which the object begins.
+    pub line: Option<u64>,
+    document: Document<'a>,
+    /// Path of the object in the document: empty, or `items[n]`.
+    prefix: String,
+}
+
+/// Why an object could not be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Mistake {
+    /// Line in the file, from 1.
+    pub line: Option<u64>,
+    /// Path of the field in the object; empty when there is none.
+    pub field: String,
+    /// The parser's words.
+    pub message: String,
+}
+
+impl<'a> Parsed<'a> {
+    fn new(document: Document<'a>, head: Option<&Spanned<Head>>, object: Result<Object, Mistake>) -> Self {
+        Self {
+            object,
+            kind: head.and_then(|head| head.value.kind.clone()).unwrap_or_default(),
+            name: head.and_then(|head| head.value.name()),
+            line: head.map(|head| head.referenced.line() + document.lines_before),
+            document,
+            prefix: String::new(),
+        }
+    }
+
+    /// The line in the file on which a field stands, or the nearest thing around it that is there.
+    pub(super) fn line_of(&self, field: &str) -> Option<u64> {
+        let tree: Tree = serde_saphyr::from_str_with_options(self.document.text, options()).ok()?;
+        let path = join(&self.prefix, field);
+        Some(tree.find(&path).line + self.document.lines_before)
+    }
+}
+
+/// All objects of a file.
+pub(super) fn parse(text: &str) -> Vec<Parsed<'_>> {
+    documents(text).into_iter().flat_map(parse_document).collect()
+}
+
+/// One document of a file.
+#[derive(Clone, Copy, Debug)]
+struct Document<'a> {
+    text: &'a str,
+    lines_before: u64,
+}
+
+/// Cuts a file at its document markers. A line that begins with `---` or `...` is one wherever it stands, in a block
+/// scalar too ([YAML 1.2.2, 9.1](https://yaml.org/spec/1.2.2/#91-documents)).
+fn documents(text: &str) -> Vec<Document<'_>> {
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    let mut documents = Vec::new();
+    let (mut start, mut lines_before) = (0, 0);
+    let (mut at, mut line) = (0, 0);
+    for content in text.split_inclusive('\n') {
+        let marker = ["---", "..."].iter().any(|marker| {
+            content
+                .strip_prefix(marker)
+                .is_some_and(|rest| rest.is_empty() || rest.starts_with([' ', '\t', '\r', '\n']))
+        });
+        if marker && at > start {
+            documents.push(Document {
+                text: &text[start..at],
+                lines_before,
+            });
+        }
+        if marker {
+            (start, lines_before) = (at, line);
+        }
+        if marker && content.starts_with('.') {
+            (start, lines_before) = (at + content.len(), line + 1);
+        }
+        at += content.len();
+        line += 1;
+    }
+    if at > start {
+        documents.push(Document {
+            text: &text[start..at],
+            lines_before,
+        });
+    }
+    documents
+}
+
+fn options() -> Options {
+    serde_saphyr::options! {
+        // As the API server's parser is by default; a message about them is not worth a Service.
+        duplicate_keys: DuplicateKeyPolicy::LastWins,
+        with_snippet: false,
+    }
+}
+
+/// The head of every object.
+#[derive(Debug, Default, Deserialize)]
+struct Head {
+    #[serde(default)]
+    kind: Option<String>,
+    #[serde(default)]
+    metadata: Option<HeadMeta>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct HeadMeta {
+    #[serde(default)]
+    name: Option<String>,
+    #[serde(default)]
+    namespace: Option<String>,
+}
+
+/// The heads of the objects of a `List`.
+#[derive(Debug, Default, Deserialize)]
+struct ListHeads {
+    #[serde(default)]
+    items: Option<Vec<Spanned<Head>>>,
+}
+
+fn parse_document(document: Document<'_>) -> Vec<Parsed<'_>> {
+    let head = match serde_saphyr::from_str_with_options::<Option<Spanned<Head>>>(document.text, options()) {
+        Ok(None) => return Vec::new(),
+        Ok(Some(head)) => head,
+        Err(error) => return vec![Parsed::new(document, None, Err(mistake(&error, document, "")))],
+    };
+    let kind = head.value.kind.as_deref().unwrap_or_default();
+    if kind.is_empty() {
+        let missing = Mistake {
+            line: Some(head.referenced.line() + document.lines_before),
+            field: "kind".to_owned(),
+            message: "is missing; a Kubernetes object needs apiVersion and kind".to_owned(),
+        };
+        return vec![Parsed::new(document, Some(&head), Err(missing))];
+    }
+    let known = |of: &&str| matches!(*of, "" | "Service" | "EndpointSlice" | "Endpoints" | "Pod" | "Node");
+    let Some(list_of) = kind.strip_suffix("List").filter(known) else {
+        let object = parse_object(document, kind).map_err(|error| mistake(&error, document, ""));
+        return vec![Parsed::new(document, Some(&head), object)];
+    };
+    let heads = match serde_saphyr::from_str_with_options::<ListHeads>(document.text, options()) {
+        Ok(heads) => heads.items.unwrap_or_default(),
+        Err(error) => return vec![Parsed::new(document, Some(&head), Err(mistake(&error, document, "")))],
+    };
+    let item = |(i, mut head): (usize, Spanned<Head>)| {
+        head.value.kind.get_or_insert_with(|| list_of.to_owned());
+        Parsed {
+            prefix: format!("items[{i}]"),
+            ..Parsed::new(document, Some(&head), Ok(Object::Other))
+        }
+    };
+    let mut items: Vec<Parsed<'_>> = heads.into_iter().enumerate().map(item).collect();
+    let kinds: Vec<String> = items.iter().map(|item| item.kind.clone()).collect();
+    let mut broken = vec![false; kinds.len()];
+    // A mistake ends the parser's run: it starts again without the item that has it.
+    loop {
+        let at = Cell::new(None);
+        let items_seen = Items {
+            kinds: &kinds,
+            broken: &broken,
+            at: &at,
+        };
+        match parse_items(document, items_seen) {
+            Ok(objects) => {
+                for (item, object) in items.iter_mut().zip(objects) {
+                    if let Some(object) = object {
+                        item.object = Ok(object);
+                    }
+                }
+                return items;
+            }
+            Err(error) => {
+                let Some(i) = at.get().filter(|i| !broken[*i]) else {
+                    let found = mistake(&error, document, "");
+                    items.iter_mut().for_each(|item| item.object = Err(found.clone()));
+                    return items;
+                };
+                broken[i] = true;
+                items[i].object = Err(mistake(&error, document, &items[i].prefix));
+            }
+        }
+    }
+}
+
+impl Head {
+    fn name(&self) -> Option<(String, String)> {
+        let meta = self.metadata.as_ref()?;
+        let namespace = meta.namespace.clone().filter(|namespace| !namespace.is_empty());
+        Some((namespace.unwrap_or_else(|| "default".to_owned()), meta.name.clone()?))
+    }
+}
+
+/// What is known of a `List` before its items are read.
+struct Items<'a> {
+    kinds: &'a [String],
+    broken: &'a [bool],
+    /// The item that is being read.
+    at: &'a Cell<Option<usize>>,
+}
+
+fn parse_object(document: Document<'_>, kind: &str) -> Result<Object, serde_saphyr::Error> {
+    serde_saphyr::with_deserializer_from_str_with_options(document.text, options(), |deserializer| {
+        ObjectSeed(kind).deserialize(deserializer)
+    })
+}
+
+fn parse_items(document: Document<'_>, items: Items<'_>) -> Result<Vec<Option<Object>>, serde_saphyr::Error> {
+    serde_saphyr::with_deserializer_from_str_with_options(document.text, options(), |deserializer| {
+        ListSeed(items).deserialize(deserializer)
+    })
+}
+
+/// Reads an object of a kind that is known.
+struct ObjectSeed<'a>(&'a str);
+
+impl<'de> DeserializeSeed<'de> for ObjectSeed<'_> {
+    type Value = Object;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Object, D::Error> {
+        Ok(match self.0 {
+            "Service" => Object::Service(Deserialize::deserialize(deserializer)?),
+            "EndpointSlice" => Object::EndpointSlice(Deserialize::deserialize(deserializer)?),
+            "Endpoints" => Object::Endpoints(Deserialize::deserialize(deserializer)?),
+            "Pod" => Object::Pod(Deserialize::deserialize(deserializer)?),
+            "Node" => Object::Node(Deserialize::deserialize(deserializer)?),
+            _ => {
+                IgnoredAny::deserialize(deserializer)?;
+                Object::Other
+            }
+        })
+    }
+}
+
+/// Reads the items of a `List`, each as its own kind.
+struct ListSeed<'a>(Items<'a>);
+
+impl<'de> DeserializeSeed<'de> for ListSeed<'_> {
+    type Value = Vec<Option<Object>>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for ListSeed<'_> {
+    type Value = Vec<Option<Object>>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a List")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut items = Vec::new();
+        while let Some(key) = map.next_key::<String>()? {
+            match key.as_str() {
+                "items" => items = map.next_value_seed(ItemsSeed(&self.0))?,
+                _ => drop(map.next_value::<IgnoredAny>()?),
+            }
+        }
+        Ok(items)
+    }
+}
+
+struct ItemsSeed<'a>(&'a Items<'a>);
+
+impl<'de> DeserializeSeed<'de> for ItemsSeed<'_> {
+    type Value = Vec<Option<Object>>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_seq(self)
+    }
+}
+
+impl<'de> Visitor<'de> for ItemsSeed<'_> {
+    type Value = Vec<Option<Object>>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the items of a List")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+        let Items { kinds, broken, at } = self.0;
+        let mut items = Vec::with_capacity(kinds.len());
+        for (i, kind) in kinds.iter().enumerate() {
+            at.set(Some(i));
+            let item = match broken[i] {
+                true => seq.next_element::<IgnoredAny>()?.map(|_| None),
+                false => seq.next_element_seed(ObjectSeed(kind))?.map(Some),
+            };
+            items.push(item.flatten());
+        }
+        at.set(None);
+        while seq.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(items)
+    }
+}
+
+/// What the parser has to say, with line and field.
+fn mistake(error: &serde_saphyr::Error, document: Document<'_>, prefix: &str) -> Mistake {
+    let mut render = RenderOptions::default();
+    render.snippets = SnippetMode::Off;
+    render.formatter = &UserMessageFormatter;
+    let message = error.without_snippet().render_with_options(render);
+    // The position comes with the file's name; the parser's counts from the document's beginning.
+    let message = match message.rfind(" at line ").or_else(|| message.rfind(" (line ")) {
+        Some(end) => message[..end].trim_end_matches([',', ':', ' ']),
+        None => &message,
+    };
+    let message = match message {
+        "invalid i32" | "invalid i64" => "wants a whole number".to_owned(),
+        "invalid bool" => "wants true or false".to_owned(),
+        "expected sequence start" => "wants a list".to_owned(),
+        "expected mapping start" => "wants a mapping".to_owned(),
+        "expected string scalar" => "wants a string".to_owned(),
+        syntax if syntax.starts_with("while ") || syntax.starts_with("unclosed ") => format!("no valid YAML: {syntax}"),
+        other => other.to_owned(),
+    };
+    let location = error.location();
+    let field = location.and_then(|location| {
+        let tree: Tree = serde_saphyr::from_str_with_options(document.text, options()).ok()?;
+        let path = tree.path_at((location.line(), location.column()));
+        Some(
+            path.strip_prefix(prefix)
+                .unwrap_or(&path)
+                .trim_start_matches('.')
+                .to_owned(),
+        )
+    });
+    Mistake {
+        line: location.map(|location| location.line() + document.lines_before),
+        field: field.unwrap_or_default(),
+        message,
+    }
+}
+
+fn join(prefix: &str, field: &str) -> String {
+    match (prefix, field) {
+        ("", field) => field.to_owned(),
+        (prefix, "") => prefix.to_owned(),
+        (prefix, field) => format!("{prefix}.{field}"),
+    }
+}
+
+/// A document with positions; only built to say where something stands.
+#[derive(Debug)]
+struct Tree {
+    line: u64,
+    column: u64,
+    value: Value,
+}
+
+#[derive(Debug)]
+enum Value {
+    Map(Vec<(String, Tree)>),
+    List(Vec<Tree>),
+    Scalar,
+}
+
+impl Tree {
+    /// The node at a path, or the last one on the way that is there.
+    fn find(&self, path: &str) -> &Self {
+        let mut node = self;
+        for step in path.split(['.', '[']).filter(|step| !step.is_empty()) {
+            let next = match (&node.value, step.strip_suffix(']')) {
+                (Value::List(items), Some(index)) => index.parse().ok().and_then(|index: usize| items.get(index)),
+                (Value::Map(fields), None) => fields.iter().rev().find(|(key, _)| key == step).map(|(_, node)| node),
+                _ => None,
+            };
+            let Some(next) = next else { break };
+            node = next;
+        }
+        node
+    }
+
+    /// The path of the last node that begins at or before a position.
+    fn path_at(&self, position: (u64, u64)) -> String {
+        let mut path = String::new();
+        let mut node = self;
+        loop {
+            let begins = |node: &Self| (node.line, node.column) <= position;
+            match &node.value {
+                Value::Map(fields) => {
+                    let Some((key, next)) = fields
+                        .iter()
+                        .filter(|(_, node)| begins(node))
+                        .max_by_key(|(_, node)| (node.line, node.column))
+                    else {
+                        return path;
+                    };
+                    path = join(&path, key);
+                    node = next;
+                }
+                Value::List(items) => {
+                    let Some(index) = items.iter().rposition(begins) else {
+                        return path;
+                    };
+                    path = format!("{path}[{index}]");
+                    node = &items[index];
+                }
+                Value::Scalar => return path,
+            }
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Tree {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let spanned = Spanned::<Value>::deserialize(deserializer)?;
+        Ok(Self {
+            line: spanned.referenced.line(),
+            column: spanned.referenced.column(),
+            value: spanned.value,
+        })
+    }
+}
+
+impl<'de> Deserialize<'de> for Value {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(ValueVisitor)
+    }
+}
+
+struct ValueVisitor;
+
+impl<'de> Visitor<'de> for ValueVisitor {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("YAML")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
+        let mut fields = Vec::new();
+        while let Some(field) = map.next_entry()? {
+            fields.push(field);
+        }
+        Ok(Value::Map(fields))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Value, A::Error> {
+        let mut items = Vec::new();
+        while let Some(item) = seq.next_element()? {
+            items.push(item);
+        }
+        Ok(Value::List(items))
+    }
+
+    fn visit_bool<E>(self, _: bool) -> Result<Value, E> {
+        Ok(Value::Scalar)
+    }
+    fn visit_i64<E>(self, _: i64) -> Result<Value, E> {
+        Ok(Value::Scalar)
+    }
+    fn visit_u64<E>(self, _: u64) -> Result<Value, E> {
+        Ok(Value::Scalar)
+    }
+    fn visit_i128<E>(self, _: i128) -> Result<Value, E> {
+        Ok(Value::Scalar)
+    }
+    fn visit_u128<E>(self, _: u128) -> Result<Value, E> {
+        Ok(Value::Scalar)
+    }
+    fn visit_f64<E>(self, _: f64) -> Result<Value, E> {
+        Ok(Value::Scalar)
+    }
+    fn visit_str<E>(self, _: &str) -> Result<Value, E> {
+        Ok(Value::Scalar)
+    }
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Scalar)
+    }
+    fn visit_none<E>(self) -> Result<Value, E> {
+        Ok(Value::Scalar)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,159 @@
+//! What stands where in a file, and what is said of mistakes.
+
+use super::*;
+
+/// One line per object: `line kind namespace/name`, or `line kind namespace/name: field: message`.
+fn read(text: &str) -> Vec<String> {
+    parse(text)
+        .iter()
+        .map(|parsed| {
+            let name = match &parsed.name {
+                Some((namespace, name)) => format!(" {namespace}/{name}"),
+                None => String::new(),
+            };
+            match &parsed.object {
+                Ok(_) => format!("{} {}{name}", parsed.line.unwrap(), parsed.kind),
+                Err(Mistake { line, field, message }) => {
+                    format!("{} {}{name}: {field}: {message}", line.unwrap(), parsed.kind)
+                }
+            }
+        })
+        .collect()
+}
+
+#[test]
+fn documents_are_apart_and_know_their_lines() {
+    let text = "\
+# a comment is no document
+---
+kind: Service
+metadata: { name: a }
+---
+---
+kind: ConfigMap
+metadata: { name: b, namespace: other }
+data:
+  text: |
+    kind: Service
+...
+kind: Pod
+metadata: { name: c }
+";
+    assert_eq!(
+        read(text),
+        ["3 Service default/a", "7 ConfigMap other/b", "13 Pod default/c"]
+    );
+}
+
+#[test]
+fn a_mistake_takes_nothing_from_other_documents() {
+    let text = "\
+kind: Service
+metadata: { name: a }
+---
+kind: Service
+metadata:
+  name: b
+ namespace: c
+---
+kind: Service
+metadata: { name: d }
+spec: { ports: [{ port: http }] }
+---
+kind: Pod
+metadata: { name: e }
+";
+    assert_eq!(
+        read(text),
+        [
+            "1 Service default/a",
+            "7 : : no valid YAML: while parsing a block mapping, did not find expected key",
+            "11 Service default/d: spec.ports[0].port: wants a whole number",
+            "13 Pod default/e",
+        ]
+    );
+}
+
+#[test]
+fn a_list_is_so_many_documents() {
+    let text = "\
+kind: List
+items:
+- kind: Service
+  metadata: { name: a }
+- kind: Service
+  metadata: { name: b }
+  spec:
+    ports:
+    - port: x
+- kind: Pod
+  metadata: { name: c }
+  spec: 7
+- kind: Pod
+  metadata: { name: d }
+";
+    assert_eq!(
+        read(text),
+        [
+            "3 Service default/a",
+            "9 Service default/b: spec.ports[0].port: wants a whole number",
+            "12 Pod default/c: spec: wants a mapping",
+            "13 Pod default/d",
+        ]
+    );
+    let typed = "kind: ServiceList\nitems:\n- metadata: { name: a }\n- metadata: { name: b }\n";
+    assert_eq!(read(typed), ["3 Service default/a", "4 Service default/b"]);
+}
+
+#[test]
+fn a_kind_that_only_ends_like_a_list_is_somebody_elses() {
+    assert_eq!(
+        read("kind: AllowList\nmetadata: { name: a }\nitems: all\n"),
+        ["1 AllowList default/a"]
+    );
+}
+
+#[test]
+fn json_is_yaml() {
+    let text = "{\n\t\"kind\": \"Service\",\n\t\"metadata\": {\"name\": \"a\"},\n\t\"spec\": {\"ports\": [{\"port\": \"x\"}]}\n}\n";
+    assert_eq!(
+        read(text),
+        ["4 Service default/a: spec.ports[0].port: wants a whole number"]
+    );
+}
+
+#[test]
+fn what_is_no_object_is_said_to_be_none() {
+    for (text, want) in [
+        ("- a\n- b\n", "1 : : wants a mapping"),
+        ("just text\n", "1 : : wants a mapping"),
+        (
+            "a: b\n",
+            "1 : kind: is missing; a Kubernetes object needs apiVersion and kind",
+        ),
+        ("kind: Service\nmetadata: [a]\n", "2 : metadata: wants a mapping"),
+        (
+            "kind: Service\nmetadata: { name: a\nspec: {}\n",
+            "3 : : no valid YAML: while parsing a flow mapping, did not find expected ',' or '}'",
+        ),
+    ] {
+        assert_eq!(read(text), [want], "{text}");
+    }
+    assert_eq!(read(""), [""; 0]);
+    assert_eq!(read("\n# nothing\n---\n"), [""; 0]);
+}
+
+#[test]
+fn numbers_and_switches_are_strings_where_strings_are_wanted() {
+    let text = "kind: Pod\nmetadata: { name: 7, labels: { version: 1.20, hex: 0x10, on: true, when: 2024-01-01 } }\n";
+    let parsed = parse(text);
+    let Ok(Object::Pod(pod)) = &parsed[0].object else {
+        panic!("{:?}", parsed[0].object);
+    };
+    assert_eq!(pod.metadata.name.as_deref(), Some("7"));
+    let labels = pod.metadata.labels.as_ref().unwrap();
+    assert_eq!(
+        ["version", "hex", "on", "when"].map(|label| labels[label].as_str()),
+        ["1.20", "0x10", "true", "2024-01-01"]
+    );
+}

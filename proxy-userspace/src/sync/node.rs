@@ -1,0 +1,231 @@
+//! What the programs must know of this node: `config`, and the addresses that node ports answer on.
+
+use std::{collections::BTreeSet, net::IpAddr, ops::RangeInclusive};
+
+use ipnet::IpNet;
+use shunt_common::layout::{CONFIG_NODEPORT_LOOPBACK, Config, MAX_CLUSTER_CIDRS, Octets, Prefix};
+
+use crate::datapath::maps::{MapError, MapFamily, Maps, PerFamily, settings};
+
+/// The SNAT range where the user names none: apart from node ports (30000–32767) and from Linux's own choice of source
+/// ports (`ip_local_port_range`, 32768–60999).
+pub const SNAT_PORTS: RangeInclusive<u16> = 10_240..=29_999;
+
+/// What [`Config`] is made of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeSettings {
+    /// This node's addresses; the first of each family becomes the source of translated packets.
+    pub addresses: Vec<IpAddr>,
+    /// `--cluster-cidr`.
+    pub cluster_cidrs: Vec<IpNet>,
+    /// `--snat-ports`.
+    pub snat_ports: RangeInclusive<u16>,
+    /// Whether node ports answer on loopback addresses, to processes in the node's own namespace.
+    pub loopback: bool,
+    /// `SO_NETNS_COOKIE` of the node's network namespace.
+    pub host_netns: u64,
+}
+
+/// A setting that cannot be.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum NodeError {
+    /// Too many for the array in [`Config`].
+    #[error(
+        "--cluster-cidr: {count} networks of one family, at most {MAX_CLUSTER_CIDRS} are supported: give larger ones"
+    )]
+    TooManyCidrs {
+        /// How many were given.
+        count: usize,
+    },
+    /// Nothing in it, or port 0.
+    #[error("--snat-ports {first}-{last}: give a first port from 1 on and a last port that is not below it")]
+    EmptyRange {
+        /// As given.
+        first: u16,
+        /// As given.
+        last: u16,
+    },
+    /// More ports than entries.
+    #[error(
+        "--snat-ports has {ports} ports, but {} only {entries} entries: give as many at least",
+        settings::MAX_SNAT
+    )]
+    TooFewEntries {
+        /// Ports in the range.
+        ports: u32,
+        /// Entries of the `snat` maps.
+        entries: u32,
+    },
+}
+
+/// The configuration of the programs; `snat_entries` is the capacity of the `snat` maps.
+///
+/// # Errors
+/// [`NodeError`], which names the setting.
+pub fn config(settings: &NodeSettings, snat_entries: u32) -> Result<Config, NodeError> {
+    let (first, last) = (*settings.snat_ports.start(), *settings.snat_ports.end());
+    if first == 0 || last < first {
+        return Err(NodeError::EmptyRange { first, last });
+    }
+    // 65535 ports at most, since port 0 is none.
+    let ports = last - first + 1;
+    let ways = snat_entries / u32::from(ports);
+    if ways == 0 {
+        return Err(NodeError::TooFewEntries {
+            ports: ports.into(),
+            entries: snat_entries,
+        });
+    }
+    let mut config = Config {
+        host_netns: settings.host_netns,
+        snat_first: first,
+        snat_ports: ports,
+        snat_ways: ways,
+        flags: if settings.loopback { CONFIG_NODEPORT_LOOPBACK } else { 0 },
+        ..Default::default()
+    };
+    family::<shunt_common::family::V4>(settings, &mut config)?;
+    family::<shunt_common::family::V6>(settings, &mut config)?;
+    Ok(config)
+}
+
+fn family<F: MapFamily>(settings: &NodeSettings, config: &mut Config) -> Result<(), NodeError> {
+    let part = F::config_mut(config);
+    if let Some(node) = settings.addresses.iter().find_map(|&address| F::octets(address)) {
+        part.node = node;
+    }
+    let prefixes: Vec<Prefix<F::Addr>> = settings
+        .cluster_cidrs
+        .iter()
+        .filter_map(|cidr| {
+            Some(Prefix {
+                addr: F::octets(cidr.network())?,
+                mask: F::octets(cidr.netmask())?,
+            })
+        })
+        .collect();
+    if prefixes.len() > MAX_CLUSTER_CIDRS {
+        return Err(NodeError::TooManyCidrs { count: prefixes.len() });
+    }
+    part.cluster_cidr_count = prefixes.len() as u32;
+    part.cluster_cidrs[..prefixes.len()].copy_from_slice(&prefixes);
+    Ok(())
+}
+
+/// Brings `node_addrs*` to the addresses that node ports answer on, writing only differences. Returns how many it wrote.
+///
+/// # Errors
+/// The map is full (it holds 1024 addresses), or the kernel's.
+pub fn set_addresses(maps: &Maps, admitted: &BTreeSet<IpAddr>) -> Result<usize, MapError> {
+    fn family<F: MapFamily>(maps: &PerFamily<F>, admitted: &BTreeSet<IpAddr>) -> Result<usize, MapError>
+    where
+        F::Addr: Octets,
+    {
+        let wanted: BTreeSet<F::Addr> = admitted.iter().filter_map(|&address| F::octets(address)).collect();
+        let there: BTreeSet<F::Addr> = maps
+            .node_addrs
+            .entries()?
+            .into_iter()
+            .map(|(address, _)| address)
+            .collect();
+        for address in wanted.difference(&there) {
+            maps.node_addrs.set(address, &0)?;
+        }
+        for address in there.difference(&wanted) {
+            maps.node_addrs.delete(address)?;
+        }
+        Ok(wanted.symmetric_difference(&there).count())
+    }
+    Ok(family(&maps.v4, admitted)? + family(&maps.v6, admitted)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::datapath::maps::testing::{Capacities, Root};
+
+    fn settings() -> NodeSettings {
+        NodeSettings {
+            addresses: ["192.0.2.1", "192.0.2.9", "2001:db8::1"]
+                .map(|a| a.parse().unwrap())
+                .into(),
+            cluster_cidrs: ["10.244.3.7/16", "fd00:10::/48"].map(|c| c.parse().unwrap()).into(),
+            snat_ports: SNAT_PORTS,
+            loopback: true,
+            host_netns: 7,
+        }
+    }
+
+    #[test]
+    fn the_configuration_follows_the_settings() {
+        let config = config(&settings(), 262_144).unwrap();
+        assert_eq!(
+            (config.snat_first, config.snat_ports, config.snat_ways),
+            (10_240, 19_760, 13)
+        );
+        assert!(shunt_common::snat::entries(&config) <= 262_144);
+        assert_eq!((config.host_netns, config.flags), (7, CONFIG_NODEPORT_LOOPBACK));
+        assert_eq!((config.v4.node, config.v4.cluster_cidr_count), ([192, 0, 2, 1], 1));
+        // Host bits of a CIDR are dropped: the programs compare masked addresses.
+        let prefix = config.v4.cluster_cidrs[0];
+        assert_eq!((prefix.addr, prefix.mask), ([10, 244, 0, 0], [255, 255, 0, 0]));
+        assert_eq!(config.v6.node[..4], [0x20, 0x01, 0x0d, 0xb8]);
+        assert_eq!(config.v6.cluster_cidrs[0].mask[..7], [255, 255, 255, 255, 255, 255, 0]);
+    }
+
+    #[test]
+    fn settings_that_cannot_be_are_named() {
+        let with = |change: fn(&mut NodeSettings)| {
+            let mut settings = settings();
+            change(&mut settings);
+            config(&settings, 1000).unwrap_err().to_string()
+        };
+        assert!(with(|_| ()).contains("--max-snat"));
+        #[expect(clippy::reversed_empty_ranges, reason = "that is the mistake")]
+        let message = with(|s| s.snat_ports = 20..=10);
+        assert!(message.starts_with("--snat-ports 20-10"), "{message}");
+        assert!(with(|s| s.snat_ports = 0..=10).contains("--snat-ports"));
+        let message = with(|s| {
+            s.snat_ports = 100..=200;
+            s.cluster_cidrs = (0..5).map(|n| format!("10.{n}.0.0/16").parse().unwrap()).collect();
+        });
+        assert!(message.starts_with("--cluster-cidr: 5 networks"), "{message}");
+    }
+
+    #[test]
+    fn addresses_and_configuration_are_written_only_when_they_differ() {
+        let root = Root::new(Capacities::default());
+        let maps = root.maps();
+        let set = |addresses: &[&str]| {
+            addresses
+                .iter()
+                .map(|a| a.parse().unwrap())
+                .collect::<BTreeSet<IpAddr>>()
+        };
+        assert_eq!(
+            set_addresses(&maps, &set(&["192.0.2.1", "192.0.2.2", "2001:db8::1"])).unwrap(),
+            3
+        );
+        assert_eq!(
+            set_addresses(&maps, &set(&["192.0.2.1", "192.0.2.2", "2001:db8::1"])).unwrap(),
+            0
+        );
+        assert_eq!(set_addresses(&maps, &set(&["192.0.2.2", "192.0.2.3"])).unwrap(), 3);
+        let left: BTreeSet<_> = maps
+            .v4
+            .node_addrs
+            .entries()
+            .unwrap()
+            .into_iter()
+            .map(|(a, _)| a)
+            .collect();
+        assert_eq!(left, [[192, 0, 2, 2], [192, 0, 2, 3]].into());
+        assert_eq!(maps.v6.node_addrs.count(|_| true).unwrap(), 0);
+
+        let config = config(&settings(), 262_144).unwrap();
+        assert!(maps.set_config(&config).unwrap());
+        let writes = maps.writes();
+        assert!(!maps.set_config(&config).unwrap());
+        assert_eq!((maps.config().unwrap(), maps.writes()), (config, writes));
+    }
+}

@@ -1,0 +1,516 @@
+//! The agent as a process: a network namespace and cgroup of its own, manifests, real connections from both families, the
+//! command line beside it, and what becomes of all that when it is stopped, killed and started again.
+//!
+//! Needs root, a bpf file system at /sys/fs/bpf, cgroup2 and `ip`, `nsenter` and `bash`.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader, Write},
+    net::{IpAddr, TcpListener},
+    os::fd::AsRawFd,
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+const SHUNT: &str = env!("CARGO_BIN_EXE_shunt");
+/// Longest wait for anything that takes milliseconds.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A namespace with the addresses of a node and its pods, a cgroup, a bpf root and a folder of manifests.
+struct Node {
+    name: String,
+    cgroup: PathBuf,
+    bpf_root: PathBuf,
+    manifests: tempfile::TempDir,
+}
+
+fn sh(script: &str) {
+    let output = Command::new("bash").args(["-ec", script]).output().expect("bash");
+    assert!(
+        output.status.success(),
+        "{script}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+impl Node {
+    fn new() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!(
+            "shunt-agent-{}-{}",
+            std::process::id(),
+            NEXT.fetch_add(1, Ordering::Relaxed)
+        );
+        let cgroup2 = shunt::cli::default_cgroup_root();
+        let node = Self {
+            cgroup: cgroup2.join(&name),
+            bpf_root: Path::new("/sys/fs/bpf").join(&name),
+            manifests: tempfile::tempdir().unwrap(),
+            name,
+        };
+        fs::create_dir(&node.cgroup).expect("root and cgroup2");
+        sh(&format!(
+            "ip netns add {0}
+             in_node() {{ nsenter --net=/run/netns/{0} ip \"$@\"; }}
+             in_node link set lo up
+             in_node link add eth0 type veth peer name peer0
+             in_node link set eth0 up; in_node link set peer0 up
+             in_node addr add 192.0.2.1/24 dev eth0
+             in_node addr add 2001:db8::1/64 dev eth0 nodad
+             in_node route add default via 192.0.2.254
+             for pod in 10.244.0.1/32 10.244.0.2/32 fd00:244::1/128 fd00:244::2/128; do
+                 in_node addr add $pod dev lo
+             done",
+            node.name
+        ));
+        for n in 1..=2 {
+            node.serve(&format!("10.244.0.{n}"), &format!("pod{n}"));
+            node.serve(&format!("fd00:244::{n}"), &format!("pod{n}"));
+        }
+        node
+    }
+
+    /// A server in the namespace that tells everybody its name. Its thread ends with the test process.
+    fn serve(&self, address: &str, answer: &str) {
+        let (ready, wait) = std::sync::mpsc::channel();
+        let namespace = fs::File::open(Path::new("/run/netns").join(&self.name)).unwrap();
+        let address: IpAddr = address.parse().unwrap();
+        let answer = format!("{answer}\n");
+        thread::spawn(move || {
+            // SAFETY: moves this thread alone, by a descriptor that is open.
+            let moved = unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) };
+            assert_eq!(moved, 0, "setns: {}", std::io::Error::last_os_error());
+            let listener = TcpListener::bind((address, 8080)).unwrap();
+            ready.send(()).unwrap();
+            for stream in listener.incoming().flatten() {
+                let _ = (&stream).write_all(answer.as_bytes());
+            }
+        });
+        wait.recv_timeout(PATIENCE).expect("a server");
+    }
+
+    fn manifest(&self, name: &str, text: &str) {
+        // As editors do: written beside it, then moved into place.
+        let new = self.manifests.path().join(format!(".{name}.new"));
+        fs::write(&new, text).unwrap();
+        fs::rename(new, self.manifests.path().join(name)).unwrap();
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net=/run/netns/{}", self.name)).arg(SHUNT);
+        command
+    }
+
+    fn start(&self, more: &[&str]) -> Agent {
+        let mut command = self.command();
+        command
+            .args(["run", "--node-name", "node-a", "--manifests"])
+            .arg(self.manifests.path())
+            .arg("--bpf-root")
+            .arg(&self.bpf_root)
+            .arg("--cgroup-root")
+            .arg(&self.cgroup)
+            .args(["--max-flows", "1024", "--max-new-flows", "1024", "--max-snat", "20000"])
+            .args(more);
+        let mut child = command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("nsenter");
+        let (lines_tx, lines) = std::sync::mpsc::channel();
+        let stdout = BufReader::new(child.stdout.take().unwrap());
+        thread::spawn(move || {
+            stdout
+                .lines()
+                .map_while(Result::ok)
+                .try_for_each(|line| lines_tx.send(line))
+        });
+        let log = std::sync::Arc::new(std::sync::Mutex::new(String::new()));
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        let log_of_thread = log.clone();
+        let reader = thread::spawn(move || {
+            for line in stderr.lines().map_while(Result::ok) {
+                *log_of_thread.lock().unwrap() += &(line + "\n");
+            }
+        });
+        Agent {
+            child,
+            lines,
+            log,
+            reader: Some(reader),
+        }
+    }
+
+    fn shunt(&self, args: &[&str]) -> Output {
+        self.command()
+            .args(args)
+            .arg("--bpf-root")
+            .arg(&self.bpf_root)
+            .output()
+            .expect("shunt")
+    }
+
+    fn json(&self, args: &[&str]) -> Value {
+        let output = self.shunt(&[args, &["-o", "json"]].concat());
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "shunt {args:?}: {stderr}");
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("shunt {args:?}: {error}"))
+    }
+
+    /// Who answers a process in the node's cgroup that connects; `None` when it is refused.
+    fn dial(&self, address: &str, port: u16) -> Option<String> {
+        let script = format!(
+            "echo $$ > {}/cgroup.procs; exec nsenter --net=/run/netns/{} timeout 5 bash -c 'exec 3<>/dev/tcp/{address}/{port}; cat <&3'",
+            self.cgroup.display(),
+            self.name
+        );
+        let output = Command::new("bash").args(["-c", &script]).output().expect("bash");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        match output.status.success() {
+            true => Some(String::from_utf8_lossy(&output.stdout).trim().to_owned()),
+            false if stderr.contains("refused") => None,
+            false => panic!("{address} port {port}: {stderr}"),
+        }
+    }
+
+    /// Waits until `condition` holds.
+    fn until(&self, what: &str, mut condition: impl FnMut() -> bool) {
+        let begin = Instant::now();
+        while !condition() {
+            assert!(begin.elapsed() < PATIENCE, "waited in vain: {what}");
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let _ = self.shunt(&["cleanup"]);
+        let _ = Command::new("ip").args(["netns", "del", &self.name]).status();
+        // Processes that have ended leave the cgroup with a delay.
+        for _ in 0..50 {
+            if fs::remove_dir(&self.cgroup).is_ok() {
+                break;
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+struct Agent {
+    child: Child,
+    lines: std::sync::mpsc::Receiver<String>,
+    log: std::sync::Arc<std::sync::Mutex<String>>,
+    reader: Option<thread::JoinHandle<()>>,
+}
+
+impl Agent {
+    /// The line on stdout.
+    fn ready(&self) -> String {
+        match self.lines.recv_timeout(PATIENCE) {
+            Ok(line) => line,
+            Err(_) => panic!("not ready: {}", self.log()),
+        }
+    }
+
+    fn log(&self) -> String {
+        self.log.lock().unwrap().clone()
+    }
+
+    /// Sends a signal; returns the exit code, which a signal's death has not, and all that was logged.
+    fn end(mut self, signal: Signal) -> (Option<i32>, String) {
+        let pid = Pid::from_child(&self.child);
+        kill_process(pid, signal).unwrap();
+        self.wait()
+    }
+
+    fn wait(&mut self) -> (Option<i32>, String) {
+        let code = self.child.wait().unwrap().code();
+        self.reader.take().unwrap().join().unwrap();
+        (code, self.log())
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+const SERVICE: &str = "
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop}
+spec:
+  type: NodePort
+  ipFamilyPolicy: PreferDualStack
+  clusterIPs: [10.96.0.10, 'fd00:10:96::10']
+  selector: {app: web}
+  ports: [{port: 80, targetPort: 8080, nodePort: 30080}]
+";
+
+fn pod(n: u8) -> String {
+    format!(
+        "
+apiVersion: v1
+kind: Pod
+metadata: {{name: web-{n}, namespace: shop, labels: {{app: web}}}}
+spec: {{nodeName: node-a, containers: [{{name: web, image: web}}]}}
+status:
+  phase: Running
+  podIP: 10.244.0.{n}
+  podIPs: [{{ip: 10.244.0.{n}}}, {{ip: 'fd00:244::{n}'}}]
+  conditions: [{{type: Ready, status: 'True'}}]
+"
+    )
+}
+
+/// Everything that a process on the node can dial.
+const FRONTENDS: [(&str, u16); 6] = [
+    ("10.96.0.10", 80),
+    ("fd00:10:96::10", 80),
+    ("192.0.2.1", 30080),
+    ("2001:db8::1", 30080),
+    ("127.0.0.1", 30080),
+    ("::1", 30080),
+];
+
+#[test]
+fn manifests_become_connections_and_the_command_line_shows_them() {
+    let node = Node::new();
+    node.manifest("web.yaml", SERVICE);
+    node.manifest("pod1.yaml", &pod(1));
+    let agent = node.start(&[]);
+    let ready = agent.ready();
+    assert!(ready.starts_with("ready: 1 services, 2 backends, took "), "{ready}");
+
+    for (address, port) in FRONTENDS {
+        assert_eq!(
+            node.dial(address, port).as_deref(),
+            Some("pod1"),
+            "{address} port {port}"
+        );
+    }
+    let services = node.json(&["services", "-n", "shop"]);
+    assert_eq!(
+        services.as_array().unwrap().len(),
+        4,
+        "two cluster IPs, a node port in two families: {services}"
+    );
+    assert!(
+        services
+            .as_array()
+            .unwrap()
+            .iter()
+            .all(|row| row["internal"]["backends"] == 1),
+        "{services}"
+    );
+    let backends = node.json(&["backends", "web"]);
+    let flows: u64 = backends
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter_map(|row| row["flows"]["socket"].as_u64())
+        .sum();
+    assert_eq!(flows, 6, "{backends}");
+    assert!(
+        backends.as_array().unwrap().iter().all(|row| row["local"] == true),
+        "{backends}"
+    );
+    let status = node.json(&["status"]);
+    assert_eq!(status["events"]["socket_flow"], 6);
+    assert!(status["agentPid"].is_u64(), "{status}");
+    let links = status["links"].as_array().unwrap();
+    let attached = |target: &str, program: &str| {
+        links
+            .iter()
+            .any(|link| link["target"] == target && link["program"] == program && link["attached"] == true)
+    };
+    assert!(
+        attached("cgroup", "sock_connect6") && attached("eth0", "tc_node_in"),
+        "{status}"
+    );
+    assert!(node.json(&["conntrack"]).is_array());
+
+    // A second pod joins, then the first leaves, then all leave: refused at once.
+    node.manifest("pod2.yaml", &pod(2));
+    node.until("both pods answer", || {
+        let answers: Vec<_> = (0..8).filter_map(|_| node.dial("10.96.0.10", 80)).collect();
+        answers.contains(&"pod1".into()) && answers.contains(&"pod2".into())
+    });
+    fs::remove_file(node.manifests.path().join("pod1.yaml")).unwrap();
+    node.until("pod2 alone answers", || {
+        (0..8).all(|_| node.dial("fd00:10:96::10", 80).as_deref() == Some("pod2"))
+    });
+    fs::remove_file(node.manifests.path().join("pod2.yaml")).unwrap();
+    node.until("connections are refused", || node.dial("10.96.0.10", 80).is_none());
+
+    // A mistake is told, and what else is there goes on.
+    node.manifest("pod1.yaml", &pod(1));
+    node.manifest(
+        "broken.yaml",
+        "apiVersion: v1\nkind: Service\nmetadata: {name: x}\nspec: {ports: [{port: 70000}]}\n",
+    );
+    node.until("the mistake is told", || agent.log().contains("spec.ports[0].port"));
+    node.until("pod1 answers", || {
+        node.dial("127.0.0.1", 30080).as_deref() == Some("pod1")
+    });
+
+    let (code, log) = agent.end(Signal::TERM);
+    assert_eq!(code, Some(0), "{log}");
+}
+
+#[test]
+fn the_datapath_goes_on_without_the_agent_and_a_restart_changes_nothing() {
+    let node = Node::new();
+    node.manifest("web.yaml", SERVICE);
+    node.manifest("pod1.yaml", &pod(1));
+    let first = node.start(&[]);
+    first.ready();
+    let link_ids = || {
+        let status = node.json(&["status"]);
+        let mut ids: Vec<_> = status["links"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|link| link["link"].as_u64())
+            .collect();
+        ids.sort();
+        ids
+    };
+    let (ids, services) = (link_ids(), node.json(&["services"]));
+
+    // One agent per --bpf-root.
+    let mut second = node.start(&[]);
+    let (code, log) = second.wait();
+    assert_eq!(code, Some(1));
+    assert!(
+        log.contains("another shunt") && log.contains(&node.bpf_root.display().to_string()),
+        "{log}"
+    );
+    assert_eq!(log.trim().lines().count(), 1, "{log}");
+
+    first.end(Signal::KILL);
+    assert_eq!(node.json(&["status"])["agentPid"], Value::Null);
+    for (address, port) in FRONTENDS {
+        assert_eq!(
+            node.dial(address, port).as_deref(),
+            Some("pod1"),
+            "{address} port {port} without an agent"
+        );
+    }
+    assert_eq!(node.json(&["services"]), services);
+    let flows = |node: &Node| node.json(&["backends", "shop/web"])[0]["flows"]["socket"].clone();
+    let before = flows(&node);
+    assert_ne!(before, 0);
+
+    // While no agent runs a Service is deleted and another one made.
+    fs::remove_file(node.manifests.path().join("web.yaml")).unwrap();
+    node.manifest("web.yaml", &SERVICE.replace("'fd00:10:96::10'", "'fd00:10:96::11'"));
+    node.manifest(
+        "other.yaml",
+        &SERVICE
+            .replace("web, ", "other, ")
+            .replace("::10'", "::12'")
+            .replace("0.10,", "0.12,")
+            .replace("30080", "30081"),
+    );
+    let second = node.start(&[]);
+    let ready = second.ready();
+    assert!(ready.starts_with("ready: 2 services"), "{ready}");
+    assert_eq!(link_ids(), ids, "links are kept, not made anew");
+    assert_eq!(node.dial("10.96.0.10", 80).as_deref(), Some("pod1"));
+    assert_eq!(node.dial("fd00:10:96::11", 80).as_deref(), Some("pod1"));
+    assert_eq!(node.dial("10.96.0.12", 80).as_deref(), Some("pod1"));
+    let addresses: Vec<_> = node
+        .json(&["services"])
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|row| row["address"].clone())
+        .collect();
+    assert!(!addresses.contains(&"fd00:10:96::10".into()), "{addresses:?}");
+    assert!(flows(&node).as_u64() >= before.as_u64(), "counters go on");
+
+    let (code, log) = second.end(Signal::INT);
+    assert_eq!(code, Some(0), "{log}");
+    assert_eq!(node.dial("10.96.0.10", 80).as_deref(), Some("pod1"));
+}
+
+#[test]
+fn a_full_map_is_told_by_its_setting_and_the_rest_serves() {
+    let node = Node::new();
+    node.manifest("web.yaml", SERVICE);
+    node.manifest("pod1.yaml", &pod(1));
+    let agent = node.start(&["--max-frontends", "6"]);
+    agent.ready();
+    node.manifest(
+        "other.yaml",
+        &SERVICE
+            .replace("web, ", "other, ")
+            .replace("::10'", "::12'")
+            .replace("0.10,", "0.12,")
+            .replace("30080", "30081"),
+    );
+    node.until("the full map is told", || agent.log().contains("--max-frontends"));
+    let line = agent
+        .log()
+        .lines()
+        .find(|line| line.contains("--max-frontends"))
+        .unwrap()
+        .to_owned();
+    assert!(line.contains("Service shop/other: map frontends"), "{line}");
+    for (address, port) in FRONTENDS {
+        assert_eq!(
+            node.dial(address, port).as_deref(),
+            Some("pod1"),
+            "{address} port {port}"
+        );
+    }
+    // Room appears: what did not fit is brought in without being asked for.
+    fs::remove_file(node.manifests.path().join("web.yaml")).unwrap();
+    node.until("the other Service is served", || {
+        node.dial("10.96.0.12", 80).as_deref() == Some("pod1")
+    });
+}
+
+#[test]
+fn settings_that_cannot_be_end_the_agent_with_one_line() {
+    let node = Node::new();
+    for (more, wanted) in [
+        (&["--max-snat", "100"][..], "--max-snat"),
+        (
+            &["--nodeport-addresses", "everywhere"],
+            "--nodeport-addresses everywhere",
+        ),
+        (&["--cgroup-root", "/proc"], "/proc"),
+    ] {
+        // The last of two equal flags would be an error of its own: leave out those that are given.
+        let mut command = node.command();
+        command
+            .args(["run", "--manifests"])
+            .arg(node.manifests.path())
+            .arg("--bpf-root")
+            .arg(&node.bpf_root);
+        if more[0] != "--cgroup-root" {
+            command.arg("--cgroup-root").arg(&node.cgroup);
+        }
+        let output = command.args(more).output().expect("shunt");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        let last = stderr.trim().lines().last().unwrap_or_default();
+        assert_eq!(output.status.code(), Some(1), "{more:?}: {stderr}");
+        assert!(
+            last.starts_with("shunt: ") && last.contains(wanted),
+            "{more:?}: {stderr}"
+        );
+        assert!(output.stdout.is_empty(), "{more:?}");
+    }
+}
