@@ -38,10 +38,13 @@ impl Frame<'_> {
     /// The frame's length in bytes.
     #[inline(always)]
     fn len(&self) -> usize {
-        let (mut start, mut end) = (self.0.data(), self.0.data_end());
-        // SAFETY: no instruction at all. It hides from LLVM that the context's fields are 32 bits wide, or it would
-        // spill half of what the verifier knows to be a pointer.
-        unsafe { asm!("/* {0} {1} */", inout(reg) start, inout(reg) end, options(nomem, nostack)) };
+        let (start, end): (usize, usize);
+        // SAFETY: two moves between registers. They hide from LLVM that the context's fields are 32 bits wide, or it
+        // would spill half of what the verifier knows to be a pointer.
+        unsafe {
+            asm!("{0} = {1}", out(reg) start, in(reg) self.0.data(), options(nomem, nostack));
+            asm!("{0} = {1}", out(reg) end, in(reg) self.0.data_end(), options(nomem, nostack));
+        }
         end - start
     }
 }
