@@ -3,6 +3,7 @@
 use std::{
     fs,
     io::{BufRead, BufReader, Read},
+    os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Output, Stdio},
     sync::{Arc, Condvar, Mutex, PoisonError},
@@ -171,6 +172,8 @@ impl Agent {
     fn command(&self) -> Result<Command> {
         let mut command = Command::new(&self.shunt);
         command.stdin(Stdio::null()).env("NO_COLOR", "1");
+        // Ctrl-C is for the program that has the lab, which then ends its agents.
+        command.process_group(0);
         crate::client::join_cgroup(&mut command, &self.cgroup)?;
         self.ns.enter(&mut command)?;
         Ok(command)
@@ -405,7 +408,11 @@ impl Drop for Agent {
 }
 
 /// Mounts bpffs where it is usually mounted, unless it is.
-fn mount_bpffs() -> Result<()> {
+///
+/// # Errors
+///
+/// When it cannot be mounted.
+pub fn mount_bpffs() -> Result<()> {
     let mounts = fs::read_to_string("/proc/self/mounts").context("/proc/self/mounts")?;
     if mounts
         .lines()

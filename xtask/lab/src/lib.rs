@@ -28,7 +28,7 @@ mod protocol;
 mod registry;
 pub mod worker;
 
-pub use agent::{Agent, AgentOptions, find_shunt, remove_pins};
+pub use agent::{Agent, AgentOptions, find_shunt, mount_bpffs, remove_pins};
 pub use cgroup::mount_point as cgroup_mount_point;
 pub use client::{Client, Conn, Many};
 pub use lab::{Cni, Lab, LabBuilder, NODE_LAN_V4, NODE_LAN_V6, PodSpec, Port, Sockets, pod_cidrs};
