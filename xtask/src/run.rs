@@ -1,9 +1,6 @@
 //! `cargo xtask run`: the demo, or with arguments the agent on this machine.
 
-use std::{
-    env,
-    os::unix::process::CommandExt,
-};
+use std::{env, os::unix::process::CommandExt};
 
 use anyhow::{Context, Result};
 

@@ -84,7 +84,11 @@ fn toolchain(apt: &mut Apt) -> Result<Toolchain> {
     }
     if which("rustup").is_some() {
         say("setup", "adding rust-src to the active rustup toolchain");
-        match capture(Command::new("rustup").args(["component", "add", "rust-src"]).current_dir(root())) {
+        match capture(
+            Command::new("rustup")
+                .args(["component", "add", "rust-src"])
+                .current_dir(root()),
+        ) {
             Ok(_) => {
                 if let Some(toolchain) = candidates().find(|toolchain| fits(toolchain).is_ok()) {
                     return Ok(toolchain);
@@ -102,7 +106,10 @@ fn toolchain(apt: &mut Apt) -> Result<Toolchain> {
         }
         Err(error) => reasons.push(format!("{error:#}")),
     }
-    bail!("no Rust toolchain with rust-src: run `rustup component add rust-src` and try again ({})", reasons.join("; "))
+    bail!(
+        "no Rust toolchain with rust-src: run `rustup component add rust-src` and try again ({})",
+        reasons.join("; ")
+    )
 }
 
 /// The active toolchain, then nightly, if they have the source.
@@ -116,7 +123,10 @@ fn rustup_toolchains() -> Vec<Option<Toolchain>> {
     let installed = home.into_iter().flat_map(|home| {
         let folders = fs::read_dir(home.join("toolchains")).into_iter().flatten().flatten();
         let mut names: Vec<PathBuf> = folders.map(|entry| entry.path()).collect();
-        names.retain(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("nightly-")));
+        names.retain(|path| {
+            path.file_name()
+                .is_some_and(|name| name.to_string_lossy().starts_with("nightly-"))
+        });
         names.sort();
         names.into_iter().map(|path| {
             let what = format!("toolchain {}", path.file_name().unwrap_or_default().to_string_lossy());
@@ -136,7 +146,12 @@ fn rustup_toolchains() -> Vec<Option<Toolchain>> {
 
 fn debian_toolchain() -> Option<Toolchain> {
     has_source(Path::new("/usr")).then_some(())?;
-    inspect(DEBIAN_RUSTC.into(), None, format!("{DEBIAN_RUSTC} (Debian's rustc-web)")).ok()
+    inspect(
+        DEBIAN_RUSTC.into(),
+        None,
+        format!("{DEBIAN_RUSTC} (Debian's rustc-web)"),
+    )
+    .ok()
 }
 
 fn has_source(sysroot: &Path) -> bool {
@@ -152,8 +167,17 @@ fn inspect(rustc: PathBuf, cargo: Option<PathBuf>, what: String) -> Result<Toolc
     if version < MIN_RUSTC {
         bail!("rustc {release} is older than {}.{}", MIN_RUSTC.0, MIN_RUSTC.1);
     }
-    let llvm = llvm.split('.').next().and_then(|major| major.parse().ok()).context("LLVM version")?;
-    Ok(Toolchain { rustc, cargo, llvm, what: format!("{what} (rustc {release}, LLVM {llvm})") })
+    let llvm = llvm
+        .split('.')
+        .next()
+        .and_then(|major| major.parse().ok())
+        .context("LLVM version")?;
+    Ok(Toolchain {
+        rustc,
+        cargo,
+        llvm,
+        what: format!("{what} (rustc {release}, LLVM {llvm})"),
+    })
 }
 
 fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
@@ -164,7 +188,10 @@ fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
 fn fits(toolchain: &Toolchain) -> Result<()> {
     if toolchain.llvm > *BPF_LINKER_LLVM.end() {
         let newest = BPF_LINKER_LLVM.end();
-        bail!("its LLVM {} is newer than {newest}, the newest that bpf-linker {BPF_LINKER_VERSION} knows", toolchain.llvm);
+        bail!(
+            "its LLVM {} is newer than {newest}, the newest that bpf-linker {BPF_LINKER_VERSION} knows",
+            toolchain.llvm
+        );
     }
     Ok(())
 }
@@ -177,7 +204,10 @@ fn bpf_linker(tools: &Path, toolchain: &Toolchain, apt: &mut Apt) -> Result<Path
     if let Some((version, llvm)) = built.trim().split_once(" llvm-") {
         let llvm: u32 = llvm.parse().unwrap_or(0);
         // Running it shows that the shared LLVM that it was linked to is still there.
-        if version == BPF_LINKER_VERSION && llvm >= toolchain.llvm && capture(Command::new(&linker).arg("--version")).is_ok() {
+        if version == BPF_LINKER_VERSION
+            && llvm >= toolchain.llvm
+            && capture(Command::new(&linker).arg("--version")).is_ok()
+        {
             return Ok(linker);
         }
     }
@@ -194,12 +224,23 @@ fn bpf_linker(tools: &Path, toolchain: &Toolchain, apt: &mut Apt) -> Result<Path
         }
     }
     apt.install(&missing, "to build bpf-linker")?;
-    say("setup", format_args!("building bpf-linker {BPF_LINKER_VERSION} with LLVM {llvm} (about a minute)"));
+    say(
+        "setup",
+        format_args!("building bpf-linker {BPF_LINKER_VERSION} with LLVM {llvm} (about a minute)"),
+    );
     let build = tools.join("build");
     let prefix = format!("/usr/lib/llvm-{llvm}");
     let built = capture(
         cargo()
-            .args(["install", "bpf-linker", "--locked", "--quiet", "--force", "--version", BPF_LINKER_VERSION])
+            .args([
+                "install",
+                "bpf-linker",
+                "--locked",
+                "--quiet",
+                "--force",
+                "--version",
+                BPF_LINKER_VERSION,
+            ])
             .args(["--no-default-features", "--features", &format!("llvm-{llvm}"), "--root"])
             .arg(tools)
             .env("LLVM_PREFIX", &prefix)
@@ -241,19 +282,24 @@ fn llvm_dev(toolchain: &Toolchain, apt: &mut Apt) -> Result<u32> {
 
 fn programs(apt: &mut Apt) -> Result<()> {
     let missing = || PROGRAMS.iter().filter(|(program, _)| which(program).is_none());
-    let packages: Vec<&str> = missing().map(|(_, package)| *package).collect();
+    let mut packages: Vec<&str> = missing().map(|(_, package)| *package).collect();
     if packages.is_empty() {
         return Ok(());
     }
     if apt.install(&packages, "for tests and the demo").is_err() {
         // Ubuntu has no package bpftool: it comes with the kernel's tools.
-        let packages: Vec<&str> =
-            packages.into_iter().map(|package| if package == "bpftool" { "linux-tools-generic" } else { package }).collect();
+        for package in packages.iter_mut().filter(|package| **package == "bpftool") {
+            *package = "linux-tools-generic";
+        }
         apt.install(&packages, "for tests and the demo")?;
     }
     let left: Vec<&str> = missing().map(|(program, _)| *program).collect();
     if !left.is_empty() {
-        bail!("{} still not found after {} was installed", left.join(", "), packages.join(", "));
+        bail!(
+            "{} still not found after {} was installed",
+            left.join(", "),
+            packages.join(", ")
+        );
     }
     Ok(())
 }
@@ -284,8 +330,12 @@ impl Apt {
         }
         say("setup", format_args!("apt-get install {list}{how}: {why}"));
         let mut command = as_root("apt-get")?;
-        command.args(["install", "-y", "-qq", "--no-install-recommends"]).args(packages);
+        command
+            .args(["install", "-y", "-qq", "--no-install-recommends"])
+            .args(packages);
         command.env("DEBIAN_FRONTEND", "noninteractive");
-        capture(&mut command).with_context(|| format!("cannot install {list}")).map(drop)
+        capture(&mut command)
+            .with_context(|| format!("cannot install {list}"))
+            .map(drop)
     }
 }

@@ -14,7 +14,9 @@ const SBIN: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
 
 /// The workspace's root.
 pub(crate) fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().map_or_else(|| PathBuf::from("."), Path::to_path_buf)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .map_or_else(|| PathBuf::from("."), Path::to_path_buf)
 }
 
 /// The target folder.
@@ -26,7 +28,11 @@ pub(crate) fn target() -> PathBuf {
 pub(crate) fn add_sbin_to_path() {
     let path = env::var_os("PATH").unwrap_or_default();
     let mut folders: Vec<PathBuf> = env::split_paths(&path).collect();
-    folders.extend(SBIN.iter().map(PathBuf::from).filter(|dir| !env::split_paths(&path).any(|known| known == *dir)));
+    folders.extend(
+        SBIN.iter()
+            .map(PathBuf::from)
+            .filter(|dir| !env::split_paths(&path).any(|known| known == *dir)),
+    );
     if let Ok(path) = env::join_paths(folders) {
         // SAFETY: called first in main, when there is no other thread that could read the environment.
         unsafe { env::set_var("PATH", path) };
@@ -35,7 +41,9 @@ pub(crate) fn add_sbin_to_path() {
 
 /// Where a program is, if it is installed.
 pub(crate) fn which(program: &str) -> Option<PathBuf> {
-    env::split_paths(&env::var_os("PATH")?).map(|dir| dir.join(program)).find(|path| path.is_file())
+    env::split_paths(&env::var_os("PATH")?)
+        .map(|dir| dir.join(program))
+        .find(|path| path.is_file())
 }
 
 /// One line about what is done now.
@@ -89,7 +97,9 @@ pub(crate) fn as_root(program: &str) -> Result<Command> {
 ///
 /// When it cannot be run or fails.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
-    let status = command.status().with_context(|| format!("cannot run {}", show(command)))?;
+    let status = command
+        .status()
+        .with_context(|| format!("cannot run {}", show(command)))?;
     if !status.success() {
         bail!("{} failed ({status})", show(command));
     }
@@ -102,10 +112,17 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
 ///
 /// When it cannot be run or fails: with the last line it printed as an error.
 pub(crate) fn capture(command: &mut Command) -> Result<String> {
-    let output = command.stdin(Stdio::null()).output().with_context(|| format!("cannot run {}", show(command)))?;
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("cannot run {}", show(command)))?;
     if !output.status.success() {
         let message = String::from_utf8_lossy(&output.stderr);
-        let last = message.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("no message");
+        let last = message
+            .lines()
+            .rev()
+            .find(|line| !line.trim().is_empty())
+            .unwrap_or("no message");
         bail!("{} failed: {}", show(command), last.trim());
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
@@ -113,7 +130,9 @@ pub(crate) fn capture(command: &mut Command) -> Result<String> {
 
 /// The command as one would type it.
 pub(crate) fn show(command: &Command) -> String {
-    let program = Path::new(command.get_program()).file_name().unwrap_or(command.get_program());
+    let program = Path::new(command.get_program())
+        .file_name()
+        .unwrap_or(command.get_program());
     let words = [program].into_iter().chain(command.get_args());
     words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
 }

@@ -51,7 +51,9 @@ pub(crate) fn test(args: &Args) -> Result<()> {
     let mut sections = Sections::default();
     if all {
         sections.run("format", || plain(cargo().args(["fmt", "--all", "--check"])));
-        sections.run("lints", || plain(cargo().args(["clippy", "--all-targets", "--quiet", "--", "-D", "warnings"])));
+        sections.run("lints", || {
+            plain(cargo().args(["clippy", "--all-targets", "--quiet", "--", "-D", "warnings"]))
+        });
         sections.run("lints of the BPF programs", bpf_lints);
     }
     let (kernel, cluster, other) = integration_tests()?;
@@ -63,11 +65,15 @@ pub(crate) fn test(args: &Args) -> Result<()> {
             .map(Outcome::Tests)
     });
     sections.run("kernel tests", || tests_of(&kernel, &args.filter));
-    sections.run("lab tests", || tests(cargo().args(["test", "--package=shunt-lab"]), &args.filter).map(Outcome::Tests));
+    sections.run("lab tests", || {
+        tests(cargo().args(["test", "--package=shunt-lab"]), &args.filter).map(Outcome::Tests)
+    });
     sections.run("cluster tests", || tests_of(&cluster, &args.filter));
     if all {
         let this = env::current_exe().context("this program's path")?;
-        sections.run("demo, one round", || plain(Command::new(this).args(["run", "--once"]).current_dir(root())));
+        sections.run("demo, one round", || {
+            plain(Command::new(this).args(["run", "--once"]).current_dir(root()))
+        });
     }
     sections.summary(began.elapsed())
 }
@@ -98,7 +104,10 @@ impl Sections {
                     if counts.failed > 0 {
                         failed.push(*name);
                     }
-                    format!("{} passed, {} failed, {} ignored", counts.passed, counts.failed, counts.ignored)
+                    format!(
+                        "{} passed, {} failed, {} ignored",
+                        counts.passed, counts.failed, counts.ignored
+                    )
                 }
                 Outcome::Skipped(why) => format!("skipped: {why}"),
                 Outcome::Failed(why) => {
@@ -137,16 +146,41 @@ fn bpf_lints() -> Result<Outcome> {
     let file = target().join("tools/env");
     let text = fs::read_to_string(&file).with_context(|| format!("{}", file.display()))?;
     let tools: Vec<(&str, &str)> = text.lines().filter_map(|line| line.split_once('=')).collect();
-    let tool = |name: &str| tools.iter().find(|(key, _)| *key == name).map(|(_, value)| Path::new(*value));
-    let Some(bin) = tool("CARGO").and_then(Path::parent).filter(|bin| bin.join("cargo-clippy").is_file()) else {
+    let tool = |name: &str| {
+        tools
+            .iter()
+            .find(|(key, _)| *key == name)
+            .map(|(_, value)| Path::new(*value))
+    };
+    let Some(bin) = tool("CARGO")
+        .and_then(Path::parent)
+        .filter(|bin| bin.join("cargo-clippy").is_file())
+    else {
         let rustc = tool("RUSTC").map(|path| path.display().to_string()).unwrap_or_default();
         return Ok(Outcome::Skipped(format!("{rustc} comes without clippy")));
     };
-    let path = env::join_paths([bin.to_path_buf()].into_iter().chain(env::split_paths(&env::var_os("PATH").unwrap_or_default())))?;
+    let path = env::join_paths(
+        [bin.to_path_buf()]
+            .into_iter()
+            .chain(env::split_paths(&env::var_os("PATH").unwrap_or_default())),
+    )?;
     let mut command = Command::new(bin.join("cargo-clippy"));
-    command.current_dir(root()).env("PATH", path).env("RUSTC_BOOTSTRAP", "1").env_remove("RUSTC");
-    command.args(["clippy", "--package=proxy-ebpf", "--release", "--target=bpfel-unknown-none", "-Zbuild-std=core"]);
-    command.arg("--target-dir").arg(target().join("bpf")).args(["--", "-D", "warnings"]);
+    command
+        .current_dir(root())
+        .env("PATH", path)
+        .env("RUSTC_BOOTSTRAP", "1")
+        .env_remove("RUSTC");
+    command.args([
+        "clippy",
+        "--package=proxy-ebpf",
+        "--release",
+        "--target=bpfel-unknown-none",
+        "-Zbuild-std=core",
+    ]);
+    command
+        .arg("--target-dir")
+        .arg(target().join("bpf"))
+        .args(["--", "-D", "warnings"]);
     plain(&mut command)
 }
 
@@ -196,10 +230,16 @@ fn tests(command: &mut Command, filter: &[String]) -> Result<Counts> {
         if which("sudo").is_none() {
             bail!("tests make network namespaces and load BPF programs: run this as root");
         }
-        command.env(format!("CARGO_TARGET_{}_RUNNER", host().to_uppercase().replace('-', "_")), "sudo -E");
+        command.env(
+            format!("CARGO_TARGET_{}_RUNNER", host().to_uppercase().replace('-', "_")),
+            "sudo -E",
+        );
     }
     command.args(["--no-fail-fast", "--"]).args(filter);
-    let mut child = command.stdout(Stdio::piped()).spawn().context("cannot run cargo test")?;
+    let mut child = command
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot run cargo test")?;
     let stdout = child.stdout.take().context("cargo test has no stdout")?;
     let mut counts = Counts::default();
     for line in BufReader::new(stdout).lines() {
@@ -224,12 +264,20 @@ fn parse_result(text: &str) -> Counts {
         let found = words.windows(2).find(|pair| pair[1] == what);
         found.and_then(|pair| pair[0].parse().ok()).unwrap_or(0)
     };
-    Counts { passed: number("passed"), failed: number("failed"), ignored: number("ignored") }
+    Counts {
+        passed: number("passed"),
+        failed: number("failed"),
+        ignored: number("ignored"),
+    }
 }
 
 /// The triple that cargo builds tests for.
 fn host() -> String {
-    format!("{}-unknown-linux-{}", env::consts::ARCH, if cfg!(target_env = "musl") { "musl" } else { "gnu" })
+    format!(
+        "{}-unknown-linux-{}",
+        env::consts::ARCH,
+        if cfg!(target_env = "musl") { "musl" } else { "gnu" }
+    )
 }
 
 #[cfg(test)]
@@ -238,7 +286,8 @@ mod unit {
 
     #[test]
     fn results_of_test_programs_are_counted() {
-        let counts = parse_result("FAILED. 10 passed; 1 failed; 2 ignored; 0 measured; 0 filtered out; finished in 2.06s");
+        let counts =
+            parse_result("FAILED. 10 passed; 1 failed; 2 ignored; 0 measured; 0 filtered out; finished in 2.06s");
         assert_eq!((counts.passed, counts.failed, counts.ignored), (10, 1, 2));
     }
 }

@@ -674,6 +674,16 @@ impl Lab {
         self.place(name, |place| place.ips.clone())
     }
 
+    /// Which node, pod or outside host has an address.
+    #[must_use]
+    pub fn name_of(&self, ip: IpAddr) -> Option<String> {
+        self.state()
+            .places
+            .iter()
+            .find(|(_, place)| place.ips.contains(&ip))
+            .map(|(name, _)| name.clone())
+    }
+
     /// Name of the device on the node (or in the fabric) that leads to a pod (or outside host).
     ///
     /// # Errors

@@ -123,8 +123,15 @@ impl Subset {
             for ip in addresses.filter_map(|address| address.parse::<IpAddr>().ok()) {
                 let by_address = || format!("{object}-{}", ip.to_string().replace(['.', ':'], "-"));
                 let name = endpoint.hostname.clone().unwrap_or_else(by_address);
-                let ports = self.ports.iter().filter_map(|port| known_port(port.port, port.protocol.as_deref()));
-                endpoints.extend(ports.map(|port| EndpointPort { name: name.clone(), ip, port }));
+                let ports = self
+                    .ports
+                    .iter()
+                    .filter_map(|port| known_port(port.port, port.protocol.as_deref()));
+                endpoints.extend(ports.map(|port| EndpointPort {
+                    name: name.clone(),
+                    ip,
+                    port,
+                }));
             }
         }
     }
@@ -283,7 +290,9 @@ fn spec(pod: Pod) -> Result<PodSpec> {
         bail!("Pod {name}: status.podIPs is missing: the agent would not know its addresses");
     }
     let ports = pod.spec.containers.iter().flat_map(|container| &container.ports);
-    let ports = ports.filter_map(|port| known_port(Some(port.container_port), port.protocol.as_deref())).collect();
+    let ports = ports
+        .filter_map(|port| known_port(Some(port.container_port), port.protocol.as_deref()))
+        .collect();
     Ok(PodSpec {
         name,
         node,

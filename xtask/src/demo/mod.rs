@@ -121,7 +121,14 @@ impl Demo {
             say("demo", format_args!("{node}: {}", agent.ready_line()));
             agents.push(agent);
         }
-        Ok(Self { clients, agents, lab, manifests, rows: BTreeMap::new(), notes: Vec::new() })
+        Ok(Self {
+            clients,
+            agents,
+            lab,
+            manifests,
+            rows: BTreeMap::new(),
+            notes: Vec::new(),
+        })
     }
 
     /// Makes pods that were added to the manifests and removes those that were taken out.
@@ -142,7 +149,13 @@ impl Demo {
                 break;
             }
             let mut row = self.rows.remove(&frontend).unwrap_or_default();
-            row.backends = view.frontends.get(&frontend).into_iter().flatten().map(|&ip| self.name_of(ip)).collect();
+            row.backends = view
+                .frontends
+                .get(&frontend)
+                .into_iter()
+                .flatten()
+                .map(|&ip| self.name_of(ip))
+                .collect();
             for (vantage, client) in &self.clients {
                 for to in self.targets(&frontend, *vantage)? {
                     dial(client, *vantage, &frontend, to, flows, &mut row)?;
@@ -162,7 +175,11 @@ impl Demo {
             Address::Ip(ip) => vec![ip],
             Address::NodePort { ipv6: false } if vantage == Vantage::Node => vec![Ipv4Addr::LOCALHOST.into()],
             Address::NodePort { ipv6 } => {
-                let ips = self.lab.nodes().iter().map(|node| Ok(self.lab.node_ips(node)?[usize::from(ipv6)]));
+                let ips = self
+                    .lab
+                    .nodes()
+                    .iter()
+                    .map(|node| Ok(self.lab.node_ips(node)?[usize::from(ipv6)]));
                 ips.collect::<Result<_>>()?
             }
         };
@@ -185,15 +202,23 @@ impl Demo {
             missing.push("there are no frontends".to_owned());
         }
         for (frontend, row) in &self.rows {
-            let silent: Vec<&str> =
-                row.backends.iter().filter(|name| !row.servers.contains_key(*name)).map(String::as_str).collect();
+            let silent: Vec<&str> = row
+                .backends
+                .iter()
+                .filter(|name| !row.servers.contains_key(*name))
+                .map(String::as_str)
+                .collect();
             if !silent.is_empty() {
                 missing.push(format!("{frontend}: nothing from {}", silent.join(", ")));
             }
             if row.backends.is_empty() {
                 missing.push(format!("{frontend}: it has no backends"));
             }
-            missing.extend(row.errors.iter().map(|(error, count)| format!("{frontend}: {error} ({count} times)")));
+            missing.extend(
+                row.errors
+                    .iter()
+                    .map(|(error, count)| format!("{frontend}: {error} ({count} times)")),
+            );
         }
         missing
     }
@@ -205,7 +230,9 @@ impl Demo {
         let shunt = target().join("release/shunt");
         let (client, shunt, root) = (client.path().display(), shunt.display(), agent.bpf_root().display());
         let web = self.rows.keys().chain(&[]).find_map(|frontend| match frontend.address {
-            Address::Ip(ip @ IpAddr::V4(_)) if frontend.kind == "LoadBalancer" => Some(SocketAddr::new(ip, frontend.port)),
+            Address::Ip(ip @ IpAddr::V4(_)) if frontend.kind == "LoadBalancer" => {
+                Some(SocketAddr::new(ip, frontend.port))
+            }
             _ => None,
         });
         let web = web.map_or_else(|| "198.51.100.80:80".to_owned(), |web| web.to_string());
@@ -222,7 +249,14 @@ impl Demo {
 }
 
 /// Dials one address some times and adds what came of it to the row.
-fn dial(client: &Client, vantage: Vantage, frontend: &Frontend, to: SocketAddr, flows: u32, row: &mut Row) -> Result<()> {
+fn dial(
+    client: &Client,
+    vantage: Vantage,
+    frontend: &Frontend,
+    to: SocketAddr,
+    flows: u32,
+    row: &mut Row,
+) -> Result<()> {
     let dial = Dial::within(TIMEOUT);
     // The first alone: where nothing answers, one time-out says it as well as many.
     for count in [1, flows.saturating_sub(1)] {
@@ -233,7 +267,9 @@ fn dial(client: &Client, vantage: Vantage, frontend: &Frontend, to: SocketAddr, 
         row.latencies.entry(vantage).or_default().extend(many.latencies);
         let failed = !many.errors.is_empty();
         for (error, count) in many.errors {
-            *row.errors.entry(format!("{to} from {} ({vantage:?}): {error}", client.name())).or_default() += count;
+            *row.errors
+                .entry(format!("{to} from {} ({vantage:?}): {error}", client.name()))
+                .or_default() += count;
         }
         if failed {
             break;

@@ -55,9 +55,12 @@ impl Latencies {
 /// The rows as a table of text without escape codes.
 pub(super) fn render(rows: &BTreeMap<Frontend, Row>) -> String {
     let mut table = Table::new();
-    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+    table
+        .load_style(presets::NOTHING)
+        .set_content_arrangement(ContentArrangement::Disabled);
     table.set_header([
-        "SERVICE", "KIND", "FRONTEND", "BACKENDS", "CONNS", "FAILED", "P50 POD", "PACKETS", "NODE", "OUTSIDE", "SOCKET", "TC", "XDP",
+        "SERVICE", "KIND", "FRONTEND", "BACKENDS", "CONNS", "FAILED", "P50 POD", "PACKETS", "NODE", "OUTSIDE",
+        "SOCKET", "TC", "XDP",
     ]);
     for (frontend, row) in rows {
         let answered: u64 = row.servers.values().sum();
@@ -69,7 +72,10 @@ pub(super) fn render(rows: &BTreeMap<Frontend, Row>) -> String {
                 let count = row.servers.get(name).copied().unwrap_or(0);
                 // One that is no backend any more, or was none.
                 let gone = if row.backends.contains(name) { "" } else { "†" };
-                format!("{name}{gone} {}%", (count * 100 + answered / 2).checked_div(answered).unwrap_or(0))
+                format!(
+                    "{name}{gone} {}%",
+                    (count * 100 + answered / 2).checked_div(answered).unwrap_or(0)
+                )
             })
             .collect();
         let latency = |vantage| match row.latencies.get(&vantage).and_then(Latencies::median) {
@@ -106,7 +112,10 @@ pub(super) struct Screen {
 
 impl Screen {
     pub(super) fn new() -> Self {
-        Self { terminal: stdout().is_terminal(), last: None }
+        Self {
+            terminal: stdout().is_terminal(),
+            last: None,
+        }
     }
 
     pub(super) fn show(&mut self, text: &str) {
@@ -115,7 +124,7 @@ impl Screen {
         let _ = if self.terminal {
             // Home, each line cleared to its end, and the rest of the screen: it does not flicker.
             let first = if self.last.is_none() { "\x1b[2J" } else { "" };
-            write!(out, "{first}\x1b[H{}\x1b[K\x1b[J\n", text.replace('\n', "\x1b[K\n"))
+            writeln!(out, "{first}\x1b[H{}\x1b[K\x1b[J", text.replace('\n', "\x1b[K\n"))
         } else if self.last.is_none_or(|last| last.elapsed() >= PRINT_EVERY) {
             writeln!(out, "{text}")
         } else {
