@@ -55,6 +55,28 @@ impl Manifests {
         Ok(manifests)
     }
 
+    /// Brings `lab` from what `before` said to what these say: what is gone or changed is removed, what is new is made.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::make`] and [`Lab::remove`].
+    pub fn follow(&self, before: &Self, lab: &Lab) -> Result<()> {
+        let pods = before
+            .pods
+            .iter()
+            .filter(|pod| !self.pods.contains(pod))
+            .map(|pod| &pod.name);
+        let hosts = before
+            .outside
+            .iter()
+            .filter(|host| !self.outside.contains(host))
+            .map(|host| &host.name);
+        for name in pods.chain(hosts).filter(|name| lab.has(name)) {
+            lab.remove(name)?;
+        }
+        self.make(lab)
+    }
+
     /// Makes in `lab` what it does not have yet; nothing is removed.
     ///
     /// # Errors

@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use shunt_lab::{Cni, Dial, Lab, PodSpec, Port, Proto, Sockets};
+use shunt_lab::{Cni, Dial, Lab, PodSpec, Port, Proto, Sockets, manifests::Manifests};
 
 const WEB: Port = Port {
     proto: Proto::Tcp,
@@ -204,6 +204,31 @@ fn outside_hosts_of_any_address_answer_and_pods_come_and_go() {
         ..again
     };
     assert!(format!("{:#}", lab.add_pod(&twin).unwrap_err()).contains("web-b has the same address"));
+}
+
+#[test]
+fn pods_follow_an_edited_manifest() {
+    let lab = Lab::new().unwrap();
+    let pod = |ip: &str, port| PodSpec {
+        ips: vec![ip.parse().unwrap()],
+        ..PodSpec::new("web", "node-a", &[Port::tcp(port)])
+    };
+    let manifests = |pods: &[PodSpec]| Manifests {
+        pods: pods.to_vec(),
+        ..Manifests::default()
+    };
+    let client = lab.client("node-b", Sockets::Hooked).unwrap();
+    let dial = Dial::within(Duration::from_millis(300));
+    let answers = |to: &str| client.once(Proto::Tcp, to.parse().unwrap(), &dial).is_ok();
+
+    let first = manifests(&[pod("10.44.0.7", 80)]);
+    first.make(&lab).unwrap();
+    assert!(answers("10.44.0.7:80"));
+    let second = manifests(&[pod("10.44.0.8", 81)]);
+    second.follow(&first, &lab).unwrap();
+    assert!(!answers("10.44.0.7:80") && answers("10.44.0.8:81"));
+    manifests(&[]).follow(&second, &lab).unwrap();
+    assert!(!answers("10.44.0.8:81") && !lab.has("web"));
 }
 
 #[test]

@@ -91,7 +91,9 @@ struct Demo {
     clients: Vec<(Vantage, Client)>,
     agents: Vec<Agent>,
     lab: Lab,
-    manifests: PathBuf,
+    /// Where the manifests are, and what they said last.
+    folder: PathBuf,
+    manifests: Manifests,
     rows: BTreeMap<Frontend, Row>,
     notes: Vec<String>,
 }
@@ -102,9 +104,10 @@ impl Demo {
         if stale > 0 {
             say("demo", format_args!("removed what {stale} killed run(s) had left"));
         }
-        let manifests = root().join("deploy/dev");
+        let folder = root().join("deploy/dev");
         let lab = Lab::new()?;
-        Manifests::read(&manifests)?.make(&lab)?;
+        let manifests = Manifests::read(&folder)?;
+        manifests.make(&lab)?;
         let mut clients = Vec::new();
         for node in lab.nodes() {
             let shell = format!("shell-{}", node.trim_start_matches("node-"));
@@ -114,7 +117,7 @@ impl Demo {
         }
         clients.push((Vantage::Node, lab.client(&lab.nodes()[0], Sockets::Hooked)?));
         clients.push((Vantage::Outside, lab.client("client", Sockets::Unhooked)?));
-        let options = AgentOptions::manifests(&manifests).shunt(target().join("release/shunt"));
+        let options = AgentOptions::manifests(&folder).shunt(target().join("release/shunt"));
         let mut agents = Vec::new();
         for node in lab.nodes() {
             let agent = lab.start_agent(node, &options)?;
@@ -133,7 +136,14 @@ impl Demo {
 
     /// Makes pods that were added to the manifests and removes those that were taken out.
     fn follow_manifests(&mut self) {
-        let followed = Manifests::read(&self.manifests).and_then(|manifests| manifests.make(&self.lab));
+        let followed = Manifests::read(&self.folder).and_then(|manifests| {
+            if manifests != self.manifests {
+                manifests.follow(&self.manifests, &self.lab)?;
+                self.manifests = manifests;
+            }
+            Ok(())
+        });
+        // The same file is the agents' to report; here it says why no pod was made.
         if let Err(error) = followed {
             self.notes.push(format!("{error:#}"));
         }
@@ -243,7 +253,7 @@ impl Demo {
              bpftool map dump pinned {root}/v1/maps/frontends4\n  \
              edit {}/web.yaml and watch\n\
              Ctrl-C ends it.",
-            self.manifests.display()
+            self.folder.display()
         ))
     }
 }
