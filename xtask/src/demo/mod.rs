@@ -128,6 +128,7 @@ impl Demo {
             clients,
             agents,
             lab,
+            folder,
             manifests,
             rows: BTreeMap::new(),
             notes: Vec::new(),
