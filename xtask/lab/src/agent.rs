@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::{
-    lab::{Lab, pod_cidrs},
+    lab::{Lab, POD_CIDRS, SERVICE_CIDRS},
     netns::NetNs,
     registry,
 };
@@ -147,10 +147,11 @@ impl Agent {
         set("--pod-devices", "veth*");
         set("--cgroup-root", &lab.node_cgroup(node).to_string_lossy());
         set("--bpf-root", &bpf_root.to_string_lossy());
-        for (index, _) in lab.nodes().iter().enumerate() {
-            for cidr in pod_cidrs(index) {
-                set("--cluster-cidr", &cidr);
-            }
+        for cidr in POD_CIDRS {
+            set("--cluster-cidr", cidr);
+        }
+        for cidr in SERVICE_CIDRS {
+            set("--service-cidr", cidr);
         }
         set("--xdp", &options.xdp);
         args.extend(options.extra.iter().cloned());

@@ -23,8 +23,12 @@ use crate::{
 pub const NODE_LAN_V4: &str = "192.168.50.0/24";
 /// The nodes' LAN; the fabric has `::1`, nodes have `::11` and up.
 pub const NODE_LAN_V6: &str = "fd50::/64";
-/// Service addresses that the fabric routes to the entry node: ClusterIPs, and load balancer and external IPs.
-const SERVICE_CIDRS: [&str; 4] = ["10.96.0.0/12", "fd96::/108", "198.51.100.0/24", "2001:db8:198::/64"];
+/// The cluster's pods; each node has a part ([`pod_cidrs`]).
+pub(crate) const POD_CIDRS: [&str; 2] = ["10.44.0.0/16", "fd44::/48"];
+/// ClusterIPs.
+pub(crate) const SERVICE_CIDRS: [&str; 2] = ["10.96.0.0/12", "fd96::/108"];
+/// Load balancer and external IPs.
+const EXTERNAL_CIDRS: [&str; 2] = ["198.51.100.0/24", "2001:db8:198::/64"];
 /// The fabric on the outside network.
 const WAN_GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
 const WAN_GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0x113, 0, 0, 0, 0, 1);
@@ -287,7 +291,7 @@ impl Lab {
             .entry
             .clone()
             .unwrap_or_else(|| lab.settings.nodes[0].clone());
-        for cidr in SERVICE_CIDRS {
+        for cidr in SERVICE_CIDRS.into_iter().chain(EXTERNAL_CIDRS) {
             lab.route(cidr, &entry)?;
         }
         let client = [
