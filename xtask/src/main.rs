@@ -1,1 +1,49 @@
-fn main() {}
+//! `cargo xtask`: everything that a developer does with shunt, from a machine with nothing but a Rust toolchain.
+
+mod build;
+mod demo;
+mod run;
+mod setup;
+mod shell;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Set-up, build, demo and tests of shunt.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Finds or installs what building and testing need: a toolchain for BPF, bpf-linker, and tools.
+    Setup,
+    /// Builds `target/release/shunt`.
+    Build,
+    /// Runs a cluster in network namespaces with live traffic; with arguments after `--`, the agent on this machine.
+    Run(run::Args),
+    /// Formatting, lints and all tests: host, kernel and cluster. Needs root or sudo.
+    Test(test::Args),
+}
+
+fn main() -> ExitCode {
+    shell::add_sbin_to_path();
+    let result = match Cli::parse().verb {
+        Verb::Setup => setup::setup().map(drop),
+        Verb::Build => build::build().map(drop),
+        Verb::Run(args) => run::run(&args),
+        Verb::Test(args) => test::test(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,437 @@
+//! The agent of one node, as a process in the node's namespace.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader, Read},
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Output, Stdio},
+    sync::{Arc, Condvar, Mutex, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::{
+    lab::{Lab, POD_CIDRS, SERVICE_CIDRS},
+    netns::NetNs,
+    registry,
+};
+
+/// How long an agent may take until its datapath is live; on an emulated machine the verifier takes most of it.
+const READY_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long an agent may take to end at SIGTERM.
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Settings of an agent.
+#[derive(Clone, Debug)]
+pub struct AgentOptions {
+    /// File or folder of manifests; `None` leaves the source to `extra`.
+    pub manifests: Option<PathBuf>,
+    /// `--xdp`.
+    pub xdp: String,
+    /// Further arguments of `run`.
+    pub extra: Vec<String>,
+    /// The binary; `None`: what [`find_shunt`] finds.
+    pub shunt: Option<PathBuf>,
+}
+
+impl AgentOptions {
+    /// Reads manifests and attaches XDP natively.
+    #[must_use]
+    pub fn manifests(path: impl Into<PathBuf>) -> Self {
+        Self {
+            manifests: Some(path.into()),
+            xdp: "native".to_owned(),
+            extra: Vec::new(),
+            shunt: None,
+        }
+    }
+
+    /// With `--xdp MODE`.
+    #[must_use]
+    pub fn xdp(mut self, mode: &str) -> Self {
+        mode.clone_into(&mut self.xdp);
+        self
+    }
+
+    /// With further arguments of `run`.
+    #[must_use]
+    pub fn args(mut self, args: &[&str]) -> Self {
+        self.extra.extend(args.iter().map(|&arg| arg.to_owned()));
+        self
+    }
+
+    /// With this binary, as tests have it in `CARGO_BIN_EXE_shunt`.
+    #[must_use]
+    pub fn shunt(mut self, path: impl Into<PathBuf>) -> Self {
+        self.shunt = Some(path.into());
+        self
+    }
+}
+
+/// The agent's binary: `SHUNT_BIN`, or the one in the target folder that the running program is in.
+///
+/// # Errors
+///
+/// When there is none; says how to build it.
+pub fn find_shunt() -> Result<PathBuf> {
+    if let Some(path) = std::env::var_os("SHUNT_BIN") {
+        return Ok(path.into());
+    }
+    let exe = std::env::current_exe().context("the running program's path")?;
+    // target/<profile>/xtask or target/<profile>/deps/<test>
+    exe.ancestors()
+        .skip(1)
+        .take(2)
+        .map(|folder| folder.join("shunt"))
+        .find(|path| path.is_file())
+        .context("no shunt binary: run `cargo xtask build` and set SHUNT_BIN=target/release/shunt")
+}
+
+/// What a running agent has printed so far.
+#[derive(Debug, Default)]
+struct Printed {
+    lines: Mutex<(String, Option<String>)>,
+    changed: Condvar,
+}
+
+impl Printed {
+    /// Collects a pipe until it ends; the first line with `ready: ` in it is kept apart.
+    fn collect(self: &Arc<Self>, pipe: impl Read + Send + 'static) {
+        let printed = Arc::clone(self);
+        thread::spawn(move || {
+            for line in BufReader::new(pipe).lines().map_while(Result::ok) {
+                let mut lines = printed.lines.lock().unwrap_or_else(PoisonError::into_inner);
+                lines.0.push_str(&line);
+                lines.0.push('\n');
+                if let (None, Some(start)) = (&lines.1, line.find("ready: ")) {
+                    lines.1 = Some(line[start..].to_owned());
+                }
+                printed.changed.notify_all();
+            }
+        });
+    }
+}
+
+/// A running agent; dropped, it ends and its pins are removed.
+#[derive(Debug)]
+pub struct Agent {
+    node: String,
+    ns: NetNs,
+    cgroup: PathBuf,
+    bpf_root: PathBuf,
+    shunt: PathBuf,
+    args: Vec<String>,
+    child: Option<Child>,
+    printed: Arc<Printed>,
+}
+
+impl Agent {
+    pub(crate) fn start(lab: &Lab, node: &str, options: &AgentOptions) -> Result<Self> {
+        mount_bpffs()?;
+        let bpf_root = lab.bpf_root(node);
+        let shunt = options.shunt.clone().map_or_else(find_shunt, Ok)?;
+        let mut args = vec!["run".to_owned()];
+        let mut set = |name: &str, value: &str| args.extend([name.to_owned(), value.to_owned()]);
+        if let Some(manifests) = &options.manifests {
+            set("--manifests", &manifests.to_string_lossy());
+        }
+        set("--node-name", node);
+        for ip in lab.node_ips(node)? {
+            set("--node-ip", &ip.to_string());
+        }
+        set("--devices", "eth0");
+        set("--pod-devices", "veth*");
+        set("--cgroup-root", &lab.node_cgroup(node).to_string_lossy());
+        set("--bpf-root", &bpf_root.to_string_lossy());
+        for cidr in POD_CIDRS {
+            set("--cluster-cidr", cidr);
+        }
+        for cidr in SERVICE_CIDRS {
+            set("--service-cidr", cidr);
+        }
+        set("--xdp", &options.xdp);
+        args.extend(options.extra.iter().cloned());
+        let mut agent = Self {
+            node: node.to_owned(),
+            ns: lab.ns(node)?,
+            cgroup: lab.node_cgroup(node).join("host"),
+            bpf_root,
+            shunt,
+            args,
+            child: None,
+            printed: Arc::default(),
+        };
+        agent.spawn()?;
+        agent.wait_ready()?;
+        Ok(agent)
+    }
+
+    fn command(&self) -> Result<Command> {
+        let mut command = Command::new(&self.shunt);
+        command.stdin(Stdio::null()).env("NO_COLOR", "1");
+        // Ctrl-C is for the program that has the lab, which then ends its agents.
+        command.process_group(0);
+        crate::client::join_cgroup(&mut command, &self.cgroup)?;
+        self.ns.enter(&mut command)?;
+        Ok(command)
+    }
+
+    fn spawn(&mut self) -> Result<()> {
+        let mut command = self.command()?;
+        command.args(&self.args).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command
+            .spawn()
+            .with_context(|| format!("cannot run {}", self.shunt.display()))?;
+        self.printed = Arc::default();
+        if let Some(stdout) = child.stdout.take() {
+            self.printed.collect(stdout);
+        }
+        if let Some(stderr) = child.stderr.take() {
+            self.printed.collect(stderr);
+        }
+        self.child = Some(child);
+        Ok(())
+    }
+
+    fn wait_ready(&mut self) -> Result<()> {
+        let deadline = Instant::now() + READY_TIMEOUT;
+        let printed = Arc::clone(&self.printed);
+        let mut lines = printed.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        while lines.1.is_none() {
+            let ended = self.child.as_mut().and_then(|child| child.try_wait().ok().flatten());
+            if let Some(status) = ended {
+                drop(lines);
+                // What it printed last may still be in the pipe.
+                thread::sleep(Duration::from_millis(50));
+                bail!("the agent of {} ended ({status}): {}", self.node, self.output().trim());
+            }
+            if Instant::now() >= deadline {
+                bail!(
+                    "the agent of {} is not ready after {READY_TIMEOUT:?}: {}",
+                    self.node,
+                    lines.0.trim()
+                );
+            }
+            lines = printed
+                .changed
+                .wait_timeout(lines, Duration::from_millis(50))
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        Ok(())
+    }
+
+    /// Its `ready: …` line.
+    #[must_use]
+    pub fn ready_line(&self) -> String {
+        self.printed
+            .lines
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .1
+            .clone()
+            .unwrap_or_default()
+    }
+
+    /// What it printed since it was last started, stdout and stderr.
+    #[must_use]
+    pub fn output(&self) -> String {
+        self.printed
+            .lines
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .0
+            .clone()
+    }
+
+    /// Waits until what it printed contains `text`.
+    ///
+    /// # Errors
+    ///
+    /// With what it printed instead.
+    pub fn wait_for(&self, text: &str, timeout: Duration) -> Result<()> {
+        let deadline = Instant::now() + timeout;
+        let mut lines = self.printed.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        while !lines.0.contains(text) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                bail!(
+                    "the agent of {} did not print {text:?} within {timeout:?}: {}",
+                    self.node,
+                    lines.0.trim()
+                );
+            }
+            lines = self
+                .printed
+                .changed
+                .wait_timeout(lines, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        Ok(())
+    }
+
+    /// Its node.
+    #[must_use]
+    pub fn node(&self) -> &str {
+        &self.node
+    }
+
+    /// Where its objects are pinned.
+    #[must_use]
+    pub fn bpf_root(&self) -> &Path {
+        &self.bpf_root
+    }
+
+    /// Its process, if it runs.
+    #[must_use]
+    pub fn pid(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
+    }
+
+    /// Whether it runs.
+    #[must_use]
+    pub fn is_running(&mut self) -> bool {
+        self.child
+            .as_mut()
+            .is_some_and(|child| matches!(child.try_wait(), Ok(None)))
+    }
+
+    /// Asks it to end (SIGTERM) and waits for that; the datapath stays.
+    ///
+    /// # Errors
+    ///
+    /// When it does not run, or does not end in time.
+    pub fn stop(&mut self) -> Result<ExitStatus> {
+        self.signal(Signal::TERM)?;
+        let child = self
+            .child
+            .as_mut()
+            .with_context(|| format!("the agent of {} does not run", self.node))?;
+        let deadline = Instant::now() + STOP_TIMEOUT;
+        while Instant::now() < deadline {
+            if let Some(status) = child.try_wait().context("agent")? {
+                self.child = None;
+                return Ok(status);
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        bail!(
+            "the agent of {} does not end at SIGTERM within {STOP_TIMEOUT:?}: {}",
+            self.node,
+            self.output().trim()
+        )
+    }
+
+    /// Ends it at once (SIGKILL); the datapath stays.
+    ///
+    /// # Errors
+    ///
+    /// When it does not run.
+    pub fn kill(&mut self) -> Result<()> {
+        let mut child = self
+            .child
+            .take()
+            .with_context(|| format!("the agent of {} does not run", self.node))?;
+        child.kill().context("agent")?;
+        child.wait().context("agent").map(drop)
+    }
+
+    /// Sends it a signal.
+    ///
+    /// # Errors
+    ///
+    /// When it does not run.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = self
+            .child
+            .as_ref()
+            .and_then(|child| Pid::from_raw(child.id().cast_signed()));
+        let pid = pid.with_context(|| format!("the agent of {} does not run", self.node))?;
+        kill_process(pid, signal).with_context(|| format!("the agent of {}", self.node))
+    }
+
+    /// Starts it again with the same arguments and waits until it is ready; one that runs is stopped first.
+    ///
+    /// # Errors
+    ///
+    /// With what the agent printed, when it ends or is not ready in time.
+    pub fn restart(&mut self) -> Result<()> {
+        if self.is_running() {
+            self.stop()?;
+        }
+        self.spawn()?;
+        self.wait_ready()
+    }
+
+    /// Runs a verb of the command line on this node's maps, with `--bpf-root` set.
+    ///
+    /// # Errors
+    ///
+    /// When the binary cannot be run; its own failure is in the output's status.
+    pub fn cli(&self, args: &[&str]) -> Result<Output> {
+        let mut command = self.command()?;
+        command.args(args).arg("--bpf-root").arg(&self.bpf_root);
+        command
+            .output()
+            .with_context(|| format!("cannot run {}", self.shunt.display()))
+    }
+
+    /// Runs a verb with `-o json` and parses what it prints.
+    ///
+    /// # Errors
+    ///
+    /// With its message when it fails.
+    pub fn json(&self, args: &[&str]) -> Result<serde_json::Value> {
+        let output = self.cli(&[args, &["-o", "json"]].concat())?;
+        let verb = args.join(" ");
+        if !output.status.success() {
+            bail!("shunt {verb}: {}", String::from_utf8_lossy(&output.stderr).trim());
+        }
+        serde_json::from_slice(&output.stdout).with_context(|| format!("shunt {verb} -o json"))
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        // Cleans the node's devices too; that matters only to a lab that goes on without this agent.
+        let _ = self.cli(&["cleanup"]);
+        remove_pins(&self.bpf_root);
+    }
+}
+
+/// Mounts bpffs where it is usually mounted, unless it is.
+///
+/// # Errors
+///
+/// When it cannot be mounted.
+pub fn mount_bpffs() -> Result<()> {
+    let mounts = fs::read_to_string("/proc/self/mounts").context("/proc/self/mounts")?;
+    if mounts
+        .lines()
+        .any(|line| line.split(' ').nth(2) == Some("bpf") && line.split(' ').nth(1) == Some(registry::BPFFS))
+    {
+        return Ok(());
+    }
+    rustix::mount::mount("bpf", registry::BPFFS, "bpf", rustix::mount::MountFlags::empty(), None).with_context(|| {
+        format!(
+            "{}: cannot mount bpffs: mount -t bpf bpf {}",
+            registry::BPFFS,
+            registry::BPFFS
+        )
+    })
+}
+
+/// Unlinks everything below a folder of pins, and the folder; what nothing else holds is unloaded by the kernel.
+pub fn remove_pins(path: &Path) {
+    // bpffs is gone or never was: nothing to remove.
+    let _ = fs::remove_dir_all(path);
+}

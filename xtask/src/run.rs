@@ -1,0 +1,50 @@
+//! `cargo xtask run`: the demo, or with arguments the agent on this machine.
+
+use std::{env, os::unix::process::CommandExt};
+
+use anyhow::{Context, Result};
+
+use crate::{
+    build, demo,
+    shell::{as_root, is_root, show, target},
+};
+
+/// Arguments of `run`.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// One round of traffic and the table; fails unless every frontend was answered by every one of its backends.
+    #[arg(long)]
+    once: bool,
+    /// Everything is built already: set when this starts itself again as root.
+    #[arg(long, hide = true)]
+    built: bool,
+    /// Arguments of `shunt run` (`--manifests DIR`, `--kubeconfig FILE`, …): runs the agent on this machine itself.
+    #[arg(last = true)]
+    agent: Vec<String>,
+}
+
+/// Builds, becomes root if it is not, and runs the demo or the agent.
+///
+/// # Errors
+///
+/// When the build, the demo or the start of the agent fails.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    if !args.built {
+        build::build()?;
+    }
+    let mut command = if !args.agent.is_empty() {
+        let mut command = as_root(&target().join("release/shunt").to_string_lossy())?;
+        command.arg("run").args(&args.agent);
+        command
+    } else if is_root() {
+        return if args.once { demo::one_round() } else { demo::live() };
+    } else {
+        let this = env::current_exe().context("this program's path")?;
+        let mut command = as_root(&this.to_string_lossy())?;
+        command.args(["run", "--built"]).args(args.once.then_some("--once"));
+        command
+    };
+    // Only returns when it cannot be started.
+    let error = command.exec();
+    Err(error).with_context(|| format!("cannot run {}", show(&command)))
+}

@@ -1,0 +1,341 @@
+//! Finds or installs what the build and the tests need, and writes `target/tools/env` for `proxy-userspace/build.rs`.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result, bail};
+
+use crate::shell::{as_root, capture, cargo, is_root, root, say, target, which};
+
+/// The version that is built into `target/tools`.
+const BPF_LINKER_VERSION: &str = "0.13.0";
+/// LLVM versions that this bpf-linker builds against, oldest first.
+const BPF_LINKER_LLVM: std::ops::RangeInclusive<u32> = 21..=23;
+/// The first rustc that builds the workspace, `rust-version` in `Cargo.toml`.
+const MIN_RUSTC: (u32, u32) = (1, 95);
+/// Debian's stand-in for a toolchain with rust-src.
+const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
+const DEBIAN_PACKAGES: [&str; 2] = ["rustc-web", "rust-web-src"];
+
+/// Programs that tests and the demo call, and the Debian package of each. The agent itself calls none.
+const PROGRAMS: [(&str, &str); 7] = [
+    ("ip", "iproute2"),
+    ("ethtool", "ethtool"),
+    ("bpftool", "bpftool"),
+    ("nft", "nftables"),
+    ("iptables", "iptables"),
+    ("sysctl", "procps"),
+    ("nsenter", "util-linux"),
+];
+
+/// A compiler that can build for BPF: one with the source of `core`.
+struct Toolchain {
+    rustc: PathBuf,
+    /// The toolchain's own cargo; `None`: the one that runs this.
+    cargo: Option<PathBuf>,
+    /// Major version of the LLVM that its bitcode is of.
+    llvm: u32,
+    what: String,
+}
+
+/// Makes the machine fit to build and test; quick when it is.
+///
+/// # Errors
+///
+/// With what to do, when something is missing and cannot be installed.
+pub(crate) fn setup() -> Result<()> {
+    let tools = target().join("tools");
+    fs::create_dir_all(&tools).with_context(|| format!("{}", tools.display()))?;
+    let mut apt = Apt::default();
+    let toolchain = toolchain(&mut apt)?;
+    let linker = bpf_linker(&tools, &toolchain, &mut apt)?;
+    programs(&mut apt)?;
+
+    let mut text = String::from("# Written by `cargo xtask setup`, read by proxy-userspace/build.rs.\n");
+    let mut set = |key: &str, value: &str| text.push_str(&format!("{key}={value}\n"));
+    set("RUSTC", &toolchain.rustc.to_string_lossy());
+    if let Some(cargo) = &toolchain.cargo {
+        set("CARGO", &cargo.to_string_lossy());
+    }
+    // `-Z build-std` with a stable compiler.
+    set("RUSTC_BOOTSTRAP", "1");
+    set("BPF_LINKER", &linker.to_string_lossy());
+    let file = tools.join("env");
+    // Written only when it changes: the BPF build starts anew when it does.
+    if fs::read_to_string(&file).ok().as_deref() != Some(&text) {
+        fs::write(&file, &text).with_context(|| format!("{}", file.display()))?;
+        say("setup", format_args!("BPF programs are built by {}", toolchain.what));
+    }
+    Ok(())
+}
+
+/// Finds a toolchain with the source of `core`, or adds that to one.
+fn toolchain(apt: &mut Apt) -> Result<Toolchain> {
+    let candidates = || rustup_toolchains().into_iter().chain([debian_toolchain()]).flatten();
+    let mut reasons = Vec::new();
+    for toolchain in candidates() {
+        match fits(&toolchain) {
+            Ok(()) => return Ok(toolchain),
+            Err(reason) => reasons.push(format!("{}: {reason:#}", toolchain.what)),
+        }
+    }
+    if which("rustup").is_some() {
+        say("setup", "adding rust-src to the active rustup toolchain");
+        match capture(
+            Command::new("rustup")
+                .args(["component", "add", "rust-src"])
+                .current_dir(root()),
+        ) {
+            Ok(_) => {
+                if let Some(toolchain) = candidates().find(|toolchain| fits(toolchain).is_ok()) {
+                    return Ok(toolchain);
+                }
+            }
+            Err(error) => reasons.push(format!("{error:#}")),
+        }
+    }
+    match apt.install(&DEBIAN_PACKAGES, "a Rust compiler with the source of core") {
+        Ok(()) => {
+            if let Some(toolchain) = debian_toolchain().filter(|toolchain| fits(toolchain).is_ok()) {
+                return Ok(toolchain);
+            }
+            reasons.push(format!("{DEBIAN_RUSTC} is still unfit"));
+        }
+        Err(error) => reasons.push(format!("{error:#}")),
+    }
+    bail!(
+        "no Rust toolchain with rust-src: run `rustup component add rust-src` and try again ({})",
+        reasons.join("; ")
+    )
+}
+
+/// The active toolchain, then nightly, if they have the source.
+fn rustup_toolchains() -> Vec<Option<Toolchain>> {
+    let active = env::var_os("CARGO").map(PathBuf::from).and_then(|cargo| {
+        let bin = cargo.parent()?.to_path_buf();
+        Some((bin, "the active toolchain".to_owned()))
+    });
+    let home = env::var_os("RUSTUP_HOME").map(PathBuf::from);
+    let home = home.or_else(|| env::home_dir().map(|home| home.join(".rustup")));
+    let installed = home.into_iter().flat_map(|home| {
+        let folders = fs::read_dir(home.join("toolchains")).into_iter().flatten().flatten();
+        let mut names: Vec<PathBuf> = folders.map(|entry| entry.path()).collect();
+        names.retain(|path| {
+            path.file_name()
+                .is_some_and(|name| name.to_string_lossy().starts_with("nightly-"))
+        });
+        names.sort();
+        names.into_iter().map(|path| {
+            let what = format!("toolchain {}", path.file_name().unwrap_or_default().to_string_lossy());
+            (path.join("bin"), what)
+        })
+    });
+    active
+        .into_iter()
+        .chain(installed)
+        .map(|(bin, what)| {
+            let sysroot = bin.parent()?.to_path_buf();
+            has_source(&sysroot).then_some(())?;
+            inspect(bin.join("rustc"), Some(bin.join("cargo")), what).ok()
+        })
+        .collect()
+}
+
+fn debian_toolchain() -> Option<Toolchain> {
+    has_source(Path::new("/usr")).then_some(())?;
+    inspect(
+        DEBIAN_RUSTC.into(),
+        None,
+        format!("{DEBIAN_RUSTC} (Debian's rustc-web)"),
+    )
+    .ok()
+}
+
+fn has_source(sysroot: &Path) -> bool {
+    sysroot.join("lib/rustlib/src/rust/library/core/Cargo.toml").is_file()
+}
+
+fn inspect(rustc: PathBuf, cargo: Option<PathBuf>, what: String) -> Result<Toolchain> {
+    let text = capture(Command::new(&rustc).arg("-vV"))?;
+    let llvm = field(&text, "LLVM version: ").context("rustc -vV names no LLVM version")?;
+    let release = field(&text, "release: ").context("rustc -vV names no release")?;
+    let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    if version < MIN_RUSTC {
+        bail!("rustc {release} is older than {}.{}", MIN_RUSTC.0, MIN_RUSTC.1);
+    }
+    let llvm = llvm
+        .split('.')
+        .next()
+        .and_then(|major| major.parse().ok())
+        .context("LLVM version")?;
+    Ok(Toolchain {
+        rustc,
+        cargo,
+        llvm,
+        what: format!("{what} (rustc {release}, LLVM {llvm})"),
+    })
+}
+
+fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
+    text.lines().find_map(|line| line.strip_prefix(name)).map(str::trim)
+}
+
+/// Whether bpf-linker can read what the compiler writes: LLVM reads bitcode of its own version and of older ones.
+fn fits(toolchain: &Toolchain) -> Result<()> {
+    if toolchain.llvm > *BPF_LINKER_LLVM.end() {
+        let newest = BPF_LINKER_LLVM.end();
+        bail!(
+            "its LLVM {} is newer than {newest}, the newest that bpf-linker {BPF_LINKER_VERSION} knows",
+            toolchain.llvm
+        );
+    }
+    Ok(())
+}
+
+/// `target/tools/bin/bpf-linker`, built if it is not there or of another version.
+fn bpf_linker(tools: &Path, toolchain: &Toolchain, apt: &mut Apt) -> Result<PathBuf> {
+    let linker = tools.join("bin/bpf-linker");
+    let stamp = tools.join("bpf-linker.stamp");
+    let built = fs::read_to_string(&stamp).unwrap_or_default();
+    if let Some((version, llvm)) = built.trim().split_once(" llvm-") {
+        let llvm: u32 = llvm.parse().unwrap_or(0);
+        // Running it shows that the shared LLVM that it was linked to is still there.
+        if version == BPF_LINKER_VERSION
+            && llvm >= toolchain.llvm
+            && capture(Command::new(&linker).arg("--version")).is_ok()
+        {
+            return Ok(linker);
+        }
+    }
+    let llvm = llvm_dev(toolchain, apt)?;
+    let mut missing = Vec::new();
+    for (there, package) in [
+        (which("cc").is_some(), "gcc"),
+        (which("c++").is_some(), "g++"),
+        (Path::new("/usr/include/zlib.h").is_file(), "zlib1g-dev"),
+        (Path::new("/usr/include/zstd.h").is_file(), "libzstd-dev"),
+    ] {
+        if !there {
+            missing.push(package);
+        }
+    }
+    apt.install(&missing, "to build bpf-linker")?;
+    say(
+        "setup",
+        format_args!("building bpf-linker {BPF_LINKER_VERSION} with LLVM {llvm} (about a minute)"),
+    );
+    let build = tools.join("build");
+    let prefix = format!("/usr/lib/llvm-{llvm}");
+    let built = capture(
+        cargo()
+            .args([
+                "install",
+                "bpf-linker",
+                "--locked",
+                "--quiet",
+                "--force",
+                "--version",
+                BPF_LINKER_VERSION,
+            ])
+            .args(["--no-default-features", "--features", &format!("llvm-{llvm}"), "--root"])
+            .arg(tools)
+            .env("LLVM_PREFIX", &prefix)
+            .env("CARGO_TARGET_DIR", &build)
+            .env_remove("RUSTFLAGS"),
+    );
+    // Half a gigabyte that nobody needs again; what stays of it is in nobody's way.
+    let _ = fs::remove_dir_all(&build);
+    built.context("bpf-linker does not build")?;
+    capture(Command::new(&linker).arg("--version")).context("bpf-linker does not run")?;
+    fs::write(&stamp, format!("{BPF_LINKER_VERSION} llvm-{llvm}\n")).with_context(|| format!("{}", stamp.display()))?;
+    Ok(linker)
+}
+
+/// The version of an installed LLVM for development that bpf-linker and the compiler go with.
+fn llvm_dev(toolchain: &Toolchain, apt: &mut Apt) -> Result<u32> {
+    let oldest = toolchain.llvm.max(*BPF_LINKER_LLVM.start());
+    let fit = || oldest..=*BPF_LINKER_LLVM.end();
+    let installed = |llvm: &u32| {
+        Path::new(&format!("/usr/lib/llvm-{llvm}/bin/llvm-config")).is_file()
+            && Path::new(&format!("/usr/lib/llvm-{llvm}/include/llvm-c/Core.h")).exists()
+    };
+    if let Some(llvm) = fit().find(installed) {
+        return Ok(llvm);
+    }
+    let mut reason = None;
+    for llvm in fit() {
+        match apt.install(&[&format!("llvm-{llvm}-dev")], "for bpf-linker") {
+            Ok(()) if installed(&llvm) => return Ok(llvm),
+            Ok(()) => {}
+            Err(error) => reason = reason.or(Some(error)),
+        }
+    }
+    let error = reason.unwrap_or_else(|| anyhow::anyhow!("it was installed elsewhere than in /usr/lib/llvm-{oldest}"));
+    Err(error.context(format!(
+        "LLVM {oldest} for development is missing: add the repository of https://apt.llvm.org and install llvm-{oldest}-dev"
+    )))
+}
+
+fn programs(apt: &mut Apt) -> Result<()> {
+    let missing = || PROGRAMS.iter().filter(|(program, _)| which(program).is_none());
+    let mut packages: Vec<&str> = missing().map(|(_, package)| *package).collect();
+    if packages.is_empty() {
+        return Ok(());
+    }
+    if apt.install(&packages, "for tests and the demo").is_err() {
+        // Ubuntu has no package bpftool: it comes with the kernel's tools.
+        for package in packages.iter_mut().filter(|package| **package == "bpftool") {
+            *package = "linux-tools-generic";
+        }
+        apt.install(&packages, "for tests and the demo")?;
+    }
+    let left: Vec<&str> = missing().map(|(program, _)| *program).collect();
+    if !left.is_empty() {
+        bail!(
+            "{} still not found after {} was installed",
+            left.join(", "),
+            packages.join(", ")
+        );
+    }
+    Ok(())
+}
+
+/// apt-get, whose package lists are fetched once at most.
+#[derive(Default)]
+struct Apt {
+    updated: bool,
+}
+
+impl Apt {
+    fn install(&mut self, packages: &[&str], why: &str) -> Result<()> {
+        if packages.is_empty() {
+            return Ok(());
+        }
+        let list = packages.join(" ");
+        if which("apt-get").is_none() {
+            bail!("install {list} ({why}): this is neither Debian nor Ubuntu");
+        }
+        let how = if is_root() { "" } else { " with sudo" };
+        if !self.updated {
+            say("setup", format_args!("apt-get update{how}"));
+            // An unreachable repository among several is no reason to stop: the package may be in another.
+            if let Err(error) = capture(as_root("apt-get")?.args(["update", "-qq"])) {
+                say("setup", format_args!("{error:#}"));
+            }
+            self.updated = true;
+        }
+        say("setup", format_args!("apt-get install {list}{how}: {why}"));
+        let mut command = as_root("apt-get")?;
+        command
+            .args(["install", "-y", "-qq", "--no-install-recommends"])
+            .args(packages);
+        command.env("DEBIAN_FRONTEND", "noninteractive");
+        capture(&mut command)
+            .with_context(|| format!("cannot install {list}"))
+            .map(drop)
+    }
+}
