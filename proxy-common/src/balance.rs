@@ -15,7 +15,7 @@
 //! itself, does both halves at once ([`Arrival::sends_on`]). Without SNAT `sp` is `cp`, and only the frontend's side
 //! changes.
 
-use core::{marker::PhantomData, ptr::NonNull};
+use core::{marker::PhantomData, mem::offset_of, ptr::NonNull};
 
 use crate::{
     event::Event,
@@ -106,54 +106,42 @@ unsafe fn copy<T>(from: *const T, to: *mut T) {
     }
 }
 
+/// An entry and what it held.
+type Read<'m, T> = (Entry<'m, T>, T);
+
 /// A value that carries a flow's state and age.
 pub trait Tracked: Copy {
-    /// Address of the `FLOW_*` bits.
-    fn state(entry: *mut Self) -> *mut u16;
-    /// Address of the time stamp.
-    fn last_seen(entry: *mut Self) -> *mut u32;
+    /// Offset of the `FLOW_*` bits, in bytes.
+    const STATE: usize;
+    /// Offset of the time stamp, in bytes.
+    const LAST_SEEN: usize;
 }
 
 impl<A: Copy> Tracked for Flow<A> {
-    #[inline(always)]
-    fn state(entry: *mut Self) -> *mut u16 {
-        // SAFETY: only the field's address is computed.
-        unsafe { &raw mut (*entry).state }
-    }
-    #[inline(always)]
-    fn last_seen(entry: *mut Self) -> *mut u32 {
-        // SAFETY: only the field's address is computed.
-        unsafe { &raw mut (*entry).last_seen }
-    }
+    const STATE: usize = offset_of!(Self, state);
+    const LAST_SEEN: usize = offset_of!(Self, last_seen);
 }
 
 impl<A: Copy> Tracked for SnatSlot<A> {
-    #[inline(always)]
-    fn state(entry: *mut Self) -> *mut u16 {
-        // SAFETY: only the field's address is computed.
-        unsafe { &raw mut (*entry).state }
-    }
-    #[inline(always)]
-    fn last_seen(entry: *mut Self) -> *mut u32 {
-        // SAFETY: only the field's address is computed.
-        unsafe { &raw mut (*entry).last_seen }
-    }
+    const STATE: usize = offset_of!(Self, state);
+    const LAST_SEEN: usize = offset_of!(Self, last_seen);
 }
 
 impl<T: Tracked> Entry<'_, T> {
     /// Address of the time stamp, for an atomic exchange.
     #[inline(always)]
     pub fn last_seen(self) -> *mut u32 {
-        T::last_seen(self.ptr.as_ptr())
+        // SAFETY: the offset lies within the value.
+        unsafe { self.ptr.as_ptr().byte_add(T::LAST_SEEN).cast() }
     }
 
     /// Notes a packet: state bits when they are new, the time when a tick has passed. Returns whether it had.
     #[inline(always)]
     fn note(self, bits: u16, now: u32) -> bool {
-        let state = T::state(self.ptr.as_ptr());
-        let last_seen = T::last_seen(self.ptr.as_ptr());
-        // SAFETY: fields of an entry that is valid by `new`'s contract, aligned by its layout.
+        // SAFETY: aligned fields of an entry that is valid by `new`'s contract.
         unsafe {
+            let state: *mut u16 = self.ptr.as_ptr().byte_add(T::STATE).cast();
+            let last_seen = self.last_seen();
             let old = *state;
             if old | bits != old {
                 *state = old | bits;
@@ -378,11 +366,9 @@ fn undecided<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -
         2 => return Outcome::Refuse,
         _ => return Outcome::Drop,
     }
-    if scratch.flow.state & FLOW_SNAT != 0 {
-        if !translate_source(maps, scratch) {
-            maps.count(Event::SnatExhausted);
-            return Outcome::Drop;
-        }
+    if scratch.flow.state & FLOW_SNAT != 0 && !translate_source(maps, scratch) {
+        maps.count(Event::SnatExhausted);
+        return Outcome::Drop;
     }
     remember(maps, scratch);
     Outcome::Translate
@@ -710,7 +696,7 @@ fn snat_slot<'m, F: Family, M: Maps<F>>(
     backend: F::Words,
     backend_port: u16,
     proto: u8,
-) -> Option<(Entry<'m, SnatSlot<F::Words>>, SnatSlot<F::Words>)> {
+) -> Option<Read<'m, SnatSlot<F::Words>>> {
     let entry = maps.snat(snat::index::<F>(config, port, backend, backend_port, proto))?;
     let slot = entry.read();
     (slot.backend == backend && slot.backend_port == backend_port && slot.proto == proto && slot.last_seen != 0)

@@ -367,7 +367,7 @@ mod tests {
                 proto: TCP,
                 reserved: 0,
                 reserved2: 0,
-                reserved3: 0,
+                owner: 0,
             };
             maps.v4.snat.set(&index, &slot).unwrap();
             maps.v4.flows.set(&key, &flow).unwrap();

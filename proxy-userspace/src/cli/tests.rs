@@ -312,7 +312,7 @@ fn flush_deletes_what_its_filter_admits_frees_source_ports_and_says_how_many() {
         proto: TCP,
         reserved: 0,
         reserved2: 0,
-        reserved3: 0,
+        owner: 0,
     };
     maps.v4.snat.set(&index, &slot).unwrap();
     add_flow::<V6>(&maps.v6, [1; 16], 3, UDP, FLOW_ANSWERED, 0);
