@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
 };
 
 use anyhow::{Context, Result};
@@ -65,38 +65,42 @@ pub(super) struct View {
     hooks: BTreeMap<Frontend, Hooks>,
 }
 
-/// A row of `shunt backends -o json`.
+/// A row of `shunt services -o json`.
 #[derive(Deserialize)]
-struct Row {
+struct FrontendRow {
     namespace: String,
     service: String,
     kind: String,
     address: IpAddr,
     port: u16,
     protocol: String,
-    backends: Vec<Backend>,
 }
 
+/// A row of `shunt backends -o json`.
 #[derive(Deserialize)]
-struct Backend {
+struct BackendRow {
     address: IpAddr,
-    connections: Hooks,
+    protocol: String,
+    flows: Hooks,
+    frontends: Vec<SocketAddr>,
 }
 
 impl View {
     pub(super) fn read(agents: &[Agent]) -> Result<Self> {
         let mut view = Self::default();
         for agent in agents {
-            let rows = agent.json(&["backends"])?;
-            let rows = Vec::<Row>::deserialize(rows).with_context(|| format!("{}: shunt backends", agent.node()))?;
-            for row in rows {
-                view.add(row);
+            let frontends = Vec::<FrontendRow>::deserialize(agent.json(&["services"])?)
+                .with_context(|| format!("{}: shunt services", agent.node()))?;
+            let backends = Vec::<BackendRow>::deserialize(agent.json(&["backends"])?)
+                .with_context(|| format!("{}: shunt backends", agent.node()))?;
+            for frontend in frontends {
+                view.add(frontend, &backends);
             }
         }
         Ok(view)
     }
 
-    fn add(&mut self, row: Row) {
+    fn add(&mut self, row: FrontendRow, backends: &[BackendRow]) {
         let proto = match row.protocol.as_str() {
             "TCP" => Proto::Tcp,
             "UDP" => Proto::Udp,
@@ -110,19 +114,20 @@ impl View {
         } else {
             Address::Ip(row.address)
         };
-        let service = format!("{}/{}", row.namespace, row.service);
+        let socket = SocketAddr::new(row.address, row.port);
         let frontend = Frontend {
-            service,
+            service: format!("{}/{}", row.namespace, row.service),
             kind: row.kind,
             port: row.port,
             proto,
             address,
         };
         let hooks = self.hooks.entry(frontend.clone()).or_default();
-        let backends = self.frontends.entry(frontend).or_default();
-        for backend in row.backends {
-            backends.insert(backend.address);
-            *hooks += backend.connections;
+        let addresses = self.frontends.entry(frontend).or_default();
+        let its_own = |backend: &&BackendRow| backend.protocol == row.protocol && backend.frontends.contains(&socket);
+        for backend in backends.iter().filter(its_own) {
+            addresses.insert(backend.address);
+            *hooks += backend.flows;
         }
     }
 
