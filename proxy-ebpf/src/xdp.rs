@@ -8,8 +8,8 @@ use core::arch::asm;
 
 use aya_ebpf::{
     EbpfContext,
-    bindings::xdp_action::{XDP_DROP, XDP_PASS, XDP_TX},
-    helpers::{bpf_fib_lookup, bpf_xdp_adjust_head, bpf_xdp_adjust_tail},
+    bindings::xdp_action::{XDP_DROP, XDP_PASS},
+    helpers::{bpf_fib_lookup, bpf_redirect, bpf_xdp_adjust_head, bpf_xdp_adjust_tail},
     macros::xdp,
     programs::XdpContext,
 };
@@ -105,6 +105,15 @@ fn rewrite<F: Family>(ctx: &XdpContext, headers: &Headers<F::Words>, new: &Tuple
     packet::update_checksum::<F>(&frame, headers, new) && packet::write_tuple::<F>(&frame, headers, new)
 }
 
+/// Sends the frame out of a device.
+// Not `XDP_TX`, though the device is the one it came from: a veth leaves such frames in its peer's ring until something
+// else wakes the peer, unless the peer runs XDP too.
+#[inline(always)]
+fn send(device: u32) -> u32 {
+    // SAFETY: the helper only notes where to send.
+    unsafe { bpf_redirect(device, 0) as u32 }
+}
+
 /// The kernel's `struct bpf_fib_lookup`, without its unions.
 #[repr(C)]
 struct FibLookup {
@@ -166,7 +175,7 @@ fn send_on<F: KernelFamily>(ctx: &XdpContext, headers: &Headers<F::Words>, new: 
             ethernet.add(3 + i).write_volatile(fib.macs[i]);
         }
     }
-    XDP_TX
+    send(ingress)
 }
 
 /// An address as the kernel's union holds it: IPv4 in the first word.
