@@ -218,9 +218,8 @@ fn refuse<F: Family>(ctx: &XdpContext, headers: &Headers<F::Words>) -> u32 {
         new.cast::<[u8; ETHERNET]>()
             .write_unaligned(old.cast::<[u8; ETHERNET]>().read_unaligned())
     };
-    if icmp::port_unreachable::<F>(&frame, headers, quote) {
-        XDP_TX
-    } else {
-        XDP_DROP
+    if !icmp::port_unreachable::<F>(&frame, headers, quote) {
+        return XDP_DROP;
     }
+    send(ctx.ingress_ifindex() as u32)
 }
