@@ -446,10 +446,10 @@ pub fn leaving<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, tcp_fla
             client_port: tuple.dst_port,
             ..client_key::<F>(tuple)
         };
-        if let Some(tuple) = reply(maps, maps.flow(&key), tuple, state) {
+        if let Some(tuple) = reply(maps, maps.flow(&key), tuple, state, tcp_flags) {
             return translate(tuple);
         }
-        if let Some(tuple) = reply(maps, maps.new_flow(&key), tuple, state) {
+        if let Some(tuple) = reply(maps, maps.new_flow(&key), tuple, state, tcp_flags) {
             return translate(tuple);
         }
     }
@@ -673,10 +673,19 @@ fn reply<F: Family, M: Maps<F>>(
     entry: Option<Entry<'_, Flow<F::Words>>>,
     tuple: &Tuple<F::Words>,
     state: u16,
+    tcp_flags: u8,
 ) -> Option<Tuple<F::Words>> {
     let entry = entry?;
     let flow = entry.read();
-    if flow.backend != tuple.src || flow.backend_port != tuple.src_port || flow.state & FLOW_SNAT != 0 {
+    if flow.backend != tuple.src
+        || flow.backend_port != tuple.src_port
+        || flow.state & (FLOW_SNAT | FLOW_SUPERSEDED) != 0
+    {
+        return None;
+    }
+    if tcp_flags & SYN != 0 && is_closed(flow.state) {
+        // The client took its port anew, to dial the backend itself.
+        entry.note(FLOW_SUPERSEDED, maps.now());
         return None;
     }
     entry.note(state, maps.now());

@@ -179,6 +179,8 @@ pub const FLOW_LOCAL_BACKEND: u16 = 1 << 4;
 pub const FLOW_SNAT: u16 = 1 << 5;
 /// [`Flow::state`]: the client is on this node: its packets came in through a pod device.
 pub const FLOW_LOCAL_CLIENT: u16 = 1 << 6;
+/// [`Flow::state`]: the connection is over, and the client's port serves a direct one to the same backend.
+pub const FLOW_SUPERSEDED: u16 = 1 << 7;
 
 /// One flow: what its packets carry on either side of this node.
 ///
