@@ -26,8 +26,11 @@ use crate::{
     snat,
 };
 
-/// Seconds in [`TICK_NS`] after which a source port whose flow is closed may be taken by another flow.
-const CLOSED_TICKS: u32 = 5;
+/// Ticks ([`TICK_NS`]) after which a source port whose connection is closed may serve another: as long as the backend may
+/// keep it in TIME_WAIT (60 s in Linux), where it could take the new connection's SYN for an old packet.
+const TIME_WAIT_TICKS: u32 = 57;
+/// The same when no other port is left.
+const HURRY_TICKS: u32 = 2;
 /// The same for a flow that was never answered.
 const UNANSWERED_TICKS: u32 = 20;
 /// The same for UDP: nf_conntrack's stream time-out of 120 s and a margin.
@@ -35,8 +38,8 @@ const UDP_TICKS: u32 = 180;
 /// The same for TCP: kube-proxy's default `tcpEstablishedTimeout`, 24 h.
 const TCP_TICKS: u32 = 80_500;
 
-/// Most free ports looked at more closely for one flow.
-const MAX_CANDIDATES: u32 = 2;
+/// Rounds of the search for a source port: a closer look at one, then a quick look at some more.
+const MAX_CANDIDATES: u32 = 4;
 
 /// Both FINs.
 const FLOW_FINISHED: u16 = FLOW_CLIENT_FIN | FLOW_BACKEND_FIN;
@@ -318,6 +321,8 @@ struct Search {
     found: Opaque,
     /// [`SnatSlot::owner`] of the flow.
     owner: Opaque,
+    /// Ticks after which a closed connection's port may be taken.
+    closed_ticks: Opaque,
     /// A condition.
     flag: Opaque,
 }
@@ -567,12 +572,14 @@ fn is_closed(state: u16) -> bool {
     state & FLOW_RESET != 0 || state & FLOW_FINISHED == FLOW_FINISHED
 }
 
-/// Whether nobody would miss the flow.
+/// Whether nobody would miss the flow; `closed_ticks`: how long after both sides' FIN.
 #[inline(always)]
-fn is_over(state: u16, proto: u8, last_seen: u32, now: u32) -> bool {
+fn is_over(state: u16, proto: u8, last_seen: u32, now: u32, closed_ticks: u32) -> bool {
     let idle = now.wrapping_sub(last_seen);
-    let limit = if is_closed(state) {
-        CLOSED_TICKS
+    let limit = if state & FLOW_RESET != 0 {
+        0
+    } else if is_closed(state) {
+        closed_ticks
     } else if state & FLOW_ANSWERED == 0 {
         UNANSWERED_TICKS
     } else if proto == TCP {
@@ -818,7 +825,7 @@ fn choose<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> O
     }
 
     *key = client_key::<F>(tuple);
-    let mut held = holder(maps, key, tuple, now);
+    let mut held = holder(maps, key, tuple, &slot, now);
     if port_is_lent(maps, config, tuple, &slot) {
         held = Holder::Other;
     }
@@ -865,7 +872,13 @@ enum Holder {
 }
 
 #[inline(always)]
-fn holder<F: Family, M: Maps<F>>(maps: &M, key: &FlowKey<F::Words>, tuple: &Tuple<F::Words>, now: u32) -> Holder {
+fn holder<F: Family, M: Maps<F>>(
+    maps: &M,
+    key: &FlowKey<F::Words>,
+    tuple: &Tuple<F::Words>,
+    backend: &Slot<F::Words>,
+    now: u32,
+) -> Holder {
     let entry = match maps.flow(key) {
         Some(entry) => Some(entry),
         None => maps.new_flow(key),
@@ -873,8 +886,11 @@ fn holder<F: Family, M: Maps<F>>(maps: &M, key: &FlowKey<F::Words>, tuple: &Tupl
     let Some(entry) = entry else { return Holder::Nobody };
     let flow = entry.read();
     let same = flow.frontend == tuple.dst && flow.frontend_port == tuple.dst_port;
-    // The same frontend: only a connection that is opened anew comes here. Another: wait until its packets are gone.
-    if same || is_over(flow.state, tuple.proto, flow.last_seen, now) {
+    // The same frontend: only a connection that is opened anew comes here, and the client knows what it does. Another:
+    // the backend must not take its first packet for one of the connection that was.
+    let remembered = flow.backend == backend.addr && flow.backend_port == backend.port;
+    let closed_ticks = if remembered { TIME_WAIT_TICKS } else { 0 };
+    if same || is_over(flow.state, tuple.proto, flow.last_seen, now, closed_ticks) {
         Holder::Over
     } else {
         Holder::Other
@@ -927,7 +943,7 @@ fn translate_source<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Wo
         }
         let found = next_port(maps, scratch);
         if !scratch.search.flag.hide(found) {
-            return false;
+            scratch.search.closed_ticks.set(HURRY_TICKS);
         }
     }
     false
@@ -941,6 +957,7 @@ fn first_port<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) 
     let owner = hash::flow::<F>(tuple.src, tuple.src_port, tuple.dst, tuple.dst_port, tuple.proto);
     let search = &mut scratch.search;
     search.owner.set(owner);
+    search.closed_ticks.set(TIME_WAIT_TICKS);
     search.offset.set(if snat::in_range(config, tuple.src_port) {
         u32::from(tuple.src_port.wrapping_sub(config.snat_first))
     } else {
@@ -971,7 +988,7 @@ fn take_port<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -
         .flag
         .hide(is_own(&slot, flow, tuple.src, tuple.src_port, search.owner.get()))
     {
-        if !search.flag.hide(is_free(&slot, now)) {
+        if !search.flag.hide(is_free(&slot, now, search.closed_ticks.get())) {
             return false;
         }
         *reply = Tuple {
@@ -1038,20 +1055,23 @@ fn next_port<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -
         let index = snat::index::<F>(config, port, flow.backend, flow.backend_port, tuple.proto);
         let Some(entry) = maps.snat(index) else { return false };
         let slot = entry.read();
-        let usable =
-            is_own(&slot, flow, tuple.src, tuple.src_port, search.owner.get()) | is_free(&slot, flow.last_seen);
+        let usable = is_own(&slot, flow, tuple.src, tuple.src_port, search.owner.get())
+            | is_free(&slot, flow.last_seen, search.closed_ticks.get());
         if search.flag.hide(usable) && search.found.get() == NONE {
             search.found.set(search.offset.get());
         }
     }
+    if search.found.get() == NONE {
+        return false;
+    }
     search.offset.set(search.found.get());
-    search.found.get() != NONE
+    true
 }
 
 /// Whether nobody would miss what a slot holds.
 #[inline(always)]
-fn is_free<A: Copy>(slot: &SnatSlot<A>, now: u32) -> bool {
-    (slot.last_seen == 0) | is_over(slot.state, slot.proto, slot.last_seen, now)
+fn is_free<A: Copy>(slot: &SnatSlot<A>, now: u32, closed_ticks: u32) -> bool {
+    (slot.last_seen == 0) | is_over(slot.state, slot.proto, slot.last_seen, now, closed_ticks)
 }
 
 /// Whether a slot is what an evicted entry of this very flow left behind.

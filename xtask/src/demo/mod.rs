@@ -110,10 +110,16 @@ impl Demo {
         manifests.make(&lab)?;
         let mut clients = Vec::new();
         for node in lab.nodes() {
-            let shell = format!("shell-{}", node.trim_start_matches("node-"));
-            lab.add_pod(&PodSpec::new(&shell, node, &[]))?;
-            clients.push((Vantage::Pod, lab.client(&shell, Sockets::Hooked)?));
-            clients.push((Vantage::Packets, lab.client(&shell, Sockets::Unhooked)?));
+            // Pods of their own: a backend in TIME_WAIT may take a direct connection for one that came through a
+            // frontend, if one pod makes both kinds.
+            for (vantage, sockets, name) in [
+                (Vantage::Pod, Sockets::Hooked, "shell"),
+                (Vantage::Packets, Sockets::Unhooked, "packets"),
+            ] {
+                let pod = format!("{name}-{}", node.trim_start_matches("node-"));
+                lab.add_pod(&PodSpec::new(&pod, node, &[]))?;
+                clients.push((vantage, lab.client(&pod, sockets)?));
+            }
         }
         clients.push((Vantage::Node, lab.client(&lab.nodes()[0], Sockets::Hooked)?));
         clients.push((Vantage::Outside, lab.client("client", Sockets::Unhooked)?));
