@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use shunt_lab::{Agent, AgentOptions, Answer, Client, Dial, DialError, Lab, PodSpec, Port, Proto, Sockets};
+use shunt_lab::{Agent, AgentOptions, Answer, Client, Cni, Dial, DialError, Lab, PodSpec, Port, Proto, Sockets};
 use tempfile::TempDir;
 
 const BOTH: [Proto; 2] = [Proto::Tcp, Proto::Udp];
@@ -26,7 +26,10 @@ struct Cluster {
 impl Cluster {
     /// Pods `web-a`, `web-b` behind Service `web`, `solo` alone behind `solo`, nobody behind `empty`.
     fn start(xdp: &str, extra: &[&str]) -> Self {
-        let lab = Lab::new().unwrap();
+        Self::start_in(Lab::new().unwrap(), xdp, extra)
+    }
+
+    fn start_in(lab: Lab, xdp: &str, extra: &[&str]) -> Self {
         let ports = [Port::tcp(APP), Port::udp(APP)];
         for (pod, node) in [
             ("web-a", "node-a"),
@@ -206,8 +209,8 @@ fn every_backend(client: &Client, proto: Proto, to: SocketAddr, servers: &[&str]
 }
 
 /// F1–F4, F8, F9, P7 from everywhere, both families and protocols.
-fn frontends(xdp: &str) {
-    let cluster = Cluster::start(xdp, &[]);
+fn frontends(lab: Lab, xdp: &str) {
+    let cluster = Cluster::start_in(lab, xdp, &[]);
     let web = ["web-a", "web-b"];
     for v6 in [false, true] {
         let addresses: Vec<SocketAddr> = if v6 {
@@ -273,12 +276,50 @@ fn frontends(xdp: &str) {
 
 #[test]
 fn frontends_are_reached_from_everywhere_with_xdp() {
-    frontends("native");
+    frontends(Lab::new().unwrap(), "native");
 }
 
 #[test]
 fn frontends_are_reached_from_everywhere_without_xdp() {
-    frontends("off");
+    frontends(Lab::new().unwrap(), "off");
+}
+
+/// Replies of pods on one bridge never see the node's IP layer.
+#[test]
+fn frontends_are_reached_in_a_bridged_network() {
+    frontends(Lab::builder().cni(Cni::Bridge).build().unwrap(), "off");
+}
+
+/// Strict reverse path filters, and checksums that are still to be filled in (`CHECKSUM_PARTIAL`).
+#[test]
+fn frontends_are_reached_with_strict_filters_and_offloads() {
+    frontends(
+        Lab::builder().strict_rp_filter().checksum_offload().build().unwrap(),
+        "off",
+    );
+}
+
+/// L2: a full conntrack refuses nobody, and a live flow that was evicted finds its backend and its source port again.
+#[test]
+fn a_full_conntrack_refuses_nobody() {
+    let cluster = Cluster::start("native", &["--max-flows", "256", "--max-new-flows", "256"]);
+    for name in ["packets", "client"] {
+        let client = cluster.client(name);
+        for to in [at("10.96.0.1", 80), at("fd96::1", 80)] {
+            let open: Vec<_> = (0..4).map(|_| client.open_tcp(to).unwrap()).collect();
+            let before: Vec<_> = open.iter().map(|conn| conn.ask("first").unwrap()).collect();
+            let counts = client.tcp_many(to, 2000).unwrap();
+            assert_eq!(counts.values().sum::<u64>(), 2000, "{to} from {name}");
+            for (conn, before) in open.iter().zip(before) {
+                let answer = conn.ask("again").unwrap();
+                assert_eq!(
+                    (answer.server, answer.seen_peer),
+                    (before.server, before.seen_peer),
+                    "{to} from {name}"
+                );
+            }
+        }
+    }
 }
 
 /// P6 and P8.
