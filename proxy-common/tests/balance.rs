@@ -1,0 +1,480 @@
+//! The decision on the host: the same source as in the kernel, over `std` maps.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::{HashMap, HashSet},
+    ptr::NonNull,
+};
+
+use proptest::prelude::*;
+use shunt_common::{
+    balance::{Arrival, Entry, From, Maps, Scratch, Translation, Verdict, arriving, leaving},
+    event::Event,
+    family::{Family, V4, V6},
+    filter,
+    layout::*,
+    packet::{ACK, FIN, RST, SYN, Tuple},
+    snat,
+};
+
+type Flows<A> = RefCell<HashMap<FlowKey<A>, Box<Flow<A>>>>;
+
+/// A node: its maps, its clock, its sockets.
+struct Node<F: Family> {
+    config: Config,
+    filter: RefCell<HashSet<u32>>,
+    frontends: RefCell<HashMap<FrontendKey<F::Words>, Frontend>>,
+    slots: RefCell<Vec<Slot<F::Words>>>,
+    flows: Flows<F::Words>,
+    new_flows: Flows<F::Words>,
+    snat: RefCell<HashMap<u32, Box<SnatSlot<F::Words>>>>,
+    collided: RefCell<HashSet<u32>>,
+    sockets: RefCell<HashSet<Tuple<F::Words>>>,
+    events: RefCell<Vec<Event>>,
+    now: Cell<u32>,
+}
+
+impl<F: Family> Node<F>
+where
+    F::Words: std::hash::Hash,
+{
+    fn new(config: Config) -> Self {
+        Self {
+            config,
+            filter: RefCell::default(),
+            frontends: RefCell::default(),
+            slots: RefCell::default(),
+            flows: RefCell::default(),
+            new_flows: RefCell::default(),
+            snat: RefCell::default(),
+            collided: RefCell::default(),
+            sockets: RefCell::default(),
+            events: RefCell::default(),
+            now: Cell::new(1000),
+        }
+    }
+
+    fn serve(&self, addr: F::Words, port: u16, proto: u8, backends: &[(F::Words, u16, bool)]) {
+        let mut slots = self.slots.borrow_mut();
+        let frontend = Frontend {
+            slot_base: slots.len() as u32,
+            slot_count: backends.len() as u32,
+            ..Frontend::default()
+        };
+        for &(addr, port, local) in backends {
+            let backend = slots.len() as u32;
+            slots.push(Slot {
+                addr,
+                port,
+                flags: u16::from(local) * BACKEND_LOCAL,
+                backend,
+            });
+            self.filter.borrow_mut().insert(filter::backend::<F>(addr, port, proto));
+        }
+        self.filter
+            .borrow_mut()
+            .insert(filter::frontend::<F>(addr, port, proto));
+        for scope in [SCOPE_INTERNAL, SCOPE_EXTERNAL] {
+            self.frontends.borrow_mut().insert(
+                FrontendKey {
+                    addr,
+                    port,
+                    proto,
+                    scope,
+                    reserved: 0,
+                },
+                frontend,
+            );
+        }
+    }
+
+    fn arrive(&self, tuple: Tuple<F::Words>, tcp_flags: u8, from: From, sends_on: bool) -> Verdict<F::Words> {
+        arriving::<F, _>(
+            self,
+            &Arrival {
+                tuple,
+                tcp_flags,
+                from,
+                sends_on,
+            },
+        )
+    }
+
+    fn translated(&self, tuple: Tuple<F::Words>, flags: u8, from: From, sends_on: bool) -> Translation<F::Words> {
+        match self.arrive(tuple, flags, from, sends_on) {
+            Verdict::Translate(translation) => translation,
+            other => panic!("{tuple:?} got {other:?}"),
+        }
+    }
+
+    fn leave(&self, tuple: Tuple<F::Words>, flags: u8) -> Tuple<F::Words> {
+        match leaving::<F, _>(self, &tuple, flags) {
+            Verdict::Pass => tuple,
+            Verdict::Translate(to) => to.tuple,
+            other => panic!("{tuple:?} got {other:?}"),
+        }
+    }
+}
+
+fn entry<'m, T: Copy>(value: Option<&mut Box<T>>) -> Option<Entry<'m, T>> {
+    // SAFETY: boxes of the maps stay where they are until the test removes them, which no test does while it holds one.
+    value.map(|value| unsafe { Entry::new(NonNull::from(&mut **value)) })
+}
+
+impl<F: Family> Maps<F> for Node<F>
+where
+    F::Words: std::hash::Hash,
+{
+    fn config(&self) -> Option<&Config> {
+        Some(&self.config)
+    }
+    fn filter(&self, bit: u32) -> bool {
+        self.filter.borrow().contains(&bit)
+    }
+    fn frontend(&self, key: &FrontendKey<F::Words>) -> Option<Frontend> {
+        self.frontends.borrow().get(key).copied()
+    }
+    fn slot(&self, index: u32) -> Option<Slot<F::Words>> {
+        self.slots.borrow().get(index as usize).copied()
+    }
+    fn is_node_addr(&self, addr: &F::Words) -> bool {
+        F::words(F::config(&self.config).node) == *addr
+    }
+    fn flow(&self, key: &FlowKey<F::Words>) -> Option<Entry<'_, Flow<F::Words>>> {
+        entry(self.flows.borrow_mut().get_mut(key))
+    }
+    fn add_flow(&self, key: &FlowKey<F::Words>, flow: &Flow<F::Words>) -> bool {
+        self.flows.borrow_mut().insert(*key, Box::new(*flow));
+        true
+    }
+    fn new_flow(&self, key: &FlowKey<F::Words>) -> Option<Entry<'_, Flow<F::Words>>> {
+        entry(self.new_flows.borrow_mut().get_mut(key))
+    }
+    fn add_new_flow(&self, key: &FlowKey<F::Words>, flow: &Flow<F::Words>) -> bool {
+        self.new_flows.borrow_mut().insert(*key, Box::new(*flow));
+        true
+    }
+    fn remove_new_flow(&self, key: &FlowKey<F::Words>) {
+        self.new_flows.borrow_mut().remove(key);
+    }
+    fn snat(&self, index: u32) -> Option<Entry<'_, SnatSlot<F::Words>>> {
+        if index >= snat::entries(&self.config) {
+            return None;
+        }
+        let mut slots = self.snat.borrow_mut();
+        // SAFETY: all zeros is a slot that was never used.
+        let slot = slots
+            .entry(index)
+            .or_insert_with(|| Box::new(unsafe { std::mem::zeroed() }));
+        entry(Some(slot))
+    }
+    fn claim(&self, slot: Entry<'_, SnatSlot<F::Words>>, seen: u32, now: u32) -> bool {
+        // SAFETY: one thread, a live entry.
+        unsafe {
+            let free = *slot.last_seen() == seen;
+            *slot.last_seen() = now;
+            free
+        }
+    }
+    fn socket_takes(&self, reply: &Tuple<F::Words>) -> bool {
+        self.sockets.borrow().contains(reply)
+    }
+    fn scratch(&self) -> Option<&mut Scratch<F::Words>> {
+        // SAFETY: all zeros is a value of every field. Leaked: a few hundred bytes per packet of a test.
+        Some(Box::leak(Box::new(unsafe { std::mem::zeroed() })))
+    }
+    fn collided(&self, bit: u32) -> bool {
+        self.collided.borrow().contains(&bit)
+    }
+    fn set_collided(&self, bit: u32) {
+        self.collided.borrow_mut().insert(bit);
+    }
+    fn count_flow(&self, _backend: u32) {}
+    fn count(&self, event: Event) {
+        self.events.borrow_mut().push(event);
+    }
+    fn now(&self) -> u32 {
+        self.now.get()
+    }
+}
+
+fn config() -> Config {
+    let mut config = Config {
+        snat_first: 10_240,
+        snat_ports: 1000,
+        snat_ways: 4,
+        ..Config::default()
+    };
+    config.v4.node = [192, 168, 50, 11];
+    config.v6.node = [0xfd, 0x50, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x11];
+    config
+}
+
+fn ip(a: u8, b: u8, c: u8, d: u8) -> u32 {
+    V4::words([a, b, c, d])
+}
+
+fn to<A>(src: A, src_port: u16, dst: A, dst_port: u16) -> Tuple<A> {
+    Tuple {
+        src,
+        dst,
+        src_port,
+        dst_port,
+        proto: TCP,
+    }
+}
+
+fn back<A>(tuple: Tuple<A>) -> Tuple<A> {
+    Tuple {
+        src: tuple.dst,
+        dst: tuple.src,
+        src_port: tuple.dst_port,
+        dst_port: tuple.src_port,
+        proto: tuple.proto,
+    }
+}
+
+fn node(backends: &[(u32, u16, bool)]) -> Node<V4> {
+    let node = Node::new(config());
+    node.serve(ip(10, 96, 0, 1), 80, TCP, backends);
+    node.serve(ip(10, 96, 0, 2), 80, TCP, backends);
+    node
+}
+
+const CLIENT: u32 = u32::from_ne_bytes([10, 44, 0, 5]);
+const REMOTE: (u32, u16, bool) = (u32::from_ne_bytes([10, 44, 1, 7]), 8080, false);
+const LOCAL: (u32, u16, bool) = (u32::from_ne_bytes([10, 44, 0, 7]), 8080, true);
+
+#[test]
+fn a_flow_is_confirmed_by_both_sides_and_then_moves() {
+    let node = node(&[REMOTE]);
+    let dialled = to(CLIENT, 40_000, ip(10, 96, 0, 1), 80);
+    let sent = node.translated(dialled, SYN, From::Pod, false).tuple;
+    assert_eq!(sent, to(CLIENT, 40_000, REMOTE.0, 8080));
+    assert_eq!((node.new_flows.borrow().len(), node.flows.borrow().len()), (1, 0));
+    assert_eq!(
+        node.translated(dialled, SYN, From::Pod, false).tuple,
+        sent,
+        "a retransmitted SYN"
+    );
+    assert_eq!(node.flows.borrow().len(), 0, "one side's packets confirm nothing");
+    assert_eq!(node.leave(back(sent), SYN | ACK), back(dialled));
+    assert_eq!(node.translated(dialled, ACK, From::Pod, false).tuple, sent);
+    assert_eq!((node.new_flows.borrow().len(), node.flows.borrow().len()), (0, 1));
+}
+
+#[test]
+fn what_is_nobodys_passes() {
+    let node = node(&[REMOTE]);
+    let tuple = to(CLIENT, 40_000, ip(1, 1, 1, 1), 80);
+    assert_eq!(node.arrive(tuple, SYN, From::Pod, false), Verdict::Pass);
+    assert_eq!(node.leave(back(tuple), ACK), back(tuple));
+}
+
+#[test]
+fn nobody_behind_it_is_refused_and_counted() {
+    let node = node(&[]);
+    assert_eq!(
+        node.arrive(to(CLIENT, 40_000, ip(10, 96, 0, 1), 80), SYN, From::Pod, false),
+        Verdict::Refuse
+    );
+    assert_eq!(*node.events.borrow(), [Event::NoBackend]);
+}
+
+#[test]
+fn a_closed_connection_is_opened_anew_with_the_backends_of_now() {
+    let node = node(&[REMOTE]);
+    let dialled = to(CLIENT, 40_000, ip(10, 96, 0, 1), 80);
+    let sent = node.translated(dialled, SYN, From::Pod, false).tuple;
+    node.leave(back(sent), SYN | ACK);
+    node.translated(dialled, ACK, From::Pod, false);
+    node.serve(ip(10, 96, 0, 1), 80, TCP, &[LOCAL]);
+    assert_eq!(
+        node.translated(dialled, ACK, From::Pod, false).tuple,
+        sent,
+        "an open flow keeps its backend"
+    );
+    node.translated(dialled, FIN | ACK, From::Pod, false);
+    node.leave(back(sent), FIN | ACK);
+    assert_eq!(node.translated(dialled, SYN, From::Pod, false).tuple.dst, LOCAL.0);
+}
+
+#[test]
+fn a_closed_flow_does_not_claim_replies_of_a_direct_connection() {
+    let node = node(&[REMOTE]);
+    let dialled = to(CLIENT, 40_000, ip(10, 96, 0, 1), 80);
+    let sent = node.translated(dialled, SYN, From::Pod, false).tuple;
+    node.leave(back(sent), RST);
+    assert_eq!(node.leave(back(sent), SYN | ACK), back(sent));
+    assert_eq!(node.leave(back(sent), ACK), back(sent));
+}
+
+#[test]
+fn one_client_port_to_two_frontends_gets_two_ports_at_the_backend() {
+    let node = node(&[REMOTE]);
+    let dialled = [1, 2].map(|n| to(CLIENT, 40_000, ip(10, 96, 0, n), 80));
+    let sent = dialled.map(|tuple| node.translated(tuple, SYN, From::Pod, false).tuple);
+    assert_eq!((sent[0].src, sent[0].src_port), (CLIENT, 40_000));
+    assert_eq!(sent[1].src, CLIENT, "the address is kept");
+    assert_ne!(sent[1].src_port, 40_000);
+    for (sent, dialled) in sent.into_iter().zip(dialled) {
+        assert_eq!(node.leave(sent, SYN), sent, "nothing is left to do on the way out");
+        assert_eq!(node.leave(back(sent), SYN | ACK), back(dialled));
+        assert_eq!(node.translated(dialled, ACK, From::Pod, false).tuple, sent);
+    }
+}
+
+#[test]
+fn an_evicted_flow_finds_its_source_port_again() {
+    let node = node(&[REMOTE]);
+    let dialled = to(ip(203, 0, 113, 10), 40_000, ip(10, 96, 0, 1), 80);
+    let sent = node.translated(dialled, SYN, From::Network, true).tuple;
+    assert_eq!(sent.src, ip(192, 168, 50, 11));
+    node.new_flows.borrow_mut().clear();
+    assert_eq!(node.translated(dialled, ACK, From::Network, true).tuple, sent);
+}
+
+#[test]
+fn a_client_port_in_the_range_is_kept_unless_a_socket_of_the_node_has_it() {
+    let node = node(&[REMOTE]);
+    let dialled = |port| to(ip(203, 0, 113, 10), port, ip(10, 96, 0, 1), 80);
+    assert_eq!(
+        node.translated(dialled(10_300), SYN, From::Network, true)
+            .tuple
+            .src_port,
+        10_300
+    );
+    let reply = to(REMOTE.0, 8080, ip(192, 168, 50, 11), 10_400);
+    node.sockets.borrow_mut().insert(reply);
+    assert_ne!(
+        node.translated(dialled(10_400), SYN, From::Network, true)
+            .tuple
+            .src_port,
+        10_400
+    );
+}
+
+#[test]
+fn source_ports_run_out_without_breaking_an_open_flow() {
+    let node: Node<V4> = Node::new(Config {
+        snat_ports: 8,
+        snat_ways: 1,
+        ..config()
+    });
+    node.serve(ip(10, 96, 0, 1), 80, TCP, &[REMOTE]);
+    let mut ports = HashSet::new();
+    let mut open = Vec::new();
+    for client in 1..=20u8 {
+        let dialled = to(ip(203, 0, 113, client), 40_000, ip(10, 96, 0, 1), 80);
+        match node.arrive(dialled, SYN, From::Network, true) {
+            Verdict::Translate(to) => {
+                assert!(ports.insert(to.tuple.src_port), "a port was given twice");
+                open.push((dialled, to.tuple));
+            }
+            verdict => assert_eq!(verdict, Verdict::Drop),
+        }
+    }
+    assert_eq!(ports.len(), 8, "every port was found");
+    assert!(node.events.borrow().contains(&Event::SnatExhausted));
+    for (dialled, sent) in open {
+        assert_eq!(
+            node.translated(back(sent), SYN | ACK, From::Network, true).tuple,
+            back(dialled)
+        );
+    }
+}
+
+#[test]
+fn a_pod_that_is_its_own_backend_is_translated() {
+    let node = node(&[(CLIENT, 8080, true)]);
+    let dialled = to(CLIENT, 40_000, ip(10, 96, 0, 1), 80);
+    let inside = node.translated(dialled, SYN, From::Pod, false).tuple;
+    let seen = node.leave(inside, SYN);
+    assert_eq!(
+        (seen.src, seen.dst, seen.dst_port),
+        (ip(192, 168, 50, 11), CLIENT, 8080)
+    );
+    let reply = node.translated(back(seen), SYN | ACK, From::Pod, false).tuple;
+    assert_eq!(node.leave(reply, SYN | ACK), back(dialled));
+}
+
+#[test]
+fn the_cluster_networks_are_internal_wherever_they_come_in() {
+    let mut config = config();
+    config.v4.cluster_cidrs[0] = Prefix {
+        addr: [10, 44, 0, 0],
+        mask: [255, 255, 0, 0],
+    };
+    config.v4.cluster_cidr_count = 1;
+    let node: Node<V4> = Node::new(config);
+    node.serve(ip(10, 96, 0, 1), 80, TCP, &[LOCAL]);
+    let key = |scope| FrontendKey {
+        addr: ip(10, 96, 0, 1),
+        port: 80,
+        proto: TCP,
+        scope,
+        reserved: 0,
+    };
+    node.frontends.borrow_mut().remove(&key(SCOPE_EXTERNAL));
+    let dialled = |src| to(src, 40_000, ip(10, 96, 0, 1), 80);
+    assert!(matches!(
+        node.arrive(dialled(ip(10, 44, 1, 9)), SYN, From::Network, false),
+        Verdict::Translate(Translation { local: true, .. })
+    ));
+    assert_eq!(
+        node.arrive(dialled(ip(203, 0, 113, 9)), SYN, From::Network, false),
+        Verdict::Pass
+    );
+}
+
+/// There and back through whichever hooks: the client sees the frontend that it dialled, and the backend one sender.
+fn round_trip<F: Family>(client: F::Words, client_port: u16, frontend: F::Words, backend: F::Words, proto: u8, case: u8)
+where
+    F::Words: std::hash::Hash,
+{
+    let local = case & 1 != 0;
+    let from = if case & 2 != 0 { From::Pod } else { From::Network };
+    let sends_on = case & 4 != 0 && from == From::Network;
+    let node: Node<F> = Node::new(config());
+    node.serve(frontend, 80, proto, &[(backend, 8080, local)]);
+    let dialled = Tuple {
+        proto,
+        ..to(client, client_port, frontend, 80)
+    };
+    for flags in [SYN, ACK, ACK] {
+        let arrived = node.translated(dialled, flags, from, sends_on);
+        let seen = if sends_on && !arrived.local {
+            arrived.tuple
+        } else {
+            node.leave(arrived.tuple, flags)
+        };
+        assert_eq!((seen.dst, seen.dst_port), (backend, 8080));
+        let kept = from == From::Pod || local;
+        assert_eq!(
+            seen.src == client,
+            kept,
+            "P7: kept exactly when client or backend is here"
+        );
+        let reply = back(seen);
+        let shown = match node.arrive(reply, ACK, From::Network, sends_on) {
+            Verdict::Translate(to) if sends_on && !to.local => to.tuple,
+            Verdict::Translate(to) => node.leave(to.tuple, ACK),
+            Verdict::Pass => node.leave(reply, ACK),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(shown, back(dialled));
+    }
+}
+
+proptest! {
+    #[test]
+    fn replies_undo_what_was_done(client: [u8; 16], frontend: [u8; 16], backend: [u8; 16], port: u16, udp: bool, case in 0u8..8) {
+        prop_assume!(client != frontend && frontend != backend && client != backend && port != 0);
+        let proto = if udp { UDP } else { TCP };
+        round_trip::<V6>(V6::words(client), port, V6::words(frontend), V6::words(backend), proto, case);
+        let four = |x: [u8; 16]| V4::words([x[0], x[1], x[2], x[3]]);
+        let (client, frontend, backend) = (four(client), four(frontend), four(backend));
+        prop_assume!(client != frontend && frontend != backend && client != backend);
+        round_trip::<V4>(client, port, frontend, backend, proto, case);
+    }
+}
