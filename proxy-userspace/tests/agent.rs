@@ -64,9 +64,8 @@ impl Node {
              in_node addr add 192.0.2.1/24 dev eth0
              in_node addr add 2001:db8::1/64 dev eth0 nodad
              in_node route add default via 192.0.2.254
-             for pod in 10.244.0.1/32 10.244.0.2/32 fd00:244::1/128 fd00:244::2/128; do
-                 in_node addr add $pod dev lo
-             done",
+             for pod in 10.244.0.1/32 10.244.0.2/32; do in_node addr add $pod dev lo; done
+             for pod in fd00:244::1/128 fd00:244::2/128; do in_node addr add $pod dev lo nodad; done",
             node.name
         ));
         for n in 1..=2 {
