@@ -1,0 +1,317 @@
+//! The loaded programs under `BPF_PROG_TEST_RUN`: a packet in, a verdict and a packet out, byte for byte. Needs root.
+
+use std::{
+    fs, io,
+    net::IpAddr,
+    os::fd::{AsRawFd, BorrowedFd},
+    path::PathBuf,
+    process,
+    sync::Arc,
+};
+
+use etherparse::{
+    Icmpv4Type, Icmpv6Type, IpNumber, NetSlice, PacketBuilder, SlicedPacket, TransportSlice, icmpv4, icmpv6,
+};
+use shunt::{
+    datapath::{
+        Capacities,
+        load::{Datapath, LoadConfig, load},
+        maps::Maps,
+    },
+    object::{ObjectName, Protocol},
+    plan::{Backend, Frontend, FrontendAddress, FrontendId, FrontendKind, Scope, ServicePlan, Table},
+    sync::{
+        Syncer,
+        node::{self, NodeSettings},
+    },
+};
+
+const TC_ACT_UNSPEC: u32 = u32::MAX;
+const TC_ACT_REDIRECT: u32 = 7;
+const XDP_PASS: u32 = 2;
+const XDP_REDIRECT: u32 = 4;
+
+const CLIENT: [&str; 2] = ["203.0.113.10", "2001:db8:113::10"];
+/// A Service with one backend on this node.
+const WEB: [&str; 2] = ["10.96.0.1", "fd96::1"];
+/// A Service with nobody behind it.
+const EMPTY: [&str; 2] = ["10.96.0.9", "fd96::9"];
+const BACKEND: [&str; 2] = ["10.44.0.7", "fd44::7"];
+
+/// The programs in a folder of this test's own.
+struct Loaded {
+    datapath: Datapath,
+    root: PathBuf,
+}
+
+impl Drop for Loaded {
+    fn drop(&mut self) {
+        for folder in ["v1/maps", "v1/progs", "v1/links"] {
+            for entry in fs::read_dir(self.root.join(folder)).into_iter().flatten().flatten() {
+                let _gone = fs::remove_file(entry.path());
+            }
+        }
+        for folder in ["v1/maps", "v1/progs", "v1/links", "v1/clsact", "v1", ""] {
+            let _gone = fs::remove_dir(self.root.join(folder));
+        }
+    }
+}
+
+impl Loaded {
+    fn new(name: &str) -> Self {
+        let root = PathBuf::from(format!("/sys/fs/bpf/shunt-packets-{}-{name}", process::id()));
+        let capacities = Capacities {
+            flows: 1024,
+            new_flows: 1024,
+            snat: 20_000,
+            ..Capacities::default()
+        };
+        let config = LoadConfig {
+            bpf_root: root.clone(),
+            capacities,
+            socket_lb: false,
+            xdp: true,
+        };
+        let datapath = load(&config).unwrap();
+        let loaded = Self { datapath, root };
+        let maps = Arc::new(Maps::open(&loaded.root).unwrap());
+        let settings = NodeSettings {
+            addresses: vec!["192.168.50.11".parse().unwrap(), "fd50::11".parse().unwrap()],
+            cluster_cidrs: Vec::new(),
+            snat_ports: 10_240..=29_999,
+            loopback: false,
+            host_netns: 0,
+        };
+        maps.set_config(&node::config(&settings, 20_000).unwrap()).unwrap();
+        let mut frontends = Vec::new();
+        for v6 in [0, 1] {
+            for protocol in [Protocol::Tcp, Protocol::Udp] {
+                for scope in [Scope::Internal, Scope::External] {
+                    frontends.push(frontend(WEB[v6], protocol, scope, Some(BACKEND[v6])));
+                    frontends.push(frontend(EMPTY[v6], protocol, scope, None));
+                }
+            }
+        }
+        frontends.sort_by_key(|frontend| frontend.id);
+        let plan = ServicePlan {
+            service: ObjectName::new("default", "web"),
+            frontends,
+        };
+        Syncer::new(maps).unwrap().apply(&plan).unwrap();
+        loaded
+    }
+
+    /// Runs a program once.
+    fn run(&self, program: &str, packet: &[u8]) -> (u32, Vec<u8>) {
+        test_run(self.datapath.program(program).unwrap(), packet).unwrap()
+    }
+}
+
+fn frontend(address: &str, protocol: Protocol, scope: Scope, backend: Option<&str>) -> Frontend {
+    let backends: Vec<_> = backend
+        .map(|address| Backend {
+            address: address.parse().unwrap(),
+            port: 8080,
+            local: true,
+        })
+        .into_iter()
+        .collect();
+    Frontend {
+        id: FrontendId {
+            address: FrontendAddress::Ip(address.parse().unwrap()),
+            port: 80,
+            protocol,
+            scope,
+        },
+        kind: FrontendKind::ClusterIp,
+        port_name: "".into(),
+        port_index: usize::from(protocol == Protocol::Udp),
+        backends: backends.into(),
+        table: Table::Direct,
+        flags: 0,
+        affinity_secs: 0,
+    }
+}
+
+/// `union bpf_attr` of `BPF_PROG_TEST_RUN`, as far as it is used here.
+#[repr(C)]
+#[derive(Default)]
+struct TestRun {
+    prog_fd: u32,
+    retval: u32,
+    data_size_in: u32,
+    data_size_out: u32,
+    data_in: u64,
+    data_out: u64,
+    repeat: u32,
+    duration: u32,
+    rest: [u64; 6],
+}
+
+fn test_run(program: BorrowedFd<'_>, packet: &[u8]) -> io::Result<(u32, Vec<u8>)> {
+    const BPF_PROG_TEST_RUN: libc::c_int = 10;
+    let mut out = vec![0; 4096];
+    let mut attr = TestRun {
+        prog_fd: program.as_raw_fd() as u32,
+        data_size_in: packet.len() as u32,
+        data_size_out: out.len() as u32,
+        data_in: packet.as_ptr() as u64,
+        data_out: out.as_mut_ptr() as u64,
+        repeat: 1,
+        ..TestRun::default()
+    };
+    // SAFETY: the attribute names buffers that live until the call returns, with their sizes.
+    let done = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, &raw mut attr, size_of::<TestRun>()) };
+    if done < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    out.truncate(attr.data_size_out as usize);
+    Ok((attr.retval, out))
+}
+
+fn packet(from: &str, from_port: u16, to: &str, to_port: u16, udp: bool) -> Vec<u8> {
+    let builder = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
+    let builder = match (from.parse().unwrap(), to.parse().unwrap()) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => builder.ipv4(from.octets(), to.octets(), 64),
+        (IpAddr::V6(from), IpAddr::V6(to)) => builder.ipv6(from.octets(), to.octets(), 64),
+        _ => unreachable!("one family"),
+    };
+    let mut bytes = Vec::new();
+    let payload = b"0123456789abcdef0123456789abcdef";
+    if udp {
+        builder.udp(from_port, to_port).write(&mut bytes, payload).unwrap();
+    } else {
+        builder
+            .tcp(from_port, to_port, 1, 64_000)
+            .syn()
+            .write(&mut bytes, payload)
+            .unwrap();
+    }
+    bytes
+}
+
+/// Every program that packets arrive at, with its verdicts for "not ours" and "sent back".
+const ARRIVING: [(&str, u32, u32); 3] = [
+    ("xdp_node", XDP_PASS, XDP_REDIRECT),
+    ("tc_node_in", TC_ACT_UNSPEC, TC_ACT_REDIRECT),
+    ("tc_pod_in", TC_ACT_UNSPEC, TC_ACT_REDIRECT),
+];
+
+#[test]
+fn a_new_flow_is_rewritten_and_its_reply_back() {
+    let loaded = Loaded::new("rewrite");
+    for (n, (program, pass, _)) in ARRIVING.into_iter().enumerate() {
+        for v6 in [0, 1] {
+            for udp in [false, true] {
+                let port = 40_000 + n as u16;
+                let (verdict, out) = loaded.run(program, &packet(CLIENT[v6], port, WEB[v6], 80, udp));
+                assert_eq!(verdict, pass, "{program}");
+                assert_eq!(
+                    out,
+                    packet(CLIENT[v6], port, BACKEND[v6], 8080, udp),
+                    "{program}, IPv{}",
+                    4 + 2 * v6
+                );
+                let leaving = if program == "tc_pod_in" {
+                    "tc_pod_out"
+                } else {
+                    "tc_node_out"
+                };
+                let (verdict, out) = loaded.run(leaving, &packet(BACKEND[v6], 8080, CLIENT[v6], port, udp));
+                assert_eq!(verdict, TC_ACT_UNSPEC);
+                assert_eq!(
+                    out,
+                    packet(WEB[v6], 80, CLIENT[v6], port, udp),
+                    "{leaving}, IPv{}",
+                    4 + 2 * v6
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_udp_checksum_of_zero_stays_zero() {
+    let loaded = Loaded::new("zero");
+    for (program, ..) in ARRIVING {
+        let mut sent = packet(CLIENT[0], 41_000, WEB[0], 80, true);
+        sent[14 + 20 + 6..14 + 20 + 8].fill(0);
+        let (_, out) = loaded.run(program, &sent);
+        assert_eq!(out[14 + 20 + 6..14 + 20 + 8], [0, 0], "{program}");
+        assert_eq!(out[14 + 16..14 + 20], [10, 44, 0, 7], "{program}");
+    }
+}
+
+#[test]
+fn nobody_behind_it_is_answered_with_port_unreachable() {
+    let loaded = Loaded::new("refuse");
+    for (program, _, back) in ARRIVING {
+        for v6 in [0, 1] {
+            for udp in [false, true] {
+                let (verdict, out) = loaded.run(program, &packet(CLIENT[v6], 42_000, EMPTY[v6], 80, udp));
+                assert_eq!(verdict, back, "{program}");
+                let answer = SlicedPacket::from_ethernet(&out).unwrap();
+                assert_eq!(
+                    (&out[0..6], &out[6..12]),
+                    (&[2, 0, 0, 0, 0, 1][..], &[2, 0, 0, 0, 0, 2][..])
+                );
+                let quoted = match (answer.net.unwrap(), answer.transport.unwrap()) {
+                    (NetSlice::Ipv4(ip), TransportSlice::Icmpv4(icmp)) => {
+                        let header = ip.header();
+                        assert_eq!(header.header_checksum(), header.to_header().calc_header_checksum());
+                        assert_eq!(header.source_addr().to_string(), EMPTY[0]);
+                        assert_eq!(header.destination_addr().to_string(), CLIENT[0]);
+                        let unreachable = Icmpv4Type::DestinationUnreachable(icmpv4::DestUnreachableHeader::Port);
+                        assert_eq!(icmp.icmp_type(), unreachable);
+                        assert_eq!(icmp.checksum(), unreachable.calc_checksum(icmp.payload()), "{program}");
+                        icmp.payload().to_vec()
+                    }
+                    (NetSlice::Ipv6(ip), TransportSlice::Icmpv6(icmp)) => {
+                        let header = ip.header();
+                        assert_eq!(header.next_header(), IpNumber::IPV6_ICMP);
+                        assert_eq!(header.source_addr().to_string(), EMPTY[1]);
+                        assert_eq!(header.destination_addr().to_string(), CLIENT[1]);
+                        let unreachable = Icmpv6Type::DestinationUnreachable(icmpv6::DestUnreachableCode::Port);
+                        assert_eq!(icmp.icmp_type(), unreachable);
+                        let (from, to) = (header.source(), header.destination());
+                        let sum = unreachable.calc_checksum(from, to, icmp.payload()).unwrap();
+                        assert_eq!(icmp.checksum(), sum, "{program}");
+                        icmp.payload().to_vec()
+                    }
+                    other => panic!("{program}: {other:?}"),
+                };
+                // The client finds its socket by the quoted addresses, ports and sequence number.
+                let header = [20, 40][v6];
+                let sent = packet(CLIENT[v6], 42_000, EMPTY[v6], 80, udp);
+                let same = header + if udp { 4 } else { 8 };
+                assert_eq!(quoted[..same], sent[14..14 + same], "{program}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_not_ours_or_not_whole_passes_untouched() {
+    let loaded = Loaded::new("pass");
+    let whole = packet(CLIENT[0], 43_000, WEB[0], 80, false);
+    let mut packets = vec![
+        packet(CLIENT[0], 43_000, "192.0.2.1", 80, false),
+        packet(CLIENT[1], 43_000, "2001:db8::1", 80, true),
+        packet(CLIENT[0], 43_000, WEB[0], 81, false),
+    ];
+    // Cut anywhere within its headers, but long enough for the kernel to run the program.
+    packets.extend((34..14 + 20 + 20).map(|length| whole[..length].to_vec()));
+    // A fragment, a header that claims to be longer than the packet, and one of another version.
+    for (offset, value) in [(20, 0x20), (21, 0x10), (14, 0x4f), (14, 0x65)] {
+        let mut odd = whole[..14 + 40].to_vec();
+        odd[offset] = value;
+        packets.push(odd);
+    }
+    for (program, pass, _) in ARRIVING {
+        for sent in &packets {
+            let (verdict, out) = loaded.run(program, sent);
+            assert_eq!(verdict, pass, "{program}: {sent:02x?}");
+            assert_eq!(&out, sent, "{program}");
+        }
+    }
+}
