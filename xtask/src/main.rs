@@ -1,5 +1,6 @@
 //! `cargo xtask`: everything that a developer does with shunt, from a machine with nothing but a Rust toolchain.
 
+mod bench;
 mod build;
 mod demo;
 mod run;
@@ -27,6 +28,8 @@ enum Verb {
     Build,
     /// Runs a cluster in network namespaces with live traffic; with arguments after `--`, the agent on this machine.
     Run(run::Args),
+    /// Measures shunt beside what a user would otherwise run; writes `BENCHMARKS.md` and `target/bench/`. Needs root or sudo.
+    Bench(bench::Args),
     /// Formatting, lints and all tests: host, kernel and cluster. Needs root or sudo.
     Test(test::Args),
 }
@@ -37,6 +40,7 @@ fn main() -> ExitCode {
         Verb::Setup => setup::setup().map(drop),
         Verb::Build => build::build().map(drop),
         Verb::Run(args) => run::run(&args),
+        Verb::Bench(args) => bench::bench(&args),
         Verb::Test(args) => test::test(&args),
     };
     match result {

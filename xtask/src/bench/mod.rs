@@ -1,0 +1,193 @@
+//! `cargo xtask bench`: what shunt costs, beside what a user would otherwise run, in one run on one machine.
+//!
+//! Every group is a module with one function that measures and adds [`Row`]s. What counts is the ratio of two medians of
+//! one run, whose rounds were interleaved (A B C A B C), so that a machine that is slower for a while is so for all.
+
+#![expect(dead_code, unused_imports, reason = "the groups that use it all are being written")]
+
+mod chart;
+mod connections;
+mod datapath;
+mod page;
+mod report;
+mod stats;
+mod sync;
+
+use std::{env, os::unix::process::CommandExt, path::PathBuf, time::Instant};
+
+use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::{
+    build,
+    shell::{as_root, is_root, say, show, target},
+};
+
+pub(crate) use chart::Chart;
+pub(crate) use report::{Row, Target};
+
+/// Arguments of `bench`.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// What to measure; everything if nothing is named.
+    groups: Vec<Group>,
+    /// Fewer rounds and smaller sizes: everything within a minute. The results page is left as it is.
+    #[arg(long)]
+    quick: bool,
+    /// How results are printed.
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    output: Output,
+    /// Everything is built already: set when this starts itself again as root.
+    #[arg(long, hide = true)]
+    built: bool,
+}
+
+/// What can be measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Group {
+    /// Nanoseconds per packet and per call of the loaded programs, beside floor programs that do only the unavoidable.
+    Datapath,
+    /// Connections, requests and bytes per second in a cluster of namespaces, beside direct routing and kube-proxy's rules.
+    Connections,
+    /// Time, CPU and memory from objects to maps.
+    Sync,
+}
+
+impl Group {
+    /// Its name, as on the command line.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Datapath => "datapath",
+            Self::Connections => "connections",
+            Self::Sync => "sync",
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Output {
+    Table,
+    Json,
+}
+
+/// One run, as a group's function sees it.
+pub(crate) struct Bench {
+    /// Keep the group within 15 s: [`Args::quick`].
+    pub(crate) quick: bool,
+    /// The release binary of the agent.
+    pub(crate) shunt: PathBuf,
+    /// The group that runs.
+    group: Group,
+    progress: ProgressBar,
+    rows: Vec<Row>,
+}
+
+impl Bench {
+    /// Adds a result of the group that runs.
+    pub(crate) fn row(&mut self, mut row: Row) {
+        row.group = self.group.name();
+        self.rows.push(row);
+    }
+
+    /// Draws a chart into `target/bench/<group>-<file>.svg`.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be written.
+    pub(crate) fn chart(&self, file: &str, chart: &Chart) -> Result<()> {
+        let path = target().join("bench").join(format!("{}-{file}.svg", self.group.name()));
+        chart.draw(&path).with_context(|| format!("{}", path.display()))
+    }
+
+    /// Says how many steps are to come; what was done of others is forgotten.
+    pub(crate) fn steps(&self, steps: usize) {
+        self.progress.reset();
+        self.progress.set_length(steps as u64);
+    }
+
+    /// Says what is done now, and counts it as a step.
+    pub(crate) fn step(&self, what: impl Into<String>) {
+        let what = what.into();
+        self.progress.inc(1);
+        if self.progress.is_hidden() {
+            say("bench", format!("{}: {what}", self.group.name()));
+        } else {
+            self.progress.set_message(what);
+        }
+    }
+}
+
+/// Builds, becomes root if it is not, measures and reports.
+///
+/// # Errors
+///
+/// When the build or a group fails; the other groups are measured and reported all the same.
+pub(crate) fn bench(args: &Args) -> Result<()> {
+    if !args.built {
+        build::build()?;
+    }
+    if !is_root() {
+        let this = env::current_exe().context("this program's path")?;
+        let mut command = as_root(&this.to_string_lossy())?;
+        command.args(["bench", "--built"]).args(args.quick.then_some("--quick"));
+        command.args((args.output == Output::Json).then_some("--output=json"));
+        command.args(args.groups.iter().map(|group| group.name()));
+        // Only returns when it cannot be started.
+        let error = command.exec();
+        return Err(error).with_context(|| format!("cannot run {}", show(&command)));
+    }
+    let groups = match &args.groups[..] {
+        [] => Group::value_variants(),
+        groups => groups,
+    };
+    let began = Instant::now();
+    let mut bench = Bench {
+        quick: args.quick,
+        shunt: target().join("release/shunt"),
+        group: groups[0],
+        progress: ProgressBar::new(0),
+        rows: Vec::new(),
+    };
+    bench.progress.set_style(
+        ProgressStyle::with_template("{prefix:>11} [{bar:30}] {pos}/{len} {msg}")
+            .context("progress")?
+            .progress_chars("=> "),
+    );
+    let mut failed = Vec::new();
+    for &group in groups {
+        bench.group = group;
+        bench.progress.set_prefix(group.name());
+        let result = match group {
+            Group::Datapath => datapath::measure(&mut bench),
+            Group::Connections => connections::measure(&mut bench),
+            Group::Sync => sync::measure(&mut bench),
+        };
+        if let Err(error) = result {
+            bench
+                .progress
+                .suspend(|| eprintln!("error: {}: {error:#}", group.name()));
+            failed.push(group.name());
+        }
+    }
+    bench.progress.finish_and_clear();
+    match args.output {
+        Output::Table => println!("{}", report::table(&bench.rows)),
+        Output::Json => println!("{}", report::json(&bench.rows)?),
+    }
+    for group in groups {
+        let rows = bench.rows.iter().filter(|row| row.group == group.name());
+        if let Some(chart) = Chart::of_ratios(group.name(), rows) {
+            let path = target().join("bench").join(format!("{}.svg", group.name()));
+            chart.draw(&path).with_context(|| format!("{}", path.display()))?;
+        }
+    }
+    if !args.quick {
+        page::rewrite(&bench.rows)?;
+    }
+    say("took", format!("{:.0} s", began.elapsed().as_secs_f64()));
+    if !failed.is_empty() {
+        bail!("not measured: {}", failed.join(", "));
+    }
+    Ok(())
+}
