@@ -38,6 +38,8 @@ pub mod names {
     pub const SERVICES: &str = "services";
     /// `PERCPU_ARRAY` of one [`Scratch`](crate::balance::Scratch): the programs' own memory.
     pub const SCRATCH: [&str; 2] = ["scratch4", "scratch6"];
+    /// `HASH` device index → `u32`: devices that hand packets over to a pod's namespace; filled for `--fast-path` only.
+    pub const POD_DEVICES: &str = "pod_devices";
     /// `SK_STORAGE` → [`SocketPeers`](super::SocketPeers): which frontends a socket dialled.
     pub const SOCKETS: &str = "sockets";
 }

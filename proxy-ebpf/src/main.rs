@@ -1,6 +1,7 @@
 //! The BPF programs: where shunt hooks into the kernel. What they decide is `shunt_common::balance`.
 //!
-//! [`socket`] at the cgroup hooks, [`tc`] on pod and node devices, [`xdp`] on node devices, [`maps`] for all of them.
+//! [`socket`] at the cgroup hooks, [`tc`] on pod and node devices with an opt-in [`fast`] path, [`xdp`] on node devices,
+//! [`maps`] for all of them.
 #![no_std]
 #![no_main]
 // No call of `memset` where a few stores do: BPF has no such function, and ours goes byte by byte.
@@ -11,6 +12,7 @@
     reason = "the BPF target's `core` has no compare-and-swap on 32 bits, LLVM does"
 )]
 
+mod fast;
 mod maps;
 mod socket;
 mod tc;

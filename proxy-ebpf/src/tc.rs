@@ -1,6 +1,7 @@
 //! tc on pod and node devices: packets of senders that no socket hook sees, forwarded traffic, and replies.
 //!
-//! Only addresses and ports change here; routing, neighbours and netfilter stay the kernel's.
+//! Only addresses and ports change here; routing, neighbours and netfilter stay the kernel's, unless there is a fast path
+//! ([`fast`]).
 
 use aya_ebpf::{
     EbpfContext,
@@ -18,7 +19,10 @@ use shunt_common::{
     packet::{self, ETHERNET, Headers, Packet, Tuple},
 };
 
-use crate::maps::{Hook, KernelFamily, KernelMaps, count};
+use crate::{
+    fast,
+    maps::{Hook, KernelFamily, KernelMaps, count},
+};
 
 /// `bpf_skb_adjust_room`: between the MAC and the network header (an enum that the bindings lack).
 const BPF_ADJ_ROOM_MAC: u32 = 1;
@@ -26,7 +30,7 @@ const BPF_ADJ_ROOM_MAC: u32 = 1;
 const HEADERS: usize = ETHERNET + 60 + 20;
 
 /// The linear part of a socket buffer.
-struct Buffer<'a>(&'a TcContext);
+pub(crate) struct Buffer<'a>(pub(crate) &'a TcContext);
 
 impl Packet for Buffer<'_> {
     #[inline(always)]
@@ -151,6 +155,16 @@ fn handle<F: KernelFamily>(ctx: &TcContext, place: Place) -> i32 {
         ),
         Place::Out => leaving::<F, _>(&maps, &tuple, tcp_flags),
     };
+    if fast::is_on() && place != Place::Out {
+        let sent = match &verdict {
+            Verdict::Pass => fast::send_reply::<F>(ctx, &headers),
+            Verdict::Translate(to) => fast::send_translated::<F>(ctx, &headers, &to.tuple),
+            _ => None,
+        };
+        if let Some(action) = sent {
+            return action;
+        }
+    }
     match verdict {
         Verdict::Pass => TC_ACT_UNSPEC,
         Verdict::Drop => TC_ACT_SHOT,
@@ -168,7 +182,7 @@ fn handle<F: KernelFamily>(ctx: &TcContext, place: Place) -> i32 {
 
 /// Writes the new tuple. The transport checksum goes through the kernel, which knows whether it is complete yet.
 #[inline(always)]
-fn rewrite<F: Family>(ctx: &TcContext, headers: &Headers<F::Words>, new: &Tuple<F::Words>) -> bool {
+pub(crate) fn rewrite<F: Family>(ctx: &TcContext, headers: &Headers<F::Words>, new: &Tuple<F::Words>) -> bool {
     let old = &headers.tuple;
     if let Some(offset) = packet::checksum_offset(old.proto) {
         let offset = (headers.l4 + offset) as u32;

@@ -116,21 +116,21 @@ fn send(device: u32) -> u32 {
 
 /// The kernel's `struct bpf_fib_lookup`, without its unions.
 #[repr(C)]
-struct FibLookup {
-    family: u8,
-    l4_protocol: u8,
-    sport: u16,
-    dport: u16,
+pub(crate) struct FibLookup {
+    pub(crate) family: u8,
+    pub(crate) l4_protocol: u8,
+    pub(crate) sport: u16,
+    pub(crate) dport: u16,
     /// In: length of the packet from its IP header. Out: the route's MTU.
-    tot_len: u16,
+    pub(crate) tot_len: u16,
     /// In: the device the packet came in through. Out: the one it leaves through.
-    ifindex: u32,
-    flowinfo: u32,
-    src: Words6,
-    dst: Words6,
-    vlan: u32,
+    pub(crate) ifindex: u32,
+    pub(crate) flowinfo: u32,
+    pub(crate) src: Words6,
+    pub(crate) dst: Words6,
+    pub(crate) vlan: u32,
     /// Source and destination MAC address.
-    macs: [u16; 6],
+    pub(crate) macs: [u16; 6],
 }
 
 const _: () = assert!(size_of::<FibLookup>() == 64);
@@ -180,7 +180,7 @@ fn send_on<F: KernelFamily>(ctx: &XdpContext, headers: &Headers<F::Words>, new: 
 
 /// An address as the kernel's union holds it: IPv4 in the first word.
 #[inline(always)]
-fn words<F: Family>(addr: F::Words) -> Words6 {
+pub(crate) fn words<F: Family>(addr: F::Words) -> Words6 {
     // SAFETY: an address is one or two words.
     unsafe {
         if size_of::<F::Words>() == 4 {

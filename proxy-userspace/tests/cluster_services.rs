@@ -210,7 +210,12 @@ fn every_backend(client: &Client, proto: Proto, to: SocketAddr, servers: &[&str]
 
 /// F1–F4, F8, F9, P7 from everywhere, both families and protocols.
 fn frontends(lab: Lab, xdp: &str) {
-    let cluster = Cluster::start_in(lab, xdp, &[]);
+    frontends_with(lab, xdp, &[]);
+}
+
+/// The same with further arguments of the agents.
+fn frontends_with(lab: Lab, xdp: &str, extra: &[&str]) {
+    let cluster = Cluster::start_in(lab, xdp, extra);
     let web = ["web-a", "web-b"];
     for v6 in [false, true] {
         let addresses: Vec<SocketAddr> = if v6 {
@@ -297,6 +302,77 @@ fn frontends_are_reached_with_strict_filters_and_offloads() {
         Lab::builder().strict_rp_filter().checksum_offload().build().unwrap(),
         "off",
     );
+}
+
+/// `--fast-path on`, with routed and bridged pods, strict filters and offloads: everything is reached as without it, ...
+#[test]
+fn frontends_are_reached_by_the_fast_path() {
+    let strict = Lab::builder().strict_rp_filter().checksum_offload();
+    for lab in [strict, Lab::builder().cni(Cni::Bridge)] {
+        frontends_with(lab.build().unwrap(), "off", &["--fast-path", "on"]);
+    }
+}
+
+/// ... and packets between pods, or a pod and the network, do not meet the node's own stack on their way.
+#[test]
+fn the_fast_path_leaves_the_nodes_stack_out() {
+    for on in [false, true] {
+        let cluster = Cluster::start("off", &["--fast-path", if on { "on" } else { "off" }]);
+        for v6 in [false, true] {
+            let address = if v6 { "fd96::2" } else { "10.96.0.2" };
+            let node_port = SocketAddr::new(cluster.node_ip("node-a", v6), NODE_PORT);
+            for (name, to) in [("packets", at(address, 80)), ("client", node_port)] {
+                let client = cluster.client(name);
+                // Neighbours are known from then on.
+                for proto in BOTH {
+                    dial(&client, proto, to);
+                }
+                let before = forwarded(&cluster, v6);
+                for proto in BOTH {
+                    for _ in 0..10 {
+                        dial(&client, proto, to);
+                    }
+                }
+                let packets = forwarded(&cluster, v6) - before;
+                let expected = if on { packets == 0 } else { packets >= 100 };
+                assert!(
+                    expected,
+                    "{to} from {name}, fast path {on}: node-a forwarded {packets} packets"
+                );
+            }
+        }
+        for v6 in [false, true] {
+            for proto in BOTH {
+                // P8: the second half of the translation is done although the pod's own device is left out.
+                let to = at(if v6 { "fd96::2" } else { "10.96.0.2" }, 80);
+                let answer = dial(&cluster.lab.client("solo", Sockets::Unhooked).unwrap(), proto, to);
+                assert_eq!((answer.server.as_str(), answer.peer), ("solo", to), "{proto}");
+            }
+        }
+    }
+}
+
+/// Packets that node-a's stack has forwarded.
+fn forwarded(cluster: &Cluster, v6: bool) -> u64 {
+    let ns = cluster.lab.ns("node-a").unwrap();
+    if v6 {
+        let text = ns.output("cat", &["/proc/net/snmp6"]).unwrap();
+        let line = text
+            .lines()
+            .find(|line| line.starts_with("Ip6OutForwDatagrams"))
+            .unwrap();
+        return line.split_whitespace().nth(1).unwrap().parse().unwrap();
+    }
+    let text = ns.output("cat", &["/proc/net/snmp"]).unwrap();
+    let mut lines = text.lines().filter(|line| line.starts_with("Ip: "));
+    let names = lines.next().unwrap().split_whitespace();
+    let mut values = names.zip(lines.next().unwrap().split_whitespace());
+    values
+        .find(|(name, _)| *name == "ForwDatagrams")
+        .unwrap()
+        .1
+        .parse()
+        .unwrap()
 }
 
 /// L2: a full conntrack refuses nobody, and a live flow that was evicted finds its backend and its source port again.

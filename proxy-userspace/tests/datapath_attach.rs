@@ -71,6 +71,7 @@ impl Place {
             capacities,
             socket_lb: true,
             xdp: true,
+            fast_path: false,
         })
     }
 
@@ -592,6 +593,7 @@ fn hooks_that_are_off_leave_nothing_behind() {
                 capacities: small(),
                 socket_lb,
                 xdp: xdp != XdpMode::Off,
+                fast_path: false,
             })
             .unwrap();
             let mut attacher = Attacher::new(&datapath, xdp).unwrap();
@@ -649,6 +651,7 @@ fn a_bpf_root_of_its_own_is_mounted_and_unmounted() {
             capacities: small(),
             socket_lb: false,
             xdp: false,
+            fast_path: false,
         };
         let datapath = load(&config);
         struct Unmount(PathBuf);

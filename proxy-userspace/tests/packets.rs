@@ -71,6 +71,7 @@ impl Loaded {
             capacities,
             socket_lb: false,
             xdp: true,
+            fast_path: false,
         };
         let datapath = load(&config).unwrap();
         let loaded = Self { datapath, root };

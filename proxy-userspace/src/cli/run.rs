@@ -91,6 +91,11 @@ pub struct RunArgs {
     /// Translate at connect and sendmsg, before there is a packet.
     #[arg(long, value_enum, default_value_t = Switch::On)]
     socket_lb: Switch,
+    /// At tc, hand packets of Services straight to the pod or to the next hop. Faster, but they then skip this node's
+    /// netfilter (network policies in iptables or nftables, its conntrack and counters), its IPsec, and the tc programs
+    /// of others on the way to a pod.
+    #[arg(long, value_enum, default_value_t = Switch::Off)]
+    fast_path: Switch,
     /// With --manifests: networks that missing cluster IPs come from; the first decides the default family.
     #[arg(long, value_name = "CIDR", num_args = 1.., value_delimiter = ',',
           default_values = ["10.96.0.0/12", "fd00:10:96::/112"])]
@@ -213,6 +218,7 @@ async fn serve(args: RunArgs, begin: Instant) -> anyhow::Result<()> {
         capacities: capacities(&args.capacities),
         socket_lb: args.socket_lb == Switch::On,
         xdp: args.xdp != XdpMode::Off,
+        fast_path: args.fast_path == Switch::On,
     })?;
     let maps = Arc::new(Maps::open(&args.bpf_root)?);
     let syncer = Syncer::new(maps.clone())?;

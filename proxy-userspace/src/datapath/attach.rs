@@ -23,6 +23,7 @@ use super::{
     devices::{Device, Role, XdpState},
     link::{self, Hook, OpenLink, Target},
     load::Datapath,
+    pods::PodDevices,
     rtnl, unescape,
 };
 
@@ -224,6 +225,8 @@ pub struct Attacher {
     problems: BTreeMap<(u32, &'static str), String>,
     /// Devices that refused native XDP under [`XdpMode::Auto`].
     no_xdp: BTreeSet<u32>,
+    /// With a fast path: where it leads.
+    pods: Option<PodDevices>,
 }
 
 impl Attacher {
@@ -252,6 +255,7 @@ impl Attacher {
             filters: BTreeMap::new(),
             problems: BTreeMap::new(),
             no_xdp: BTreeSet::new(),
+            pods: PodDevices::open(datapath)?,
         })
     }
 
@@ -362,6 +366,11 @@ impl Attacher {
         self.filters.retain(|(index, _), _| indices.contains(index));
         self.problems.retain(|(index, _), _| indices.contains(index));
 
+        if let Some(pods) = &mut self.pods
+            && let Err(error) = pods.set(devices)
+        {
+            warn!("--fast-path: {error}: packets to some pods are not handed over, they take the next best way");
+        }
         let mut wanted = BTreeSet::new();
         let mut status = Vec::new();
         for (device, role) in devices {

@@ -51,6 +51,8 @@ pub struct LoadConfig {
     pub socket_lb: bool,
     /// `--xdp` is not `off`: with the XDP program.
     pub xdp: bool,
+    /// `--fast-path`: tc programs send packets on by themselves.
+    pub fast_path: bool,
 }
 
 /// Why nothing was loaded. What ran before runs on.
@@ -135,6 +137,7 @@ pub struct Datapath {
     paths: Paths,
     capacities: Capacities,
     programs: BTreeMap<&'static str, OwnedFd>,
+    fast_path: bool,
     _lock: RootLock,
 }
 
@@ -157,6 +160,11 @@ impl Datapath {
     /// All loaded programs by name.
     pub fn programs(&self) -> impl Iterator<Item = (&'static str, BorrowedFd<'_>)> {
         self.programs.iter().map(|(&name, fd)| (name, fd.as_fd()))
+    }
+
+    /// Whether the programs send packets on by themselves.
+    pub fn fast_path(&self) -> bool {
+        self.fast_path
     }
 
     /// Opens a map.
@@ -193,6 +201,8 @@ pub fn load(config: &LoadConfig) -> Result<Datapath, LoadError> {
         .collect();
     reuse(&paths, &wanted, &mut capacities)?;
     let mut loader = EbpfLoader::new();
+    let fast_path = u32::from(config.fast_path);
+    loader.override_global("FAST_PATH", &fast_path, true);
     let mut fresh = FreshPins(Vec::new());
     for &name in wanted.keys() {
         if let Some((_, entries)) = capacities.of_map(name) {
@@ -250,6 +260,7 @@ pub fn load(config: &LoadConfig) -> Result<Datapath, LoadError> {
         paths,
         capacities,
         programs,
+        fast_path: config.fast_path,
         _lock: lock,
     })
 }

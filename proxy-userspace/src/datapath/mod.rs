@@ -28,6 +28,7 @@ pub mod load;
 pub mod lock;
 pub mod maps;
 pub mod netns;
+pub(crate) mod pods;
 pub(crate) mod rtnl;
 pub mod sys;
 
