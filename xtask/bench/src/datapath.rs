@@ -1,0 +1,414 @@
+//! ns per packet, net of the bare hook: each program beside its floor, round by round.
+
+use std::{net::IpAddr, os::fd::BorrowedFd};
+
+use anyhow::{Context, Result, bail};
+use etherparse::PacketBuilder;
+use rustix::thread::{CpuSet, sched_setaffinity};
+use shunt_common::family::{V4, V6};
+use shunt_lab::Lab;
+
+use crate::{
+    replay::{Hook, Replay, Script, Vary},
+    report::{Row, middle},
+    world::{
+        self, BACKEND_PORT, CLIENT, CLUSTER_IP, FLOWS, LOCAL_PORT, REMOTE_PORT, TO_CLUSTER_IP, TO_LOCAL, TO_REMOTE,
+        World,
+    },
+};
+
+/// Bound on established flows beside their floor.
+const ESTABLISHED: f64 = 1.25;
+/// Bound on new flows beside a floor with two LRU inserts.
+const NEW: f64 = 1.10;
+/// Bound on what a packet of no Service pays, ns.
+const STRANGER: f64 = 50.0;
+/// New flows in one play: few enough for the source ports.
+const NEW_FLOWS: u32 = 16_384;
+
+/// One kind of packet at one hook.
+struct Case {
+    group: &'static str,
+    name: String,
+    hook: Hook,
+    program: &'static str,
+    /// Without one, the bare hook alone is taken off.
+    floor: Option<String>,
+    script: Script,
+    repeat: u32,
+    /// Every packet is a flow of its own.
+    fresh: bool,
+    v6: bool,
+    at_most: Option<f64>,
+}
+
+/// Measures everything. Needs root.
+pub(crate) fn measure(quick: bool, only: &str) -> Result<Vec<Row>> {
+    Lab::sweep_stale()?;
+    let lab = Lab::new()?;
+    let ns = lab.ns("node-a")?;
+    let gateway = ["192.168.50.1", "fd50::1"];
+    let peers = lab.node_ips("node-b")?;
+    let mut lines = Vec::new();
+    for address in gateway
+        .iter()
+        .map(|text| (*text).to_owned())
+        .chain(peers.iter().map(ToString::to_string))
+    {
+        lines.push(format!(
+            "neighbour replace {address} lladdr 02:00:00:00:00:99 dev eth0 nud permanent"
+        ));
+    }
+    ns.ip(&lines)?;
+    let counts: &[u32] = if quick { &[1, 10_000] } else { &[1, 10_000, 100_000] };
+    ns.run(|| in_namespace(&lab, counts, if quick { 7 } else { 21 }, only))
+}
+
+fn in_namespace(lab: &Lab, counts: &[u32], rounds: usize, only: &str) -> Result<Vec<Row>> {
+    let mut cpus = CpuSet::new();
+    cpus.set(1);
+    // With one CPU there is none to choose.
+    let _one = sched_setaffinity(None, &cpus);
+    let device = rustix::net::netdevice::name_to_index(
+        rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?,
+        "eth0",
+    )?;
+    let mut world = World::new(lab, counts.iter().copied().max().unwrap_or(1))?;
+    let mut replay = Replay::load(&world.datapath, device)?;
+    let mut rows = Vec::new();
+    for &services in counts {
+        eprintln!("{services} Services …");
+        world.grow(services)?;
+        for v6 in [false, true] {
+            let places = match v6 {
+                false => world.places::<V4>(false),
+                true => world.places::<V6>(true),
+            };
+            let table: Vec<(u16, u8)> = places
+                .into_iter()
+                .map(|(which, port)| (port, last(world::backend(v6, false, which))))
+                .collect();
+            replay.set_ports(&table)?;
+            world.open_flows()?;
+            if services == counts[0] {
+                fill(&world, &mut replay, v6)?;
+            }
+            for case in cases(&world, v6) {
+                let title = format!("{} {}", case.group, case.name);
+                if !title.contains(only) {
+                    continue;
+                }
+                let row = play(&world, &mut replay, &case, services, rounds).with_context(|| title.clone())?;
+                eprintln!(
+                    "  {title}: {:.1} ns{}",
+                    row.value,
+                    row.baseline
+                        .map(|floor| format!(", floor {floor:.1}, ratio {:.2}", row.value / floor))
+                        .unwrap_or_default()
+                );
+                rows.push(row);
+            }
+        }
+    }
+    Ok(rows)
+}
+
+/// Fills the LRU maps, so that every new flow evicts an older one.
+fn fill(world: &World, replay: &mut Replay, v6: bool) -> Result<()> {
+    for case in cases(world, v6)
+        .iter()
+        .filter(|case| case.program == "xdp_node" && case.fresh)
+    {
+        let program = world
+            .datapath
+            .program(case.program)
+            .context("the program is not loaded")?;
+        let floor = case.floor.as_deref().unwrap_or_default();
+        if floor.starts_with("floor_new_lcl") {
+            replay.play(case.hook, program, &case.script, 150_000)?;
+            replay.play(case.hook, replay.program(floor)?, &case.script, 600_000)?;
+            replay.next = replay.next.wrapping_add(600_000);
+        }
+    }
+    Ok(())
+}
+
+fn last(address: IpAddr) -> u8 {
+    match address {
+        IpAddr::V4(address) => address.octets()[3],
+        IpAddr::V6(address) => address.octets()[15],
+    }
+}
+
+fn packet(from: IpAddr, from_port: u16, to: IpAddr, to_port: u16, syn: bool) -> Result<Vec<u8>> {
+    let builder = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
+    let builder = match (from, to) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => builder.ipv4(from.octets(), to.octets(), 64),
+        (IpAddr::V6(from), IpAddr::V6(to)) => builder.ipv6(from.octets(), to.octets(), 64),
+        _ => bail!("{from} and {to} are of two families"),
+    };
+    let tcp = builder.tcp(from_port, to_port, 1, 64_000);
+    let tcp = if syn { tcp.syn() } else { tcp.ack(1) };
+    let mut bytes = Vec::new();
+    tcp.write(&mut bytes, &[0x55; 64])?;
+    Ok(bytes)
+}
+
+fn low(address: IpAddr) -> u32 {
+    match address {
+        IpAddr::V4(address) => address.into(),
+        IpAddr::V6(address) => u128::from(address) as u32,
+    }
+}
+
+fn cases(world: &World, v6: bool) -> Vec<Case> {
+    let i = usize::from(v6);
+    let family = ["4", "6"][i];
+    let (client, node): (IpAddr, IpAddr) = (CLIENT[i].parse().expect("an address"), world.node[i]);
+    let cluster_ip: IpAddr = CLUSTER_IP[i].parse().expect("an address");
+    let local = world::backend(v6, true, 0);
+    let remote = world::backend(v6, false, 0);
+    let stranger: IpAddr = ["192.0.2.7", "2001:db8:7::7"][i].parse().expect("an address");
+    let forward = |port, to, to_port, mask| Script {
+        packet: packet(client, port, to, to_port, false).expect("a packet"),
+        vary: Vary::Source,
+        mask,
+        base: low(client),
+    };
+    let reply = |from, port, mask| Script {
+        packet: packet(from, BACKEND_PORT, client, port, false).expect("a packet"),
+        vary: Vary::Destination,
+        mask,
+        base: low(client),
+    };
+    let snat_reply = |mask| Script {
+        packet: packet(remote, BACKEND_PORT, node, 10_240, false).expect("a packet"),
+        vary: Vary::Port,
+        mask,
+        base: 0,
+    };
+    let fresh = |to, to_port| Script {
+        packet: packet(client, 50_000, to, to_port, true).expect("a packet"),
+        vary: Vary::Source,
+        mask: 0xff_ffff,
+        base: if v6 { 0 } else { u32::from_be_bytes([100, 0, 0, 0]) },
+    };
+    let mut cases = Vec::new();
+    for (mask, flows) in [(0, "1 flow"), (FLOWS - 1, "65,536 flows")] {
+        let repeat = if mask == 0 { 40_000 } else { FLOWS };
+        let mut add = |group, name: &str, hook, program, floor: Option<&str>, script, at_most| {
+            cases.push(Case {
+                group,
+                name: format!("IPv{family}, {name}, {flows}"),
+                hook,
+                program,
+                floor: floor.map(|floor| format!("{floor}{family}")),
+                script,
+                repeat,
+                fresh: false,
+                v6,
+                at_most,
+            });
+        };
+        let bound = Some(ESTABLISHED);
+        add(
+            "XDP",
+            "established, SNAT + redirect",
+            Hook::Xdp,
+            "xdp_node",
+            Some("floor_fwd"),
+            forward(TO_REMOTE, node, REMOTE_PORT, mask),
+            bound,
+        );
+        add(
+            "XDP",
+            "reply, SNAT + redirect",
+            Hook::Xdp,
+            "xdp_node",
+            Some("floor_reply"),
+            snat_reply(mask),
+            bound,
+        );
+        add(
+            "XDP",
+            "established, backend here",
+            Hook::Xdp,
+            "xdp_node",
+            Some("floor_local"),
+            forward(TO_LOCAL, node, LOCAL_PORT, mask),
+            None,
+        );
+        add(
+            "tc",
+            "ClusterIP established",
+            Hook::Tc,
+            "tc_pod_in",
+            Some("floor_tc_fwd"),
+            forward(TO_CLUSTER_IP, cluster_ip, 80, mask),
+            bound,
+        );
+        add(
+            "tc",
+            "ClusterIP reply",
+            Hook::Tc,
+            "tc_pod_out",
+            Some("floor_tc_reply"),
+            reply(remote, TO_CLUSTER_IP, mask),
+            bound,
+        );
+        add(
+            "tc",
+            "NodePort established, backend here",
+            Hook::Tc,
+            "tc_node_in",
+            Some("floor_tc_fwd"),
+            forward(TO_LOCAL, node, LOCAL_PORT, mask),
+            bound,
+        );
+        add(
+            "tc",
+            "NodePort reply, backend here",
+            Hook::Tc,
+            "tc_node_out",
+            Some("floor_tc_reply"),
+            reply(local, TO_LOCAL, mask),
+            bound,
+        );
+        for (hook, program) in [
+            (Hook::Xdp, "xdp_node"),
+            (Hook::Tc, "tc_node_in"),
+            (Hook::Tc, "tc_node_out"),
+            (Hook::Tc, "tc_pod_in"),
+            (Hook::Tc, "tc_pod_out"),
+        ] {
+            add(
+                "no Service",
+                program,
+                hook,
+                program,
+                None,
+                forward(443, stranger, 8443, mask),
+                Some(STRANGER),
+            );
+        }
+    }
+    let mut add = |group, name: &str, hook, program, floor: &str, script, at_most| {
+        cases.push(Case {
+            group,
+            name: format!("IPv{family}, {name}"),
+            hook,
+            program,
+            floor: Some(format!("{floor}{family}")),
+            script,
+            repeat: NEW_FLOWS,
+            fresh: true,
+            v6,
+            at_most,
+        });
+    };
+    add(
+        "XDP",
+        "new flow, SNAT + redirect",
+        Hook::Xdp,
+        "xdp_node",
+        "floor_new",
+        fresh(node, REMOTE_PORT),
+        Some(NEW),
+    );
+    add(
+        "XDP",
+        "new flow, backend here",
+        Hook::Xdp,
+        "xdp_node",
+        "floor_new_lcl",
+        fresh(node, LOCAL_PORT),
+        Some(NEW),
+    );
+    add(
+        "tc",
+        "ClusterIP new flow",
+        Hook::Tc,
+        "tc_pod_in",
+        "floor_tc_new",
+        fresh(cluster_ip, 80),
+        Some(NEW),
+    );
+    cases
+}
+
+fn play(world: &World, replay: &mut Replay, case: &Case, services: u32, rounds: usize) -> Result<Row> {
+    let program = world
+        .datapath
+        .program(case.program)
+        .context("the program is not loaded")?;
+    let (mut own, mut floor) = (Vec::new(), Vec::new());
+    let empty_name = match case.hook {
+        Hook::Xdp => "empty_xdp",
+        Hook::Tc => "empty_tc",
+    };
+    if case.fresh {
+        age(world, case.v6)?;
+    }
+    check(replay, case, program)?;
+    for round in 0..=rounds {
+        if case.fresh {
+            age(world, case.v6)?;
+        }
+        let a = replay.play(case.hook, program, &case.script, case.repeat)?;
+        let a = a.0;
+        let b = match &case.floor {
+            Some(name) => {
+                replay
+                    .play(case.hook, replay.program(name)?, &case.script, case.repeat)?
+                    .0
+            }
+            None => 0.0,
+        };
+        let c = replay
+            .play(case.hook, replay.program(empty_name)?, &case.script, case.repeat)?
+            .0;
+        if case.fresh {
+            replay.next = replay.next.wrapping_add(case.repeat);
+        }
+        // The first round warms up.
+        if round > 0 {
+            own.push(a - c);
+            floor.push(b - c);
+        }
+    }
+    let name = format!("{}, {services} Services", case.name);
+    let (own, floor) = (middle(&mut own), middle(&mut floor));
+    Ok(match case.floor {
+        Some(_) => Row::beside(case.group, &name, own, floor, "ns", case.at_most),
+        None => Row::alone(case.group, &name, own, "ns", case.at_most),
+    })
+}
+
+fn age(world: &World, v6: bool) -> Result<()> {
+    match v6 {
+        false => world.age_snat::<V4>(false),
+        true => world.age_snat::<V6>(true),
+    }
+}
+
+/// One packet through both: the same verdict, and for an open flow the same packet comes out.
+fn check(replay: &mut Replay, case: &Case, program: BorrowedFd<'_>) -> Result<()> {
+    let (_, verdict, out) = replay.play(case.hook, program, &case.script, 1)?;
+    if let Some(name) = &case.floor {
+        let (_, floor_verdict, floor_out) = replay.play(case.hook, replay.program(name)?, &case.script, 1)?;
+        if verdict != floor_verdict {
+            bail!(
+                "the verdict is {}, the floor's {}",
+                verdict as i32,
+                floor_verdict as i32
+            );
+        }
+        if !case.fresh && out != floor_out {
+            bail!("the packet is not the floor's:\n{out:02x?}\n{floor_out:02x?}");
+        }
+    }
+    if case.fresh {
+        replay.next = replay.next.wrapping_add(1);
+    }
+    Ok(())
+}

@@ -1,0 +1,40 @@
+//! Measures shunt's programs beside floor programs, and prints rows as JSON: `cargo xtask bench` runs it and shows them.
+//!
+//! It is apart from `xtask` because it links the agent's library: it loads the programs, fills their maps through the same
+//! code as the agent, and then runs them in a namespace of its own.
+
+mod datapath;
+mod replay;
+mod report;
+mod world;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Measurements for `cargo xtask bench`.
+#[derive(Parser)]
+#[command(name = "shunt-bench")]
+struct Cli {
+    #[command(subcommand)]
+    what: What,
+    /// Fewer rounds, and only 1 and 10,000 Services.
+    #[arg(long, global = true)]
+    quick: bool,
+    /// Only figures whose group or name contains this.
+    #[arg(long, global = true, default_value = "")]
+    only: String,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// ns per packet of the XDP and tc programs.
+    Datapath,
+}
+
+fn main() -> Result<()> {
+    let cli = Cli::parse();
+    let rows = match cli.what {
+        What::Datapath => datapath::measure(cli.quick, &cli.only)?,
+    };
+    report::print(&rows)
+}

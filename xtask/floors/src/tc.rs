@@ -1,0 +1,175 @@
+//! Floors of the tc programs, right for packets whose checksum is not complete yet (`CHECKSUM_PARTIAL`).
+
+use aya_ebpf::{
+    bindings::{BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC},
+    helpers::bpf_l4_csum_replace,
+    macros::classifier,
+    programs::TcContext,
+};
+use shunt_common::{
+    family::{V4, V6},
+    hash,
+    layout::{Flow, FlowKey, FrontendKey, SCOPE_INTERNAL, Slot, TCP},
+};
+
+use crate::wire::{Seen, Wire, addresses, bytes, fold32, parse, ports, rewrite, value};
+
+/// The transport checksum by the kernel, the rest into the packet.
+#[inline(always)]
+fn translate<F: Wire>(ctx: &TcContext, old: &Seen<F::Words>, new: &Seen<F::Words>) -> i32 {
+    let offset = (F::L4 + 16) as u32;
+    // SAFETY: the helper checks the offset.
+    unsafe {
+        if bpf_l4_csum_replace(
+            ctx.skb.skb,
+            offset,
+            0,
+            fold32(addresses::<F>(old, new)),
+            u64::from(BPF_F_PSEUDO_HDR),
+        ) != 0
+            || bpf_l4_csum_replace(ctx.skb.skb, offset, 0, fold32(ports(old, new)), 0) != 0
+        {
+            return TC_ACT_SHOT;
+        }
+    }
+    // The helper may have moved the packet.
+    let Some(again) = parse::<F>(ctx.data(), ctx.data_end()) else {
+        return TC_ACT_SHOT;
+    };
+    rewrite::<F>(
+        &Seen {
+            packet: again.packet,
+            ..*old
+        },
+        new,
+        false,
+    );
+    TC_ACT_UNSPEC
+}
+
+/// Established, towards the backend: one look-up.
+#[inline(always)]
+fn forward<F: Wire>(ctx: &TcContext) -> i32 {
+    let Some(old) = parse::<F>(ctx.data(), ctx.data_end()) else {
+        return TC_ACT_SHOT;
+    };
+    let key = old.key::<F>();
+    let Some(flow) = value::<_, Flow<F::Words>>(F::FLOWS.get_ptr_mut(bytes::<_, FlowKey<F::Addr>>(&key))) else {
+        return TC_ACT_SHOT;
+    };
+    let new = Seen {
+        dst: flow.backend,
+        dst_port: flow.backend_port.to_be(),
+        ..old
+    };
+    translate::<F>(ctx, &old, &new)
+}
+
+/// A reply on its way to the client: one look-up.
+#[inline(always)]
+fn reply<F: Wire>(ctx: &TcContext) -> i32 {
+    let Some(old) = parse::<F>(ctx.data(), ctx.data_end()) else {
+        return TC_ACT_SHOT;
+    };
+    let key = FlowKey {
+        client: old.dst,
+        client_port: u16::from_be(old.dst_port),
+        ..old.key::<F>()
+    };
+    let Some(flow) = value::<_, Flow<F::Words>>(F::FLOWS.get_ptr_mut(bytes::<_, FlowKey<F::Addr>>(&key))) else {
+        return TC_ACT_SHOT;
+    };
+    let new = Seen {
+        src: flow.frontend,
+        src_port: flow.frontend_port.to_be(),
+        ..old
+    };
+    translate::<F>(ctx, &old, &new)
+}
+
+/// A new flow as it is usually done: frontend, miss, slot, and an entry for each direction.
+#[inline(always)]
+fn new_flow<F: Wire>(ctx: &TcContext) -> i32 {
+    let Some(old) = parse::<F>(ctx.data(), ctx.data_end()) else {
+        return TC_ACT_SHOT;
+    };
+    let (src_port, dst_port) = (u16::from_be(old.src_port), u16::from_be(old.dst_port));
+    let frontend_key = FrontendKey {
+        addr: old.dst,
+        port: dst_port,
+        proto: TCP,
+        scope: SCOPE_INTERNAL,
+        reserved: 0,
+    };
+    // SAFETY: read at once; the entry is freed after this run only.
+    let Some(frontend) = (unsafe { F::FRONTENDS.get(bytes::<_, FrontendKey<F::Addr>>(&frontend_key)) }) else {
+        return TC_ACT_SHOT;
+    };
+    let mut key = FlowKey {
+        frontend: old.dst,
+        frontend_port: dst_port,
+        ..old.key::<F>()
+    };
+    if F::FLOOR_FLOWS.get_ptr(bytes::<_, FlowKey<F::Addr>>(&key)).is_some() {
+        return TC_ACT_SHOT;
+    }
+    let choice = hash::flow::<F>(old.src, src_port, old.dst, dst_port, TCP);
+    let index = frontend.slot_base + hash::pick(choice, frontend.slot_count);
+    let Some(slot) = value::<_, Slot<F::Words>>(F::SLOTS.get_ptr_mut(index)) else {
+        return TC_ACT_SHOT;
+    };
+    let flow = Flow {
+        frontend: old.dst,
+        backend: slot.addr,
+        snat: old.src,
+        frontend_port: dst_port,
+        backend_port: slot.port,
+        snat_port: src_port,
+        state: 0,
+        backend_id: slot.backend,
+        last_seen: 1,
+    };
+    let new = Seen {
+        dst: slot.addr,
+        dst_port: slot.port.to_be(),
+        ..old
+    };
+    if F::FLOOR_FLOWS
+        .insert(bytes::<_, FlowKey<F::Addr>>(&key), bytes::<_, Flow<F::Addr>>(&flow), 0)
+        .is_err()
+    {
+        return TC_ACT_SHOT;
+    }
+    key.client = slot.addr;
+    key.frontend = old.src;
+    key.client_port = slot.port;
+    key.frontend_port = src_port;
+    if F::FLOOR_FLOWS
+        .insert(bytes::<_, FlowKey<F::Addr>>(&key), bytes::<_, Flow<F::Addr>>(&flow), 0)
+        .is_err()
+    {
+        return TC_ACT_SHOT;
+    }
+    translate::<F>(ctx, &old, &new)
+}
+
+/// One program per family.
+macro_rules! programs {
+    ($($name4:ident $name6:ident = $body:ident;)+) => { $(
+        #[classifier]
+        fn $name4(ctx: TcContext) -> i32 {
+            $body::<V4>(&ctx)
+        }
+
+        #[classifier]
+        fn $name6(ctx: TcContext) -> i32 {
+            $body::<V6>(&ctx)
+        }
+    )+ };
+}
+
+programs! {
+    floor_tc_fwd4 floor_tc_fwd6 = forward;
+    floor_tc_reply4 floor_tc_reply6 = reply;
+    floor_tc_new4 floor_tc_new6 = new_flow;
+}
