@@ -4,13 +4,16 @@ use std::{net::IpAddr, os::fd::BorrowedFd};
 
 use anyhow::{Context, Result, bail};
 use etherparse::PacketBuilder;
-use rustix::thread::{CpuSet, sched_setaffinity};
+use rustix::{
+    net::{AddressFamily, SocketType, netdevice::name_to_index, socket},
+    thread::{CpuSet, sched_setaffinity},
+};
 use shunt_common::family::{V4, V6};
 use shunt_lab::Lab;
 
 use crate::{
     replay::{Hook, Replay, Script, Vary},
-    report::{Row, middle},
+    report::{Line, Target, middle, spread},
     world::{
         self, BACKEND_PORT, CLIENT, CLUSTER_IP, FLOWS, LOCAL_PORT, REMOTE_PORT, TO_CLUSTER_IP, TO_LOCAL, TO_REMOTE,
         World,
@@ -23,12 +26,15 @@ const ESTABLISHED: f64 = 1.25;
 const NEW: f64 = 1.10;
 /// Bound on what a packet of no Service pays, ns.
 const STRANGER: f64 = 50.0;
+/// How far figures with many Services may lie from those with one, as a part.
+const SAME: f64 = 0.03;
+/// The fabric's addresses: next hop to outside clients.
+const GATEWAYS: [&str; 2] = ["192.168.50.1", "fd50::1"];
 /// New flows in one play: few enough for the source ports.
 const NEW_FLOWS: u32 = 16_384;
 
 /// One kind of packet at one hook.
 struct Case {
-    group: &'static str,
     name: String,
     hook: Hook,
     program: &'static str,
@@ -42,44 +48,49 @@ struct Case {
     at_most: Option<f64>,
 }
 
+/// Shunt with some Services, and what is played to it.
+struct Stage {
+    services: u32,
+    world: World,
+    replay: Replay,
+}
+
 /// Measures everything. Needs root.
-pub(crate) fn measure(quick: bool, only: &str) -> Result<Vec<Row>> {
+pub(crate) fn measure(quick: bool, only: &str) -> Result<()> {
     Lab::sweep_stale()?;
     let lab = Lab::new()?;
     let ns = lab.ns("node-a")?;
-    let gateway = ["192.168.50.1", "fd50::1"];
     let peers = lab.node_ips("node-b")?;
-    let mut lines = Vec::new();
-    for address in gateway
-        .iter()
-        .map(|text| (*text).to_owned())
+    let neighbours = GATEWAYS.iter().map(|text| (*text).to_owned());
+    let lines: Vec<String> = neighbours
         .chain(peers.iter().map(ToString::to_string))
-    {
-        lines.push(format!(
-            "neighbour replace {address} lladdr 02:00:00:00:00:99 dev eth0 nud permanent"
-        ));
-    }
+        .map(|address| format!("neighbour replace {address} lladdr 02:00:00:00:00:99 dev eth0 nud permanent"))
+        .collect();
     ns.ip(&lines)?;
     let counts: &[u32] = if quick { &[1, 10_000] } else { &[1, 10_000, 100_000] };
-    ns.run(|| in_namespace(&lab, counts, if quick { 7 } else { 21 }, only))
+    ns.run(|| in_namespace(&lab, counts, if quick { 5 } else { 25 }, only))
 }
 
-fn in_namespace(lab: &Lab, counts: &[u32], rounds: usize, only: &str) -> Result<Vec<Row>> {
+fn in_namespace(lab: &Lab, counts: &[u32], rounds: usize, only: &str) -> Result<()> {
     let mut cpus = CpuSet::new();
     cpus.set(1);
     // With one CPU there is none to choose.
     let _one = sched_setaffinity(None, &cpus);
-    let device = rustix::net::netdevice::name_to_index(
-        rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?,
-        "eth0",
-    )?;
-    let mut world = World::new(lab, counts.iter().copied().max().unwrap_or(1))?;
-    let mut replay = Replay::load(&world.datapath, device)?;
-    let mut rows = Vec::new();
+    let socket = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
+    let device = name_to_index(socket, "eth0")?;
+    let mut stages = Vec::new();
     for &services in counts {
-        eprintln!("{services} Services …");
-        world.grow(services)?;
-        for v6 in [false, true] {
+        let world = World::new(lab, services)?;
+        let replay = Replay::load(&world.datapath, device)?;
+        stages.push(Stage {
+            services,
+            world,
+            replay,
+        });
+    }
+    for v6 in [false, true] {
+        for stage in &mut stages {
+            let Stage { world, replay, .. } = stage;
             let places = match v6 {
                 false => world.places::<V4>(false),
                 true => world.places::<V6>(true),
@@ -90,27 +101,15 @@ fn in_namespace(lab: &Lab, counts: &[u32], rounds: usize, only: &str) -> Result<
                 .collect();
             replay.set_ports(&table)?;
             world.open_flows()?;
-            if services == counts[0] {
-                fill(&world, &mut replay, v6)?;
-            }
-            for case in cases(&world, v6) {
-                let title = format!("{} {}", case.group, case.name);
-                if !title.contains(only) {
-                    continue;
-                }
-                let row = play(&world, &mut replay, &case, services, rounds).with_context(|| title.clone())?;
-                eprintln!(
-                    "  {title}: {:.1} ns{}",
-                    row.value,
-                    row.baseline
-                        .map(|floor| format!(", floor {floor:.1}, ratio {:.2}", row.value / floor))
-                        .unwrap_or_default()
-                );
-                rows.push(row);
+            fill(world, replay, v6)?;
+        }
+        for case in cases(&stages[0].world, v6) {
+            if case.name.contains(only) {
+                play(&mut stages, &case, rounds).with_context(|| case.name.clone())?;
             }
         }
     }
-    Ok(rows)
+    Ok(())
 }
 
 /// Fills the LRU maps, so that every new flow evicts an older one.
@@ -198,8 +197,7 @@ fn cases(world: &World, v6: bool) -> Vec<Case> {
         let repeat = if mask == 0 { 40_000 } else { FLOWS };
         let mut add = |group, name: &str, hook, program, floor: Option<&str>, script, at_most| {
             cases.push(Case {
-                group,
-                name: format!("IPv{family}, {name}, {flows}"),
+                name: format!("{group} IPv{family}, {name}, {flows}"),
                 hook,
                 program,
                 floor: floor.map(|floor| format!("{floor}{family}")),
@@ -294,8 +292,7 @@ fn cases(world: &World, v6: bool) -> Vec<Case> {
     }
     let mut add = |group, name: &str, hook, program, floor: &str, script, at_most| {
         cases.push(Case {
-            group,
-            name: format!("IPv{family}, {name}"),
+            name: format!("{group} IPv{family}, {name}"),
             hook,
             program,
             floor: Some(format!("{floor}{family}")),
@@ -336,52 +333,84 @@ fn cases(world: &World, v6: bool) -> Vec<Case> {
     cases
 }
 
-fn play(world: &World, replay: &mut Replay, case: &Case, services: u32, rounds: usize) -> Result<Row> {
+/// Plays a case on every stage in turn, round by round, and prints its lines.
+fn play(stages: &mut [Stage], case: &Case, rounds: usize) -> Result<()> {
+    let mut figures = vec![(Vec::new(), Vec::new()); stages.len()];
+    for round in 0..=rounds {
+        for (stage, (own, floor)) in stages.iter_mut().zip(&mut figures) {
+            let (a, b, c) = one_round(stage, case, round == 0)?;
+            // The first round warms up.
+            if round > 0 {
+                own.push(a - c);
+                floor.push(b - c);
+            }
+        }
+    }
+    let (own, floor) = &figures[0];
+    let ratios: Vec<f64> = own.iter().zip(floor).map(|(own, floor)| own / floor).collect();
+    let beside = case.floor.is_some();
+    Line {
+        name: case.name.clone(),
+        value: middle(own),
+        unit: "ns",
+        against: beside.then_some("floor"),
+        baseline: beside.then(|| middle(floor)),
+        spread: spread(if beside { &ratios } else { own }),
+        target: case.at_most.map(|bound| match beside {
+            true => Target::AtMost(bound),
+            false => Target::ValueAtMost(bound),
+        }),
+    }
+    .print()?;
+    for (stage, (more, _)) in stages.iter().zip(&figures).skip(1) {
+        let ratios: Vec<f64> = more.iter().zip(own).map(|(more, own)| more / own).collect();
+        Line {
+            name: format!("{}, {} Services", case.name, stage.services),
+            value: middle(more),
+            unit: "ns",
+            against: Some("1 Service"),
+            baseline: Some(middle(own)),
+            spread: spread(&ratios),
+            target: Some(Target::Within(SAME)),
+        }
+        .print()?;
+    }
+    Ok(())
+}
+
+/// ns per packet of the program, its floor, and the bare hook.
+fn one_round(stage: &mut Stage, case: &Case, first: bool) -> Result<(f64, f64, f64)> {
+    let Stage { world, replay, .. } = stage;
     let program = world
         .datapath
         .program(case.program)
         .context("the program is not loaded")?;
-    let (mut own, mut floor) = (Vec::new(), Vec::new());
-    let empty_name = match case.hook {
+    let empty = match case.hook {
         Hook::Xdp => "empty_xdp",
         Hook::Tc => "empty_tc",
     };
     if case.fresh {
         age(world, case.v6)?;
     }
-    check(replay, case, program)?;
-    for round in 0..=rounds {
-        if case.fresh {
-            age(world, case.v6)?;
-        }
-        let a = replay.play(case.hook, program, &case.script, case.repeat)?;
-        let a = a.0;
-        let b = match &case.floor {
-            Some(name) => {
-                replay
-                    .play(case.hook, replay.program(name)?, &case.script, case.repeat)?
-                    .0
-            }
-            None => 0.0,
-        };
-        let c = replay
-            .play(case.hook, replay.program(empty_name)?, &case.script, case.repeat)?
-            .0;
-        if case.fresh {
-            replay.next = replay.next.wrapping_add(case.repeat);
-        }
-        // The first round warms up.
-        if round > 0 {
-            own.push(a - c);
-            floor.push(b - c);
-        }
+    if first {
+        check(replay, case, program)?;
     }
-    let name = format!("{}, {services} Services", case.name);
-    let (own, floor) = (middle(&mut own), middle(&mut floor));
-    Ok(match case.floor {
-        Some(_) => Row::beside(case.group, &name, own, floor, "ns", case.at_most),
-        None => Row::alone(case.group, &name, own, "ns", case.at_most),
-    })
+    let own = replay.play(case.hook, program, &case.script, case.repeat)?.0;
+    let floor = match &case.floor {
+        Some(name) => {
+            replay
+                .play(case.hook, replay.program(name)?, &case.script, case.repeat)?
+                .0
+        }
+        None => 0.0,
+    };
+    let empty = replay
+        .play(case.hook, replay.program(empty)?, &case.script, case.repeat)?
+        .0;
+    if case.fresh {
+        replay.next = replay.next.wrapping_add(case.repeat);
+    }
+    Ok((own, floor, empty))
 }
 
 fn age(world: &World, v6: bool) -> Result<()> {

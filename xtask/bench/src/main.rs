@@ -1,4 +1,4 @@
-//! Measures shunt's programs beside floor programs, and prints rows as JSON: `cargo xtask bench` runs it and shows them.
+//! Measures shunt's programs beside floor programs, and prints a line of JSON for each: `cargo xtask bench` runs it.
 //!
 //! It is apart from `xtask` because it links the agent's library: it loads the programs, fills their maps through the same
 //! code as the agent, and then runs them in a namespace of its own.
@@ -17,10 +17,10 @@ use clap::{Parser, Subcommand};
 struct Cli {
     #[command(subcommand)]
     what: What,
-    /// Fewer rounds, and only 1 and 10,000 Services.
+    /// Fewer rounds, and at most 10,000 Services.
     #[arg(long, global = true)]
     quick: bool,
-    /// Only figures whose group or name contains this.
+    /// Only figures whose name contains this.
     #[arg(long, global = true, default_value = "")]
     only: String,
 }
@@ -33,8 +33,7 @@ enum What {
 
 fn main() -> Result<()> {
     let cli = Cli::parse();
-    let rows = match cli.what {
-        What::Datapath => datapath::measure(cli.quick, &cli.only)?,
-    };
-    report::print(&rows)
+    match cli.what {
+        What::Datapath => datapath::measure(cli.quick, &cli.only),
+    }
 }

@@ -1,77 +1,59 @@
-//! The rows that a measurement gives.
+//! The lines of JSON that a measurement prints, which `cargo xtask bench` makes rows of.
 
-use anyhow::Result;
 use serde::Serialize;
+
+/// What a figure should be.
+#[derive(Clone, Copy, Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Target {
+    /// Its ratio at most.
+    AtMost(f64),
+    /// Its ratio not further than this from 1.
+    Within(f64),
+    /// The figure itself at most.
+    ValueAtMost(f64),
+}
 
 /// One figure.
 #[derive(Clone, Debug, Serialize)]
-pub(crate) struct Row {
-    /// What is measured together.
-    pub(crate) group: String,
-    /// The figure.
+pub(crate) struct Line {
+    /// What was measured.
     pub(crate) name: String,
-    /// Its median.
+    /// The middle of its rounds.
     pub(crate) value: f64,
     /// What it is counted in.
     pub(crate) unit: &'static str,
-    /// What it stands beside, in the same unit.
+    /// What it stands beside, in words.
+    pub(crate) against: Option<&'static str>,
+    /// The same as a figure.
     pub(crate) baseline: Option<f64>,
-    /// Value by baseline.
-    pub(crate) ratio: Option<f64>,
-    /// The bound that the ratio (or the value, without a baseline) should keep: `<= 1.25`.
-    pub(crate) target: Option<String>,
-    /// Whether it does.
-    pub(crate) holds: Option<bool>,
+    /// Half the distance between the quartiles of the ratios (or, without a baseline, figures), as a part of the middle.
+    pub(crate) spread: f64,
+    /// What should be reached.
+    pub(crate) target: Option<Target>,
 }
 
-impl Row {
-    /// A figure beside a baseline; `at_most`: the bound on their ratio.
-    pub(crate) fn beside(
-        group: &str,
-        name: &str,
-        value: f64,
-        baseline: f64,
-        unit: &'static str,
-        at_most: Option<f64>,
-    ) -> Self {
-        let ratio = value / baseline;
-        Self {
-            group: group.to_owned(),
-            name: name.to_owned(),
-            value,
-            unit,
-            baseline: Some(baseline),
-            ratio: Some(ratio),
-            target: at_most.map(|bound| format!("<= {bound}")),
-            holds: at_most.map(|bound| ratio <= bound),
-        }
+impl Line {
+    /// Prints it.
+    pub(crate) fn print(&self) -> anyhow::Result<()> {
+        println!("{}", serde_json::to_string(self)?);
+        Ok(())
     }
-
-    /// A figure on its own; `at_most`: the bound on it.
-    pub(crate) fn alone(group: &str, name: &str, value: f64, unit: &'static str, at_most: Option<f64>) -> Self {
-        Self {
-            group: group.to_owned(),
-            name: name.to_owned(),
-            value,
-            unit,
-            baseline: None,
-            ratio: None,
-            target: at_most.map(|bound| format!("<= {bound} {unit}")),
-            holds: at_most.map(|bound| value <= bound),
-        }
-    }
-}
-
-/// Prints rows as the JSON that `cargo xtask bench` reads.
-pub(crate) fn print(rows: &[Row]) -> Result<()> {
-    println!("{}", serde_json::json!({ "rows": rows }));
-    Ok(())
 }
 
 /// The mean of the middle half: as steady as the median, and finer than whole nanoseconds.
-pub(crate) fn middle(figures: &mut [f64]) -> f64 {
-    figures.sort_by(f64::total_cmp);
-    let quarter = figures.len() / 4;
-    let half = &figures[quarter..figures.len() - quarter];
+pub(crate) fn middle(figures: &[f64]) -> f64 {
+    let mut sorted = figures.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let quarter = sorted.len() / 4;
+    let half = &sorted[quarter..sorted.len() - quarter];
     half.iter().sum::<f64>() / half.len() as f64
+}
+
+/// Half the distance between the quartiles, as a part of the middle.
+pub(crate) fn spread(figures: &[f64]) -> f64 {
+    let mut sorted = figures.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let quarter = sorted.len() / 4;
+    (sorted[sorted.len() - 1 - quarter] - sorted[quarter]) / 2.0 / middle(figures)
 }

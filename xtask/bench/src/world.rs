@@ -58,7 +58,6 @@ pub(crate) struct World {
     syncer: Syncer,
     config: Config,
     pub(crate) node: [IpAddr; 2],
-    services: u32,
 }
 
 fn ip(text: &str) -> IpAddr {
@@ -122,7 +121,7 @@ impl World {
             snat: SNAT_SLOTS,
             ..defaults
         };
-        let bpf_root = lab.bpf_root("node-a");
+        let bpf_root = lab.bpf_root(&format!("node-a-{services}"));
         let datapath = load(&LoadConfig {
             bpf_root: bpf_root.clone(),
             capacities,
@@ -167,18 +166,19 @@ impl World {
             all.extend(frontends(node_port, LOCAL_PORT, backends(v6, true, BACKENDS)));
         }
         syncer.apply(&plan("local".to_owned(), all))?;
-        Ok(Self {
+        let mut world = Self {
             datapath,
             syncer,
             config,
             node,
-            services: 1,
-        })
+        };
+        world.grow(services)?;
+        Ok(world)
     }
 
     /// Adds Services until there are `services`, with one ClusterIP and [`OTHER_BACKENDS`] backends in each family.
-    pub(crate) fn grow(&mut self, services: u32) -> Result<()> {
-        for n in self.services..services {
+    fn grow(&mut self, services: u32) -> Result<()> {
+        for n in 1..services {
             let [_, a, b, c] = n.to_be_bytes();
             let mut all = Vec::new();
             for v6 in [false, true] {
@@ -202,7 +202,6 @@ impl World {
             }
             self.syncer.apply(&plan(format!("other-{n}"), all))?;
         }
-        self.services = self.services.max(services);
         Ok(())
     }
 
@@ -242,7 +241,8 @@ impl World {
                 (TO_CLUSTER_IP, ip(CLUSTER_IP[i]), 80, false),
             ] {
                 let snat = port == TO_REMOTE;
-                let backend = F::octets(backend(v6, local, which));
+                // Replies of flows without SNAT differ in their client only.
+                let backend = F::octets(backend(v6, local, if snat { which } else { 0 }));
                 let mut state = FLOW_ANSWERED;
                 if snat {
                     state |= FLOW_SNAT;

@@ -3,7 +3,7 @@
 //! Every group is a module with one function that measures and adds [`Row`]s. What counts is the ratio of two medians of
 //! one run, whose rounds were interleaved (A B C A B C), so that a machine that is slower for a while is so for all.
 
-#![expect(dead_code, unused_imports, reason = "the groups that use it all are being written")]
+#![expect(dead_code, reason = "the groups that use it all are being written")]
 
 mod chart;
 mod connections;
