@@ -127,6 +127,7 @@ impl World {
             capacities,
             socket_lb: true,
             xdp: true,
+            fast_path: false,
         })?;
         let maps = Arc::new(Maps::open(&bpf_root)?);
         let node = lab.node_ips("node-a")?;
