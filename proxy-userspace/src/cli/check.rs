@@ -20,6 +20,7 @@ use rustix::fs::statfs;
 use serde::Serialize;
 
 use crate::datapath::{
+    capability,
     link::{self, Hook},
     load::{is_bpffs, kernel},
 };
@@ -107,23 +108,11 @@ pub fn check(bpf_root: &Path, cgroup_root: &Path) -> Report {
 }
 
 fn capabilities(rows: &mut Rows) {
-    // capabilities(7): NET_ADMIN 12, SYS_ADMIN 21, PERFMON 38, BPF 39.
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let effective = status
-        .lines()
-        .find_map(|l| l.strip_prefix("CapEff:"))
-        .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
-        .unwrap_or(0);
-    let has = |bit: u32| effective & (1 << bit) != 0;
-    for (name, ok) in [
-        ("BPF", has(39) || has(21)),
-        ("NET_ADMIN", has(12)),
-        ("PERFMON", has(38) || has(21)),
-    ] {
-        let found = if ok {
-            Ok("held".to_owned())
-        } else {
-            Err("not held".to_owned())
+    let missing = capability::missing();
+    for (name, _) in capability::NEEDED {
+        let found = match missing.contains(&name) {
+            false => Ok("held".to_owned()),
+            true => Err("not held".to_owned()),
         };
         rows.add(
             &format!("capability {name}"),
@@ -296,20 +285,19 @@ fn features(rows: &mut Rows) {
         .unwrap_or_else(|_| Err(io::Error::other("the probe panicked")))
     {
         Ok(results) => results.map(|r| r.map(|()| "works".to_owned()).map_err(|e| e.to_string())),
-        Err(e) => [0, 1].map(|_| Err(format!("no network namespace to try it in: {e}"))),
+        Err(e) => [0, 1].map(|_| Err(format!("not tried, for lack of a network namespace to do it in: {e}"))),
     };
-    rows.add(
-        "links to XDP",
-        Need::Optional,
-        xdp,
-        "kernel 5.9 or later; without them run with --xdp off",
-    );
-    rows.add(
-        "links to tc (TCX)",
-        Need::Optional,
-        tcx,
-        "kernel 6.6 or later; before it shunt uses clsact filters",
-    );
+    // The agent's container lacks SYS_ADMIN, which such a namespace needs; the agent itself does not.
+    let advise = |found: &Result<String, String>, advice: &'static str| match found {
+        Err(text) if text.starts_with("not tried") => "run `shunt check` as root on the node itself to know",
+        _ => advice,
+    };
+    let advice = [
+        advise(&xdp, "kernel 5.9 or later; without them run with --xdp off"),
+        advise(&tcx, "kernel 6.6 or later; before it shunt uses clsact filters"),
+    ];
+    rows.add("links to XDP", Need::Optional, xdp, advice[0]);
+    rows.add("links to tc (TCX)", Need::Optional, tcx, advice[1]);
 }
 
 fn cgroup_links() -> io::Result<String> {

@@ -34,6 +34,7 @@ use crate::{
     datapath::{
         Capacities,
         attach::{Attacher, XdpMode},
+        capability,
         devices::{self, DevicePatterns, DeviceWatcher, Glob},
         load::{self, Datapath, LoadConfig},
         maps::{Maps, settings},
@@ -213,6 +214,12 @@ async fn agent(args: RunArgs) -> anyhow::Result<()> {
 /// Everything, until it fails.
 async fn serve(args: RunArgs, begin: Instant) -> anyhow::Result<()> {
     let node_name = node_name(&args)?;
+    let missing = capability::missing();
+    anyhow::ensure!(
+        missing.is_empty(),
+        "the capabilities {} are missing: run as root, or add them to the container's securityContext.capabilities",
+        missing.join(", ")
+    );
     let datapath = load::load(&LoadConfig {
         bpf_root: args.bpf_root.clone(),
         capacities: capacities(&args.capacities),

@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 use shunt_common::layout::{LAYOUT_VERSION, names};
 
 pub mod attach;
+pub mod capability;
 pub(crate) mod clsact;
 pub mod devices;
 pub mod link;

@@ -15,6 +15,7 @@ use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::{
+    capabilities,
     lab::{Lab, POD_CIDRS, SERVICE_CIDRS},
     netns::NetNs,
     registry,
@@ -36,6 +37,8 @@ pub struct AgentOptions {
     pub extra: Vec<String>,
     /// The binary; `None`: what [`find_shunt`] finds.
     pub shunt: Option<PathBuf>,
+    /// Names of the only capabilities that the agent is to have; `None`: all that this process has.
+    pub capabilities: Option<Vec<String>>,
 }
 
 impl AgentOptions {
@@ -47,6 +50,7 @@ impl AgentOptions {
             xdp: "native".to_owned(),
             extra: Vec::new(),
             shunt: None,
+            capabilities: None,
         }
     }
 
@@ -68,6 +72,13 @@ impl AgentOptions {
     #[must_use]
     pub fn shunt(mut self, path: impl Into<PathBuf>) -> Self {
         self.shunt = Some(path.into());
+        self
+    }
+
+    /// With no capabilities but these, named as in a container's `securityContext` (`NET_ADMIN`).
+    #[must_use]
+    pub fn capabilities(mut self, names: &[&str]) -> Self {
+        self.capabilities = Some(names.iter().map(|&name| name.to_owned()).collect());
         self
     }
 }
@@ -124,6 +135,7 @@ pub struct Agent {
     cgroup: PathBuf,
     bpf_root: PathBuf,
     shunt: PathBuf,
+    capabilities: Option<Vec<String>>,
     args: Vec<String>,
     child: Option<Child>,
     printed: Arc<Printed>,
@@ -161,6 +173,7 @@ impl Agent {
             cgroup: lab.node_cgroup(node).join("host"),
             bpf_root,
             shunt,
+            capabilities: options.capabilities.clone(),
             args,
             child: None,
             printed: Arc::default(),
@@ -177,6 +190,9 @@ impl Agent {
         command.process_group(0);
         crate::client::join_cgroup(&mut command, &self.cgroup)?;
         self.ns.enter(&mut command)?;
+        if let Some(names) = &self.capabilities {
+            capabilities::keep_only(&mut command, names)?;
+        }
         Ok(command)
     }
 

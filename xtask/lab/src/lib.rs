@@ -19,6 +19,7 @@
 //! Everything is removed when the [`Lab`] is dropped, on panic too; [`Lab::sweep_stale`] removes what killed runs left.
 
 mod agent;
+mod capabilities;
 mod cgroup;
 mod client;
 mod lab;

@@ -1,0 +1,310 @@
+//! The manifests of `deploy/`, as an operator applies them: resolved, checked against the types of the Kubernetes API and
+//! against the agent that they start.
+
+mod kustomize;
+mod strict;
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use k8s_openapi::{
+    api::{
+        apps::v1::DaemonSet,
+        core::v1::{ConfigMap, NodeAffinity, NodeSelectorRequirement, PodSpec},
+        rbac::v1::{ClusterRole, ClusterRoleBinding},
+    },
+    apimachinery::pkg::util::intstr::IntOrString,
+};
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+/// What `kubectl apply -k` takes.
+const APPLIED: [&str; 4] = [
+    ".",
+    "overlays/instead-of-kube-proxy",
+    "overlays/beside-kube-proxy",
+    "overlays/node-by-node",
+];
+
+fn deploy() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy")
+}
+
+fn objects(folder: &str) -> Vec<Value> {
+    kustomize::resolve(&deploy().join(folder))
+}
+
+fn object<T: DeserializeOwned>(folder: &str, kind: &str) -> T {
+    let mut found: Vec<Value> = objects(folder)
+        .into_iter()
+        .filter(|object| object["kind"] == kind)
+        .collect();
+    assert_eq!(found.len(), 1, "{folder}: {kind}");
+    serde_json::from_value(found.remove(0)).unwrap()
+}
+
+fn pod(folder: &str) -> PodSpec {
+    object::<DaemonSet>(folder, "DaemonSet")
+        .spec
+        .unwrap()
+        .template
+        .spec
+        .unwrap()
+}
+
+/// The YAML files below a folder.
+fn yaml_files(folder: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            files.extend(yaml_files(&path));
+        } else if path.extension().is_some_and(|extension| extension == "yaml") {
+            files.push(path);
+        }
+    }
+    files
+}
+
+#[test]
+fn every_object_is_what_the_api_has() {
+    let mut count = 0;
+    for folder in APPLIED {
+        for object in objects(folder) {
+            let found = strict::mistakes(&object);
+            assert!(
+                found.is_empty(),
+                "{folder}: {}: {found:#?}",
+                kustomize::identity(&object)
+            );
+            count += 1;
+        }
+    }
+    assert_eq!(count, 5 * APPLIED.len());
+    for file in yaml_files(&deploy().join("dev")) {
+        for object in kustomize::documents(&file) {
+            let found = strict::mistakes(&object);
+            assert!(
+                found.is_empty(),
+                "{}: {}: {found:#?}",
+                file.display(),
+                kustomize::identity(&object)
+            );
+        }
+    }
+}
+
+/// The check itself: what `kubectl` would only warn about, or drop.
+#[test]
+fn mistakes_are_found() {
+    let mut daemonset = objects(".")
+        .into_iter()
+        .find(|object| object["kind"] == "DaemonSet")
+        .unwrap();
+    let container = "/spec/template/spec/containers/0";
+    let mut at = |path: &str, value: Value| {
+        let before = daemonset.clone();
+        *daemonset.pointer_mut(path).unwrap() = value;
+        let found = strict::mistakes(&daemonset);
+        daemonset = before;
+        found.join("; ")
+    };
+    assert_eq!(
+        at(
+            "/spec/template/spec/containers/0/securityContext",
+            json!({"capabilites": {}})
+        ),
+        ".spec.template.spec.containers[0].securityContext.capabilites: no such field"
+    );
+    assert!(at(&format!("{container}/args"), json!("run")).contains("invalid type"));
+    assert!(at("/kind", json!("Daemonset")).contains("no type is known for apps/v1 Daemonset"));
+}
+
+/// The resolver of these tests and kustomize itself agree.
+#[test]
+fn kubectl_resolves_the_same() {
+    let by_identity = |objects: Vec<Value>| -> BTreeMap<String, Value> {
+        objects
+            .into_iter()
+            .map(|object| (kustomize::identity(&object), object))
+            .collect()
+    };
+    for folder in APPLIED {
+        let output = match Command::new("kubectl")
+            .arg("kustomize")
+            .arg(deploy().join(folder))
+            .output()
+        {
+            Ok(output) => output,
+            Err(error) => {
+                eprintln!("not compared, kubectl: {error}");
+                return;
+            }
+        };
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let mut text = String::from_utf8(output.stdout).unwrap();
+        let objects: Vec<Value> = serde_saphyr::from_multiple(&text).unwrap();
+        // Generated names end with a hash of ten characters.
+        for map in objects.iter().filter(|object| object["kind"] == "ConfigMap") {
+            let hashed = map["metadata"]["name"].as_str().unwrap();
+            if let Some((name, hash)) = hashed.rsplit_once('-').filter(|(_, hash)| hash.len() == 10) {
+                assert!(text.matches(hashed).count() > 1, "nobody uses {name}-{hash}");
+                text = text.replace(hashed, name);
+            }
+        }
+        let theirs = by_identity(serde_saphyr::from_multiple(&text).unwrap());
+        let ours = by_identity(self::objects(folder));
+        assert_eq!(
+            ours.keys().collect::<Vec<_>>(),
+            theirs.keys().collect::<Vec<_>>(),
+            "{folder}"
+        );
+        for (identity, object) in ours {
+            assert_eq!(object, theirs[&identity], "{folder}: {identity}");
+        }
+    }
+}
+
+#[test]
+fn every_reference_leads_somewhere() {
+    for folder in APPLIED {
+        let daemonset: DaemonSet = object(folder, "DaemonSet");
+        let config: ConfigMap = object(folder, "ConfigMap");
+        let account = &objects(folder)
+            .into_iter()
+            .find(|object| object["kind"] == "ServiceAccount")
+            .unwrap()["metadata"];
+        let role: ClusterRole = object(folder, "ClusterRole");
+        let binding: ClusterRoleBinding = object(folder, "ClusterRoleBinding");
+        assert_eq!(binding.role_ref.name, role.metadata.name.unwrap());
+        let subject = &binding.subjects.unwrap()[0];
+        assert_eq!(account["name"], subject.name.as_str());
+        assert_eq!(account["namespace"], subject.namespace.as_deref().unwrap());
+        assert_eq!(daemonset.metadata.namespace, subject.namespace);
+        assert_eq!(config.metadata.namespace, subject.namespace);
+
+        let spec = daemonset.spec.unwrap();
+        assert_eq!(
+            spec.selector.match_labels,
+            spec.template.metadata.unwrap().labels,
+            "{folder}"
+        );
+        let pod = spec.template.spec.unwrap();
+        assert_eq!(pod.service_account_name.as_deref(), Some(subject.name.as_str()));
+        let agent = &pod.containers[0];
+        let volumes = pod.volumes.unwrap();
+        for mount in agent.volume_mounts.as_ref().unwrap() {
+            assert!(volumes.iter().any(|volume| volume.name == mount.name), "{}", mount.name);
+        }
+        let maps: Vec<&str> = volumes
+            .iter()
+            .filter_map(|volume| volume.config_map.as_ref())
+            .map(|map| map.name.as_str())
+            .collect();
+        assert_eq!(maps, [config.metadata.name.unwrap()]);
+        let file = agent
+            .args
+            .as_ref()
+            .unwrap()
+            .iter()
+            .find_map(|arg| arg.strip_prefix("--config="))
+            .unwrap();
+        let mount = agent
+            .volume_mounts
+            .iter()
+            .flatten()
+            .find(|mount| mount.name == "config")
+            .unwrap();
+        let key = Path::new(file).strip_prefix(&mount.mount_path).unwrap();
+        assert!(
+            config.data.unwrap().contains_key(key.to_str().unwrap()),
+            "{folder}: {file}"
+        );
+
+        let ports = agent.ports.as_ref().unwrap();
+        for (probe, path) in [
+            (&agent.startup_probe, "/livez"),
+            (&agent.liveness_probe, "/livez"),
+            (&agent.readiness_probe, "/healthz"),
+        ] {
+            let get = probe.as_ref().unwrap().http_get.as_ref().unwrap();
+            assert_eq!(get.path.as_deref(), Some(path));
+            let known = ports.iter().any(|port| match &get.port {
+                IntOrString::String(name) => port.name.as_ref() == Some(name),
+                IntOrString::Int(number) => port.container_port == *number,
+            });
+            assert!(known, "{folder}: {path}");
+        }
+    }
+}
+
+/// Nothing but reading what the agent serves, and telling what it cannot.
+#[test]
+fn the_role_has_the_least_verbs() {
+    let rules = object::<ClusterRole>(".", "ClusterRole").rules.unwrap();
+    let mut allowed: Vec<String> = Vec::new();
+    for rule in rules {
+        assert_eq!(rule.non_resource_urls, None);
+        for group in rule.api_groups.as_ref().unwrap() {
+            for resource in rule.resources.as_ref().unwrap() {
+                allowed.push(format!("{group}/{resource} {}", rule.verbs.join(" ")));
+            }
+        }
+    }
+    allowed.sort();
+    assert_eq!(
+        allowed,
+        [
+            "/events create patch",
+            "/nodes get list watch",
+            "/services get list watch",
+            "discovery.k8s.io/endpointslices get list watch",
+            "events.k8s.io/events create patch",
+        ]
+    );
+}
+
+/// With node-by-node, every node has kube-proxy or shunt, and none has both.
+#[test]
+fn nodes_have_one_proxy_each() {
+    let terms = |affinity: Option<NodeAffinity>| -> NodeSelectorRequirement {
+        let required = affinity
+            .unwrap()
+            .required_during_scheduling_ignored_during_execution
+            .unwrap();
+        let [term] = &required.node_selector_terms[..] else {
+            panic!("terms are alternatives: {required:?}")
+        };
+        let [requirement] = term.match_expressions.as_deref().unwrap() else {
+            panic!("{term:?}")
+        };
+        requirement.clone()
+    };
+    let ours = terms(pod("overlays/node-by-node").affinity.unwrap().node_affinity);
+    let patch = kustomize::documents(&deploy().join("overlays/node-by-node/kube-proxy.yaml")).remove(0);
+    let found = strict::of::<DaemonSet>(&patch);
+    assert!(
+        found
+            .iter()
+            .all(|line| line.contains("apiVersion") || line.contains("kind")),
+        "{found:?}"
+    );
+    let affinity = &patch["spec"]["template"]["spec"]["affinity"]["nodeAffinity"];
+    let theirs = terms(serde_json::from_value(affinity.clone()).unwrap());
+    assert_eq!((&ours.key, &ours.values), (&theirs.key, &theirs.values));
+    assert_eq!((ours.operator.as_str(), theirs.operator.as_str()), ("In", "NotIn"));
+}
+
+/// The image is the one that `cargo xtask image` makes of this version.
+#[test]
+fn the_image_is_of_this_version() {
+    let image = pod(".").containers[0].image.clone();
+    assert_eq!(
+        image.as_deref(),
+        Some(concat!("localhost/shunt:", env!("CARGO_PKG_VERSION")))
+    );
+}
