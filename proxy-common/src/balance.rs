@@ -22,6 +22,7 @@ use crate::{
     family::Family,
     filter, hash,
     layout::*,
+    odd::Odd,
     packet::{ACK, FIN, RST, SYN, Tuple},
     snat,
 };
@@ -299,7 +300,7 @@ enum Outcome {
 #[derive(Clone, Copy, Debug)]
 pub struct Scratch<A> {
     arrival: Arrival<A>,
-    key: FlowKey<A>,
+    pub(crate) key: FlowKey<A>,
     own_port: FlowKey<A>,
     frontend_key: FrontendKey<A>,
     flow: Flow<A>,
@@ -309,6 +310,7 @@ pub struct Scratch<A> {
     search: Search,
     /// Whether the flow is written over one that is over.
     over: Opaque,
+    pub(crate) odd: Odd<A>,
 }
 
 /// Where the search for a source port stands.
@@ -509,7 +511,7 @@ pub fn socket_frontend<F: Family, M: Maps<F>>(
 
 /// The key that both directions of a client's flow compute.
 #[inline(always)]
-fn client_key<F: Family>(tuple: &Tuple<F::Words>) -> FlowKey<F::Words> {
+pub(crate) fn client_key<F: Family>(tuple: &Tuple<F::Words>) -> FlowKey<F::Words> {
     FlowKey {
         client: tuple.src,
         frontend: F::UNSPECIFIED,
@@ -523,7 +525,7 @@ fn client_key<F: Family>(tuple: &Tuple<F::Words>) -> FlowKey<F::Words> {
 
 /// The key of a flow whose client port is in use to another frontend.
 #[inline(always)]
-fn shared_key<F: Family>(tuple: &Tuple<F::Words>) -> FlowKey<F::Words> {
+pub(crate) fn shared_key<F: Family>(tuple: &Tuple<F::Words>) -> FlowKey<F::Words> {
     FlowKey {
         frontend: tuple.dst,
         frontend_port: tuple.dst_port,
@@ -532,7 +534,7 @@ fn shared_key<F: Family>(tuple: &Tuple<F::Words>) -> FlowKey<F::Words> {
 }
 
 #[inline(always)]
-fn collided_bit<F: Family>(tuple: &Tuple<F::Words>) -> u32 {
+pub(crate) fn collided_bit<F: Family>(tuple: &Tuple<F::Words>) -> u32 {
     hash::side::<F>(tuple.src, tuple.src_port, tuple.proto) as u32 % (COLLIDED_WORDS as u32 * 64)
 }
 
@@ -705,7 +707,7 @@ fn reply<F: Family, M: Maps<F>>(
 
 /// The slot of a port in the SNAT range towards a backend, if it is in use for that backend and protocol.
 #[inline(always)]
-fn snat_slot<'m, F: Family, M: Maps<F>>(
+pub(crate) fn snat_slot<'m, F: Family, M: Maps<F>>(
     maps: &'m M,
     config: &Config,
     port: u16,

@@ -23,6 +23,12 @@ impl Difference {
         Self(u64::from(!old.to_be()) + u64::from(new.to_be()))
     }
 
+    /// A 16-bit word, as it stands in memory, that becomes another.
+    #[inline(always)]
+    pub fn word(old: u16, new: u16) -> Self {
+        Self(u64::from(!old) + u64::from(new))
+    }
+
     /// Both together.
     #[inline(always)]
     pub fn and(self, other: Self) -> Self {

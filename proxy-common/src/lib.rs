@@ -3,7 +3,7 @@
 //! The crate is `no_std` and has no dependency in the kernel, so the same source is unit-tested on the host and runs
 //! as BPF. Read it in this order: [`family`] (addresses), [`layout`] (what is in the maps), [`filter`] (how a packet
 //! that is nobody's Service traffic is let go cheaply), [`hash`] and [`maglev`] (which backend), [`balance`] (the
-//! decision itself), [`packet`] (headers in, headers out), [`event`] (what is counted).
+//! decision itself), [`packet`] (headers in, headers out), [`odd`] (packets that are not plain), [`event`] (what is counted).
 #![no_std]
 
 #[cfg(any(feature = "user", test))]
@@ -11,15 +11,19 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+pub mod access;
 pub mod balance;
 pub mod checksum;
 pub mod event;
+pub mod extension;
 pub mod family;
 pub mod filter;
 pub mod hash;
 pub mod icmp;
+pub mod icmp_error;
 pub mod layout;
 #[cfg(any(feature = "user", test))]
 pub mod maglev;
+pub mod odd;
 pub mod packet;
 pub mod snat;

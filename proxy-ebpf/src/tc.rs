@@ -3,19 +3,27 @@
 //! Only addresses and ports change here; routing, neighbours and netfilter stay the kernel's, unless there is a fast path
 //! ([`fast`]).
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::{
     EbpfContext,
     bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC},
-    helpers::{bpf_l4_csum_replace, bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_pull_data},
+    helpers::{
+        bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_tail,
+        bpf_skb_load_bytes, bpf_skb_pull_data, bpf_skb_store_bytes,
+    },
     macros::classifier,
     programs::TcContext,
 };
 use shunt_common::{
+    access::{Access, Number},
     balance::{Arrival, From, Verdict, arriving, leaving},
+    checksum::Difference,
     event::Event,
     family::{Family, V4, V6},
     icmp,
     layout::UDP,
+    odd::{self, Fate, Place},
     packet::{self, ETHERNET, Headers, Packet, Tuple},
 };
 
@@ -40,19 +48,51 @@ impl Packet for Buffer<'_> {
     }
 }
 
-/// Where a program sits.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Place {
-    In(From),
-    Out,
+impl Access for Buffer<'_> {
+    #[inline(always)]
+    fn length(&self) -> u32 {
+        self.0.len()
+    }
+
+    #[inline(always)]
+    fn load<T: Number>(&self, offset: u32) -> Option<T> {
+        let mut value = MaybeUninit::<T>::uninit();
+        let (skb, to) = (self.0.skb.skb.cast_const().cast(), value.as_mut_ptr().cast());
+        // SAFETY: the helper writes all of the value's bytes or says that it did not; a number may be any bytes.
+        unsafe { (bpf_skb_load_bytes(skb, offset, to, size_of::<T>() as u32) == 0).then(|| value.assume_init()) }
+    }
+
+    #[inline(always)]
+    fn store<T: Number>(&self, offset: u32, value: T) -> bool {
+        let from = (&raw const value).cast();
+        // SAFETY: the helper reads the value's bytes, and checks the offset.
+        unsafe { bpf_skb_store_bytes(self.0.skb.skb, offset, from, size_of::<T>() as u32, 0) == 0 }
+    }
+
+    #[inline(always)]
+    fn replace_checksum(&self, offset: u32, addresses: Difference, ports: Difference, or_none: bool) -> bool {
+        let none = if or_none { u64::from(BPF_F_MARK_MANGLED_0) } else { 0 };
+        let pseudo = none | u64::from(BPF_F_PSEUDO_HDR);
+        // SAFETY: the helper checks the offset.
+        unsafe {
+            bpf_l4_csum_replace(self.0.skb.skb, offset, 0, addresses.fold32().into(), pseudo) == 0
+                && bpf_l4_csum_replace(self.0.skb.skb, offset, 0, ports.fold32().into(), none) == 0
+        }
+    }
+
+    #[inline(always)]
+    fn changed(&self, difference: Difference) {
+        // SAFETY: the helper has no preconditions. It says no where nobody summed the packet up, which is as well.
+        unsafe { bpf_csum_update(self.0.skb.skb, difference.fold32()) };
+    }
 }
 
 /// Packets from the network.
 #[classifier]
 fn tc_node_in(ctx: TcContext) -> i32 {
     match family(&ctx) {
-        Some(V4::ETHERTYPE) => node_in4(&ctx),
-        Some(V6::ETHERTYPE) => node_in6(&ctx),
+        Some(V4::ETHERTYPE) => whole::<V4>(&ctx, Place::In(From::Network), node_in4(&ctx)),
+        Some(V6::ETHERTYPE) => whole::<V6>(&ctx, Place::In(From::Network), node_in6(&ctx)),
         _ => TC_ACT_UNSPEC,
     }
 }
@@ -67,8 +107,8 @@ fn tc_node_out(ctx: TcContext) -> i32 {
 #[classifier]
 fn tc_pod_in(ctx: TcContext) -> i32 {
     match family(&ctx) {
-        Some(V4::ETHERTYPE) => pod_in4(&ctx),
-        Some(V6::ETHERTYPE) => pod_in6(&ctx),
+        Some(V4::ETHERTYPE) => whole::<V4>(&ctx, Place::In(From::Pod), pod_in4(&ctx)),
+        Some(V6::ETHERTYPE) => whole::<V6>(&ctx, Place::In(From::Pod), pod_in6(&ctx)),
         _ => TC_ACT_UNSPEC,
     }
 }
@@ -103,8 +143,8 @@ fn pod_in6(ctx: &TcContext) -> i32 {
 #[inline(always)]
 fn out(ctx: &TcContext) -> i32 {
     match family(ctx) {
-        Some(V4::ETHERTYPE) => out4(ctx),
-        Some(V6::ETHERTYPE) => out6(ctx),
+        Some(V4::ETHERTYPE) => whole::<V4>(ctx, Place::Out, out4(ctx)),
+        Some(V6::ETHERTYPE) => whole::<V6>(ctx, Place::Out, out6(ctx)),
         _ => TC_ACT_UNSPEC,
     }
 }
@@ -139,7 +179,7 @@ fn handle<F: KernelFamily>(ctx: &TcContext, place: Place) -> i32 {
         }
     }
     let Some(headers) = packet::parse::<F>(&buffer, ETHERNET) else {
-        return TC_ACT_UNSPEC;
+        return ODD;
     };
     let maps = KernelMaps::new(ctx.as_ptr(), Hook::Tc);
     let Headers { tuple, tcp_flags, .. } = headers;
@@ -176,6 +216,28 @@ fn handle<F: KernelFamily>(ctx: &TcContext, place: Place) -> i32 {
                 count(Event::RewriteFailed);
                 TC_ACT_SHOT
             }
+        }
+    }
+}
+
+/// What [`handle`] says of a packet that is not plain TCP, UDP or SCTP; no action has this number.
+const ODD: i32 = i32::MIN;
+
+/// The action for plain packets, and for the others what [`odd`] says. Here and not in [`handle`], whose stack those others
+/// could not do without.
+#[inline(always)]
+fn whole<F: KernelFamily>(ctx: &TcContext, place: Place, plain: i32) -> i32 {
+    if plain == ODD { odd::<F>(ctx, place) } else { plain }
+}
+
+/// A packet that is not plain TCP, UDP or SCTP.
+#[inline(never)]
+fn odd<F: KernelFamily>(ctx: &TcContext, place: Place) -> i32 {
+    match odd::odd::<F, _>(&KernelMaps::new(ctx.as_ptr(), Hook::Tc), &Buffer(ctx), place) {
+        Fate::Pass => TC_ACT_UNSPEC,
+        Fate::Drop => {
+            count(Event::RewriteFailed);
+            TC_ACT_SHOT
         }
     }
 }

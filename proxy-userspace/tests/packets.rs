@@ -1,174 +1,20 @@
 //! The loaded programs under `BPF_PROG_TEST_RUN`: a packet in, a verdict and a packet out, byte for byte. Needs root.
 
-use std::{
-    fs, io,
-    net::IpAddr,
-    os::fd::{AsRawFd, BorrowedFd},
-    path::PathBuf,
-    process,
-    sync::Arc,
-};
+use std::net::IpAddr;
 
 use etherparse::{
     Icmpv4Type, Icmpv6Type, IpNumber, NetSlice, PacketBuilder, SlicedPacket, TransportSlice, icmpv4, icmpv6,
 };
-use shunt::{
-    datapath::{
-        Capacities,
-        load::{Datapath, LoadConfig, load},
-        maps::Maps,
-    },
-    object::{ObjectName, Protocol},
-    plan::{Backend, Frontend, FrontendAddress, FrontendId, FrontendKind, Scope, ServicePlan, Table},
-    sync::{
-        Syncer,
-        node::{self, NodeSettings},
-    },
-};
+
+#[path = "support/loaded.rs"]
+mod loaded;
+
+use loaded::{BACKEND, CLIENT, EMPTY, Loaded, WEB};
 
 const TC_ACT_UNSPEC: u32 = u32::MAX;
 const TC_ACT_REDIRECT: u32 = 7;
 const XDP_PASS: u32 = 2;
 const XDP_REDIRECT: u32 = 4;
-
-const CLIENT: [&str; 2] = ["203.0.113.10", "2001:db8:113::10"];
-/// A Service with one backend on this node.
-const WEB: [&str; 2] = ["10.96.0.1", "fd96::1"];
-/// A Service with nobody behind it.
-const EMPTY: [&str; 2] = ["10.96.0.9", "fd96::9"];
-const BACKEND: [&str; 2] = ["10.44.0.7", "fd44::7"];
-
-/// The programs in a folder of this test's own.
-struct Loaded {
-    datapath: Datapath,
-    root: PathBuf,
-}
-
-impl Drop for Loaded {
-    fn drop(&mut self) {
-        for folder in ["v1/maps", "v1/progs", "v1/links"] {
-            for entry in fs::read_dir(self.root.join(folder)).into_iter().flatten().flatten() {
-                let _gone = fs::remove_file(entry.path());
-            }
-        }
-        for folder in ["v1/maps", "v1/progs", "v1/links", "v1/clsact", "v1", ""] {
-            let _gone = fs::remove_dir(self.root.join(folder));
-        }
-    }
-}
-
-impl Loaded {
-    fn new(name: &str) -> Self {
-        let root = PathBuf::from(format!("/sys/fs/bpf/shunt-packets-{}-{name}", process::id()));
-        let capacities = Capacities {
-            flows: 1024,
-            new_flows: 1024,
-            snat: 20_000,
-            ..Capacities::default()
-        };
-        let config = LoadConfig {
-            bpf_root: root.clone(),
-            capacities,
-            socket_lb: false,
-            xdp: true,
-            fast_path: false,
-        };
-        let datapath = load(&config).unwrap();
-        let loaded = Self { datapath, root };
-        let maps = Arc::new(Maps::open(&loaded.root).unwrap());
-        let settings = NodeSettings {
-            addresses: vec!["192.168.50.11".parse().unwrap(), "fd50::11".parse().unwrap()],
-            cluster_cidrs: Vec::new(),
-            snat_ports: 10_240..=29_999,
-            loopback: false,
-            host_netns: 0,
-        };
-        maps.set_config(&node::config(&settings, 20_000).unwrap()).unwrap();
-        let mut frontends = Vec::new();
-        for v6 in [0, 1] {
-            for protocol in [Protocol::Tcp, Protocol::Udp] {
-                for scope in [Scope::Internal, Scope::External] {
-                    frontends.push(frontend(WEB[v6], protocol, scope, Some(BACKEND[v6])));
-                    frontends.push(frontend(EMPTY[v6], protocol, scope, None));
-                }
-            }
-        }
-        frontends.sort_by_key(|frontend| frontend.id);
-        let plan = ServicePlan {
-            service: ObjectName::new("default", "web"),
-            frontends,
-        };
-        Syncer::new(maps).unwrap().apply(&plan).unwrap();
-        loaded
-    }
-
-    /// Runs a program once.
-    fn run(&self, program: &str, packet: &[u8]) -> (u32, Vec<u8>) {
-        test_run(self.datapath.program(program).unwrap(), packet).unwrap()
-    }
-}
-
-fn frontend(address: &str, protocol: Protocol, scope: Scope, backend: Option<&str>) -> Frontend {
-    let backends: Vec<_> = backend
-        .map(|address| Backend {
-            address: address.parse().unwrap(),
-            port: 8080,
-            local: true,
-        })
-        .into_iter()
-        .collect();
-    Frontend {
-        id: FrontendId {
-            address: FrontendAddress::Ip(address.parse().unwrap()),
-            port: 80,
-            protocol,
-            scope,
-        },
-        kind: FrontendKind::ClusterIp,
-        port_name: "".into(),
-        port_index: usize::from(protocol == Protocol::Udp),
-        backends: backends.into(),
-        table: Table::Direct,
-        flags: 0,
-        affinity_secs: 0,
-    }
-}
-
-/// `union bpf_attr` of `BPF_PROG_TEST_RUN`, as far as it is used here.
-#[repr(C)]
-#[derive(Default)]
-struct TestRun {
-    prog_fd: u32,
-    retval: u32,
-    data_size_in: u32,
-    data_size_out: u32,
-    data_in: u64,
-    data_out: u64,
-    repeat: u32,
-    duration: u32,
-    rest: [u64; 6],
-}
-
-fn test_run(program: BorrowedFd<'_>, packet: &[u8]) -> io::Result<(u32, Vec<u8>)> {
-    const BPF_PROG_TEST_RUN: libc::c_int = 10;
-    let mut out = vec![0; 4096];
-    let mut attr = TestRun {
-        prog_fd: program.as_raw_fd() as u32,
-        data_size_in: packet.len() as u32,
-        data_size_out: out.len() as u32,
-        data_in: packet.as_ptr() as u64,
-        data_out: out.as_mut_ptr() as u64,
-        repeat: 1,
-        ..TestRun::default()
-    };
-    // SAFETY: the attribute names buffers that live until the call returns, with their sizes.
-    let done = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, &raw mut attr, size_of::<TestRun>()) };
-    if done < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    out.truncate(attr.data_size_out as usize);
-    Ok((attr.retval, out))
-}
 
 fn packet(from: &str, from_port: u16, to: &str, to_port: u16, udp: bool) -> Vec<u8> {
     let builder = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);

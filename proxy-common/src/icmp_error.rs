@@ -1,0 +1,272 @@
+//! ICMP and ICMPv6 errors about translated packets: path-MTU discovery, unreachables, exceeded hop limits.
+//!
+//! An error quotes the packet that it is about as the sender of the error saw it, and goes to that packet's source. So an
+//! error travels the way of a packet that would *answer* the quoted one, and is translated as that answer would be:
+//!
+//! ```text
+//!                    quoted                 answer, as if         becomes               so the quote becomes
+//! arrives            N:sp → B:bp            B:bp → N:sp           B:bp → C:sp           C:sp → B:bp       (SNAT only)
+//! arrives            F:fp → C:cp            C:cp → F:fp           C:sp → B:bp           B:bp → C:sp
+//! leaves             C:sp → B:bp            B:bp → C:sp           F:fp → C:cp           C:cp → F:fp
+//! leaves             B:bp → C:sp            C:sp → B:bp           N:sp → B:bp           B:bp → N:sp       (SNAT only)
+//! ```
+//!
+//! (`C` client, `F` frontend, `N` this node, `B` backend, as in [`crate::balance`].) The error's destination follows, its
+//! source becomes the answer's where that changed, as with netfilter: a router's private address would not get past the
+//! source filters of other networks. An error changes no flow's state: anybody can send one.
+
+use crate::{
+    access::{Access, load_addr, store_addrs},
+    balance::{Maps, Scratch, client_key, collided_bit, shared_key, snat_slot},
+    checksum::Difference,
+    extension,
+    family::Family,
+    filter,
+    layout::*,
+    odd::{Fate, Place},
+    packet::{ETHERNET, Tuple, checksum_offset, differences},
+    snat,
+};
+
+/// Length of an error's own header.
+const ICMP: u32 = 8;
+
+/// IANA protocol number of the family's ICMP.
+pub const fn proto<F: Family>() -> u8 {
+    if F::HEADER == 20 { 1 } else { 58 }
+}
+
+/// Whether an ICMP type is an error that quotes a packet.
+///
+/// [RFC 792](https://www.rfc-editor.org/rfc/rfc792) unreachable, time exceeded, parameter problem (source quench is
+/// deprecated, RFC 6633; a redirect is for the router that translated, not for the client);
+/// [RFC 4443](https://www.rfc-editor.org/rfc/rfc4443) unreachable, too big, time exceeded, parameter problem.
+#[inline(always)]
+pub fn is_error<F: Family>(kind: u8) -> bool {
+    if F::HEADER == 20 {
+        matches!(kind, 3 | 11 | 12)
+    } else {
+        matches!(kind, 1..=4)
+    }
+}
+
+/// An ICMP error whose path and addresses stand in `scratch.odd`: translated if it is about a translated packet.
+#[inline(always)]
+pub(crate) fn translate<F: Family, M: Maps<F>>(
+    maps: &M,
+    packet: &impl Access,
+    scratch: &mut Scratch<F::Words>,
+    place: Place,
+) -> Fate {
+    if !read_quote::<F>(packet, scratch) {
+        return Fate::Pass;
+    }
+    let ours = match place {
+        Place::In(_) => arriving(maps, scratch),
+        Place::Out => leaving(maps, scratch),
+    };
+    if !ours {
+        return Fate::Pass;
+    }
+    if write::<F>(packet, scratch) {
+        Fate::Pass
+    } else {
+        Fate::Drop
+    }
+}
+
+/// Reads the quoted packet; leaves what its answer would carry in `scratch.odd.answer`.
+#[inline(never)]
+fn read_quote<F: Family>(packet: &impl Access, scratch: &mut Scratch<F::Words>) -> bool {
+    let odd = &mut scratch.odd;
+    let l3 = odd.path.l4 + ICMP;
+    if !extension::find::<F>(packet, l3, &mut odd.quoted) {
+        return false;
+    }
+    let proto = odd.quoted.proto as u8;
+    // A fragment but the first has no ports; nobody sends errors about those (RFC 1122 section 3.2.2).
+    if odd.quoted.offset != 0 || !matches!(proto, TCP | UDP | SCTP) {
+        return false;
+    }
+    let src = l3 + F::ADDRESSES as u32;
+    let (Some(from), Some(to), Some(ports)) = (
+        load_addr::<F>(packet, src),
+        load_addr::<F>(packet, src + size_of::<F::Words>() as u32),
+        packet.load::<u32>(odd.quoted.l4),
+    ) else {
+        return false;
+    };
+    // Errors go to the source of what they are about; anything else is forged, or not for us to judge.
+    if from != odd.tuple.dst {
+        return false;
+    }
+    odd.answer = Tuple {
+        src: to,
+        dst: from,
+        src_port: u16::from_be((ports >> 16) as u16),
+        dst_port: u16::from_be(ports as u16),
+        proto,
+    };
+    true
+}
+
+/// [`crate::balance::arriving`] of the answer to the quoted packet, for flows that exist. Leaves what it becomes in
+/// `scratch.odd.becomes`.
+#[inline(never)]
+fn arriving<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
+    let Some(config) = maps.config() else { return false };
+    let odd = &mut scratch.odd;
+    let answer = odd.answer;
+    if snat::in_range(config, answer.dst_port)
+        && maps.filter(filter::backend::<F>(answer.src, answer.src_port, answer.proto))
+        && let Some((_, slot)) = snat_slot(maps, config, answer.dst_port, answer.src, answer.src_port, answer.proto)
+        && slot.snat == answer.dst
+        && slot.snat != slot.client
+    {
+        odd.becomes = Tuple {
+            dst: slot.client,
+            ..answer
+        };
+        return true;
+    }
+    if !maps.filter(filter::frontend::<F>(answer.dst, answer.dst_port, answer.proto))
+        && !maps.filter(filter::frontend::<F>(F::UNSPECIFIED, answer.dst_port, answer.proto))
+    {
+        return false;
+    }
+    scratch.key = client_key::<F>(&answer);
+    if forward(maps, scratch) {
+        return true;
+    }
+    if !maps.collided(collided_bit::<F>(&answer)) {
+        return false;
+    }
+    scratch.key = shared_key::<F>(&answer);
+    forward(maps, scratch)
+}
+
+/// The answer as a packet of the client's flow under `scratch.key`.
+#[inline(always)]
+fn forward<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
+    let Scratch { key, odd, .. } = scratch;
+    let Some(entry) = maps.flow(key).or_else(|| maps.new_flow(key)) else {
+        return false;
+    };
+    let flow = entry.read();
+    if flow.frontend != odd.answer.dst || flow.frontend_port != odd.answer.dst_port {
+        return false;
+    }
+    odd.becomes = Tuple {
+        dst: flow.backend,
+        dst_port: flow.backend_port,
+        ..odd.answer
+    };
+    if flow.state & FLOW_SNAT != 0 {
+        odd.becomes.src_port = flow.snat_port;
+    }
+    true
+}
+
+/// [`crate::balance::leaving`] of the answer to the quoted packet.
+#[inline(never)]
+fn leaving<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
+    let Some(config) = maps.config() else { return false };
+    let Scratch { key, odd, .. } = scratch;
+    let answer = odd.answer;
+    odd.becomes = answer;
+    if maps.filter(filter::backend::<F>(answer.src, answer.src_port, answer.proto)) {
+        if snat::in_range(config, answer.dst_port)
+            && let Some((_, slot)) = snat_slot(maps, config, answer.dst_port, answer.src, answer.src_port, answer.proto)
+            && slot.client == answer.dst
+        {
+            odd.becomes.src = slot.frontend;
+            odd.becomes.src_port = slot.frontend_port;
+            odd.becomes.dst_port = slot.client_port;
+            return true;
+        }
+        *key = client_key::<F>(&answer);
+        key.client = answer.dst;
+        key.client_port = answer.dst_port;
+        if let Some(entry) = maps.flow(key).or_else(|| maps.new_flow(key)) {
+            let flow = entry.read();
+            if flow.backend == answer.src
+                && flow.backend_port == answer.src_port
+                && flow.state & (FLOW_SNAT | FLOW_SUPERSEDED) == 0
+            {
+                odd.becomes.src = flow.frontend;
+                odd.becomes.src_port = flow.frontend_port;
+                return true;
+            }
+        }
+    }
+    if maps.filter(filter::backend::<F>(answer.dst, answer.dst_port, answer.proto))
+        && snat::in_range(config, answer.src_port)
+        && let Some((_, slot)) = snat_slot(maps, config, answer.src_port, answer.dst, answer.dst_port, answer.proto)
+        && slot.client == answer.src
+        && slot.snat != answer.src
+    {
+        odd.becomes.src = slot.snat;
+        return true;
+    }
+    false
+}
+
+/// Writes the error about what the quoted packet was before it was translated. Only the sender of the error can make it fail
+/// in the middle, by a packet that ends within a field, and that was looked at before.
+#[inline(never)]
+fn write<F: Family>(packet: &impl Access, scratch: &mut Scratch<F::Words>) -> bool {
+    write_fields::<F>(packet, scratch).is_some()
+}
+
+#[inline(always)]
+fn write_fields<F: Family>(packet: &impl Access, scratch: &mut Scratch<F::Words>) -> Option<()> {
+    let odd = &scratch.odd;
+    let (answer, becomes) = (&odd.answer, &odd.becomes);
+    let (l3, icmp) = (ETHERNET as u32, odd.path.l4);
+    let (quote, transport) = (icmp + ICMP, odd.quoted.l4);
+    let proto = odd.quoted.proto as u8;
+    let (addresses, ports) = differences::<F>(answer, becomes);
+
+    // Everything that is needed is read before anything is written. How the quote changes is what the error's own checksum,
+    // which covers it, must take up.
+    let old: u16 = packet.load(icmp + 2)?;
+    let mut change = addresses.and(ports);
+    let header: u16 = if F::HEADER == 20 { packet.load(quote + 10)? } else { 0 };
+    // 0: none. Not an `Option`: LLVM would save what is not there to the stack, which the verifier does not allow.
+    let (mut field_at, mut field_new) = (0, 0);
+    if let Some(offset) = checksum_offset(proto) {
+        // Quotes of eight bytes of TCP end before its checksum.
+        if let Some(field) = packet.load::<u16>(transport + offset as u32)
+            && !(proto == UDP && field == 0)
+        {
+            let mut new = addresses.and(ports).apply(field);
+            if proto == UDP && new == 0 {
+                new = 0xffff;
+            }
+            change = change.and(Difference::word(field, new));
+            (field_at, field_new) = (transport + offset as u32, new);
+        }
+    }
+    if F::HEADER == 20 {
+        change = change.and(Difference::word(header, addresses.apply(header)));
+    }
+    let src = if becomes.src == answer.src {
+        odd.tuple.src
+    } else {
+        becomes.src
+    };
+    if F::HEADER == 40 {
+        // The pseudo-header of ICMPv6 holds the error's own addresses.
+        change = change
+            .and(Difference::address::<F>(odd.tuple.src, src))
+            .and(Difference::address::<F>(odd.tuple.dst, becomes.dst));
+    }
+
+    let port_words = u32::from(becomes.dst_port.to_be()) | u32::from(becomes.src_port.to_be()) << 16;
+    let written = packet.store(icmp + 2, change.apply(old))
+        && packet.store(transport, port_words)
+        && store_addrs::<F>(packet, quote, (answer.dst, answer.src), (becomes.dst, becomes.src))
+        && store_addrs::<F>(packet, l3, (odd.tuple.src, odd.tuple.dst), (src, becomes.dst))
+        && (field_at == 0 || packet.store(field_at, field_new));
+    written.then_some(())
+}
