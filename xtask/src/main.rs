@@ -3,6 +3,7 @@
 mod bench;
 mod build;
 mod demo;
+mod image;
 mod run;
 mod setup;
 mod shell;
@@ -26,6 +27,8 @@ enum Verb {
     Setup,
     /// Builds `target/release/shunt`.
     Build,
+    /// Makes the container image from nothing but the static agent: an OCI archive in `target/image`.
+    Image(image::Args),
     /// Runs a cluster in network namespaces with live traffic; with arguments after `--`, the agent on this machine.
     Run(run::Args),
     /// Measures shunt beside what a user would otherwise run; writes `BENCHMARKS.md` and `target/bench/`. Needs root or sudo.
@@ -39,6 +42,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().verb {
         Verb::Setup => setup::setup().map(drop),
         Verb::Build => build::build().map(drop),
+        Verb::Image(args) => image::image(&args),
         Verb::Run(args) => run::run(&args),
         Verb::Bench(args) => bench::bench(&args),
         Verb::Test(args) => test::test(&args),

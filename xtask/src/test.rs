@@ -72,7 +72,11 @@ pub(crate) fn test(args: &Args) -> Result<()> {
     if all {
         let this = env::current_exe().context("this program's path")?;
         sections.run("demo, one round", || {
-            plain(Command::new(this).args(["run", "--once"]).current_dir(root()))
+            plain(Command::new(&this).args(["run", "--once"]).current_dir(root()))
+        });
+        // A static release build, and containers on a node of the lab.
+        sections.run("image, tried out", || {
+            plain(Command::new(&this).args(["image", "--try"]).current_dir(root()))
         });
     }
     sections.summary(began.elapsed())
