@@ -67,6 +67,10 @@ pub struct RunArgs {
     /// Files and folders of Kubernetes YAML to serve instead of a cluster; changes are followed.
     #[arg(long, value_name = "PATH", num_args = 1..)]
     manifests: Vec<PathBuf>,
+    /// From a cluster: serve only what has this value in the label service.kubernetes.io/service-proxy-name, so that
+    /// kube-proxy may go on beside it [default: what is without the label].
+    #[arg(long, value_name = "NAME", conflicts_with = "manifests")]
+    service_proxy_name: Option<String>,
     /// Name of this node's Node object [default: the host name].
     #[arg(long, value_name = "NAME")]
     node_name: Option<String>,
@@ -512,6 +516,7 @@ fn spawn_source(args: &RunArgs, node_name: &str) -> Source {
         let config = kubernetes::Config {
             kubeconfig: args.kubeconfig.clone(),
             node_name,
+            proxy_name: args.service_proxy_name.clone(),
         };
         tokio::spawn(kubernetes::Kubernetes::new(config).run(tx))
     } else {

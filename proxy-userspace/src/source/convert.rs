@@ -79,6 +79,17 @@ fn left_alone(meta: &ObjectMeta) -> bool {
         .is_some_and(|labels| labels.contains_key(LABEL_SERVICE_PROXY) || labels.contains_key(LABEL_HEADLESS))
 }
 
+/// Turns the label [`LABEL_SERVICE_PROXY`] into what [`service`] and [`slice`] look at, when this proxy has a name itself: its
+/// own objects lose the label, and all others are left alone.
+pub fn claim(meta: &mut ObjectMeta, proxy_name: &str) {
+    let labels = meta.labels.get_or_insert_default();
+    if labels.get(LABEL_SERVICE_PROXY).is_some_and(|name| name == proxy_name) {
+        labels.remove(LABEL_SERVICE_PROXY);
+    } else {
+        labels.insert(LABEL_SERVICE_PROXY.to_owned(), String::new());
+    }
+}
+
 /// Collects the problems of one object.
 struct Report<'a> {
     kind: &'static str,

@@ -14,9 +14,12 @@ use std::{
 
 use anyhow::Context;
 use futures::{Stream, StreamExt};
-use k8s_openapi::api::{
-    core::v1::{Node, Service},
-    discovery::v1::EndpointSlice,
+use k8s_openapi::{
+    api::{
+        core::v1::{Node, Service},
+        discovery::v1::EndpointSlice,
+    },
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 use kube::{
     Api, Client,
@@ -46,6 +49,8 @@ pub struct Config {
     pub kubeconfig: Option<PathBuf>,
     /// The own Node's `metadata.name`.
     pub node_name: String,
+    /// Only objects whose label `service.kubernetes.io/service-proxy-name` has this value; `None`: those without the label.
+    pub proxy_name: Option<String>,
 }
 
 /// The Kubernetes source.
@@ -87,8 +92,12 @@ impl Kubernetes {
             !node_name.is_empty(),
             "the own Node has no name: give --node-name (in a pod: from spec.nodeName)"
         );
-        let not_ours = format!("!{},!{}", convert::LABEL_HEADLESS, convert::LABEL_SERVICE_PROXY);
-        let by_label = watcher::Config::default().labels(&not_ours);
+        let proxy_name = self.config.proxy_name;
+        let ours = match &proxy_name {
+            None => format!("!{},!{}", convert::LABEL_HEADLESS, convert::LABEL_SERVICE_PROXY),
+            Some(name) => format!("!{},{}={name}", convert::LABEL_HEADLESS, convert::LABEL_SERVICE_PROXY),
+        };
+        let by_label = watcher::Config::default().labels(&ours);
         let by_name = watcher::Config::default().fields(&format!("metadata.name={node_name}"));
 
         let services = watched::<Service>(&client, by_label.clone()).map(Change::Service);
@@ -97,7 +106,7 @@ impl Kubernetes {
         let changes = futures::stream::select(futures::stream::select(services, slices), nodes);
         let mut changes = std::pin::pin!(changes.ready_chunks(BATCH));
 
-        let mut state = State::new(&node_name);
+        let mut state = State::new(&node_name, proxy_name);
         loop {
             let batch = tokio::select! {
                 batch = changes.next() => batch,
@@ -177,6 +186,8 @@ enum Change {
 #[derive(Debug)]
 struct State {
     node_name: String,
+    /// As in [`Config`].
+    proxy_name: Option<String>,
     services: Known,
     slices: Known,
     nodes: Known,
@@ -209,9 +220,10 @@ struct Slim<T> {
 }
 
 impl State {
-    fn new(node_name: &str) -> Self {
+    fn new(node_name: &str, proxy_name: Option<String>) -> Self {
         Self {
             node_name: node_name.to_owned(),
+            proxy_name,
             services: Known::new("services"),
             slices: Known::new("endpointslices"),
             nodes: Known::new("nodes"),
@@ -223,16 +235,27 @@ impl State {
 
     fn apply(&mut self, change: Change, events: &mut Vec<Event>) {
         let problems = &mut self.problems;
+        let claim = |meta: &mut ObjectMeta| {
+            if let Some(name) = &self.proxy_name {
+                convert::claim(meta, name);
+            }
+        };
         match change {
             Change::Service(event) => self.services.apply(
                 *event,
-                |raw| slim(&raw.metadata, |problems| convert::service(&raw, problems)),
+                |mut raw| {
+                    claim(&mut raw.metadata);
+                    slim(&raw.metadata, |problems| convert::service(&raw, problems))
+                },
                 |service| events.push(service.map_or_else(Event::ServiceGone, Event::Service)),
                 problems,
             ),
             Change::Slice(event) => self.slices.apply(
                 *event,
-                |raw| slim(&raw.metadata, |problems| convert::slice(&raw, problems)),
+                |mut raw| {
+                    claim(&mut raw.metadata);
+                    slim(&raw.metadata, |problems| convert::slice(&raw, problems))
+                },
                 |slice| events.push(slice.map_or_else(Event::SliceGone, Event::Slice)),
                 problems,
             ),
@@ -259,10 +282,7 @@ impl State {
     }
 }
 
-fn slim<T>(
-    meta: &k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta,
-    convert: impl FnOnce(&mut Vec<Problem>) -> Option<T>,
-) -> Slim<T> {
+fn slim<T>(meta: &ObjectMeta, convert: impl FnOnce(&mut Vec<Problem>) -> Option<T>) -> Slim<T> {
     let mut problems = Vec::new();
     Slim {
         value: convert(&mut problems),

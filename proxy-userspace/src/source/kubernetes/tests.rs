@@ -275,9 +275,14 @@ struct Agent {
 
 impl Agent {
     fn start(server: &ApiServer) -> Self {
+        Self::start_named(server, None)
+    }
+
+    fn start_named(server: &ApiServer, proxy_name: Option<&str>) -> Self {
         let source = Kubernetes::new(Config {
             kubeconfig: None,
             node_name: "node-a".to_owned(),
+            proxy_name: proxy_name.map(str::to_owned),
         });
         let (tx, events) = mpsc::channel(16);
         let client = server.client();
@@ -439,6 +444,7 @@ async fn no_node_name_is_an_error() {
     let source = Kubernetes::new(Config {
         kubeconfig: None,
         node_name: String::new(),
+        proxy_name: None,
     });
     let error = source.run_with(server.client(), mpsc::channel(1).0).await.unwrap_err();
     assert_eq!(
@@ -452,7 +458,55 @@ async fn a_kubeconfig_that_is_not_there_is_named() {
     let source = Kubernetes::new(Config {
         kubeconfig: Some("/no/such/kubeconfig".into()),
         node_name: "node-a".to_owned(),
+        proxy_name: None,
     });
     let error = source.run(mpsc::channel(1).0).await.unwrap_err();
     assert_eq!(error.to_string(), "--kubeconfig /no/such/kubeconfig: cannot be used");
+}
+
+/// SPEC F7 from the other side: with a name of its own, this proxy serves what carries the name and nothing else.
+#[tokio::test]
+async fn a_proxy_with_a_name_serves_what_has_its_label() {
+    const LABEL: &str = "service.kubernetes.io/service-proxy-name";
+    let labelled = |mut object: Value, value: &str| {
+        object["metadata"]["labels"][LABEL] = value.into();
+        object
+    };
+    let server = ApiServer::start().await;
+    // This server does not look at selectors, so the agent has to.
+    server.change("services", labelled(service("ours", "10.96.0.1"), "shunt"), true);
+    server.change("services", labelled(service("other", "10.96.0.2"), "another"), true);
+    server.change("services", service("common", "10.96.0.3"), true);
+    server.change(
+        "endpointslices",
+        labelled(slice("ours-1", "ours", &["10.0.0.1"]), "shunt"),
+        true,
+    );
+    server.change("endpointslices", slice("common-1", "common", &["10.0.0.2"]), true);
+    server.change("nodes", node("node-a"), true);
+    let mut agent = Agent::start_named(&server, Some("shunt"));
+    agent.until("complete", Model::is_complete).await;
+    assert_eq!(backends(&agent.model, "ours"), Some(1));
+    assert_eq!(
+        (backends(&agent.model, "other"), backends(&agent.model, "common")),
+        (None, None)
+    );
+    let wanted =
+        "labelSelector=%21service.kubernetes.io%2Fheadless%2Cservice.kubernetes.io%2Fservice-proxy-name%3Dshunt";
+    assert_eq!(
+        ["/services?", "/endpointslices?"].map(|plural| {
+            let shared = server.shared.lock().unwrap();
+            let of = |request: &&String| request.contains(plural) && !request.contains(wanted);
+            shared.requests.iter().filter(of).count()
+        }),
+        [0, 0]
+    );
+
+    // A Service that gives the label up is kube-proxy's from then on.
+    server.change("services", service("ours", "10.96.0.1"), false);
+    agent.until("given up", |model| backends(model, "ours").is_none()).await;
+    server.change("services", labelled(service("common", "10.96.0.3"), "shunt"), false);
+    agent
+        .until("taken over", |model| backends(model, "common").is_some())
+        .await;
 }
