@@ -33,6 +33,9 @@ enum Verb {
     Run(run::Args),
     /// Measures shunt beside what a user would otherwise run; writes `BENCHMARKS.md` and `target/bench/`. Needs root or sudo.
     Bench(bench::Args),
+    /// One end of a measured connection.
+    #[command(hide = true)]
+    BenchPeer(bench::peer::Args),
     /// Formatting, lints and all tests: host, kernel and cluster. Needs root or sudo.
     Test(test::Args),
 }
@@ -45,6 +48,7 @@ fn main() -> ExitCode {
         Verb::Image(args) => image::image(&args),
         Verb::Run(args) => run::run(&args),
         Verb::Bench(args) => bench::bench(&args),
+        Verb::BenchPeer(args) => bench::peer::run(&args),
         Verb::Test(args) => test::test(&args),
     };
     match result {

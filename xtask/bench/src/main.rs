@@ -4,6 +4,7 @@
 //! code as the agent, and then runs them in a namespace of its own.
 
 mod datapath;
+mod nat;
 mod replay;
 mod report;
 mod world;
@@ -29,11 +30,14 @@ struct Cli {
 enum What {
     /// ns per packet of the XDP and tc programs.
     Datapath,
+    /// A DNAT at tc that does only the unavoidable, for `bench connections`.
+    Nat(nat::Args),
 }
 
 fn main() -> Result<()> {
     let cli = Cli::parse();
     match cli.what {
         What::Datapath => datapath::measure(cli.quick, &cli.only),
+        What::Nat(args) => nat::run(&args),
     }
 }

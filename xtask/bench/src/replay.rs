@@ -13,7 +13,7 @@ use aya::{Ebpf, EbpfLoader, programs::Program};
 use shunt::datapath::{load::Datapath, sys};
 use shunt_common::layout::names;
 
-static FLOORS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/shunt-floors"));
+pub(crate) static FLOORS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/shunt-floors"));
 
 /// Bytes of the packet that the replay program puts back.
 const RESTORED: usize = 80;

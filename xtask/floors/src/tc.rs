@@ -16,7 +16,7 @@ use crate::wire::{Seen, Wire, addresses, bytes, fold32, parse, ports, rewrite, v
 
 /// The transport checksum by the kernel, the rest into the packet.
 #[inline(always)]
-fn translate<F: Wire>(ctx: &TcContext, old: &Seen<F::Words>, new: &Seen<F::Words>) -> i32 {
+pub(crate) fn translate<F: Wire>(ctx: &TcContext, old: &Seen<F::Words>, new: &Seen<F::Words>) -> i32 {
     let offset = (F::L4 + 16) as u32;
     // SAFETY: the helper checks the offset.
     unsafe {

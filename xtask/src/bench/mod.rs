@@ -3,8 +3,6 @@
 //! Every group is a module with one function that measures and adds [`Row`]s. What counts is the ratio of two medians of
 //! one run, whose rounds were interleaved (A B C A B C), so that a machine that is slower for a while is so for all.
 
-#![expect(dead_code, reason = "the groups that use it all are being written")]
-
 mod chart;
 mod connections;
 mod datapath;
@@ -25,6 +23,7 @@ use crate::{
 };
 
 pub(crate) use chart::Chart;
+pub(crate) use connections::peer;
 pub(crate) use report::{Row, Target};
 
 /// Arguments of `bench`.
