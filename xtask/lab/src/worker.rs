@@ -206,6 +206,11 @@ impl Open {
                     .get_ref()
                     .set_read_timeout(Some(timeout))
                     .map_err(at(Stage::Receive))?;
+                // A request larger than the peer's window waits for it.
+                stream
+                    .get_ref()
+                    .set_write_timeout(Some(timeout))
+                    .map_err(at(Stage::Send))?;
                 stream
                     .get_mut()
                     .write_all(format!("{text}\n").as_bytes())
