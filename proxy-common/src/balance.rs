@@ -18,6 +18,7 @@
 use core::{marker::PhantomData, mem::offset_of, ptr::NonNull};
 
 use crate::{
+    affinity,
     event::Event,
     family::Family,
     filter, hash,
@@ -67,6 +68,12 @@ impl<T: Copy> Entry<'_, T> {
     #[inline(always)]
     pub unsafe fn new(ptr: NonNull<T>) -> Self {
         Self { ptr, map: PhantomData }
+    }
+
+    /// Where the value stands, for atomic access.
+    #[inline(always)]
+    pub fn as_ptr(self) -> *mut T {
+        self.ptr.as_ptr()
     }
 
     /// A copy of the value; fields that are not looked at are not loaded.
@@ -171,6 +178,18 @@ pub trait Maps<F: Family> {
     fn slot(&self, index: u32) -> Option<Slot<F::Words>>;
     /// Whether node ports answer on this address.
     fn is_node_addr(&self, addr: &F::Words) -> bool;
+    /// An entry of `affinity`.
+    fn affinity(&self, key: &AffinityKey<F::Words>) -> Option<Entry<'_, Affinity>>;
+    /// Adds to `affinity`; `false` when there is an entry by now, or the map refuses.
+    fn add_affinity(&self, key: &AffinityKey<F::Words>, value: &Affinity) -> bool;
+    /// Replaces the value of an entry of `affinity`, unless another CPU was first.
+    fn replace_affinity(&self, entry: Entry<'_, Affinity>, old: &Affinity, new: &Affinity) -> bool;
+    /// `CLOCK_MONOTONIC` in [`AFFINITY_TICK_NS`].
+    fn affinity_now(&self) -> u32;
+    /// The index of a backend's slot, if it is a member of the slots.
+    fn member(&self, key: &MemberKey) -> Option<u32>;
+    /// Whether a source is in one of a Service's `source_ranges`; the prefix is as long as can be.
+    fn in_source_ranges(&self, key: &SourceRangeKey<F::Words>) -> bool;
     /// An entry of `flows`.
     fn flow(&self, key: &FlowKey<F::Words>) -> Option<Entry<'_, Flow<F::Words>>>;
     /// Adds to `flows`; `false` when the map refuses.
@@ -784,10 +803,16 @@ fn choose<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> O
     }
     let Some(frontend) = frontend else { return Outcome::Pass };
 
-    let choice = hash::flow::<F>(tuple.src, tuple.src_port, tuple.dst, tuple.dst_port, tuple.proto);
+    if frontend.flags & FRONTEND_SOURCE_RANGES != 0 && !is_allowed(maps, tuple, &frontend) {
+        maps.count(Event::SourceDenied);
+        return Outcome::Drop;
+    }
     let slot = if frontend.slot_count == 0 {
         None
+    } else if frontend.flags & FRONTEND_AFFINITY != 0 {
+        maps.slot(kept_slot(maps, tuple, &frontend, scope))
     } else {
+        let choice = hash::flow::<F>(tuple.src, tuple.src_port, tuple.dst, tuple.dst_port, tuple.proto);
         maps.slot(frontend.slot_base.wrapping_add(hash::pick(choice, frontend.slot_count)))
     };
     let Some(slot) = slot else {
@@ -839,6 +864,35 @@ fn choose<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> O
     }
     scratch.over.set(u32::from(matches!(held, Holder::Over)));
     Outcome::Translate
+}
+
+/// [`affinity::slot_index`] for a packet.
+#[inline(never)]
+fn kept_slot<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, frontend: &Frontend, scope: u8) -> u32 {
+    let key = AffinityKey {
+        client: tuple.src,
+        service: frontend.service,
+        set: frontend.set,
+        netns: [0; 2],
+    };
+    // A client from outside may come in through several nodes, which choose alike if they look at what its flows have in
+    // common. Only one node chooses for a client inside, and it may choose anew when the time-out is over.
+    let choice = if scope == SCOPE_EXTERNAL {
+        hash::flow::<F>(tuple.src, 0, F::UNSPECIFIED, tuple.dst_port, tuple.proto)
+    } else {
+        hash::flow::<F>(tuple.src, tuple.src_port, tuple.dst, tuple.dst_port, tuple.proto)
+    };
+    affinity::slot_index(maps, &key, frontend, choice)
+}
+
+/// Whether the packet's source may dial a frontend with `loadBalancerSourceRanges`.
+#[inline(never)]
+fn is_allowed<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, frontend: &Frontend) -> bool {
+    maps.in_source_ranges(&SourceRangeKey {
+        prefix_len: 32 + 8 * size_of::<F::Words>() as u32,
+        service: frontend.service,
+        addr: tuple.src,
+    })
 }
 
 /// Stores the chosen flow, and says where its packet goes.

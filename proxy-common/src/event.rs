@@ -47,6 +47,8 @@ events! {
     PortCollision = 8, "port_collision";
     /// Packets of frontends dropped because their headers could not be rewritten.
     RewriteFailed = 9, "rewrite_failed";
+    /// New flows dropped because their source is in none of the Service's loadBalancerSourceRanges.
+    SourceDenied = 10, "source_denied";
 }
 
 /// Number of entries of the `events` map: room for more without a new layout.

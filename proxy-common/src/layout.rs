@@ -8,7 +8,7 @@
 //! A change of any layout here must raise [`LAYOUT_VERSION`].
 
 /// Version of everything in this module; maps are pinned under `<bpf-root>/v<LAYOUT_VERSION>/`.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 /// Names of the maps (at most 15 bytes: the kernel cuts them). Suffix `4`/`6`: one map per family.
 pub mod names {
@@ -40,6 +40,13 @@ pub mod names {
     pub const SCRATCH: [&str; 2] = ["scratch4", "scratch6"];
     /// `HASH` device index → `u32`: devices that hand packets over to a pod's namespace; filled for `--fast-path` only.
     pub const POD_DEVICES: &str = "pod_devices";
+    /// `LRU_HASH` [`AffinityKey`](super::AffinityKey) → [`Affinity`](super::Affinity): see [`crate::affinity`].
+    pub const AFFINITY: [&str; 2] = ["affinity4", "affinity6"];
+    /// `HASH` [`MemberKey`](super::MemberKey) → `u32` index into `slots`: which backends a frontend with affinity has.
+    pub const MEMBERS: [&str; 2] = ["members4", "members6"];
+    /// `LPM_TRIE` [`SourceRangeKey`](super::SourceRangeKey) → `u32`: who may dial a frontend with
+    /// [`FRONTEND_SOURCE_RANGES`](super::FRONTEND_SOURCE_RANGES).
+    pub const SOURCE_RANGES: [&str; 2] = ["source_ranges4", "source_ranges6"];
     /// `SK_STORAGE` → [`SocketPeers`](super::SocketPeers): which frontends a socket dialled.
     pub const SOCKETS: &str = "sockets";
 }
@@ -99,6 +106,9 @@ pub struct Frontend {
     pub flags: u16,
     /// One of `KIND_*`: for people and tools, no program looks at it.
     pub kind: u16,
+    /// Number of the backend set within the Service: frontends with one number choose from the same backends, and a
+    /// client's affinity counts for all of them ([`AffinityKey::set`]).
+    pub set: u32,
 }
 
 /// [`Frontend::kind`]: one of `spec.clusterIPs`.
@@ -247,6 +257,55 @@ pub struct SnatSlot<A> {
     pub owner: u32,
 }
 
+/// Who a backend is kept for (`sessionAffinity: ClientIP`).
+#[repr(C, align(4))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct AffinityKey<A> {
+    /// The client's address; unspecified for a socket, whose address is not chosen yet when it dials.
+    pub client: A,
+    /// [`Frontend::service`].
+    pub service: u32,
+    /// [`Frontend::set`].
+    pub set: u32,
+    /// For a socket `SO_NETNS_COOKIE` of its network namespace, low word first; else zero.
+    pub netns: [u32; 2],
+}
+
+/// The backend that is kept for a client.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Affinity {
+    /// When the client last opened a flow: `CLOCK_MONOTONIC` in [`AFFINITY_TICK_NS`].
+    pub last_used: u32,
+    /// Index into `backends`.
+    pub backend: u32,
+}
+
+/// Unit of [`Affinity::last_used`]: 2^24 ns (17 ms). It wraps after two years; affinity lasts a day at most.
+pub const AFFINITY_TICK_NS: u64 = 1 << 24;
+
+/// A backend among a frontend's slots.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct MemberKey {
+    /// [`Frontend::slot_base`].
+    pub slot_base: u32,
+    /// Index into `backends`.
+    pub backend: u32,
+}
+
+/// Sources that may dial a Service's load balancer addresses (`loadBalancerSourceRanges`).
+#[repr(C, align(4))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SourceRangeKey<A> {
+    /// Bits that count: 32 of `service`, then those of the network.
+    pub prefix_len: u32,
+    /// [`Frontend::service`].
+    pub service: u32,
+    /// Network address; host bits zero.
+    pub addr: A,
+}
+
 /// [`BackendState::flags`]: the backend takes packets of existing flows.
 pub const BACKEND_SERVING: u32 = 1 << 0;
 
@@ -355,7 +414,7 @@ macro_rules! no_padding {
 no_padding!(
     FrontendKey<[u8; 4]> = 4 + 2 + 1 + 1 + 4,
     FrontendKey<[u8; 16]> = 16 + 2 + 1 + 1 + 4,
-    Frontend = 4 * 4 + 2 + 2,
+    Frontend = 4 * 4 + 2 + 2 + 4,
     Slot<[u8; 4]> = 4 + 2 + 2 + 4,
     Slot<[u8; 16]> = 16 + 2 + 2 + 4,
     FlowKey<[u8; 4]> = 2 * 4 + 2 + 2 + 1 + 1 + 2,
@@ -364,6 +423,12 @@ no_padding!(
     Flow<[u8; 16]> = 3 * 16 + 4 * 2 + 4 + 4,
     SnatSlot<[u8; 4]> = 4 * 4 + 4 * 2 + 4 + 4 + 1 + 1 + 2 + 4,
     SnatSlot<[u8; 16]> = 4 * 16 + 4 * 2 + 4 + 4 + 1 + 1 + 2 + 4,
+    AffinityKey<[u8; 4]> = 4 + 4 + 4 + 2 * 4,
+    AffinityKey<[u8; 16]> = 16 + 4 + 4 + 2 * 4,
+    Affinity = 4 + 4,
+    MemberKey = 4 + 4,
+    SourceRangeKey<[u8; 4]> = 4 + 4 + 4,
+    SourceRangeKey<[u8; 16]> = 4 + 4 + 16,
     ServiceInfo = 2 * NAME_LEN,
     BackendState = 3 * 8 + 4 + 4,
     SocketPeer = 2 * 16 + 2 + 2 + 4,
@@ -403,6 +468,14 @@ mod pod {
             unsafe impl<A: Octets> aya::Pod for $ty<A> {}
         )+ };
     }
-    pod_per_family!(FrontendKey, Slot, FlowKey, Flow, SnatSlot);
-    pod!(Frontend, ServiceInfo, BackendState, Config, SocketPeers);
+    pod_per_family!(FrontendKey, Slot, FlowKey, Flow, SnatSlot, AffinityKey, SourceRangeKey);
+    pod!(
+        Frontend,
+        Affinity,
+        MemberKey,
+        ServiceInfo,
+        BackendState,
+        Config,
+        SocketPeers
+    );
 }

@@ -2,8 +2,9 @@
 //!
 //! The crate is `no_std` and has no dependency in the kernel, so the same source is unit-tested on the host and runs
 //! as BPF. Read it in this order: [`family`] (addresses), [`layout`] (what is in the maps), [`filter`] (how a packet
-//! that is nobody's Service traffic is let go cheaply), [`hash`] and [`maglev`] (which backend), [`balance`] (the
-//! decision itself), [`packet`] (headers in, headers out), [`odd`] (packets that are not plain), [`event`] (what is counted).
+//! that is nobody's Service traffic is let go cheaply), [`hash`], [`maglev`] and [`affinity`] (which backend), [`balance`]
+//! (the decision itself), [`packet`] (headers in, headers out), [`odd`] (packets that are not plain), [`event`] (what is
+//! counted).
 #![no_std]
 
 #[cfg(any(feature = "user", test))]
@@ -12,6 +13,7 @@ extern crate alloc;
 extern crate std;
 
 pub mod access;
+pub mod affinity;
 pub mod balance;
 pub mod checksum;
 pub mod event;

@@ -25,6 +25,10 @@ struct Node<F: Family> {
     filter: RefCell<HashSet<u32>>,
     frontends: RefCell<HashMap<FrontendKey<F::Words>, Frontend>>,
     slots: RefCell<Vec<Slot<F::Words>>>,
+    affinity: RefCell<HashMap<AffinityKey<F::Words>, Box<Affinity>>>,
+    members: RefCell<HashMap<MemberKey, u32>>,
+    ids: RefCell<Vec<(F::Words, u16)>>,
+    source_ranges: RefCell<HashSet<SourceRangeKey<F::Words>>>,
     flows: Flows<F::Words>,
     new_flows: Flows<F::Words>,
     snat: RefCell<HashMap<u32, Box<SnatSlot<F::Words>>>>,
@@ -44,6 +48,10 @@ where
             filter: RefCell::default(),
             frontends: RefCell::default(),
             slots: RefCell::default(),
+            affinity: RefCell::default(),
+            members: RefCell::default(),
+            ids: RefCell::default(),
+            source_ranges: RefCell::default(),
             flows: RefCell::default(),
             new_flows: RefCell::default(),
             snat: RefCell::default(),
@@ -55,14 +63,28 @@ where
     }
 
     fn serve(&self, addr: F::Words, port: u16, proto: u8, backends: &[(F::Words, u16, bool)]) {
+        self.serve_as(Frontend::default(), addr, port, proto, backends);
+    }
+
+    fn serve_as(&self, frontend: Frontend, addr: F::Words, port: u16, proto: u8, backends: &[(F::Words, u16, bool)]) {
         let mut slots = self.slots.borrow_mut();
+        let mut ids = self.ids.borrow_mut();
         let frontend = Frontend {
             slot_base: slots.len() as u32,
             slot_count: backends.len() as u32,
-            ..Frontend::default()
+            ..frontend
         };
         for &(addr, port, local) in backends {
-            let backend = slots.len() as u32;
+            let known = ids.iter().position(|&id| id == (addr, port));
+            let backend = known.unwrap_or(ids.len()) as u32;
+            if known.is_none() {
+                ids.push((addr, port));
+            }
+            let member = MemberKey {
+                slot_base: frontend.slot_base,
+                backend,
+            };
+            self.members.borrow_mut().insert(member, slots.len() as u32);
             slots.push(Slot {
                 addr,
                 port,
@@ -139,6 +161,31 @@ where
     }
     fn is_node_addr(&self, addr: &F::Words) -> bool {
         F::words(F::config(&self.config).node) == *addr
+    }
+    fn affinity(&self, key: &AffinityKey<F::Words>) -> Option<Entry<'_, Affinity>> {
+        entry(self.affinity.borrow_mut().get_mut(key))
+    }
+    fn add_affinity(&self, key: &AffinityKey<F::Words>, value: &Affinity) -> bool {
+        let mut affinity = self.affinity.borrow_mut();
+        let free = !affinity.contains_key(key);
+        affinity.entry(*key).or_insert_with(|| Box::new(*value));
+        free
+    }
+    fn replace_affinity(&self, entry: Entry<'_, Affinity>, old: &Affinity, new: &Affinity) -> bool {
+        let same = entry.read() == *old;
+        if same {
+            entry.write(new);
+        }
+        same
+    }
+    fn affinity_now(&self) -> u32 {
+        (u64::from(self.now.get()) * TICK_NS / AFFINITY_TICK_NS) as u32
+    }
+    fn member(&self, key: &MemberKey) -> Option<u32> {
+        self.members.borrow().get(key).copied()
+    }
+    fn in_source_ranges(&self, key: &SourceRangeKey<F::Words>) -> bool {
+        self.source_ranges.borrow().contains(key)
     }
     fn flow(&self, key: &FlowKey<F::Words>) -> Option<Entry<'_, Flow<F::Words>>> {
         entry(self.flows.borrow_mut().get_mut(key))
@@ -261,6 +308,117 @@ fn a_flow_is_confirmed_by_both_sides_and_then_moves() {
     assert_eq!(node.leave(back(sent), SYN | ACK), back(dialled));
     assert_eq!(node.translated(dialled, ACK, From::Pod, false).tuple, sent);
     assert_eq!((node.new_flows.borrow().len(), node.flows.borrow().len()), (0, 1));
+}
+
+/// A node whose Service has affinity for a minute and eight backends, of which the first `count` are eligible.
+fn node_with_affinity(count: usize) -> Node<V4> {
+    let node = Node::new(config());
+    serve_with_affinity(&node, 0..count);
+    node
+}
+
+fn serve_with_affinity(node: &Node<V4>, backends: std::ops::Range<usize>) {
+    let frontend = Frontend {
+        service: 7,
+        affinity_secs: 60,
+        flags: FRONTEND_AFFINITY,
+        ..Frontend::default()
+    };
+    let backends: Vec<_> = backends.map(|n| (ip(10, 44, 1, n as u8 + 1), 8080, false)).collect();
+    for last in [1, 2] {
+        node.serve_as(frontend, ip(10, 96, 0, last), 80, TCP, &backends);
+    }
+}
+
+/// P1: whatever its ports, a client goes where it went before, on every frontend with the same backends.
+#[test]
+fn a_client_keeps_its_backend_until_it_is_idle_for_the_time_out() {
+    let node = node_with_affinity(8);
+    let backend = |client, port: u16, frontend| {
+        let dialled = to(client, port, ip(10, 96, 0, frontend), 80);
+        node.translated(dialled, SYN, From::Pod, false).tuple.dst
+    };
+    let first = backend(CLIENT, 40_000, 1);
+    for port in 1..50 {
+        // Half a minute from one to the next: each new flow counts as a use.
+        node.now.set(node.now.get() + 28);
+        assert_eq!(backend(CLIENT, 40_000 + port, 1 + port as u8 % 2), first);
+    }
+    let others: HashSet<_> = (1..50).map(|n| backend(ip(10, 44, 0, n), 40_000, 1)).collect();
+    assert!(others.len() > 5, "other clients are spread: {others:?}");
+    let after: HashSet<_> = (1..50)
+        .map(|n| {
+            node.now.set(node.now.get() + 57);
+            backend(CLIENT, 50_000 + n, 1)
+        })
+        .collect();
+    assert!(
+        after.len() > 3,
+        "a minute of silence, and the choice is free: {after:?}"
+    );
+}
+
+/// P1, and cilium#27096: a backend that the frontend no longer has is not kept; one that it still has is.
+#[test]
+fn a_kept_backend_must_still_be_eligible() {
+    let node = node_with_affinity(8);
+    let backend = |n: u8| {
+        let dialled = to(
+            ip(10, 44, 0, n),
+            40_000 + node.slots.borrow().len() as u16,
+            ip(10, 96, 0, 1),
+            80,
+        );
+        node.translated(dialled, SYN, From::Pod, false).tuple.dst
+    };
+    let before: Vec<_> = (1..100).map(backend).collect();
+    // Backends 3 to 8 stay, at other places among the slots.
+    serve_with_affinity(&node, 2..8);
+    let gone = [ip(10, 44, 1, 1), ip(10, 44, 1, 2)];
+    for (n, before) in (1..100).zip(before) {
+        let now = backend(n);
+        if gone.contains(&before) {
+            assert!(!gone.contains(&now), "client {n}");
+        } else {
+            assert_eq!(now, before, "client {n}");
+        }
+    }
+}
+
+/// P1, and cilium#26709: nodes that know nothing of each other choose alike for a client from outside.
+#[test]
+fn nodes_agree_on_the_backend_of_an_outside_client() {
+    let nodes = [node_with_affinity(8), node_with_affinity(8)];
+    for n in 1..100 {
+        let chosen = [0, 1].map(|i: usize| {
+            let dialled = to(ip(203, 0, 113, n), 40_000 + i as u16, ip(10, 96, 0, 1 + i as u8), 80);
+            nodes[i].translated(dialled, SYN, From::Network, false).tuple.dst
+        });
+        assert_eq!(chosen[0], chosen[1], "client {n}");
+    }
+}
+
+/// P5: a source outside of the ranges is dropped and counted, one inside is served.
+#[test]
+fn source_ranges_let_in_who_is_in_them() {
+    let node: Node<V4> = Node::new(config());
+    let frontend = Frontend {
+        service: 7,
+        flags: FRONTEND_SOURCE_RANGES,
+        ..Frontend::default()
+    };
+    node.serve_as(frontend, ip(10, 96, 0, 1), 80, TCP, &[REMOTE]);
+    let range = SourceRangeKey {
+        prefix_len: 64,
+        service: 7,
+        addr: CLIENT,
+    };
+    node.source_ranges.borrow_mut().insert(range);
+    let dialled = |client| to(client, 40_000, ip(10, 96, 0, 1), 80);
+    node.translated(dialled(CLIENT), SYN, From::Pod, false);
+    let other = dialled(ip(10, 44, 0, 6));
+    assert_eq!(node.arrive(other, SYN, From::Pod, false), Verdict::Drop);
+    assert_eq!(*node.events.borrow(), [Event::SourceDenied]);
 }
 
 #[test]

@@ -9,8 +9,8 @@ use core::{
 };
 
 use aya_ebpf::{
-    bindings::{BPF_ANY, BPF_F_CURRENT_NETNS, BPF_F_MMAPABLE, bpf_sock_tuple},
-    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, SkStorage},
+    bindings::{BPF_ANY, BPF_F_CURRENT_NETNS, BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST, bpf_sock_tuple},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SkStorage},
     helpers::{bpf_ktime_get_coarse_ns, bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp},
     macros::btf_map,
 };
@@ -31,6 +31,17 @@ type Flows<A> = LruHashMap<FlowKey<A>, Flow<A>, 524_288>;
 type NewFlows<A> = LruHashMap<FlowKey<A>, Flow<A>, 65_536>;
 type Snat<A> = Array<SnatSlot<A>, 262_144>;
 type NodeAddrs<A> = HashMap<A, u32, 1024>;
+type AffinityMap<A> = LruHashMap<AffinityKey<A>, Affinity, 65_536>;
+// Most clusters have few Services with affinity or source ranges: no memory for entries that are not there.
+type Members = HashMap<MemberKey, u32, 131_072, { BPF_F_NO_PREALLOC as usize }>;
+type SourceRanges<A> = LpmTrie<Source<A>, u32, 65_536>;
+
+/// What a source range is of; [`SourceRangeKey`] without its length, which the map's type adds.
+#[repr(C, align(4))]
+pub(crate) struct Source<A> {
+    service: u32,
+    addr: A,
+}
 
 #[btf_map(name = "scratch4")]
 static SCRATCH4: PerCpuArray<Scratch<u32>, 1> = PerCpuArray::new();
@@ -45,6 +56,9 @@ pub(crate) trait KernelFamily: Family {
     const NEW_FLOWS: &'static NewFlows<Self::Addr>;
     const SNAT: &'static Snat<Self::Addr>;
     const NODE_ADDRS: &'static NodeAddrs<Self::Addr>;
+    const AFFINITY: &'static AffinityMap<Self::Addr>;
+    const MEMBERS: &'static Members;
+    const SOURCE_RANGES: &'static SourceRanges<Self::Addr>;
     const SCRATCH: &'static PerCpuArray<Scratch<Self::Words>, 1>;
     /// `AF_INET` or `AF_INET6`.
     const AF: u8;
@@ -74,6 +88,18 @@ static SNAT6: Snat<[u8; 16]> = Snat::new();
 static NODE_ADDRS4: NodeAddrs<[u8; 4]> = NodeAddrs::new();
 #[btf_map(name = "node_addrs6")]
 static NODE_ADDRS6: NodeAddrs<[u8; 16]> = NodeAddrs::new();
+#[btf_map(name = "affinity4")]
+static AFFINITY4: AffinityMap<[u8; 4]> = AffinityMap::new();
+#[btf_map(name = "affinity6")]
+static AFFINITY6: AffinityMap<[u8; 16]> = AffinityMap::new();
+#[btf_map(name = "members4")]
+static MEMBERS4: Members = Members::new();
+#[btf_map(name = "members6")]
+static MEMBERS6: Members = Members::new();
+#[btf_map(name = "source_ranges4")]
+static SOURCE_RANGES4: SourceRanges<[u8; 4]> = SourceRanges::new();
+#[btf_map(name = "source_ranges6")]
+static SOURCE_RANGES6: SourceRanges<[u8; 16]> = SourceRanges::new();
 #[btf_map(name = "filter")]
 static FILTER: Array<u64, FILTER_WORDS, MMAPABLE> = Array::new();
 #[btf_map(name = "collided")]
@@ -97,6 +123,9 @@ impl KernelFamily for V4 {
     const NEW_FLOWS: &'static NewFlows<[u8; 4]> = &NEW_FLOWS4;
     const SNAT: &'static Snat<[u8; 4]> = &SNAT4;
     const NODE_ADDRS: &'static NodeAddrs<[u8; 4]> = &NODE_ADDRS4;
+    const AFFINITY: &'static AffinityMap<[u8; 4]> = &AFFINITY4;
+    const MEMBERS: &'static Members = &MEMBERS4;
+    const SOURCE_RANGES: &'static SourceRanges<[u8; 4]> = &SOURCE_RANGES4;
     const SCRATCH: &'static PerCpuArray<Scratch<u32>, 1> = &SCRATCH4;
     const AF: u8 = 2;
 }
@@ -108,6 +137,9 @@ impl KernelFamily for V6 {
     const NEW_FLOWS: &'static NewFlows<[u8; 16]> = &NEW_FLOWS6;
     const SNAT: &'static Snat<[u8; 16]> = &SNAT6;
     const NODE_ADDRS: &'static NodeAddrs<[u8; 16]> = &NODE_ADDRS6;
+    const AFFINITY: &'static AffinityMap<[u8; 16]> = &AFFINITY6;
+    const MEMBERS: &'static Members = &MEMBERS6;
+    const SOURCE_RANGES: &'static SourceRanges<[u8; 16]> = &SOURCE_RANGES6;
     const SCRATCH: &'static PerCpuArray<Scratch<Words6>, 1> = &SCRATCH6;
     const AF: u8 = 10;
 }
@@ -194,6 +226,46 @@ impl<F: KernelFamily> Maps<F> for KernelMaps {
     #[inline(always)]
     fn is_node_addr(&self, addr: &F::Words) -> bool {
         F::NODE_ADDRS.get_ptr(bytes::<_, F::Addr>(addr)).is_some()
+    }
+
+    #[inline(always)]
+    fn affinity(&self, key: &AffinityKey<F::Words>) -> Option<Entry<'_, Affinity>> {
+        entry(F::AFFINITY.get_ptr_mut(bytes(key)))
+    }
+
+    #[inline(always)]
+    fn add_affinity(&self, key: &AffinityKey<F::Words>, value: &Affinity) -> bool {
+        F::AFFINITY.insert(bytes(key), value, BPF_NOEXIST.into()).is_ok()
+    }
+
+    #[inline(always)]
+    fn replace_affinity(&self, entry: Entry<'_, Affinity>, old: &Affinity, new: &Affinity) -> bool {
+        let word = |value: &Affinity| u64::from(value.last_used) | u64::from(value.backend) << 32;
+        const { assert!(cfg!(target_endian = "little")) };
+        let (old, new) = (word(old), word(new));
+        // SAFETY: a live map value of eight bytes, aligned to eight.
+        unsafe {
+            atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(entry.as_ptr().cast(), old, new)
+                .1
+        }
+    }
+
+    #[inline(always)]
+    fn affinity_now(&self) -> u32 {
+        // SAFETY: the helper has no preconditions.
+        let ns = unsafe { bpf_ktime_get_coarse_ns() };
+        (ns / AFFINITY_TICK_NS) as u32
+    }
+
+    #[inline(always)]
+    fn member(&self, key: &MemberKey) -> Option<u32> {
+        // SAFETY: one aligned word.
+        F::MEMBERS.get_ptr(key).map(|index| unsafe { index.read() })
+    }
+
+    #[inline(always)]
+    fn in_source_ranges(&self, key: &SourceRangeKey<F::Words>) -> bool {
+        F::SOURCE_RANGES.get(bytes(key)).is_some()
     }
 
     #[inline(always)]

@@ -11,6 +11,7 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use shunt_common::{
+    affinity,
     balance::{Maps, socket_frontend},
     event::Event,
     family::{Family, V4, V6, Words6},
@@ -161,11 +162,18 @@ fn choose<F: Peer>(ctx: &SockAddrContext, addr: F::Words, call: Call) -> Result<
     {
         return Ok(Some((F::unmapped(words(&peer.backend)), peer.backend_port)));
     }
+    // The source of a pod's socket is not chosen yet: its packets will show it, at the pod's device. The node itself is let
+    // through whatever the ranges (SPEC P5).
+    if frontend.flags & FRONTEND_SOURCE_RANGES != 0 && !is_host::<F>(ctx, &maps) {
+        return Ok(None);
+    }
     // SAFETY: the helper takes the program's own context. A cookie numbers the socket: one socket, one choice.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
     let choice = hash::mix(cookie ^ u64::from(frontend.slot_base) << 40) as u32;
     let slot = if frontend.slot_count == 0 {
         None
+    } else if frontend.flags & FRONTEND_AFFINITY != 0 {
+        Maps::<F>::slot(&maps, kept_slot::<F>(ctx, &frontend, choice))
     } else {
         Maps::<F>::slot(
             &maps,
@@ -200,13 +208,31 @@ fn means_this_node<F: Peer>(ctx: &SockAddrContext, maps: &KernelMaps, addr: F::W
     if !F::is_loopback(addr) {
         return Maps::<F>::is_node_addr(maps, &addr);
     }
-    let Some(config) = Maps::<F>::config(maps) else {
-        return false;
-    };
     // A pod's loopback is the pod itself.
-    config.flags & CONFIG_NODEPORT_LOOPBACK != 0
-        // SAFETY: the helper takes the program's own context.
-        && unsafe { bpf_get_netns_cookie(ctx.as_ptr()) } == config.host_netns
+    Maps::<F>::config(maps).is_some_and(|config| config.flags & CONFIG_NODEPORT_LOOPBACK != 0)
+        && is_host::<F>(ctx, maps)
+}
+
+/// Whether the socket is in the node's own network namespace.
+#[inline(always)]
+fn is_host<F: Peer>(ctx: &SockAddrContext, maps: &KernelMaps) -> bool {
+    // SAFETY: the helper takes the program's own context.
+    let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    Maps::<F>::config(maps).is_some_and(|config| config.host_netns == netns)
+}
+
+/// [`affinity::slot_index`] for a socket: all sockets of a network namespace are one client.
+#[inline(never)]
+fn kept_slot<F: Peer>(ctx: &SockAddrContext, frontend: &Frontend, choice: u32) -> u32 {
+    // SAFETY: the helper takes the program's own context.
+    let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    let key = AffinityKey {
+        client: F::UNSPECIFIED,
+        service: frontend.service,
+        set: frontend.set,
+        netns: [netns as u32, (netns >> 32) as u32],
+    };
+    affinity::slot_index::<F, _>(&KernelMaps::new(ctx.as_ptr(), Hook::Socket), &key, frontend, choice)
 }
 
 /// A remembered address; words, not bytes, for LLVM's sake ([`shunt_common::family::Family::Words`]).

@@ -4,12 +4,13 @@
 //! hints, by kube-proxy's rules (`CategorizeEndpoints` in its `topology.go`), save for what SPEC says otherwise.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     fmt,
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
+use ipnet::IpNet;
 use shunt_common::layout::{FRONTEND_AFFINITY, FRONTEND_DROP, FRONTEND_KEEP_SOURCE, FRONTEND_SOURCE_RANGES};
 
 use crate::object::{EndpointSlice, NodeFacts, ObjectName, Protocol, Service, ServicePort, TrafficPolicy};
@@ -103,6 +104,9 @@ pub struct Frontend {
     pub flags: u16,
     /// Seconds of client affinity, 0 without.
     pub affinity_secs: u32,
+    /// Number of the backend set within the Service: frontends with one number have the same backends, whatever these
+    /// are at the moment, and share their clients' affinity.
+    pub set: u32,
 }
 
 /// Everything that should be in the maps for one Service.
@@ -112,6 +116,8 @@ pub struct ServicePlan {
     pub service: ObjectName,
     /// Its frontends, sorted by id.
     pub frontends: Vec<Frontend>,
+    /// Sources that frontends with `FRONTEND_SOURCE_RANGES` let in, sorted.
+    pub source_ranges: BTreeSet<IpNet>,
 }
 
 /// What other Services' claims take from a Service; empty unless users made a mistake. See [`crate::model`].
@@ -152,14 +158,14 @@ pub fn plan<'a>(
                     protocol: port.protocol,
                     scope,
                 };
-                let (backends, flags) = backends(service, kind, scope, choices);
+                let (role, flags) = role(service, kind, scope, choices);
                 // An address that stands under two headings of one Service is what it was first.
                 frontends.entry(id).or_insert_with(|| Frontend {
                     id,
                     kind,
                     port_name: port.name.clone(),
                     port_index,
-                    backends,
+                    backends: choices.of(role).clone(),
                     table: match kind {
                         // No other node chooses for the same client: agreement would buy nothing for its memory.
                         FrontendKind::ClusterIp => Table::Direct,
@@ -167,6 +173,7 @@ pub fn plan<'a>(
                     },
                     flags,
                     affinity_secs: service.affinity_secs.unwrap_or(0),
+                    set: port_index as u32 * ROLES + role as u32,
                 });
             }
         }
@@ -174,6 +181,7 @@ pub fn plan<'a>(
     ServicePlan {
         service: service.name.clone(),
         frontends: frontends.into_values().collect(),
+        source_ranges: service.source_ranges.iter().copied().collect(),
     }
 }
 
@@ -183,6 +191,7 @@ impl ServicePlan {
         Self {
             service,
             frontends: Vec::new(),
+            source_ranges: BTreeSet::new(),
         }
     }
 }
@@ -263,6 +272,27 @@ struct Choices {
     near: BackendSet,
     /// Those of this node, by the same preference.
     local: BackendSet,
+}
+
+/// A field of [`Choices`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    All,
+    Near,
+    Local,
+}
+
+/// Number of [`Role`]s.
+const ROLES: u32 = 3;
+
+impl Choices {
+    fn of(&self, role: Role) -> &BackendSet {
+        match role {
+            Role::All => &self.all,
+            Role::Near => &self.near,
+            Role::Local => &self.local,
+        }
+    }
 }
 
 impl Candidates {
@@ -346,8 +376,8 @@ impl Candidates {
     }
 }
 
-/// Backends and flags of one frontend.
-fn backends(service: &Service, kind: FrontendKind, scope: Scope, choices: &Choices) -> (BackendSet, u16) {
+/// Which of the [`Choices`] and which flags a frontend has.
+fn role(service: &Service, kind: FrontendKind, scope: Scope, choices: &Choices) -> (Role, u16) {
     let mut flags = 0;
     if service.affinity_secs.is_some() {
         flags |= FRONTEND_AFFINITY;
@@ -356,22 +386,22 @@ fn backends(service: &Service, kind: FrontendKind, scope: Scope, choices: &Choic
     if kind == FrontendKind::LoadBalancer && !service.source_ranges.is_empty() {
         flags |= FRONTEND_SOURCE_RANGES;
     }
-    let backends = match (kind, scope) {
+    let role = match (kind, scope) {
         // The internal policy goes by what is dialled, not by who dials. None: refused (SPEC P3).
-        (FrontendKind::ClusterIp, _) if service.internal_policy == TrafficPolicy::Local => &choices.local,
-        (FrontendKind::ClusterIp, Scope::External) => &choices.all,
+        (FrontendKind::ClusterIp, _) if service.internal_policy == TrafficPolicy::Local => Role::Local,
+        (FrontendKind::ClusterIp, Scope::External) => Role::All,
         // Internal clients of an external address get all backends, whatever the external policy (SPEC P2).
-        (_, Scope::Internal) => &choices.near,
+        (_, Scope::Internal) => Role::Near,
         (_, Scope::External) if service.external_policy == TrafficPolicy::Local => {
             flags |= FRONTEND_KEEP_SOURCE;
             if choices.local.is_empty() && !choices.all.is_empty() {
                 flags |= FRONTEND_DROP;
             }
-            &choices.local
+            Role::Local
         }
-        (_, Scope::External) => &choices.all,
+        (_, Scope::External) => Role::All,
     };
-    (backends.clone(), flags)
+    (role, flags)
 }
 
 impl fmt::Display for FrontendId {

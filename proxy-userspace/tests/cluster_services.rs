@@ -523,7 +523,7 @@ fn the_datapath_outlives_its_agents() {
         .flat_map(|client| to.map(|to| client.open_tcp(to).unwrap()))
         .collect();
     let links = |cluster: &Cluster| -> BTreeSet<String> {
-        let path = cluster.lab.bpf_root("node-a").join("v1/links");
+        let path = cluster.lab.bpf_root("node-a").join("v2/links");
         fs::read_dir(path)
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
@@ -711,7 +711,7 @@ fn only_eligible_endpoints_are_reached() {
 #[test]
 fn bpftool_reads_the_maps() {
     let cluster = Cluster::start("native", &[]);
-    let root = cluster.lab.bpf_root("node-a").join("v1");
+    let root = cluster.lab.bpf_root("node-a").join("v2");
     let bpftool = |args: &[&str], path: &Path| -> serde_json::Value {
         let output = std::process::Command::new("bpftool")
             .args(["-j"])

@@ -108,6 +108,7 @@ fn small() -> Capacities {
         flows: 128,
         new_flows: 128,
         snat: 128,
+        affinity: 1024,
     }
 }
 

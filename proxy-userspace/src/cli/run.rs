@@ -145,6 +145,9 @@ struct CapacityArgs {
     /// Translated source ports per family: the ports of --snat-ports times flows that may share one.
     #[arg(long, value_name = "N", default_value_t = Capacities::default().snat)]
     max_snat: u32,
+    /// Clients that backends are kept for (sessionAffinity), per family; the longest unheard makes room.
+    #[arg(long, value_name = "N", default_value_t = Capacities::default().affinity)]
+    max_affinity: u32,
 }
 
 /// `on` or `off`.
@@ -491,6 +494,7 @@ fn capacities(args: &CapacityArgs) -> Capacities {
         flows: args.max_flows,
         new_flows: args.max_new_flows,
         snat: args.max_snat,
+        affinity: args.max_affinity,
     }
 }
 

@@ -7,7 +7,7 @@ use std::{
 
 use clap::Args;
 use serde::Serialize;
-use shunt_common::layout::{self, FRONTEND_DROP};
+use shunt_common::layout::{self, FRONTEND_DROP, FRONTEND_KEEP_SOURCE, FRONTEND_SOURCE_RANGES};
 
 use super::{Common, open, print_rows, service_name, service_names};
 use crate::{
@@ -48,6 +48,8 @@ pub struct FrontendRow {
     pub external: Option<ScopeRow>,
     /// Seconds of client affinity; 0 without.
     pub affinity_seconds: u32,
+    /// Whether only sources in `loadBalancerSourceRanges` are let in.
+    pub source_ranges: bool,
 }
 
 /// What clients of one scope get.
@@ -60,6 +62,8 @@ pub struct ScopeRow {
     pub slots: u32,
     /// Whether packets are dropped while there is no backend; else they are refused.
     pub drops: bool,
+    /// Whether the backend sees the client's own address in any case (`externalTrafficPolicy: Local`).
+    pub keeps_source: bool,
 }
 
 impl ScopeRow {
@@ -86,6 +90,20 @@ impl FrontendRow {
         } else {
             format!("{internal} inside, {external} outside")
         }
+    }
+
+    fn policies_cell(&self) -> String {
+        let mut policies = Vec::new();
+        if self.affinity_seconds > 0 {
+            policies.push(format!("affinity {}s", self.affinity_seconds));
+        }
+        if self.source_ranges {
+            policies.push("source ranges".into());
+        }
+        if self.external.as_ref().is_some_and(|scope| scope.keeps_source) {
+            policies.push("local outside".into());
+        }
+        policies.join(", ")
     }
 }
 
@@ -128,11 +146,13 @@ pub fn list(maps: &Maps) -> Result<Vec<FrontendRow>, MapError> {
                     internal: None,
                     external: None,
                     affinity_seconds: entry.affinity_secs,
+                    source_ranges: entry.flags & FRONTEND_SOURCE_RANGES != 0,
                 });
             let scope = Some(ScopeRow {
                 backends: backends_of(maps, family, &entry).len(),
                 slots: entry.slot_count,
                 drops: entry.flags & FRONTEND_DROP != 0,
+                keeps_source: entry.flags & FRONTEND_KEEP_SOURCE != 0,
             });
             match id.scope {
                 Scope::Internal => row.internal = scope,
@@ -154,7 +174,15 @@ pub fn run(args: &ServicesArgs) -> anyhow::Result<()> {
     if let Some(namespace) = &args.namespace {
         rows.retain(|row| row.namespace == *namespace);
     }
-    let titles = ["NAMESPACE", "SERVICE", "KIND", "FRONTEND", "PROTOCOL", "BACKENDS"];
+    let titles = [
+        "NAMESPACE",
+        "SERVICE",
+        "KIND",
+        "FRONTEND",
+        "PROTOCOL",
+        "BACKENDS",
+        "POLICIES",
+    ];
     print_rows(args.common.output, &rows, titles, |row| {
         [
             row.namespace.clone(),
@@ -163,6 +191,7 @@ pub fn run(args: &ServicesArgs) -> anyhow::Result<()> {
             row.socket().to_string(),
             row.protocol.clone(),
             row.backends_cell(),
+            row.policies_cell(),
         ]
     })
 }

@@ -79,6 +79,7 @@ fn filled() -> (Root, Maps) {
         },
         flags,
         affinity_secs: 0,
+        set: 0,
     };
     let all = [backend(1, true), backend(2, false)];
     let cluster_ip = FrontendAddress::Ip([10, 96, 0, 1].into());
@@ -109,7 +110,11 @@ fn filled() -> (Root, Maps) {
             ],
         ),
     ] {
-        syncer.apply(&ServicePlan { service, frontends }).unwrap();
+        let plan = ServicePlan {
+            frontends,
+            ..ServicePlan::empty(service)
+        };
+        syncer.apply(&plan).unwrap();
     }
     let maps = root.maps();
     (root, maps)
@@ -119,11 +124,12 @@ fn filled() -> (Root, Maps) {
 fn services_are_one_row_per_frontend_with_both_scopes() {
     let (_root, maps) = filled();
     let rows = serde_json::to_value(services::list(&maps).unwrap()).unwrap();
-    let scope = |backends, slots, drops| serde_json::json!({ "backends": backends, "slots": slots, "drops": drops });
+    let scope = |backends, slots, drops| serde_json::json!({ "backends": backends, "slots": slots, "drops": drops, "keepsSource": false });
     let row = |namespace, service, kind, address, port, internal, external| {
         serde_json::json!({
             "namespace": namespace, "service": service, "kind": kind, "address": address, "port": port,
             "protocol": "TCP", "internal": internal, "external": external, "affinitySeconds": 0,
+            "sourceRanges": false,
         })
     };
     let expected = serde_json::json!([

@@ -16,8 +16,8 @@ use shunt_common::{
     event::Event,
     family::{Family, V4, V6},
     layout::{
-        BackendState, Config, FLOW_SNAT, FamilyConfig, Flow, FlowKey, Frontend, FrontendKey, LAYOUT_VERSION, NAME_LEN,
-        Octets, ServiceInfo, Slot, SnatSlot, names,
+        Affinity, AffinityKey, BackendState, Config, FLOW_SNAT, FamilyConfig, Flow, FlowKey, Frontend, FrontendKey,
+        LAYOUT_VERSION, MemberKey, NAME_LEN, Octets, ServiceInfo, Slot, SnatSlot, SourceRangeKey, names,
     },
     snat,
 };
@@ -29,11 +29,11 @@ const BATCH: usize = 2048;
 
 /// The settings of `shunt run` that say how large a map is, for messages.
 pub mod settings {
-    /// Entries of `frontends4`, `frontends6` and `services`.
+    /// Entries of `frontends4`, `frontends6`, `services`, `source_ranges4` and `source_ranges6`.
     pub const MAX_FRONTENDS: &str = "--max-frontends";
     /// Entries of `slots4` and `slots6`.
     pub const MAX_SLOTS: &str = "--max-slots";
-    /// Entries of `backends`.
+    /// Entries of `backends`, `members4` and `members6`.
     pub const MAX_BACKENDS: &str = "--max-backends";
     /// Entries of `flows4` and `flows6`.
     pub const MAX_FLOWS: &str = "--max-flows";
@@ -41,6 +41,8 @@ pub mod settings {
     pub const MAX_NEW_FLOWS: &str = "--max-new-flows";
     /// Entries of `snat4` and `snat6`.
     pub const MAX_SNAT: &str = "--max-snat";
+    /// Entries of `affinity4` and `affinity6`.
+    pub const MAX_AFFINITY: &str = "--max-affinity";
     /// Entries of `node_addrs4` and `node_addrs6`: follows from the addresses that are admitted.
     pub const NODEPORT_ADDRESSES: &str = "--nodeport-addresses";
 }
@@ -262,7 +264,8 @@ impl<K: Pod, V: Pod> Map<K, V> {
     fn error(&self, action: &'static str, source: io::Error) -> MapError {
         match source.raw_os_error() {
             // A hash map says E2BIG when its entries are used up, and ENOMEM when the kernel cannot allocate one.
-            Some(libc::E2BIG | libc::ENOMEM) if action == "write" => MapError::Full {
+            // And an LPM trie ENOSPC.
+            Some(libc::E2BIG | libc::ENOMEM | libc::ENOSPC) if action == "write" => MapError::Full {
                 map: self.name,
                 capacity: self.capacity,
                 setting: self.setting,
@@ -448,6 +451,12 @@ pub struct PerFamily<F: MapFamily> {
     pub snat: Map<u32, SnatSlot<F::Addr>>,
     /// Addresses that node ports answer on.
     pub node_addrs: Map<F::Addr, u32>,
+    /// Backends that are kept for clients.
+    pub affinity: Map<AffinityKey<F::Addr>, Affinity>,
+    /// Backends among the slots of frontends with affinity, and where.
+    pub members: Map<MemberKey, u32>,
+    /// Who may dial a Service's load balancer addresses.
+    pub source_ranges: Map<SourceRangeKey<F::Addr>, u32>,
 }
 
 impl<F: MapFamily> PerFamily<F> {
@@ -460,6 +469,9 @@ impl<F: MapFamily> PerFamily<F> {
             new_flows: Map::open(root, names::NEW_FLOWS[i], settings::MAX_NEW_FLOWS)?,
             snat: Map::open(root, names::SNAT[i], settings::MAX_SNAT)?,
             node_addrs: Map::open(root, names::NODE_ADDRS[i], settings::NODEPORT_ADDRESSES)?,
+            affinity: Map::open(root, names::AFFINITY[i], settings::MAX_AFFINITY)?,
+            members: Map::open(root, names::MEMBERS[i], settings::MAX_BACKENDS)?,
+            source_ranges: Map::open(root, names::SOURCE_RANGES[i], settings::MAX_FRONTENDS)?,
         })
     }
 
@@ -515,6 +527,9 @@ impl<F: MapFamily> PerFamily<F> {
             &self.new_flows.writes,
             &self.snat.writes,
             &self.node_addrs.writes,
+            &self.affinity.writes,
+            &self.members.writes,
+            &self.source_ranges.writes,
         ]
         .into_iter()
         .map(|n| n.load(Ordering::Relaxed))
@@ -673,6 +688,9 @@ impl Maps {
             usage.push(of(&maps.flows, |_| true)?);
             usage.push(of(&maps.snat, |slot| slot.last_seen != 0)?);
             usage.push(of(&maps.node_addrs, |_| true)?);
+            usage.push(of(&maps.affinity, |_| true)?);
+            usage.push(of(&maps.members, |_| true)?);
+            usage.push(of(&maps.source_ranges, |_| true)?);
             Ok(())
         }
         let mut usage = Vec::new();
@@ -753,8 +771,12 @@ pub(crate) mod testing {
         }
 
         fn family<F: MapFamily>(&self, capacities: Capacities) {
-            use sys::create::{ARRAY, HASH, LRU_HASH};
+            use sys::create::{ARRAY, BPF_F_NO_PREALLOC, HASH, LPM_TRIE, LRU_HASH};
             let i = F::INDEX;
+            let (trie, frontends) = (names::SOURCE_RANGES[i], capacities.frontends);
+            self.make::<SourceRangeKey<F::Addr>, u32>(trie, LPM_TRIE, frontends, BPF_F_NO_PREALLOC);
+            self.make::<AffinityKey<F::Addr>, Affinity>(names::AFFINITY[i], LRU_HASH, capacities.flows, 0);
+            self.make::<MemberKey, u32>(names::MEMBERS[i], HASH, capacities.backends, BPF_F_NO_PREALLOC);
             self.make::<FrontendKey<F::Addr>, Frontend>(names::FRONTENDS[i], HASH, capacities.frontends, 0);
             self.make::<u32, Slot<F::Addr>>(names::SLOTS[i], ARRAY, capacities.slots, sys::BPF_F_MMAPABLE);
             self.make::<FlowKey<F::Addr>, Flow<F::Addr>>(names::FLOWS[i], LRU_HASH, capacities.flows, 0);

@@ -7,7 +7,7 @@
 //! Everything is pinned, so it goes on without the agent, and `bpftool` sees it:
 //!
 //! ```text
-//! <bpf-root>/v1/maps/frontends4         every map under its name
+//! <bpf-root>/v2/maps/frontends4         every map under its name
 //!               progs/tc_node_in        every program under its name
 //!               links/cgroup-sock_connect4
 //!               links/eth0-tc_node_in   every link: <device>-<program>
@@ -133,11 +133,11 @@ pub(crate) fn unescape(name: &str) -> String {
 /// How many entries the maps take; per family where there is one map per family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capacities {
-    /// `--max-frontends`: entries of `frontends*` and `services`; every frontend has two, one per scope.
+    /// `--max-frontends`: entries of `frontends*`, `services` and `source_ranges*`; every frontend has two, one per scope.
     pub frontends: u32,
     /// `--max-slots`: entries of `slots*`.
     pub slots: u32,
-    /// `--max-backends`: entries of `backends`.
+    /// `--max-backends`: entries of `backends` and `members*`.
     pub backends: u32,
     /// `--max-flows`: entries of `flows*`.
     pub flows: u32,
@@ -145,6 +145,8 @@ pub struct Capacities {
     pub new_flows: u32,
     /// `--max-snat`: entries of `snat*`.
     pub snat: u32,
+    /// `--max-affinity`: entries of `affinity*`.
+    pub affinity: u32,
 }
 
 impl Default for Capacities {
@@ -156,6 +158,7 @@ impl Default for Capacities {
             flows: 524_288,
             new_flows: 65_536,
             snat: 262_144,
+            affinity: 65_536,
         }
     }
 }
@@ -170,6 +173,7 @@ impl Capacities {
             flows,
             new_flows,
             snat,
+            affinity,
         } = *self;
         [
             (&names::FRONTENDS[..], "--max-frontends", frontends),
@@ -180,12 +184,16 @@ impl Capacities {
             (&names::FLOWS[..], "--max-flows", flows),
             (&names::NEW_FLOWS[..], "--max-new-flows", new_flows),
             (&names::SNAT[..], "--max-snat", snat),
+            (&names::AFFINITY[..], "--max-affinity", affinity),
+            // Entries exist for Services with affinity or source ranges only, and take no memory before.
+            (&names::MEMBERS[..], "--max-backends", backends),
+            (&names::SOURCE_RANGES[..], "--max-frontends", frontends),
         ]
         .into_iter()
         .find_map(|(maps, setting, value)| maps.contains(&map).then_some((setting, value)))
     }
 
-    /// Takes over the size that `map` has; `services` follows `frontends*`.
+    /// Takes over the size that `map` has; `services` and `source_ranges*` follow `frontends*`, `members*` follow `backends`.
     fn set(&mut self, map: &str, entries: u32) {
         let fields = [
             (&names::FRONTENDS[..], &mut self.frontends),
@@ -194,6 +202,7 @@ impl Capacities {
             (&names::FLOWS[..], &mut self.flows),
             (&names::NEW_FLOWS[..], &mut self.new_flows),
             (&names::SNAT[..], &mut self.snat),
+            (&names::AFFINITY[..], &mut self.affinity),
         ];
         for (maps, field) in fields {
             if maps.contains(&map) {

@@ -495,6 +495,10 @@ pub(crate) mod create {
     pub(crate) const PERCPU_ARRAY: u32 = 6;
     /// `BPF_MAP_TYPE_LRU_HASH`.
     pub(crate) const LRU_HASH: u32 = 9;
+    /// `BPF_MAP_TYPE_LPM_TRIE`.
+    pub(crate) const LPM_TRIE: u32 = 11;
+    /// `BPF_F_NO_PREALLOC` of `map_flags`.
+    pub(crate) const BPF_F_NO_PREALLOC: u32 = 1;
 
     #[repr(C)]
     #[derive(Default)]

@@ -1,6 +1,7 @@
 //! Brings the pinned maps to the plan, writing only differences, in an order that never leaves a packet between two states.
 //!
-//! For one Service, in this order: filter bits, backend states, new slots in a range that no frontend names, and then one
+//! For one Service, in this order: source ranges, filter bits, backend states, new slots in a range that no frontend names,
+//! their members, and then one
 //! update per frontend entry, which switches it from the old range to the new. What is gone is deleted last. Old ranges rest
 //! for a grace period ([`slots`]), backend ids until no flow names them ([`ids`]).
 //!
@@ -15,16 +16,19 @@ use std::{
 };
 
 use shunt_common::{
-    layout::{self, BACKEND_SERVING, BackendState, ServiceInfo},
+    layout::{self, BACKEND_SERVING, BackendState, FRONTEND_AFFINITY, ServiceInfo},
     maglev,
 };
 
 pub mod ids;
+pub mod members;
 pub mod node;
 pub mod slots;
 pub mod table;
 
 use ids::{BackendIds, IdSet};
+use ipnet::IpNet;
+use members::Members;
 use slots::{SlotAllocator, SlotRange};
 use table::{Choice, FamilyIndex, FrontendTable};
 
@@ -119,6 +123,8 @@ struct ServiceState {
     frontends: BTreeMap<FrontendId, Option<SlotRange>>,
     /// Ids of its backends.
     backends: HashMap<BackendKey, u32>,
+    /// Its source ranges.
+    source_ranges: BTreeSet<IpNet>,
     /// Ids found in its slots at start that no backend has claimed yet.
     unclaimed: HashSet<u32>,
 }
@@ -133,6 +139,7 @@ impl ServiceState {
             live: false,
             frontends: BTreeMap::new(),
             backends: HashMap::new(),
+            source_ranges: BTreeSet::new(),
             unclaimed: HashSet::new(),
         }
     }
@@ -158,6 +165,7 @@ struct Group<'a> {
 pub struct Syncer {
     maps: Arc<Maps>,
     slots: [SlotAllocator; 2],
+    members: Members,
     ids: BackendIds,
     services: HashMap<ObjectName, ServiceState>,
     /// Who has which entry.
@@ -194,11 +202,15 @@ impl Syncer {
 
         let mut slots = FamilyIndex::ALL.map(|family| SlotAllocator::new(maps.table(family).slots(), grace));
         let mut owners = HashMap::new();
+        let mut affine = HashSet::new();
         let mut used_ids = HashSet::new();
         for family in FamilyIndex::ALL {
             let table = maps.table(family);
             let mut range_owners: HashMap<SlotRange, ObjectName> = HashMap::new();
             for (id, entry) in table.entries()? {
+                if entry.flags & FRONTEND_AFFINITY != 0 {
+                    affine.insert((family, entry.slot_base));
+                }
                 next_number = next_number.max(entry.service.wrapping_add(1));
                 // A number without a name: only an agent of another making leaves that. Pruned like any unknown Service.
                 let name = names
@@ -230,6 +242,23 @@ impl Syncer {
             }
         }
 
+        // Members of ranges that no frontend with affinity names, and source ranges of nobody: an agent was killed.
+        let mut members = Members::new(&maps)?;
+        let begun: Vec<_> = members.bases().filter(|base| !affine.contains(base)).collect();
+        for base in begun {
+            members.release(base, Instant::now() + grace);
+        }
+        let mut by_number: HashMap<u32, &mut ServiceState> =
+            services.values_mut().map(|state| (state.number, state)).collect();
+        for family in FamilyIndex::ALL {
+            for (number, range) in maps.table(family).source_ranges()? {
+                match by_number.get_mut(&number) {
+                    Some(state) => drop(state.source_ranges.insert(range)),
+                    None => maps.table(family).remove_source_range(number, range)?,
+                }
+            }
+        }
+
         // A state that is not all zero and that no slot names belonged to a backend that flows may still name.
         let mut resting = HashSet::new();
         maps.backends.for_each_batch(|ids, states| {
@@ -244,6 +273,7 @@ impl Syncer {
         Ok(Self {
             maps,
             slots,
+            members,
             ids,
             services,
             owners,
@@ -298,10 +328,7 @@ impl Syncer {
     /// # Errors
     /// The kernel's.
     pub fn remove(&mut self, service: &ObjectName) -> Result<Applied, SyncError> {
-        self.apply(&ServicePlan {
-            service: service.clone(),
-            frontends: Vec::new(),
-        })
+        self.apply(&ServicePlan::empty(service.clone()))
     }
 
     /// Removes every Service that `keep` says no to. To be called only when the source has told everything there is
@@ -368,6 +395,17 @@ impl Syncer {
         let maps = self.maps.clone();
         let before = state.ranges();
         let mut error: Option<Cause> = None;
+        self.members.collect(&maps, Instant::now())?;
+        // New sources before anyone is asked for his.
+        for &range in plan.source_ranges.difference(&state.source_ranges.clone()) {
+            match maps
+                .table(FamilyIndex::of_address(range.addr()))
+                .add_source_range(state.number, range)
+            {
+                Ok(()) => drop(state.source_ranges.insert(range)),
+                Err(cause) => drop(error.get_or_insert(cause.into())),
+            }
+        }
 
         let mut wanted: Vec<&Frontend> = Vec::with_capacity(plan.frontends.len());
         for frontend in &plan.frontends {
@@ -388,8 +426,13 @@ impl Syncer {
         // Filter bits, backends and slots: nothing that a packet sees yet.
         let mut entries: Vec<(FrontendId, layout::Frontend)> = Vec::with_capacity(wanted.len());
         let mut fresh: Vec<(FamilyIndex, SlotRange)> = Vec::new();
+        let mut affine: HashSet<(FamilyIndex, u32)> = HashSet::new();
         for group in group(&wanted) {
             let range = match self.slots_for(&group, state, &before, &mut fresh, applied) {
+                Ok(range) => self.ensure_members(&group, range).map(|()| range).map_err(Cause::from),
+                Err(cause) => Err(cause),
+            };
+            let range = match range {
                 Ok(range) => range,
                 Err(cause) => {
                     error.get_or_insert(cause);
@@ -405,7 +448,13 @@ impl Syncer {
                     affinity_secs: frontend.affinity_secs,
                     flags: frontend.flags,
                     kind: table::kind_number(frontend.kind),
+                    set: frontend.set,
                 };
+                if frontend.flags & FRONTEND_AFFINITY != 0
+                    && let Some(range) = range
+                {
+                    affine.insert((group.family, range.base));
+                }
                 entries.push((frontend.id, value));
             }
         }
@@ -446,9 +495,26 @@ impl Syncer {
         for &(family, range) in before.difference(&after) {
             self.slots[family as usize].release(range, now);
         }
+        for &(family, range) in before.union(&after) {
+            // What failed keeps the slots and the members that it had.
+            let kept = after.contains(&(family, range)) && error.is_some();
+            if !kept && !affine.contains(&(family, range.base)) {
+                self.members.release((family, range.base), now + self.grace);
+            }
+        }
         for (family, range) in fresh {
             if !after.contains(&(family, range)) {
                 self.slots[family as usize].give_back(range);
+                self.members.release((family, range.base), now);
+            }
+        }
+        for range in state
+            .source_ranges
+            .extract_if(.., |range| !plan.source_ranges.contains(range))
+        {
+            let table = maps.table(FamilyIndex::of_address(range.addr()));
+            if let Err(cause) = table.remove_source_range(state.number, range) {
+                error.get_or_insert(cause.into());
             }
         }
         state.live = true;
@@ -512,6 +578,7 @@ impl Syncer {
             && !other.ranges().contains(&(family, range))
         {
             self.slots[family as usize].release(range, Instant::now());
+            self.members.release((family, range.base), Instant::now() + self.grace);
         }
         Ok(())
     }
@@ -585,6 +652,18 @@ impl Syncer {
             free: allocator.free(),
             capacity: table.slots(),
         })
+    }
+
+    /// Writes down which backends a range holds, if a frontend of the group has affinity.
+    fn ensure_members(&mut self, group: &Group<'_>, range: Option<SlotRange>) -> Result<(), MapError> {
+        let is_affine = |frontend: &&Frontend| frontend.flags & FRONTEND_AFFINITY != 0;
+        match range {
+            Some(range) if group.frontends.iter().any(is_affine) => {
+                self.members
+                    .ensure(self.maps.clone().table(group.family), group.family, range)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The group's backends with their ids, allocated where they have none yet.

@@ -2,13 +2,14 @@
 
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use shunt_common::{
     filter, hash,
-    layout::{self, BACKEND_LOCAL, FrontendKey, Slot, names},
+    layout::{self, BACKEND_LOCAL, FrontendKey, MemberKey, Slot, SourceRangeKey, names},
 };
 
 use crate::{
-    datapath::maps::{Array, MapFamily, Maps, PerFamily, Result},
+    datapath::maps::{Array, Map, MapFamily, Maps, PerFamily, Result},
     object::Protocol,
     plan::{FrontendAddress, FrontendId, FrontendKind, Scope},
 };
@@ -25,6 +26,14 @@ pub enum FamilyIndex {
 impl FamilyIndex {
     /// Both.
     pub const ALL: [Self; 2] = [Self::V4, Self::V6];
+
+    /// The family of an address.
+    pub fn of_address(address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(_) => Self::V4,
+            IpAddr::V6(_) => Self::V6,
+        }
+    }
 
     /// The family of a frontend.
     pub fn of(id: &FrontendId) -> Self {
@@ -87,6 +96,27 @@ pub trait FrontendTable: Sync {
 
     /// Writes a slot that no frontend names.
     fn set_slot(&self, index: u32, choice: &Choice);
+
+    /// Which slots hold which backends, for frontends with affinity.
+    fn members(&self) -> &Map<MemberKey, u32>;
+
+    /// All source ranges by Service number.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn source_ranges(&self) -> Result<Vec<(u32, IpNet)>>;
+
+    /// Lets a Service's sources in.
+    ///
+    /// # Errors
+    /// The map is full, or the kernel's.
+    fn add_source_range(&self, service: u32, range: IpNet) -> Result<()>;
+
+    /// Lets them in no longer.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn remove_source_range(&self, service: u32, range: IpNet) -> Result<()>;
 
     /// Lets packets to a frontend past the filter.
     fn admit_frontend(&self, filter: &Array<u64>, id: &FrontendId);
@@ -179,6 +209,17 @@ fn id<F: MapFamily>(key: &FrontendKey<F::Addr>) -> Option<FrontendId> {
     })
 }
 
+/// Bits of the Service's number in front of a source range's own.
+const SERVICE_BITS: u32 = u32::BITS;
+
+fn source_range_key<F: MapFamily>(service: u32, range: IpNet) -> SourceRangeKey<F::Addr> {
+    SourceRangeKey {
+        prefix_len: SERVICE_BITS + u32::from(range.prefix_len()),
+        service,
+        addr: octets::<F>(range.network()),
+    }
+}
+
 fn admit(filter: &Array<u64>, bit: u32) {
     let (word, mask) = filter::word_and_mask(bit);
     filter.set_bits(word, mask);
@@ -226,6 +267,32 @@ impl<F: MapFamily> FrontendTable for PerFamily<F> {
             backend: choice.id,
         };
         self.slots.set(index, slot);
+    }
+
+    fn members(&self) -> &Map<MemberKey, u32> {
+        &self.members
+    }
+
+    fn source_ranges(&self) -> Result<Vec<(u32, IpNet)>> {
+        let entries = self.source_ranges.entries()?;
+        let range = |key: &SourceRangeKey<F::Addr>| {
+            let len = key.prefix_len.checked_sub(SERVICE_BITS)?;
+            IpNet::new(F::address(key.addr), u8::try_from(len).ok()?).ok()
+        };
+        Ok(entries
+            .iter()
+            .filter_map(|(key, _)| Some((key.service, range(key)?)))
+            .collect())
+    }
+
+    fn add_source_range(&self, service: u32, range: IpNet) -> Result<()> {
+        self.source_ranges.set(&source_range_key::<F>(service, range), &1)
+    }
+
+    fn remove_source_range(&self, service: u32, range: IpNet) -> Result<()> {
+        self.source_ranges
+            .delete(&source_range_key::<F>(service, range))
+            .map(drop)
     }
 
     fn admit_frontend(&self, filter: &Array<u64>, id: &FrontendId) {

@@ -54,13 +54,14 @@ fn frontend(address: FrontendAddress, port: u16, backends: &BackendSet, table: T
         table,
         flags: 0,
         affinity_secs: 0,
+        set: 0,
     })
 }
 
 fn plan(service: &str, frontends: impl IntoIterator<Item = [Frontend; 2]>) -> ServicePlan {
     ServicePlan {
-        service: name(service),
         frontends: frontends.into_iter().flatten().collect(),
+        ..ServicePlan::empty(name(service))
     }
 }
 
@@ -626,4 +627,116 @@ impl Drop for StopOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
+}
+
+/// A Service with affinity on a cluster IP (Direct) and an external IP (Maglev).
+fn affine(pods: &[&str]) -> ServicePlan {
+    let set = backends(pods, 8080);
+    let mut plan = plan(
+        "web",
+        [
+            frontend(ip("10.96.0.1"), 80, &set, Table::Direct),
+            frontend(ip("198.51.100.1"), 80, &set, Table::Maglev),
+        ],
+    );
+    for frontend in &mut plan.frontends {
+        frontend.flags = FRONTEND_AFFINITY;
+        frontend.affinity_secs = 60;
+    }
+    plan
+}
+
+/// Asserts that every frontend with affinity finds all of its backends among the members, where they stand, and says how
+/// many entries there are.
+fn check_members(maps: &Maps) -> usize {
+    let table = maps.table(FamilyIndex::V4);
+    let members: HashMap<_, _> = table.members().entries().unwrap().into_iter().collect();
+    for (id, entry) in table.entries().unwrap() {
+        for index in entry.slot_base..entry.slot_base + entry.slot_count {
+            let backend = table.slot(index).unwrap().id;
+            let slot_base = entry.slot_base;
+            let member = members.get(&layout::MemberKey { slot_base, backend }).copied();
+            if entry.flags & FRONTEND_AFFINITY != 0 {
+                let at = member.unwrap_or_else(|| panic!("{id}: backend {backend} is no member"));
+                assert_eq!(table.slot(at).unwrap().id, backend, "{id}");
+            }
+        }
+    }
+    members.len()
+}
+
+#[test]
+fn members_follow_the_backends_of_frontends_with_affinity() {
+    let root = Root::new(Capacities {
+        backends: 1024,
+        ..Default::default()
+    });
+    let grace = Duration::from_millis(50);
+    let mut syncer = Syncer::with_grace(Arc::new(root.maps()), grace).unwrap();
+    let maps = syncer.maps().clone();
+    syncer
+        .apply(&simple("plain", "10.96.0.9", &["10.0.0.1", "10.0.0.2"]))
+        .unwrap();
+    assert_eq!(check_members(&maps), 0, "nobody asks for them");
+    syncer.apply(&affine(&["10.0.0.1", "10.0.0.2", "10.0.0.3"])).unwrap();
+    assert_eq!(check_members(&maps), 6);
+    let writes = maps.writes();
+    syncer.apply(&affine(&["10.0.0.1", "10.0.0.2", "10.0.0.3"])).unwrap();
+    assert_eq!(maps.writes(), writes, "nothing changed, nothing is written");
+
+    syncer.apply(&affine(&["10.0.0.2", "10.0.0.4"])).unwrap();
+    assert_eq!(check_members(&maps), 6 + 4, "the old ones rest with their slots");
+    // An agent that is killed now leaves them to the next one.
+    drop(syncer);
+    let mut syncer = Syncer::with_grace(maps.clone(), grace).unwrap();
+    thread::sleep(2 * grace);
+    syncer.apply(&affine(&["10.0.0.2", "10.0.0.4"])).unwrap();
+    assert_eq!(check_members(&maps), 4);
+
+    // For a hundred changes, within the grace period and after it.
+    for n in 0..100u8 {
+        let pods: Vec<String> = (0..=n % 5).map(|i| format!("10.0.0.{}", 1 + (i * 7 + n) % 9)).collect();
+        let pods: Vec<&str> = pods.iter().map(String::as_str).collect();
+        syncer.apply(&affine(&pods)).unwrap();
+        check_members(&maps);
+        if n % 10 == 0 {
+            thread::sleep(2 * grace);
+        }
+    }
+    let mut without = affine(&["10.0.0.1"]);
+    without.frontends.iter_mut().for_each(|frontend| frontend.flags = 0);
+    syncer.apply(&without).unwrap();
+    thread::sleep(2 * grace);
+    syncer.apply(&without).unwrap();
+    assert_eq!(check_members(&maps), 0);
+}
+
+#[test]
+fn source_ranges_follow_their_service() {
+    let root = Root::new(Capacities::default());
+    let maps = Arc::new(root.maps());
+    let mut syncer = Syncer::new(maps.clone()).unwrap();
+    let in_maps = || {
+        let tables = FamilyIndex::ALL.map(|family| maps.table(family).source_ranges().unwrap());
+        let mut all: Vec<_> = tables.concat().iter().map(|(_, range)| range.to_string()).collect();
+        all.sort();
+        all
+    };
+    let with = |ranges: &[&str]| ServicePlan {
+        source_ranges: ranges.iter().map(|range| range.parse().unwrap()).collect(),
+        ..simple("web", "10.96.0.1", &["10.0.0.1"])
+    };
+    syncer
+        .apply(&with(&["203.0.113.0/24", "0.0.0.0/0", "2001:db8::/32"]))
+        .unwrap();
+    assert_eq!(in_maps(), ["0.0.0.0/0", "2001:db8::/32", "203.0.113.0/24"]);
+    syncer.apply(&with(&["203.0.113.0/25", "2001:db8::/32"])).unwrap();
+    assert_eq!(in_maps(), ["2001:db8::/32", "203.0.113.0/25"]);
+    // The next agent knows whose they are.
+    let mut syncer = Syncer::new(maps.clone()).unwrap();
+    let writes = maps.writes();
+    syncer.apply(&with(&["203.0.113.0/25", "2001:db8::/32"])).unwrap();
+    assert_eq!(maps.writes(), writes, "nothing changed, nothing is written");
+    syncer.remove(&name("web")).unwrap();
+    assert!(in_maps().is_empty());
 }

@@ -1,7 +1,7 @@
 //! The programs loaded over maps of a test's own, and run by `BPF_PROG_TEST_RUN`.
 
 use std::{
-    fs, io,
+    io,
     os::fd::{AsRawFd, BorrowedFd},
     path::PathBuf,
     process,
@@ -45,14 +45,7 @@ pub(crate) struct Loaded {
 
 impl Drop for Loaded {
     fn drop(&mut self) {
-        for folder in ["v1/maps", "v1/progs", "v1/links"] {
-            for entry in fs::read_dir(self.root.join(folder)).into_iter().flatten().flatten() {
-                let _gone = fs::remove_file(entry.path());
-            }
-        }
-        for folder in ["v1/maps", "v1/progs", "v1/links", "v1/clsact", "v1", ""] {
-            let _gone = fs::remove_dir(self.root.join(folder));
-        }
+        shunt_lab::remove_pins(&self.root);
     }
 }
 
@@ -95,8 +88,8 @@ impl Loaded {
         }
         frontends.sort_by_key(|frontend| frontend.id);
         let plan = ServicePlan {
-            service: ObjectName::new("default", "web"),
             frontends,
+            ..ServicePlan::empty(ObjectName::new("default", "web"))
         };
         Syncer::new(maps).unwrap().apply(&plan).unwrap();
         loaded
@@ -131,6 +124,7 @@ fn frontend(address: &str, protocol: Protocol, scope: Scope, backend: Option<(&s
         table: Table::Direct,
         flags: 0,
         affinity_secs: 0,
+        set: 0,
     }
 }
 

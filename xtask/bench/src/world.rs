@@ -89,6 +89,7 @@ fn frontends(address: FrontendAddress, port: u16, backends: Vec<Backend>) -> [Fr
         table: Table::Direct,
         flags: 0,
         affinity_secs: 0,
+        set: 0,
     })
 }
 
@@ -105,8 +106,8 @@ fn backends(v6: bool, local: bool, count: u8) -> Vec<Backend> {
 fn plan(name: String, mut frontends: Vec<Frontend>) -> ServicePlan {
     frontends.sort_by_key(|frontend| frontend.id);
     ServicePlan {
-        service: ObjectName::new("bench", &name),
         frontends,
+        ..ServicePlan::empty(ObjectName::new("bench", &name))
     }
 }
 

@@ -1,0 +1,413 @@
+//! Policies in a cluster of namespaces: who is sent where, and who is not let in. Hand-written EndpointSlices say what a
+//! cluster's controllers would. Rows of the specification are named at each check. Needs root.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    net::{IpAddr, SocketAddr},
+    sync::atomic::{AtomicU16, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use shunt_lab::{Agent, AgentOptions, Answer, Client, Dial, Lab, PodSpec, Port, Proto, Sockets};
+use tempfile::TempDir;
+
+const BOTH: [Proto; 2] = [Proto::Tcp, Proto::Udp];
+const APP: u16 = 8080;
+const PODS: [(&str, &str); 4] = [
+    ("web-a", "node-a"),
+    ("web-b", "node-b"),
+    ("web-c", "node-b"),
+    ("web-d", "node-a"),
+];
+/// Hooked pod and unhooked pod on node-a, a process on node-a, a host outside.
+const CLIENTS: [&str; 4] = ["hooked", "packets", "node-a", "client"];
+const NODES: [&str; 2] = ["node-a", "node-b"];
+
+/// Two nodes with an agent each, four servers, and the manifests that the agents follow.
+struct Cluster {
+    agents: Vec<Agent>,
+    lab: Lab,
+    manifests: TempDir,
+    changes: AtomicU16,
+}
+
+/// One endpoint of a slice.
+#[derive(Clone, Copy)]
+struct Endpoint {
+    pod: &'static str,
+    /// `ready`, `serving`, `terminating`.
+    conditions: [bool; 3],
+    /// The rest of it.
+    more: &'static str,
+}
+
+const READY: [bool; 3] = [true, true, false];
+
+fn endpoint(pod: &'static str, conditions: [bool; 3]) -> Endpoint {
+    Endpoint {
+        pod,
+        conditions,
+        more: "",
+    }
+}
+
+fn ready(pods: &[&'static str]) -> Vec<Endpoint> {
+    pods.iter().map(|pod| endpoint(pod, READY)).collect()
+}
+
+impl Cluster {
+    fn start_with(xdp: &str, extra: &[&str], documents: impl FnOnce(&Self) -> Vec<String>) -> Self {
+        let lab = Lab::new().unwrap();
+        let ports = [Port::tcp(APP), Port::udp(APP)];
+        for (pod, node) in PODS {
+            lab.add_pod(&PodSpec::new(pod, node, &ports)).unwrap();
+        }
+        for pod in ["hooked", "packets"] {
+            lab.add_pod(&PodSpec::new(pod, "node-a", &[])).unwrap();
+        }
+        let mut cluster = Self {
+            agents: Vec::new(),
+            lab,
+            manifests: TempDir::new().unwrap(),
+            changes: AtomicU16::new(0),
+        };
+        cluster.apply(&documents(&cluster));
+        let options = AgentOptions::manifests(cluster.manifests.path())
+            .xdp(xdp)
+            .args(extra)
+            .shunt(env!("CARGO_BIN_EXE_shunt"));
+        for node in NODES {
+            let agent = cluster.lab.start_agent(node, &options).unwrap();
+            cluster.agents.push(agent);
+        }
+        cluster
+    }
+
+    /// Replaces all manifests at once, and waits until every agent has brought them into its maps: the Service that comes
+    /// last by name has another port each time.
+    fn apply(&self, documents: &[String]) {
+        let port = 1 + self.changes.fetch_add(1, Ordering::Relaxed);
+        let marker = format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{ name: zz-marker }}\n\
+             spec: {{ clusterIP: 10.96.0.250, ports: [{{ port: {port} }}] }}\n"
+        );
+        let path = self.manifests.path().join("all.yaml");
+        let hidden = path.with_extension("new");
+        fs::write(&hidden, [documents, &[marker]].concat().join("---\n")).unwrap();
+        fs::rename(hidden, path).unwrap();
+        let began = Instant::now();
+        for agent in &self.agents {
+            while !has(agent, "10.96.0.250", port) {
+                assert!(
+                    began.elapsed() < Duration::from_secs(10),
+                    "{}: change {port} is not in the maps",
+                    agent.node()
+                );
+                thread::sleep(Duration::from_millis(20));
+            }
+        }
+    }
+
+    /// The slices of a Service, one per family.
+    fn slices(&self, service: &str, endpoints: &[Endpoint]) -> Vec<String> {
+        let of_family = |v6: bool| {
+            let mut text = format!(
+                "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
+                 metadata: {{ name: {service}-{family}, labels: {{ kubernetes.io/service-name: {service} }} }}\n\
+                 addressType: IPv{family}\n\
+                 ports: [{{ name: t, protocol: TCP, port: {APP} }}, {{ name: u, protocol: UDP, port: {APP} }}]\n\
+                 endpoints:\n",
+                family = if v6 { 6 } else { 4 },
+            );
+            for Endpoint { pod, conditions, more } in endpoints {
+                let [ready, serving, terminating] = conditions;
+                let node = PODS.iter().find(|(name, _)| name == pod).unwrap().1;
+                text += &format!(
+                    "- {{ addresses: ['{}'], nodeName: {node}, \
+                     conditions: {{ ready: {ready}, serving: {serving}, terminating: {terminating} }}{more} }}\n",
+                    self.ip(pod, v6),
+                );
+            }
+            text
+        };
+        vec![of_family(false), of_family(true)]
+    }
+
+    /// A Service and its slices.
+    fn documents(&self, name: &str, number: u8, spec: &str, endpoints: &[Endpoint]) -> Vec<String> {
+        let mut documents = vec![service(name, number, spec)];
+        documents.extend(self.slices(name, endpoints));
+        documents
+    }
+
+    fn client(&self, name: &str) -> Client {
+        let sockets = if ["hooked", "node-a", "node-b"].contains(&name) {
+            Sockets::Hooked
+        } else {
+            Sockets::Unhooked
+        };
+        self.lab.client(name, sockets).unwrap()
+    }
+
+    fn clients(&self) -> Vec<Client> {
+        CLIENTS.iter().map(|name| self.client(name)).collect()
+    }
+
+    fn ip(&self, name: &str, v6: bool) -> IpAddr {
+        let ips = self.lab.ips(name).unwrap();
+        ips.into_iter().find(|ip| ip.is_ipv6() == v6).unwrap()
+    }
+}
+
+fn has(agent: &Agent, address: &str, port: u16) -> bool {
+    let rows = agent.json(&["services"]).unwrap();
+    rows.as_array()
+        .unwrap()
+        .iter()
+        .any(|row| row["address"] == address && row["port"] == port)
+}
+
+/// A dual-stack LoadBalancer Service without selector; `spec` is more of it.
+fn service(name: &str, number: u8, spec: &str) -> String {
+    let node_port = node_port(number);
+    format!(
+        "apiVersion: v1\nkind: Service\nmetadata: {{ name: {name} }}\nspec:\n  type: LoadBalancer\n{spec}  \
+         clusterIP: 10.96.0.{number}\n  clusterIPs: [10.96.0.{number}, 'fd96::{number}']\n  \
+         ipFamilies: [IPv4, IPv6]\n  externalIPs: [198.51.100.1{number:02}, '2001:db8:198::1{number:02}']\n  ports:\n  \
+         - {{ name: t, protocol: TCP, port: 80, nodePort: {node_port} }}\n  \
+         - {{ name: u, protocol: UDP, port: 80, nodePort: {node_port} }}\n\
+         status: {{ loadBalancer: {{ ingress: [{{ ip: 198.51.100.{number} }}, {{ ip: '2001:db8:198::{number}' }}] }} }}\n"
+    )
+}
+
+fn node_port(number: u8) -> u16 {
+    30_080 + u16::from(number)
+}
+
+fn cluster_ip(number: u8, v6: bool) -> SocketAddr {
+    at(["10.96.0.", "fd96::"][usize::from(v6)], number)
+}
+
+fn load_balancer_ip(number: u8, v6: bool) -> SocketAddr {
+    at(["198.51.100.", "2001:db8:198::"][usize::from(v6)], number)
+}
+
+fn external_ip(number: u8, v6: bool) -> SocketAddr {
+    at(["198.51.100.", "2001:db8:198::"][usize::from(v6)], 100 + number)
+}
+
+fn at(prefix: &str, number: u8) -> SocketAddr {
+    SocketAddr::new(format!("{prefix}{number}").parse().unwrap(), 80)
+}
+
+fn dial(client: &Client, proto: Proto, to: SocketAddr) -> Answer {
+    match client.once(proto, to, &Dial::default()) {
+        Ok(answer) => answer,
+        Err(error) => panic!("{proto} {to} from {}: {error}", client.name()),
+    }
+}
+
+/// The servers that answer so many dials.
+fn servers(client: &Client, proto: Proto, to: SocketAddr, dials: usize) -> BTreeSet<String> {
+    (0..dials).map(|_| dial(client, proto, to).server).collect()
+}
+
+/// The one server that answers several dials.
+fn one_server(client: &Client, proto: Proto, to: SocketAddr) -> String {
+    let servers = servers(client, proto, to, 6);
+    assert_eq!(servers.len(), 1, "{proto} {to} from {}: {servers:?}", client.name());
+    servers.into_iter().next().unwrap()
+}
+
+const AFFINITY: &str = "  sessionAffinity: ClientIP\n";
+
+/// P1: every frontend of a Service port leads a client to one backend, an outside client through whichever node; when that
+/// backend goes, to one other; and a new agent knows it still.
+fn affinity(xdp: &str) {
+    let all = ["web-a", "web-b", "web-c", "web-d"];
+    let mut cluster = Cluster::start_with(xdp, &[], |cluster| cluster.documents("web", 1, AFFINITY, &ready(&all)));
+    let clients = cluster.clients();
+    let frontends = |cluster: &Cluster, v6| {
+        [
+            SocketAddr::new(cluster.ip("node-a", v6), node_port(1)),
+            cluster_ip(1, v6),
+            load_balancer_ip(1, v6),
+            external_ip(1, v6),
+        ]
+    };
+    for client in &clients {
+        for v6 in [false, true] {
+            for proto in BOTH {
+                let mut kept = BTreeSet::new();
+                for to in frontends(&cluster, v6) {
+                    kept.insert(one_server(client, proto, to));
+                }
+                if client.name() == "client" {
+                    // The other node knows nothing of it, and chooses alike.
+                    let other = SocketAddr::new(cluster.ip("node-b", v6), node_port(1));
+                    kept.insert(one_server(client, proto, other));
+                }
+                assert_eq!(kept.len(), 1, "{proto} from {}: {kept:?}", client.name());
+                let first = kept.first().unwrap().as_str();
+
+                let others: Vec<_> = all.into_iter().filter(|pod| *pod != first).collect();
+                cluster.apply(&cluster.documents("web", 1, AFFINITY, &ready(&others)));
+                let to = frontends(&cluster, v6)[0];
+                let second = one_server(client, proto, to);
+                assert_ne!(second, first);
+                // The first is back, and is nothing to this client any more.
+                cluster.apply(&cluster.documents("web", 1, AFFINITY, &ready(&all)));
+                for to in frontends(&cluster, v6) {
+                    assert_eq!(
+                        one_server(client, proto, to),
+                        second,
+                        "{proto} {to} from {}",
+                        client.name()
+                    );
+                }
+            }
+        }
+    }
+    let to = cluster_ip(1, false);
+    let before: Vec<_> = clients
+        .iter()
+        .map(|client| one_server(client, Proto::Tcp, to))
+        .collect();
+    for agent in &mut cluster.agents {
+        agent.restart().unwrap();
+    }
+    let after: Vec<_> = clients
+        .iter()
+        .map(|client| one_server(client, Proto::Tcp, to))
+        .collect();
+    assert_eq!(after, before);
+}
+
+#[test]
+fn a_client_keeps_its_backend_with_xdp() {
+    affinity("native");
+}
+
+#[test]
+fn a_client_keeps_its_backend_without_xdp() {
+    affinity("off");
+}
+
+/// P1: each new flow starts the time-out anew; when it has passed, the choice is free again.
+#[test]
+fn affinity_ends_when_the_client_is_idle_for_the_time_out() {
+    let spec = "  sessionAffinity: ClientIP\n  sessionAffinityConfig: { clientIP: { timeoutSeconds: 2 } }\n";
+    let all = ["web-a", "web-b", "web-c", "web-d"];
+    let cluster = Cluster::start_with("native", &[], |cluster| cluster.documents("web", 1, spec, &ready(&all)));
+    // An outside client's backend follows from its address, so that all nodes agree.
+    let clients: Vec<_> = cluster.clients().into_iter().take(3).collect();
+    let dial_all = || -> Vec<(String, String)> {
+        let cases = clients.iter().flat_map(|client| BOTH.map(|proto| (client, proto)));
+        cases
+            .flat_map(|(client, proto)| {
+                [false, true].map(|v6| {
+                    let server = one_server(client, proto, cluster_ip(1, v6));
+                    (format!("{} {proto} IPv{}", client.name(), 4 + 2 * u8::from(v6)), server)
+                })
+            })
+            .collect()
+    };
+    let first = dial_all();
+    for _ in 0..4 {
+        thread::sleep(Duration::from_secs(1));
+        assert_eq!(dial_all(), first, "a new flow each second");
+    }
+    let mut changed = BTreeSet::new();
+    for _ in 0..6 {
+        thread::sleep(Duration::from_millis(2100));
+        let now = dial_all();
+        let moved = first.iter().zip(&now).filter(|(first, now)| first != now);
+        changed.extend(moved.map(|(_, (case, _))| case.clone()));
+    }
+    // Each of twelve stays where it was for all six times with probability 1/4096.
+    assert!(changed.len() >= 11, "only these moved: {changed:?}");
+}
+
+/// Dials that must come to nothing: no answer, and nothing that says so.
+fn silence(client: &Client, proto: Proto, to: SocketAddr) {
+    let dial = Dial {
+        timeout: Duration::from_millis(400),
+        connected: true,
+        ..Dial::default()
+    };
+    match client.once(proto, to, &dial) {
+        Ok(answer) => panic!("{proto} {to} from {}: answered by {}", client.name(), answer.server),
+        Err(error) => assert!(error.is_timeout(), "{proto} {to} from {}: {error}", client.name()),
+    }
+}
+
+/// P5: sources outside of the ranges are dropped on the load balancer addresses, pods included, and nowhere else; the node
+/// is let through; changes are followed.
+fn source_ranges(xdp: &str) {
+    let cluster = Cluster::start_with(xdp, &[], |cluster| {
+        cluster.documents("web", 1, "", &ready(&["web-a", "web-b"]))
+    });
+    let clients = cluster.clients();
+    let ranges = |ranges: &[String]| format!("  loadBalancerSourceRanges: [{}]\n", ranges.join(", "));
+    let ip = |name: &str, v6| format!("'{}/{}'", cluster.ip(name, v6), if v6 { 128 } else { 32 });
+    let wide = |cidrs: [&str; 2]| cidrs.map(|cidr| format!("'{cidr}'")).to_vec();
+    // Each step: the ranges, and who may dial the load balancer addresses, by family.
+    let everyone = vec!["hooked", "packets", "node-a", "client"];
+    let steps = [
+        (
+            wide(["203.0.113.0/24", "2001:db8:113::/64"]),
+            [vec!["node-a", "client"], vec!["node-a", "client"]],
+        ),
+        (
+            vec![ip("hooked", false), ip("packets", true)],
+            [vec!["hooked", "node-a"], vec!["packets", "node-a"]],
+        ),
+        // All of one family: none of the other.
+        (vec!["0.0.0.0/0".to_owned()], [everyone.clone(), vec!["node-a"]]),
+        (
+            wide(["10.44.0.0/16", "fd44::/48"]),
+            [vec!["hooked", "packets", "node-a"], vec!["hooked", "packets", "node-a"]],
+        ),
+        (Vec::new(), [everyone.clone(), everyone.clone()]),
+    ];
+    for (list, allowed) in steps {
+        let spec = if list.is_empty() { String::new() } else { ranges(&list) };
+        cluster.apply(&cluster.documents("web", 1, &spec, &ready(&["web-a", "web-b"])));
+        for client in &clients {
+            for v6 in [false, true] {
+                for proto in BOTH {
+                    let to = load_balancer_ip(1, v6);
+                    if allowed[usize::from(v6)].contains(&client.name()) {
+                        let answer = dial(client, proto, to);
+                        assert_eq!(answer.peer, to, "{proto} from {}", client.name());
+                    } else {
+                        silence(client, proto, to);
+                    }
+                    let node_port = SocketAddr::new(cluster.ip("node-a", v6), node_port(1));
+                    for to in [cluster_ip(1, v6), external_ip(1, v6), node_port] {
+                        dial(client, proto, to);
+                    }
+                }
+            }
+        }
+    }
+    let denied: u64 = cluster.agents.iter().map(|agent| event(agent, "source_denied")).sum();
+    assert!(denied > 0, "drops are counted");
+}
+
+fn event(agent: &Agent, name: &str) -> u64 {
+    let status = agent.json(&["status"]).unwrap();
+    status["events"][name].as_u64().unwrap()
+}
+
+#[test]
+fn source_ranges_are_enforced_with_xdp() {
+    source_ranges("native");
+}
+
+#[test]
+fn source_ranges_are_enforced_without_xdp() {
+    source_ranges("off");
+}
