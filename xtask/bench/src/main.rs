@@ -7,6 +7,7 @@ mod datapath;
 mod nat;
 mod replay;
 mod report;
+mod sync;
 mod world;
 
 use anyhow::Result;
@@ -32,6 +33,8 @@ enum What {
     Datapath,
     /// A DNAT at tc that does only the unavoidable, for `bench connections`.
     Nat(nat::Args),
+    /// Time, CPU and memory from objects to maps.
+    Sync,
 }
 
 fn main() -> Result<()> {
@@ -39,5 +42,6 @@ fn main() -> Result<()> {
     match cli.what {
         What::Datapath => datapath::measure(cli.quick, &cli.only),
         What::Nat(args) => nat::run(&args),
+        What::Sync => sync::measure(cli.quick, &cli.only),
     }
 }

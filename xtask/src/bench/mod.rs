@@ -6,6 +6,7 @@
 mod chart;
 mod connections;
 mod datapath;
+mod lines;
 mod page;
 mod report;
 mod stats;

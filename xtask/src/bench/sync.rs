@@ -1,14 +1,18 @@
 //! Time, CPU and memory from objects to maps.
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 
-use super::Bench;
+use super::{Bench, lines};
+
+/// Lines for each number of Services.
+const LINES: usize = 12;
 
 /// Measures.
 ///
 /// # Errors
 ///
-/// Always: there is nothing to measure with yet.
-pub(super) fn measure(_bench: &mut Bench) -> Result<()> {
-    bail!("not written yet")
+/// When the agent cannot be built or run, or does not come to the maps that it should.
+pub(super) fn measure(bench: &mut Bench) -> Result<()> {
+    let counts = if bench.quick { 2 } else { 3 };
+    lines::measure(bench, "sync", LINES * counts)
 }
