@@ -17,6 +17,15 @@ struct Static {
     crt_static: bool,
 }
 
+/// Adds musl's target for this machine to the toolchain, where rustup has that; glibc's will do without.
+pub(super) fn setup() {
+    let triple = format!("{}-unknown-linux-musl", std::env::consts::ARCH);
+    if !installed(&triple) && which("rustup").is_some() {
+        say("setup", format_args!("rustup target add {triple}"));
+        let _ = run(Command::new("rustup").args(["target", "add", &triple]));
+    }
+}
+
 /// Whether a static agent can be built for it here.
 pub(super) fn can_build(arch: Arch) -> bool {
     static_target(arch).is_some() && (arch.is_here() || c_compiler(arch).is_some())

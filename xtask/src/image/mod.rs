@@ -67,6 +67,7 @@ impl Arch {
 /// When there is nothing to build with, the build fails, or the image does not run.
 pub(crate) fn image(args: &Args) -> Result<()> {
     setup::setup()?;
+    binary::setup();
     let archs: Vec<Arch> = match &args.arch[..] {
         [] => Arch::ALL.into_iter().filter(|arch| binary::can_build(*arch)).collect(),
         given => given.to_vec(),
