@@ -1,0 +1,438 @@
+//! A Kubernetes API server for tests: Services, EndpointSlices, Nodes and Events over TLS with a bearer token, lists in pages
+//! or streamed, watches with bookmarks — and every kind of misbehaviour that a real one shows, on demand.
+//!
+//! What it says is the truth about what it holds: versions only grow, a watch from a version tells everything that came
+//! after it, or that the version is gone. Misbehaviour is in how and whether it is said ([`Faults`], [`ApiServer::close`],
+//! [`ApiServer::cut_watches`], [`ApiServer::expire`], [`ApiServer::set_token`]).
+//!
+//! ```no_run
+//! let server = shunt_apiserver::ApiServer::start().unwrap();
+//! server.apply(serde_json::json!({ "kind": "Node", "metadata": { "name": "node-a" } }));
+//! // shunt run --kubeconfig …
+//! println!("{}", server.kubeconfig().display());
+//! ```
+
+mod faults;
+mod selector;
+mod serve;
+mod store;
+
+use std::{
+    fs, io,
+    net::{SocketAddr, TcpListener},
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+        mpsc,
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo},
+    server::conn::auto,
+};
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::{sync::watch, task::JoinSet};
+use tokio_rustls::{
+    TlsAcceptor,
+    rustls::{
+        self,
+        pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer},
+    },
+};
+
+pub use faults::{Faults, Gone, Refusal, Streaming};
+pub use store::Kind;
+
+use store::Store;
+
+/// What clients are let in with at first.
+const FIRST_TOKEN: &str = "first-token";
+/// The first version; real ones do not begin with 1 either.
+const FIRST_VERSION: u64 = 1000;
+
+/// State that requests, watches and the test see.
+#[derive(Debug)]
+struct State {
+    store: Store,
+    faults: Faults,
+    token: String,
+    /// `METHOD /path?query` of every request.
+    requests: Vec<String>,
+    /// Watches that began with a smaller number end.
+    drops: u64,
+    /// As `drops`, in mid-object.
+    cuts: u64,
+    /// Watches that began with a smaller number send a bookmark.
+    marks: u64,
+}
+
+/// [`State`] and its bell.
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    generation: watch::Sender<u64>,
+    watches: AtomicUsize,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tell(&self) {
+        self.generation.send_modify(|generation| *generation += 1);
+    }
+
+    async fn until_changed(&self, holds: impl Fn(&State) -> bool) {
+        let mut generation = self.generation.subscribe();
+        while !holds(&self.lock()) {
+            if generation.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// What the thread that serves is told.
+enum Order {
+    Open(bool, mpsc::Sender<io::Result<()>>),
+    /// All connections.
+    Disconnect(mpsc::Sender<io::Result<()>>),
+}
+
+/// A running server; it ends when dropped.
+#[derive(Debug)]
+pub struct ApiServer {
+    shared: Arc<Shared>,
+    address: SocketAddr,
+    orders: tokio::sync::mpsc::UnboundedSender<Order>,
+    folder: TempDir,
+}
+
+impl ApiServer {
+    /// A server on a free port of the loopback device.
+    ///
+    /// # Errors
+    /// When it cannot listen, or no file can be written.
+    pub fn start() -> Result<Self> {
+        let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+        Self::start_with(address, move || TcpListener::bind(address))
+    }
+
+    /// A server that listens with `bind`, which is called again whenever it opens its port again; clients reach it at
+    /// `address`. A listener keeps the network namespace that it was made in.
+    ///
+    /// # Errors
+    /// When it cannot listen, or no file can be written.
+    pub fn start_with(
+        address: SocketAddr,
+        bind: impl Fn() -> io::Result<TcpListener> + Send + 'static,
+    ) -> Result<Self> {
+        let certified = rcgen::generate_simple_self_signed(vec![address.ip().to_string(), "localhost".to_owned()])
+            .context("cannot make a certificate")?;
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(certified.signing_key.serialize_der()));
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let mut tls = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()?
+            .with_no_client_auth()
+            .with_single_cert(vec![certified.cert.der().clone()], key)?;
+        tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+
+        let folder = TempDir::new().context("cannot make a folder for the kubeconfig")?;
+        let server_url = format!("https://{address}");
+        fs::write(folder.path().join("ca.crt"), certified.cert.pem())?;
+        fs::write(folder.path().join("token"), FIRST_TOKEN)?;
+        fs::write(
+            folder.path().join("kubeconfig"),
+            format!(
+                "apiVersion: v1\nkind: Config\ncurrent-context: test\n\
+                 clusters: [{{ name: test, cluster: {{ server: '{server_url}', certificate-authority: '{0}/ca.crt' }} }}]\n\
+                 users: [{{ name: test, user: {{ tokenFile: '{0}/token' }} }}]\n\
+                 contexts: [{{ name: test, context: {{ cluster: test, user: test }} }}]\n",
+                folder.path().display()
+            ),
+        )?;
+
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State {
+                store: Store::new(FIRST_VERSION),
+                faults: Faults::default(),
+                token: FIRST_TOKEN.to_owned(),
+                requests: Vec::new(),
+                drops: 0,
+                cuts: 0,
+                marks: 0,
+            }),
+            generation: watch::channel(0).0,
+            watches: AtomicUsize::new(0),
+        });
+        let (orders, received) = tokio::sync::mpsc::unbounded_channel();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .context("cannot make a runtime")?;
+        let acceptor = TlsAcceptor::from(Arc::new(tls));
+        let serving = shared.clone();
+        std::thread::Builder::new()
+            .name("apiserver".to_owned())
+            .spawn(move || runtime.block_on(serve(bind, acceptor, serving, received)))
+            .context("cannot start a thread")?;
+        let server = Self {
+            shared,
+            address,
+            orders,
+            folder,
+        };
+        server.open()?;
+        Ok(server)
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// A kubeconfig file with its address, certificate, and a file that holds the token.
+    #[must_use]
+    pub fn kubeconfig(&self) -> PathBuf {
+        self.folder.path().join("kubeconfig")
+    }
+
+    /// Creates or replaces an object.
+    ///
+    /// # Panics
+    /// When it lacks a name or a known kind.
+    pub fn apply(&self, object: Value) {
+        let result = self.shared.lock().store.set(object);
+        self.shared.tell();
+        if let Err(message) = result {
+            panic!("{message}");
+        }
+    }
+
+    /// Creates or replaces many objects; watches learn of them together.
+    ///
+    /// # Panics
+    /// As [`Self::apply`].
+    pub fn apply_all(&self, objects: impl IntoIterator<Item = Value>) {
+        for object in objects {
+            // Not `apply`: watches would be woken for every one.
+            if let Err(message) = self.shared.lock().store.set(object) {
+                panic!("{message}");
+            }
+        }
+        self.shared.tell();
+    }
+
+    /// Deletes an object (Nodes have an empty namespace); whether there was one.
+    pub fn delete(&self, kind: Kind, namespace: &str, name: &str) -> bool {
+        let deleted = self
+            .shared
+            .lock()
+            .store
+            .delete(kind, &(namespace.to_owned(), name.to_owned()));
+        self.shared.tell();
+        deleted
+    }
+
+    /// An object as it is now.
+    #[must_use]
+    pub fn get(&self, kind: Kind, namespace: &str, name: &str) -> Option<Value> {
+        let state = self.shared.lock();
+        let object = state.store.get(kind, &(namespace.to_owned(), name.to_owned()))?;
+        serde_json::from_slice(&object.json).ok()
+    }
+
+    /// All objects of a kind.
+    #[must_use]
+    pub fn list(&self, kind: Kind) -> Vec<Value> {
+        let state = self.shared.lock();
+        let objects = state.store.objects(kind);
+        objects
+            .filter_map(|object| serde_json::from_slice(&object.json).ok())
+            .collect()
+    }
+
+    /// Changes how it misbehaves.
+    pub fn faults(&self, change: impl FnOnce(&mut Faults)) {
+        change(&mut self.shared.lock().faults);
+        self.shared.tell();
+    }
+
+    /// Ends all watches in order, as at their time-out.
+    pub fn drop_watches(&self) {
+        self.shared.lock().drops += 1;
+        self.shared.tell();
+    }
+
+    /// Ends all watches in the middle of an object.
+    pub fn cut_watches(&self) {
+        self.shared.lock().cuts += 1;
+        self.shared.tell();
+    }
+
+    /// Sends a bookmark on all watches, of a version at which nothing happened that they watch.
+    pub fn bookmark(&self) {
+        let mut state = self.shared.lock();
+        state.store.version += 1;
+        state.marks += 1;
+        drop(state);
+        self.shared.tell();
+    }
+
+    /// Forgets all that happened before now: who knows an older version only is told 410 Gone.
+    pub fn expire(&self) {
+        let mut state = self.shared.lock();
+        state.store.version += 1;
+        state.store.oldest = state.store.version;
+    }
+
+    /// Lets clients in with this token only. Watches go on, as those of a real server do.
+    pub fn set_token(&self, token: &str) {
+        token.clone_into(&mut self.shared.lock().token);
+    }
+
+    /// Writes another token into the file that the kubeconfig names, as a kubelet does before one expires.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn write_token(&self, token: &str) -> io::Result<()> {
+        let new = self.folder.path().join("token.new");
+        fs::write(&new, token)?;
+        fs::rename(new, self.folder.path().join("token"))
+    }
+
+    /// Closes the port and all connections: the server is away.
+    ///
+    /// # Errors
+    /// When the thread that serves has ended.
+    pub fn close(&self) -> Result<()> {
+        self.order(|done| Order::Open(false, done))
+    }
+
+    /// Opens the port again.
+    ///
+    /// # Errors
+    /// When it cannot listen.
+    pub fn open(&self) -> Result<()> {
+        self.order(|done| Order::Open(true, done))
+    }
+
+    /// Closes all connections, as at a restart behind a load balancer.
+    ///
+    /// # Errors
+    /// When the thread that serves has ended.
+    pub fn disconnect(&self) -> Result<()> {
+        self.order(Order::Disconnect)
+    }
+
+    fn order(&self, order: impl FnOnce(mpsc::Sender<io::Result<()>>) -> Order) -> Result<()> {
+        let (done, wait) = mpsc::channel();
+        self.orders.send(order(done)).ok().context("the API server has ended")?;
+        Ok(wait.recv().context("the API server has ended")??)
+    }
+
+    /// How many requests hold `text` in `METHOD /path?query`.
+    #[must_use]
+    pub fn requests(&self, text: &str) -> usize {
+        let state = self.shared.lock();
+        state.requests.iter().filter(|request| request.contains(text)).count()
+    }
+
+    /// The first request with `text` in it.
+    #[must_use]
+    pub fn request(&self, text: &str) -> Option<String> {
+        let state = self.shared.lock();
+        state.requests.iter().find(|request| request.contains(text)).cloned()
+    }
+
+    /// Forgets the requests of before.
+    pub fn forget_requests(&self) {
+        self.shared.lock().requests.clear();
+    }
+
+    /// Watches that go on.
+    #[must_use]
+    pub fn watches(&self) -> usize {
+        self.shared.watches.load(Ordering::Relaxed)
+    }
+
+    /// Waits until so many watches go on.
+    ///
+    /// # Panics
+    /// When it takes longer.
+    pub fn wait_for_watches(&self, count: usize, timeout: Duration) {
+        let began = Instant::now();
+        while self.watches() != count {
+            assert!(
+                began.elapsed() < timeout,
+                "{} watches instead of {count} after {timeout:?}",
+                self.watches()
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+async fn serve(
+    bind: impl Fn() -> io::Result<TcpListener>,
+    acceptor: TlsAcceptor,
+    shared: Arc<Shared>,
+    mut orders: tokio::sync::mpsc::UnboundedReceiver<Order>,
+) {
+    let listen = || -> io::Result<tokio::net::TcpListener> {
+        let listener = bind()?;
+        listener.set_nonblocking(true)?;
+        tokio::net::TcpListener::from_std(listener)
+    };
+    let mut listener = None;
+    let mut connections = JoinSet::new();
+    loop {
+        let accepted = async {
+            match &listener {
+                Some(listener) => tokio::net::TcpListener::accept(listener).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            order = orders.recv() => match order {
+                None => return,
+                Some(Order::Open(open, done)) => {
+                    let result = match (open, &listener) {
+                        (true, None) => listen().map(|new| listener = Some(new)),
+                        (true, Some(_)) => Ok(()),
+                        (false, _) => {
+                            listener = None;
+                            connections.shutdown().await;
+                            Ok(())
+                        }
+                    };
+                    let _ = done.send(result);
+                }
+                Some(Order::Disconnect(done)) => {
+                    connections.shutdown().await;
+                    let _ = done.send(Ok(()));
+                }
+            },
+            accepted = accepted => {
+                let Ok((stream, _)) = accepted else { continue };
+                let (acceptor, shared) = (acceptor.clone(), shared.clone());
+                connections.spawn(async move {
+                    // A client that goes away in the middle is its own business.
+                    let Ok(stream) = acceptor.accept(stream).await else { return };
+                    let answer = hyper::service::service_fn(move |request| serve::answer(request, shared.clone()));
+                    let _ = auto::Builder::new(TokioExecutor::new())
+                        .serve_connection(TokioIo::new(stream), answer)
+                        .await;
+                });
+            }
+            Some(_) = connections.join_next(), if !connections.is_empty() => {}
+        }
+    }
+}
