@@ -2,18 +2,17 @@
 //!
 //! What the server excludes by label never comes over the wire, and of what comes only the slim objects' hashes and
 //! names are kept, to tell a difference from a repetition. A list that is read again after a gap yields differences
-//! only, deletions last: nothing is taken away before a complete list says that it is gone.
+//! only, deletions last: nothing is taken away before a complete list says that it is gone. Lists of several kinds that are
+//! read again at the same time, as after an absence of the server, are yielded together.
 
 use std::{
     collections::{HashMap, HashSet, hash_map::DefaultHasher},
-    fmt::{Debug, Display},
     hash::{Hash, Hasher},
     path::PathBuf,
+    sync::Arc,
     time::Duration,
 };
 
-use anyhow::Context;
-use futures::{Stream, StreamExt};
 use k8s_openapi::{
     api::{
         core::v1::{Node, Service},
@@ -21,26 +20,32 @@ use k8s_openapi::{
     },
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
-use kube::{
-    Api, Client,
-    api::ListParams,
-    config::{KubeConfigOptions, Kubeconfig},
-    runtime::{WatchStreamExt, watcher},
+use kube::{Api, Client, api::ListParams};
+use tokio::{
+    sync::mpsc,
+    task::JoinSet,
+    time::{Instant, sleep_until},
 };
-use serde::de::DeserializeOwned;
-use tokio::sync::mpsc;
+
+mod connection;
+mod failure;
+mod follow;
+
+use connection::Connection;
+use failure::Failure;
+use follow::{Follower, Selection, Told};
 
 use super::convert;
-use crate::object::{Event, NodeFacts, ObjectName, Problem};
+use crate::object::{self, Event, NodeFacts, ObjectName, Problem};
 
 /// Events that are sent at once when they are there.
 const BATCH: usize = 1024;
-/// HTTP status 410: the server has forgotten the version that a watch wants to go on from.
-const GONE: u16 = 410;
-/// Between such an answer and the next list.
-const RESTART: Duration = Duration::from_secs(1);
+/// Lists that are read again wait for each other so long at most.
+const TOGETHER: Duration = Duration::from_secs(10);
 /// Names of Nodes that a message lists.
 const LISTED_NODES: u32 = 10;
+/// Everyday failures in a row that are worth a warning.
+const LASTING: u32 = 3;
 
 /// Which API server, and as whom.
 #[derive(Clone, Debug)]
@@ -71,85 +76,68 @@ impl Kubernetes {
     /// # Errors
     /// A configuration that cannot be used: no such kubeconfig, not in a cluster, no node name.
     pub async fn run(self, tx: mpsc::Sender<Vec<Event>>) -> anyhow::Result<()> {
-        let config = match &self.config.kubeconfig {
-            Some(path) => {
-                let kubeconfig = Kubeconfig::read_from(path)
-                    .with_context(|| format!("--kubeconfig {}: cannot be used", path.display()))?;
-                kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
-                    .await
-                    .with_context(|| format!("--kubeconfig {}: its current context cannot be used", path.display()))?
-            }
-            None => kube::Config::incluster()
-                .context("no service account to reach the API server with: give --kubeconfig FILE outside a cluster")?,
-        };
-        let client = Client::try_from(config).context("cannot make a client from the Kubernetes configuration")?;
-        self.run_with(client, tx).await
-    }
-
-    async fn run_with(self, client: Client, tx: mpsc::Sender<Vec<Event>>) -> anyhow::Result<()> {
-        let node_name = self.config.node_name;
+        let Config {
+            kubeconfig,
+            node_name,
+            proxy_name,
+        } = self.config;
         anyhow::ensure!(
             !node_name.is_empty(),
             "the own Node has no name: give --node-name (in a pod: from spec.nodeName)"
         );
-        let proxy_name = self.config.proxy_name;
+        let connection = Arc::new(Connection::new(kubeconfig.as_deref()).await?);
         let ours = match &proxy_name {
             None => format!("!{},!{}", convert::LABEL_HEADLESS, convert::LABEL_SERVICE_PROXY),
             Some(name) => format!("!{},{}={name}", convert::LABEL_HEADLESS, convert::LABEL_SERVICE_PROXY),
         };
-        let by_label = watcher::Config::default().labels(&ours);
-        let by_name = watcher::Config::default().fields(&format!("metadata.name={node_name}"));
+        let by_label = Selection {
+            labels: Some(ours),
+            fields: None,
+        };
+        let by_name = Selection {
+            labels: None,
+            fields: Some(format!("metadata.name={node_name}")),
+        };
 
-        let services = watched::<Service>(&client, by_label.clone()).map(Change::Service);
-        let slices = watched::<EndpointSlice>(&client, by_label).map(Change::Slice);
-        let nodes = watched::<Node>(&client, by_name).map(Change::Node);
-        let changes = futures::stream::select(futures::stream::select(services, slices), nodes);
-        let mut changes = std::pin::pin!(changes.ready_chunks(BATCH));
+        let (told, mut changes) = mpsc::channel::<Change>(BATCH);
+        // Ends with this value.
+        let mut followers = JoinSet::new();
+        let claim = proxy_name.clone();
+        let service = move |raw: Service| slim(raw, claim.as_deref(), convert::service);
+        let slice = move |raw: EndpointSlice| slim(raw, proxy_name.as_deref(), convert::slice);
+        let node = |raw: Node| slim(raw, None, |raw, _| Some(convert::node(raw)));
+        followers.spawn(Follower::new(connection.clone(), by_label.clone(), service, told.clone()).run());
+        followers.spawn(Follower::new(connection.clone(), by_label, slice, told.clone()).run());
+        followers.spawn(Follower::new(connection.clone(), by_name, node, told).run());
 
-        let mut state = State::new(&node_name, proxy_name);
+        let mut state = State::default();
+        let mut batch = Vec::with_capacity(BATCH);
         loop {
-            let batch = tokio::select! {
-                batch = changes.next() => batch,
+            let wait = state.deadline();
+            tokio::select! {
+                count = changes.recv_many(&mut batch, BATCH) => if count == 0 {
+                    anyhow::bail!("the watches of the API server ended");
+                },
+                () = sleep_until(wait.unwrap_or_else(Instant::now)), if wait.is_some() => {}
                 () = tx.closed() => return Ok(()),
-            };
-            let Some(batch) = batch else {
-                anyhow::bail!("the watches of the API server ended");
-            };
-            let mut events = Vec::new();
-            for change in batch {
-                state.apply(change, &mut events);
+            }
+            for change in batch.drain(..) {
+                state.apply(change);
             }
             for problem in state.problems.drain(..) {
                 tracing::warn!("{problem}");
             }
             if std::mem::take(&mut state.node_is_missing) {
-                tracing::warn!("{}", missing_node(&client, &node_name).await);
+                // Not here: the lists go on meanwhile.
+                let (client, node_name) = (connection.client(), node_name.clone());
+                followers.spawn(async move { tracing::warn!("{}", missing_node(&client, &node_name).await) });
             }
+            let events = state.take_events();
             if !events.is_empty() && tx.send(events).await.is_err() {
                 return Ok(());
             }
         }
     }
-}
-
-fn watched<K>(client: &Client, config: watcher::Config) -> impl Stream<Item = Told<K>> + use<K>
-where
-    K: kube::Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + 'static,
-{
-    let api = Api::<K>::all(client.clone());
-    let start = move || Box::pin(watcher(api.clone(), config.clone()).default_backoff());
-    futures::stream::unfold((start(), start), async |(mut stream, start)| {
-        let item = stream.next().await?;
-        // kube reads the list again when 410 Gone comes as a watch event, but asks for the same version for ever when
-        // it is the answer's status.
-        if let Err(watcher::Error::WatchStartFailed(kube::Error::Api(status))) = &item
-            && status.code == GONE
-        {
-            tokio::time::sleep(RESTART).await;
-            stream = start();
-        }
-        Some((Box::new(item), (stream, start)))
-    })
 }
 
 /// Says what Nodes there are when the own one is not.
@@ -171,23 +159,35 @@ async fn missing_node(client: &Client, node_name: &str) -> String {
     )
 }
 
-/// What one watch tells; boxed, since whole objects of different sizes travel side by side.
-type Told<K> = Box<watcher::Result<watcher::Event<K>>>;
-
-/// Something that a watch told.
+/// Something that a follower told.
 #[derive(Debug)]
 enum Change {
-    Service(Told<Service>),
-    Slice(Told<EndpointSlice>),
-    Node(Told<Node>),
+    Service(Told<Slim<object::Service>>),
+    Slice(Told<Slim<object::EndpointSlice>>),
+    Node(Told<Slim<NodeFacts>>),
+}
+
+impl From<Told<Slim<object::Service>>> for Change {
+    fn from(told: Told<Slim<object::Service>>) -> Self {
+        Self::Service(told)
+    }
+}
+
+impl From<Told<Slim<object::EndpointSlice>>> for Change {
+    fn from(told: Told<Slim<object::EndpointSlice>>) -> Self {
+        Self::Slice(told)
+    }
+}
+
+impl From<Told<Slim<NodeFacts>>> for Change {
+    fn from(told: Told<Slim<NodeFacts>>) -> Self {
+        Self::Node(told)
+    }
 }
 
 /// What was yielded, as far as differences need it.
 #[derive(Debug)]
 struct State {
-    node_name: String,
-    /// As in [`Config`].
-    proxy_name: Option<String>,
     services: Known,
     slices: Known,
     nodes: Known,
@@ -195,23 +195,57 @@ struct State {
     problems: Vec<Problem>,
     /// Set when a complete list has no such Node.
     node_is_missing: bool,
+    events: Vec<Event>,
+    /// Since when events wait for lists that are read again.
+    held: Option<Instant>,
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self {
+            services: Known::new("Service", "services"),
+            slices: Known::new("EndpointSlice", "endpointslices"),
+            nodes: Known::new("Node", "nodes"),
+            complete: false,
+            problems: Vec::new(),
+            node_is_missing: false,
+            events: Vec::new(),
+            held: None,
+        }
+    }
 }
 
 /// The objects of one kind that were yielded.
 #[derive(Debug)]
 struct Known {
+    kind: &'static str,
     /// `kind` in the plural, for messages.
     plural: &'static str,
-    /// Hash of the slim object, and its problems that were reported.
-    objects: HashMap<ObjectName, (u64, Vec<Problem>)>,
+    objects: HashMap<ObjectName, Entry>,
     /// While a list is being read: names in it so far.
     listed: Option<HashSet<ObjectName>>,
     complete: bool,
+    /// Whether everything up to now has been told: a list is complete, or a watch goes on.
+    current: bool,
+    /// Failures since it was.
+    failures: u32,
     /// The last error, until the watch works again.
     failing: Option<String>,
+    /// Objects that could not be read, and were reported.
+    unreadable: HashMap<String, String>,
+}
+
+/// Of one object.
+#[derive(Debug)]
+struct Entry {
+    /// Of the slim object.
+    hash: u64,
+    /// Reported ones; most objects have none.
+    problems: Box<[Problem]>,
 }
 
 /// What an object is to the model.
+#[derive(Debug)]
 struct Slim<T> {
     name: ObjectName,
     /// `None`: nothing to yield of it, as if it were not there.
@@ -219,120 +253,115 @@ struct Slim<T> {
     problems: Vec<Problem>,
 }
 
-impl State {
-    fn new(node_name: &str, proxy_name: Option<String>) -> Self {
-        Self {
-            node_name: node_name.to_owned(),
-            proxy_name,
-            services: Known::new("services"),
-            slices: Known::new("endpointslices"),
-            nodes: Known::new("nodes"),
-            complete: false,
-            problems: Vec::new(),
-            node_is_missing: false,
-        }
+fn slim<K, T>(mut raw: K, proxy_name: Option<&str>, convert: impl FnOnce(&K, &mut Vec<Problem>) -> Option<T>) -> Slim<T>
+where
+    K: kube::Resource<DynamicType = ()>,
+{
+    if let Some(name) = proxy_name {
+        convert::claim(raw.meta_mut(), name);
     }
+    let mut problems = Vec::new();
+    let value = convert(&raw, &mut problems);
+    let meta: &ObjectMeta = raw.meta();
+    Slim {
+        name: ObjectName::new(
+            meta.namespace.as_deref().unwrap_or_default(),
+            meta.name.as_deref().unwrap_or_default(),
+        ),
+        value,
+        problems,
+    }
+}
 
-    fn apply(&mut self, change: Change, events: &mut Vec<Event>) {
-        let problems = &mut self.problems;
-        let claim = |meta: &mut ObjectMeta| {
-            if let Some(name) = &self.proxy_name {
-                convert::claim(meta, name);
-            }
-        };
+impl State {
+    fn apply(&mut self, change: Change) {
+        let (problems, events) = (&mut self.problems, &mut self.events);
+        if self.complete
+            && matches!(
+                change,
+                Change::Service(Told::Begin) | Change::Slice(Told::Begin) | Change::Node(Told::Begin)
+            )
+        {
+            self.held.get_or_insert_with(Instant::now);
+        }
         match change {
-            Change::Service(event) => self.services.apply(
-                *event,
-                |mut raw| {
-                    claim(&mut raw.metadata);
-                    slim(&raw.metadata, |problems| convert::service(&raw, problems))
-                },
-                |service| events.push(service.map_or_else(Event::ServiceGone, Event::Service)),
-                problems,
-            ),
-            Change::Slice(event) => self.slices.apply(
-                *event,
-                |mut raw| {
-                    claim(&mut raw.metadata);
-                    slim(&raw.metadata, |problems| convert::slice(&raw, problems))
-                },
-                |slice| events.push(slice.map_or_else(Event::SliceGone, Event::Slice)),
-                problems,
-            ),
-            Change::Node(event) => {
-                let name: std::sync::Arc<str> = self.node_name.as_str().into();
-                self.nodes.apply(
-                    *event,
-                    |raw| slim(&raw.metadata, |_| Some(convert::node(&raw))),
-                    |node| {
-                        events.push(Event::Node(node.unwrap_or_else(|_| NodeFacts {
-                            name: name.clone(),
-                            ..NodeFacts::default()
-                        })));
-                    },
-                    problems,
-                );
+            Change::Service(told) => {
+                let yields =
+                    |service: Result<_, _>| events.push(service.map_or_else(Event::ServiceGone, Event::Service));
+                self.services.apply(told, yields, problems);
+            }
+            Change::Slice(told) => {
+                let yields = |slice: Result<_, _>| events.push(slice.map_or_else(Event::SliceGone, Event::Slice));
+                self.slices.apply(told, yields, problems);
+            }
+            Change::Node(told) => {
+                // A Node that is gone leaves its facts: the machine is still there, and so are its addresses.
+                let yields = |node: Result<_, ObjectName>| events.extend(node.ok().map(Event::Node));
+                self.nodes.apply(told, yields, problems);
             }
         }
         if !self.complete && self.services.complete && self.slices.complete && self.nodes.complete {
             self.complete = true;
             self.node_is_missing = self.nodes.objects.is_empty();
-            events.push(Event::Complete);
+            self.events.push(Event::Complete);
         }
     }
-}
 
-fn slim<T>(meta: &ObjectMeta, convert: impl FnOnce(&mut Vec<Problem>) -> Option<T>) -> Slim<T> {
-    let mut problems = Vec::new();
-    Slim {
-        value: convert(&mut problems),
-        name: ObjectName::new(
-            meta.namespace.as_deref().unwrap_or_default(),
-            meta.name.as_deref().unwrap_or_default(),
-        ),
-        problems,
+    /// When events that are held go out at the latest.
+    fn deadline(&self) -> Option<Instant> {
+        self.held.map(|since| since + TOGETHER)
+    }
+
+    /// What there is to be sent now. While lists are being read again that is nothing, so that Services and their slices
+    /// change together; a kind that cannot be read does not hold up the others for long.
+    fn take_events(&mut self) -> Vec<Event> {
+        let all_current = [&self.services, &self.slices, &self.nodes]
+            .iter()
+            .all(|known| known.current);
+        if self.held.is_some() && !all_current && self.deadline().is_some_and(|deadline| Instant::now() < deadline) {
+            return Vec::new();
+        }
+        self.held = None;
+        std::mem::take(&mut self.events)
     }
 }
 
 impl Known {
-    fn new(plural: &'static str) -> Self {
+    fn new(kind: &'static str, plural: &'static str) -> Self {
         Self {
+            kind,
             plural,
             objects: HashMap::new(),
             listed: None,
             complete: false,
+            current: false,
+            failures: 0,
             failing: None,
+            unreadable: HashMap::new(),
         }
     }
 
-    /// Takes in what the watch told; `yields` gets objects that are new or different, and names of those gone.
-    fn apply<K, T: Hash>(
+    /// Takes in what was told; `yields` gets objects that are new or different, and names of those gone.
+    fn apply<T: Hash>(
         &mut self,
-        event: watcher::Result<watcher::Event<K>>,
-        slim: impl FnOnce(K) -> Slim<T>,
+        told: Told<Slim<T>>,
         mut yields: impl FnMut(Result<T, ObjectName>),
         problems: &mut Vec<Problem>,
     ) {
-        let event = match event {
-            Ok(event) => event,
-            Err(error) => return self.failed(&error),
-        };
-        if !matches!(event, watcher::Event::Init)
-            && let Some(reason) = self.failing.take()
-        {
-            tracing::info!("watching {} works again (was: {reason})", self.plural);
-        }
-        match event {
-            watcher::Event::Init => self.listed = Some(HashSet::new()),
-            watcher::Event::InitApply(object) | watcher::Event::Apply(object) => {
-                let object = slim(object);
+        match told {
+            Told::Begin => {
+                self.current = false;
+                self.listed = Some(HashSet::new());
+            }
+            Told::Listed(object) => {
                 if let Some(listed) = &mut self.listed {
                     listed.insert(object.name.clone());
                 }
                 self.set(object, &mut yields, problems);
             }
-            watcher::Event::Delete(object) => self.remove(&slim(object).name, &mut yields),
-            watcher::Event::InitDone => {
+            Told::Changed(object) => self.set(object, &mut yields, problems),
+            Told::Deleted(object) => self.remove(&object.name, &mut yields),
+            Told::Complete => {
                 let listed = self.listed.take().unwrap_or_default();
                 let gone: Vec<ObjectName> = self
                     .objects
@@ -344,7 +373,31 @@ impl Known {
                     self.remove(&name, &mut yields);
                 }
                 self.complete = true;
+                self.works();
             }
+            Told::Watching => self.works(),
+            Told::Unreadable(name, cause) => {
+                // What it was before stays: the server has the object, though not in a form that is understood here.
+                if let Some((namespace, name)) = name.split_once('/')
+                    && let Some(listed) = &mut self.listed
+                {
+                    listed.insert(ObjectName::new(namespace, name));
+                }
+                if self.unreadable.insert(name.clone(), cause.clone()).as_ref() != Some(&cause) {
+                    let (namespace, name) = name.split_once('/').unwrap_or_default();
+                    let message = format!("cannot be read: {cause}; what was known of it goes on serving");
+                    problems.push(Problem::new(self.kind, &ObjectName::new(namespace, name), "", message));
+                }
+            }
+            Told::Failed(failure) => self.failed(&failure),
+        }
+    }
+
+    fn works(&mut self) {
+        self.current = true;
+        self.failures = 0;
+        if let Some(reason) = self.failing.take() {
+            tracing::info!("watching {} works again (was: {reason})", self.plural);
         }
     }
 
@@ -354,15 +407,19 @@ impl Known {
         yields: &mut impl FnMut(Result<T, ObjectName>),
         problems: &mut Vec<Problem>,
     ) {
-        let reported = self.objects.get(&object.name).map(|(_, reported)| reported.as_slice());
+        let reported = self.objects.get(&object.name).map(|entry| &entry.problems);
         let is_new = |problem: &&Problem| !reported.is_some_and(|reported| reported.contains(problem));
         problems.extend(object.problems.iter().filter(is_new).cloned());
         let mut hasher = DefaultHasher::new();
         object.value.hash(&mut hasher);
-        let hash = hasher.finish();
-        let before = self.objects.insert(object.name.clone(), (hash, object.problems));
+        let entry = Entry {
+            hash: hasher.finish(),
+            problems: object.problems.into(),
+        };
+        let hash = entry.hash;
+        let before = self.objects.insert(object.name.clone(), entry);
         match object.value {
-            _ if before.as_ref().is_some_and(|(before, _)| *before == hash) => {}
+            _ if before.as_ref().is_some_and(|before| before.hash == hash) => {}
             Some(value) => yields(Ok(value)),
             // It may have had frontends before.
             None if before.is_some() => yields(Err(object.name)),
@@ -377,18 +434,13 @@ impl Known {
     }
 
     /// Logs an error once, for as long as it stays the same.
-    fn failed(&mut self, error: &watcher::Error) {
-        // The server has forgotten the version we know: an everyday thing, and the list is read again at once.
-        let status = match error {
-            watcher::Error::WatchError(status) => Some(status),
-            watcher::Error::WatchStartFailed(kube::Error::Api(status)) => Some(status),
-            _ => None,
-        };
-        if status.is_some_and(|status| status.code == GONE) {
-            return tracing::debug!("{}: {error}", self.plural);
+    fn failed(&mut self, failure: &Failure) {
+        self.current = false;
+        self.failures += 1;
+        let (reason, advice) = failure.explain(self.plural);
+        if failure.is_everyday() && self.failures < LASTING {
+            return tracing::debug!("{}: {reason}", self.plural);
         }
-        let (what, advice) = explain(error, self.plural);
-        let reason = one_line(&what);
         if self.failing.as_ref() == Some(&reason) {
             return tracing::debug!("watching {} still fails: {reason}", self.plural);
         }
@@ -398,30 +450,6 @@ impl Known {
         );
         self.failing = Some(reason);
     }
-}
-
-/// An error's cause, and what to do about it.
-fn explain(error: &watcher::Error, plural: &str) -> (String, String) {
-    let status = match error {
-        watcher::Error::InitialListFailed(kube::Error::Api(status))
-        | watcher::Error::WatchStartFailed(kube::Error::Api(status))
-        | watcher::Error::WatchFailed(kube::Error::Api(status))
-        | watcher::Error::WatchError(status) => status,
-        error => {
-            let chain: Vec<String> = anyhow::Chain::new(error).map(ToString::to_string).collect();
-            return (chain.join(": "), "check that the API server can be reached".to_owned());
-        }
-    };
-    let advice = match status.code {
-        401 => "give a kubeconfig or service account that is still valid".to_owned(),
-        403 => format!("allow get, list and watch on {plural} (ClusterRole)"),
-        _ => "see the API server's log".to_owned(),
-    };
-    (format!("{} ({})", status.message, status.code), advice)
-}
-
-fn one_line(text: &impl Display) -> String {
-    text.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]

@@ -1,273 +1,53 @@
-//! Against a server on the loopback device that speaks the list and watch protocol.
-
-use std::{
-    collections::BTreeMap,
-    net::SocketAddr,
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+//! Against a server that speaks the protocol over TLS, and misbehaves.
 
 use serde_json::{Value, json};
-use tokio::{
-    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
-    net::{TcpListener, TcpStream},
-    sync::broadcast,
-};
+use shunt_apiserver::{ApiServer, Gone, Kind, Refusal, Streaming};
 
 use super::*;
-use crate::{model::Model, object::NodeFacts};
+use crate::model::Model;
 
-/// As much of an API server as a reflector sees: lists in pages, watches, bookmarks, 410 Gone, errors, dropped connections.
-struct ApiServer {
-    address: SocketAddr,
-    shared: Arc<Mutex<Shared>>,
-}
-
-#[derive(Default)]
-struct Shared {
-    /// By the last word of the path, then by name.
-    objects: BTreeMap<String, BTreeMap<String, Value>>,
-    version: u64,
-    /// Every request's path and query.
-    requests: Vec<String>,
-    /// Answer everything with this status.
-    refuse: Option<u16>,
-    /// Watches that start below this version get 410 Gone.
-    forgotten: u64,
-    /// As the answer's status, not as a watch event.
-    gone_as_status: bool,
-    /// What watches were told.
-    history: Vec<(u64, Told)>,
-    watches: Option<broadcast::Sender<Told>>,
-}
-
-#[derive(Clone)]
-enum Told {
-    Event(String, Value),
-    HangUp,
-}
-
-impl ApiServer {
-    async fn start() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let server = Self {
-            address: listener.local_addr().unwrap(),
-            shared: Arc::default(),
-        };
-        {
-            let mut shared = server.shared.lock().unwrap();
-            shared.version = 100;
-            shared.watches = Some(broadcast::channel(64).0);
-        }
-        let shared = server.shared.clone();
-        tokio::spawn(async move {
-            while let Ok((stream, _)) = listener.accept().await {
-                let shared = shared.clone();
-                tokio::spawn(async move {
-                    // A client that goes away is its own business.
-                    let _ = serve(stream, shared).await;
-                });
-            }
-        });
-        server
-    }
-
-    fn client(&self) -> Client {
-        Client::try_from(kube::Config::new(format!("http://{}", self.address).parse().unwrap())).unwrap()
-    }
-
-    /// Changes an object; watches are told unless `silently`.
-    fn change(&self, plural: &str, mut object: Value, silently: bool) {
-        let mut shared = self.shared.lock().unwrap();
-        shared.version += 1;
-        object["metadata"]["resourceVersion"] = json!(shared.version.to_string());
-        let name = object["metadata"]["name"].as_str().unwrap().to_owned();
-        let known = shared
-            .objects
-            .entry(plural.to_owned())
-            .or_default()
-            .insert(name, object.clone());
-        let kind = if known.is_some() { "MODIFIED" } else { "ADDED" };
-        if !silently {
-            shared.tell(Told::Event(
-                plural.to_owned(),
-                json!({ "type": kind, "object": object }),
-            ));
-        }
-    }
-
-    fn delete(&self, plural: &str, name: &str, silently: bool) {
-        let mut shared = self.shared.lock().unwrap();
-        shared.version += 1;
-        let mut object = shared.objects.get_mut(plural).unwrap().remove(name).unwrap();
-        object["metadata"]["resourceVersion"] = json!(shared.version.to_string());
-        if !silently {
-            shared.tell(Told::Event(
-                plural.to_owned(),
-                json!({ "type": "DELETED", "object": object }),
-            ));
-        }
-    }
-
-    /// Ends all watches; the versions of before are forgotten.
-    fn forget(&self) {
-        let mut shared = self.shared.lock().unwrap();
-        shared.version += 1;
-        shared.forgotten = shared.version;
-        shared.tell(Told::HangUp);
-    }
-
-    fn refuse(&self, status: Option<u16>) {
-        let mut shared = self.shared.lock().unwrap();
-        shared.refuse = status;
-        shared.tell(Told::HangUp);
-    }
-
-    fn requests(&self, containing: &str) -> usize {
-        let shared = self.shared.lock().unwrap();
-        shared
-            .requests
-            .iter()
-            .filter(|request| request.contains(containing))
-            .count()
-    }
-}
-
-impl Shared {
-    fn tell(&mut self, told: Told) {
-        self.history.push((self.version, told.clone()));
-        // Nobody watches: nobody is told.
-        let _ = self.watches.as_ref().unwrap().send(told);
-    }
-}
-
-async fn serve(stream: TcpStream, shared: Arc<Mutex<Shared>>) -> std::io::Result<()> {
-    let mut stream = BufReader::new(stream);
-    loop {
-        let mut head = String::new();
-        while stream.read_line(&mut head).await? > 2 {}
-        let Some(target) = head.split(' ').nth(1).map(str::to_owned) else {
-            return Ok(());
-        };
-        let (path, query) = target.split_once('?').unwrap_or((&target, ""));
-        let plural = path.rsplit('/').next().unwrap().to_owned();
-        let query: BTreeMap<&str, &str> = query.split('&').filter_map(|pair| pair.split_once('=')).collect();
-        let mut watches = None;
-        let mut missed = Vec::new();
-        let (status, body) = {
-            let mut shared = shared.lock().unwrap();
-            shared.requests.push(target.clone());
-            let failure = |code: u16, reason: &str| json!({ "kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": reason, "message": reason });
-            if let Some(code) = shared.refuse {
-                (code, failure(code, "Forbidden"))
-            } else if query.get("watch") == Some(&"true") {
-                let from: u64 = query["resourceVersion"].parse().unwrap();
-                let gone = failure(GONE, "Expired");
-                if from < shared.forgotten && shared.gone_as_status {
-                    (GONE, gone)
-                } else {
-                    watches = Some(shared.watches.as_ref().unwrap().subscribe());
-                    if from < shared.forgotten {
-                        missed.push(Told::Event(plural.clone(), json!({ "type": "ERROR", "object": gone })));
-                    } else {
-                        missed.extend(
-                            shared
-                                .history
-                                .iter()
-                                .filter(|(at, _)| *at > from)
-                                .map(|(_, told)| told.clone()),
-                        );
-                    }
-                    (200, Value::Null)
-                }
-            } else {
-                let wanted = |object: &&Value| match query.get("fieldSelector") {
-                    Some(selector) => selector.ends_with(object["metadata"]["name"].as_str().unwrap()),
-                    None => true,
-                };
-                let all: Vec<Value> = shared
-                    .objects
-                    .entry(plural.clone())
-                    .or_default()
-                    .values()
-                    .filter(wanted)
-                    .cloned()
-                    .collect();
-                // Pages of one object: `continue` is the number of those that were sent.
-                let from: usize = query.get("continue").map_or(0, |from| from.parse().unwrap());
-                let page: Vec<&Value> = all.iter().skip(from).take(1).collect();
-                let next = if from + 1 < all.len() {
-                    (from + 1).to_string()
-                } else {
-                    String::new()
-                };
-                (
-                    200,
-                    json!({ "metadata": { "resourceVersion": shared.version.to_string(), "continue": next }, "items": page }),
-                )
-            }
-        };
-        let Some(mut watches) = watches else {
-            let body = body.to_string();
-            let length = body.len();
-            let answer = format!(
-                "HTTP/1.1 {status} X\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
-            );
-            stream.write_all(answer.as_bytes()).await?;
-            continue;
-        };
-        stream
-            .write_all(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n")
-            .await?;
-        let mut missed = missed.into_iter();
-        loop {
-            let told = match missed.next() {
-                Some(Told::HangUp) => continue,
-                Some(told) => told,
-                None => match watches.recv().await {
-                    Ok(told) => told,
-                    Err(_) => break,
-                },
-            };
-            match told {
-                Told::HangUp => break,
-                Told::Event(of, event) if of == plural => {
-                    let line = format!("{event}\n");
-                    stream
-                        .write_all(format!("{:x}\r\n{line}\r\n", line.len()).as_bytes())
-                        .await?;
-                }
-                Told::Event(..) => {}
-            }
-        }
-        // Without the last chunk: a connection that breaks.
-        return Ok(());
-    }
-}
+/// A change that the server tells at once is here at once; this is for those that take attempts.
+const LONG: Duration = Duration::from_secs(30);
 
 fn service(name: &str, ip: &str) -> Value {
-    json!({ "metadata": { "namespace": "default", "name": name }, "spec": { "clusterIP": ip, "clusterIPs": [ip], "ports": [{ "port": 80 }] } })
+    json!({
+        "kind": "Service", "metadata": { "name": name },
+        "spec": { "clusterIP": ip, "clusterIPs": [ip], "ports": [{ "port": 80, "protocol": "TCP" }] },
+    })
 }
 
 fn slice(name: &str, service: &str, addresses: &[&str]) -> Value {
-    let endpoints: Vec<Value> = addresses
-        .iter()
-        .map(|address| json!({ "addresses": [address] }))
-        .collect();
+    let endpoints: Vec<Value> = addresses.iter().map(|a| json!({ "addresses": [a] })).collect();
     json!({
-        "metadata": { "namespace": "default", "name": name, "labels": { "kubernetes.io/service-name": service } },
-        "addressType": "IPv4", "ports": [{ "name": "", "port": 8080 }], "endpoints": endpoints,
+        "kind": "EndpointSlice", "addressType": "IPv4",
+        "metadata": { "name": name, "labels": { "kubernetes.io/service-name": service } },
+        "ports": [{ "name": "", "port": 8080, "protocol": "TCP" }],
+        "endpoints": endpoints,
     })
 }
 
 fn node(name: &str) -> Value {
     json!({
+        "kind": "Node",
         "metadata": { "name": name, "labels": { "topology.kubernetes.io/zone": "zone-a" } },
-        "status": { "addresses": [{ "type": "InternalIP", "address": "192.0.2.1" }] },
+        "status": { "addresses": [{ "type": "InternalIP", "address": "192.0.2.1" }, { "type": "Hostname", "address": name }] },
     })
 }
 
-/// A source and who listens to it.
+/// Services `a` with one endpoint and `b` with none, and two Nodes.
+fn server() -> ApiServer {
+    let server = ApiServer::start().unwrap();
+    server.apply_all([
+        service("a", "10.96.0.1"),
+        service("b", "10.96.0.2"),
+        slice("a-1", "a", &["10.0.0.1"]),
+        node("node-a"),
+        node("node-z"),
+    ]);
+    server
+}
+
+/// A source and the model that it fills.
 struct Agent {
     events: mpsc::Receiver<Vec<Event>>,
     model: Model,
@@ -280,13 +60,12 @@ impl Agent {
 
     fn start_named(server: &ApiServer, proxy_name: Option<&str>) -> Self {
         let source = Kubernetes::new(Config {
-            kubeconfig: None,
+            kubeconfig: Some(server.kubeconfig()),
             node_name: "node-a".to_owned(),
             proxy_name: proxy_name.map(str::to_owned),
         });
         let (tx, events) = mpsc::channel(16);
-        let client = server.client();
-        tokio::spawn(async move { source.run_with(client, tx).await.unwrap() });
+        tokio::spawn(async move { source.run(tx).await.unwrap() });
         Self {
             events,
             model: Model::new(NodeFacts::default()),
@@ -296,7 +75,7 @@ impl Agent {
     /// Takes events in until a condition holds; returns them.
     async fn until(&mut self, what: &str, holds: impl Fn(&Model) -> bool) -> Vec<Event> {
         let mut all = Vec::new();
-        let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
+        let deadline = Instant::now() + LONG;
         while !holds(&self.model) {
             let batch = tokio::time::timeout_at(deadline, self.events.recv()).await;
             for event in batch
@@ -315,6 +94,17 @@ impl Agent {
         let batch = tokio::time::timeout(Duration::from_millis(300), self.events.recv()).await;
         assert!(batch.is_err(), "nothing changed, but there came {batch:?}");
     }
+
+    /// Waits until the server has so many of this agent's watches, and nothing was yielded meanwhile.
+    async fn silence_until_watches(&mut self, server: &ApiServer, count: usize) {
+        let began = Instant::now();
+        while server.watches() != count {
+            assert!(began.elapsed() < LONG, "{} watches", server.watches());
+            let batch = tokio::time::timeout(Duration::from_millis(20), self.events.recv()).await;
+            assert!(batch.is_err(), "nothing changed, but there came {batch:?}");
+        }
+        self.silence().await;
+    }
 }
 
 fn name(name: &str) -> ObjectName {
@@ -331,23 +121,22 @@ fn backends(model: &Model, service: &str) -> Option<usize> {
 
 #[tokio::test]
 async fn lists_watches_and_lists_again_with_differences_only() {
-    differences_only(false).await;
+    for (streaming, gone) in [
+        (Streaming::On, Gone::Event),
+        (Streaming::Refused, Gone::Status),
+        (Streaming::On, Gone::Status),
+    ] {
+        differences_only(streaming, gone).await;
+    }
 }
 
-#[tokio::test]
-async fn lists_again_when_gone_is_the_answers_status() {
-    differences_only(true).await;
-}
-
-async fn differences_only(gone_as_status: bool) {
-    let server = ApiServer::start().await;
-    server.shared.lock().unwrap().gone_as_status = gone_as_status;
-    server.change("services", service("a", "10.96.0.1"), true);
-    server.change("services", service("b", "10.96.0.2"), true);
-    server.change("endpointslices", slice("a-1", "a", &["10.0.0.1"]), true);
-    server.change("nodes", node("node-a"), true);
-    server.change("nodes", node("node-z"), true);
-
+async fn differences_only(streaming: Streaming, gone: Gone) {
+    let server = server();
+    server.faults(|faults| {
+        faults.streaming = streaming;
+        faults.gone = gone;
+        faults.page = 1;
+    });
     let mut agent = Agent::start(&server);
     let first = agent.until("complete", Model::is_complete).await;
     assert_eq!(first.iter().filter(|event| **event == Event::Complete).count(), 1);
@@ -358,110 +147,324 @@ async fn differences_only(gone_as_status: bool) {
     );
     assert_eq!(agent.model.node().zone.as_deref(), Some("zone-a"));
     assert!(agent.model.node().addresses.contains(&"192.0.2.1".parse().unwrap()));
-    // The server leaves out what is not ours.
-    for plural in ["/services?", "/endpointslices?"] {
-        let shared = server.shared.lock().unwrap();
-        let request = shared.requests.iter().find(|request| request.contains(plural)).unwrap();
-        assert!(
-            request.contains(
-                "labelSelector=%21service.kubernetes.io%2Fheadless%2C%21service.kubernetes.io%2Fservice-proxy-name"
-            ),
-            "{request}"
-        );
-    }
-    assert!(
-        server.requests("/nodes?&limit=500&fieldSelector=metadata.name%3Dnode-a")
-            + server.requests("fieldSelector=metadata.name%3Dnode-a")
-            > 0
-    );
+    // One page for each Service and slice, and one for the Node.
+    let paged = server.requests("limit=500");
+    assert_eq!(paged, if streaming == Streaming::Refused { 4 } else { 0 });
 
     // A watch tells of changes; of those that change nothing here, nothing is yielded.
-    server.change("endpointslices", slice("a-1", "a", &["10.0.0.1", "10.0.0.2"]), false);
+    server.apply(slice("a-1", "a", &["10.0.0.1", "10.0.0.2"]));
     agent.until("a change", |model| backends(model, "a") == Some(2)).await;
     let mut annotated = service("a", "10.96.0.1");
     annotated["metadata"]["annotations"] = json!({ "a": "b" });
-    server.change("services", annotated, false);
+    server.apply(annotated);
     agent.silence().await;
-    server.delete("services", "b", false);
+    server.delete(Kind::Services, "default", "b");
     agent.until("a deletion", |model| backends(model, "b").is_none()).await;
+    server.apply(service("d", "10.96.0.4"));
+    agent.until("d", |model| backends(model, "d").is_some()).await;
 
     // A gap: one Service is gone, one is new, one stays; then the list is read again.
-    server.change("services", service("c", "10.96.0.3"), true);
-    server.change("services", service("d", "10.96.0.4"), false);
-    agent.until("d", |model| backends(model, "d").is_some()).await;
-    server.delete("services", "d", true);
-    server.forget();
+    server.close().unwrap();
+    server.apply(service("c", "10.96.0.3"));
+    server.delete(Kind::Services, "default", "d");
+    server.expire();
+    agent.silence().await;
+    server.open().unwrap();
     let again = agent
         .until("the list again", |model| {
             backends(model, "c").is_some() && backends(model, "d").is_none()
         })
         .await;
-    assert_eq!(
-        again.iter().filter(|event| matches!(event, Event::Service(_))).count(),
-        1,
-        "only c is new: {again:?}"
+    assert_eq!(again.len(), 2, "only c is new: {again:?}");
+    assert!(
+        matches!(&again[0], Event::Service(service) if service.name == name("c")),
+        "{again:?}"
     );
-    assert_eq!(
-        again.last(),
-        Some(&Event::ServiceGone(name("d"))),
-        "deletions last: {again:?}"
-    );
+    assert_eq!(again[1], Event::ServiceGone(name("d")), "deletions last");
     agent.silence().await;
+}
 
-    // A server that refuses takes nothing away, and what happened meanwhile comes when it is back.
-    server.refuse(Some(403));
-    server.delete("endpointslices", "a-1", true);
-    agent.silence().await;
-    assert_eq!(backends(&agent.model, "a"), Some(2));
-    server.forget();
-    server.refuse(None);
+/// SPEC F7: what others serve never comes over the wire.
+#[tokio::test]
+async fn the_server_leaves_out_what_is_not_ours() {
+    let server = server();
+    let labelled = |mut object: Value, label: &str| {
+        object["metadata"]["labels"][label] = "".into();
+        object
+    };
+    server.apply(labelled(service("headless", "None"), "service.kubernetes.io/headless"));
+    server.apply(labelled(
+        service("foreign", "10.96.0.9"),
+        "service.kubernetes.io/service-proxy-name",
+    ));
+    let mut agent = Agent::start(&server);
+    let first = agent.until("complete", Model::is_complete).await;
+    assert_eq!(first.len(), 5, "two Services, a slice, the Node, Complete: {first:?}");
+    for plural in ["/services?", "/endpointslices?"] {
+        let request = server.request(plural).unwrap();
+        let selector =
+            "labelSelector=%21service.kubernetes.io%2Fheadless%2C%21service.kubernetes.io%2Fservice-proxy-name";
+        assert!(request.contains(selector), "{request}");
+    }
+    let request = server.request("/nodes?").unwrap();
+    assert!(
+        request.contains("fieldSelector=metadata.name%3Dnode-a"),
+        "only the own Node: {request}"
+    );
+    // A label that is added takes a Service away, and one that is removed brings it.
+    server.apply(labelled(
+        service("a", "10.96.0.1"),
+        "service.kubernetes.io/service-proxy-name",
+    ));
     agent
-        .until("the server is back", |model| backends(model, "a") == Some(0))
+        .until("a is another's", |model| backends(model, "a").is_none())
         .await;
+    server.apply(service("a", "10.96.0.1"));
+    agent.until("a is ours", |model| backends(model, "a") == Some(1)).await;
+}
+
+/// SPEC L5: watches that end, in order or in the middle of an object, go on where they were.
+#[tokio::test]
+async fn broken_watches_go_on_where_they_were() {
+    let server = server();
+    let mut agent = Agent::start(&server);
+    agent.until("complete", Model::is_complete).await;
+    server.forget_requests();
+    for (number, break_off) in [
+        ApiServer::drop_watches,
+        ApiServer::cut_watches,
+        (|server| server.disconnect().unwrap()) as fn(&ApiServer),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        break_off(&server);
+        // Missed by the watch that has ended; the next one tells it.
+        let addresses: Vec<String> = (0..number + 2).map(|i| format!("10.0.1.{i}")).collect();
+        let addresses: Vec<&str> = addresses.iter().map(String::as_str).collect();
+        server.apply(slice("a-1", "a", &addresses));
+        let events = agent
+            .until("what was missed", |model| backends(model, "a") == Some(addresses.len()))
+            .await;
+        assert_eq!(events.len(), 1, "{events:?}");
+        agent.silence_until_watches(&server, 3).await;
+    }
+    let lists = server.requests("sendInitialEvents") + server.requests("limit=");
+    assert_eq!(lists, 0, "nothing was listed again");
+}
+
+/// Bookmarks move the version that a watch goes on from, so that a quiet kind needs no new list.
+#[tokio::test]
+async fn bookmarks_save_lists() {
+    let server = server();
+    let mut agent = Agent::start(&server);
+    agent.until("complete", Model::is_complete).await;
+    agent.silence_until_watches(&server, 3).await;
+    server.bookmark();
+    agent.silence().await;
+    // Everything before the bookmark is forgotten but for the bookmark's own version.
+    server.close().unwrap();
+    server.forget_requests();
+    server.open().unwrap();
+    agent.silence_until_watches(&server, 3).await;
+    let version = server.request("/services?").unwrap();
+    let version = version.split("resourceVersion=").nth(1).unwrap().to_owned();
+    assert_eq!(version, "1006", "the bookmark's, not that of the last Service");
+    assert_eq!(server.requests("sendInitialEvents") + server.requests("limit="), 0);
+}
+
+/// SPEC L5: an error takes nothing away, and what happened meanwhile comes when it is over.
+#[tokio::test]
+async fn errors_take_nothing_away() {
+    for status in [401, 403, 429, 500, 503] {
+        let server = server();
+        let mut agent = Agent::start(&server);
+        agent.until("complete", Model::is_complete).await;
+        agent.silence_until_watches(&server, 3).await;
+        server.faults(|faults| faults.refuse = Some(Refusal::status(status)));
+        server.drop_watches();
+        server.delete(Kind::EndpointSlices, "default", "a-1");
+        agent.silence().await;
+        assert_eq!(backends(&agent.model, "a"), Some(1));
+        server.faults(|faults| faults.refuse = None);
+        agent
+            .until("the server is back", |model| backends(model, "a") == Some(0))
+            .await;
+    }
+}
+
+/// RFC 6585 and 9110: a server that is overloaded says when to come again.
+#[tokio::test]
+async fn retry_after_is_kept_to() {
+    let server = server();
+    let mut agent = Agent::start(&server);
+    agent.until("complete", Model::is_complete).await;
+    agent.silence_until_watches(&server, 3).await;
+    server.faults(|faults| faults.refuse = Some(Refusal::status(429).retry_after(2)));
+    server.forget_requests();
+    server.drop_watches();
+    tokio::time::sleep(Duration::from_millis(1900)).await;
+    assert_eq!(server.requests(""), 3, "each watch has asked once");
+    server.faults(|faults| faults.refuse = None);
+    agent.silence_until_watches(&server, 3).await;
+}
+
+/// A server whose watches end as soon as they begin is not asked without a pause.
+#[tokio::test]
+async fn short_watches_are_begun_ever_more_seldom() {
+    let server = server();
+    let mut agent = Agent::start(&server);
+    agent.until("complete", Model::is_complete).await;
+    server.forget_requests();
+    server.faults(|faults| faults.short_watches = true);
+    server.drop_watches();
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let count = server.requests("watch=true");
+    assert!((6..=24).contains(&count), "3 kinds, about 0.4, 0.8, 1.5, 3 s: {count}");
+    server.faults(|faults| faults.short_watches = false);
+    agent.silence_until_watches(&server, 3).await;
+}
+
+/// A server that does not know `sendInitialEvents` sends what there is and no end of it.
+#[tokio::test]
+async fn a_list_without_an_end_is_read_in_pages() {
+    let server = server();
+    server.faults(|faults| faults.streaming = Streaming::Ignored);
+    let mut agent = Agent::start(&server);
+    agent.until("complete", Model::is_complete).await;
+    assert_eq!(backends(&agent.model, "a"), Some(1));
+    assert!(server.requests("limit=500") >= 3);
+}
+
+/// A replayed past is not believed: the endpoint that is gone does not come back for a moment.
+#[tokio::test]
+async fn old_versions_are_not_believed() {
+    let server = server();
+    let mut agent = Agent::start(&server);
+    agent.until("complete", Model::is_complete).await;
+    server.apply(slice("a-1", "a", &["10.0.0.1", "10.0.0.2"]));
+    server.apply(slice("a-1", "a", &["10.0.0.3"]));
+    server.delete(Kind::Services, "default", "b");
+    let last = |model: &Model| {
+        let a = name("a");
+        let address = model.slices(&a).next().map(|slice| slice.endpoints[0].address);
+        backends(model, "b").is_none() && address == Some("10.0.0.3".parse().unwrap())
+    };
+    agent.until("the last of them", last).await;
+    agent.silence_until_watches(&server, 3).await;
+    server.faults(|faults| faults.replay = 10);
+    for _ in 0..2 {
+        server.drop_watches();
+        server.wait_for_watches(0, LONG);
+        agent.silence_until_watches(&server, 3).await;
+    }
+    // And the watch goes on.
+    server.apply(slice("a-1", "a", &[]));
+    let events = agent.until("a change", |model| backends(model, "a") == Some(0)).await;
+    assert_eq!(events.len(), 1, "{events:?}");
+}
+
+/// A kubelet writes a new token before the old one expires; one that the server refuses is read again at once, though the
+/// client would keep it for a minute.
+#[tokio::test]
+async fn a_rotated_token_is_read_again() {
+    let server = server();
+    let mut agent = Agent::start(&server);
+    agent.until("complete", Model::is_complete).await;
+    server.set_token("second-token");
+    server.drop_watches();
+    server.delete(Kind::EndpointSlices, "default", "a-1");
+    agent.silence().await;
+    server.write_token("second-token").unwrap();
+    let began = Instant::now();
+    agent
+        .until("let in again", |model| backends(model, "a") == Some(0))
+        .await;
+    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+}
+
+/// After an absence Services and slices change together, though their lists come one after the other.
+#[tokio::test]
+async fn lists_after_an_absence_are_yielded_together() {
+    let server = server();
+    let mut agent = Agent::start(&server);
+    agent.until("complete", Model::is_complete).await;
+    agent.silence_until_watches(&server, 3).await;
+    server.close().unwrap();
+    server.apply_all([service("n", "10.96.0.7"), slice("n-1", "n", &["10.0.0.9"])]);
+    server.expire();
+    // Slices come later.
+    server.faults(|faults| faults.refuse = Some(Refusal::status(500).of(Kind::EndpointSlices)));
+    server.open().unwrap();
+    let began = Instant::now();
+    while server.watches() < 2 {
+        assert!(began.elapsed() < LONG);
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    server.faults(|faults| faults.refuse = None);
+    let batch = tokio::time::timeout(LONG, agent.events.recv()).await.unwrap().unwrap();
+    assert_eq!(batch.len(), 2, "the Service and its slice: {batch:?}");
+}
+
+/// An object that cannot be read is named; all others are served, and so is it as it was before.
+#[tokio::test]
+async fn an_unreadable_object_is_named_and_the_rest_goes_on() {
+    let server = server();
+    let mut agent = Agent::start(&server);
+    agent.until("complete", Model::is_complete).await;
+    let mut broken = service("a", "10.96.0.1");
+    broken["spec"]["ports"] = json!("none");
+    server.apply(broken);
+    server.apply(service("c", "10.96.0.3"));
+    let events = agent.until("c", |model| backends(model, "c").is_some()).await;
+    assert_eq!(events.len(), 1, "{events:?}");
+    server.close().unwrap();
+    server.expire();
+    server.open().unwrap();
+    agent.silence_until_watches(&server, 3).await;
+    assert_eq!(backends(&agent.model, "a"), Some(1));
+}
+
+/// Node facts are live; a Node that is deleted leaves them, for the machine is still there.
+#[tokio::test]
+async fn node_facts_follow_the_node() {
+    let server = server();
+    let mut agent = Agent::start(&server);
+    agent.until("complete", Model::is_complete).await;
+    let mut moved = node("node-a");
+    moved["metadata"]["labels"]["topology.kubernetes.io/zone"] = "zone-b".into();
+    moved["status"]["addresses"][0]["address"] = "192.0.2.99".into();
+    server.apply(moved);
+    let new = "192.0.2.99".parse().unwrap();
+    agent
+        .until("other facts", |model| model.node().addresses.contains(&new))
+        .await;
+    assert_eq!(agent.model.node().zone.as_deref(), Some("zone-b"));
+    assert_eq!(agent.model.node().addresses.len(), 1);
+    server.delete(Kind::Nodes, "", "node-a");
+    agent.silence().await;
 }
 
 #[tokio::test]
 async fn a_node_that_is_not_there_is_named_with_those_that_are() {
-    let server = ApiServer::start().await;
-    server.change("nodes", node("node-y"), true);
-    server.change("nodes", node("node-z"), true);
-    let message = missing_node(&server.client(), "node-a").await;
+    let server = ApiServer::start().unwrap();
+    server.apply_all((0..12).map(|number| node(&format!("node-{number:02}"))));
+    let connection = Connection::new(Some(&server.kubeconfig())).await.unwrap();
+    let message = missing_node(&connection.client(), "node-a").await;
+    let names: Vec<String> = (0..10).map(|number| format!("node-{number:02}")).collect();
     assert_eq!(
         message,
-        "Node node-a is not in the cluster, so no endpoint counts as local by its name: check --node-name (Nodes: node-y, …)"
+        format!(
+            "Node node-a is not in the cluster, so no endpoint counts as local by its name: check --node-name (Nodes: {}, …)",
+            names.join(", ")
+        )
     );
     // It does not keep the rest from being served.
     let mut agent = Agent::start(&server);
     agent.until("complete", Model::is_complete).await;
     // And it may come later.
-    server.change("nodes", node("node-a"), false);
+    server.apply(node("node-a"));
     agent.until("the Node", |model| model.node().zone.is_some()).await;
-}
-
-#[tokio::test]
-async fn no_node_name_is_an_error() {
-    let server = ApiServer::start().await;
-    let source = Kubernetes::new(Config {
-        kubeconfig: None,
-        node_name: String::new(),
-        proxy_name: None,
-    });
-    let error = source.run_with(server.client(), mpsc::channel(1).0).await.unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "the own Node has no name: give --node-name (in a pod: from spec.nodeName)"
-    );
-}
-
-#[tokio::test]
-async fn a_kubeconfig_that_is_not_there_is_named() {
-    let source = Kubernetes::new(Config {
-        kubeconfig: Some("/no/such/kubeconfig".into()),
-        node_name: "node-a".to_owned(),
-        proxy_name: None,
-    });
-    let error = source.run(mpsc::channel(1).0).await.unwrap_err();
-    assert_eq!(error.to_string(), "--kubeconfig /no/such/kubeconfig: cannot be used");
 }
 
 /// SPEC F7 from the other side: with a name of its own, this proxy serves what carries the name and nothing else.
@@ -472,41 +475,115 @@ async fn a_proxy_with_a_name_serves_what_has_its_label() {
         object["metadata"]["labels"][LABEL] = value.into();
         object
     };
-    let server = ApiServer::start().await;
-    // This server does not look at selectors, so the agent has to.
-    server.change("services", labelled(service("ours", "10.96.0.1"), "shunt"), true);
-    server.change("services", labelled(service("other", "10.96.0.2"), "another"), true);
-    server.change("services", service("common", "10.96.0.3"), true);
-    server.change(
-        "endpointslices",
+    let server = ApiServer::start().unwrap();
+    server.apply_all([
+        labelled(service("ours", "10.96.0.1"), "shunt"),
+        labelled(service("other", "10.96.0.2"), "another"),
+        service("common", "10.96.0.3"),
         labelled(slice("ours-1", "ours", &["10.0.0.1"]), "shunt"),
-        true,
-    );
-    server.change("endpointslices", slice("common-1", "common", &["10.0.0.2"]), true);
-    server.change("nodes", node("node-a"), true);
+        slice("common-1", "common", &["10.0.0.2"]),
+        node("node-a"),
+    ]);
     let mut agent = Agent::start_named(&server, Some("shunt"));
-    agent.until("complete", Model::is_complete).await;
+    let first = agent.until("complete", Model::is_complete).await;
+    assert_eq!(first.len(), 4, "the others did not even come: {first:?}");
     assert_eq!(backends(&agent.model, "ours"), Some(1));
-    assert_eq!(
-        (backends(&agent.model, "other"), backends(&agent.model, "common")),
-        (None, None)
-    );
-    let wanted =
-        "labelSelector=%21service.kubernetes.io%2Fheadless%2Cservice.kubernetes.io%2Fservice-proxy-name%3Dshunt";
-    assert_eq!(
-        ["/services?", "/endpointslices?"].map(|plural| {
-            let shared = server.shared.lock().unwrap();
-            let of = |request: &&String| request.contains(plural) && !request.contains(wanted);
-            shared.requests.iter().filter(of).count()
-        }),
-        [0, 0]
-    );
 
     // A Service that gives the label up is kube-proxy's from then on.
-    server.change("services", service("ours", "10.96.0.1"), false);
+    server.apply(service("ours", "10.96.0.1"));
     agent.until("given up", |model| backends(model, "ours").is_none()).await;
-    server.change("services", labelled(service("common", "10.96.0.3"), "shunt"), false);
+    server.apply(labelled(service("common", "10.96.0.3"), "shunt"));
     agent
         .until("taken over", |model| backends(model, "common").is_some())
         .await;
+}
+
+async fn error_of(kubeconfig: Option<PathBuf>, node_name: &str) -> String {
+    let source = Kubernetes::new(Config {
+        kubeconfig,
+        node_name: node_name.to_owned(),
+        proxy_name: None,
+    });
+    let error = source.run(mpsc::channel(1).0).await.unwrap_err();
+    format!("{error:#}")
+}
+
+/// What cannot heal ends the source, with one line.
+#[tokio::test]
+async fn a_configuration_that_cannot_be_used_is_named() {
+    let server = ApiServer::start().unwrap();
+    assert_eq!(
+        error_of(Some(server.kubeconfig()), "").await,
+        "the own Node has no name: give --node-name (in a pod: from spec.nodeName)"
+    );
+    let error = error_of(Some("/no/such/kubeconfig".into()), "node-a").await;
+    assert!(
+        error.starts_with("--kubeconfig /no/such/kubeconfig: cannot be used"),
+        "{error}"
+    );
+    let folder = tempfile::tempdir().unwrap();
+    for (text, said) in [
+        ("{ a: [", "cannot be used"),
+        ("apiVersion: v1\nkind: Config\n", "its current context cannot be used"),
+        (
+            "current-context: x\ncontexts: [{ name: x, context: { cluster: nowhere } }]\n",
+            "its current context cannot be used",
+        ),
+        (
+            "current-context: x\ncontexts: [{ name: x, context: { cluster: c, user: u } }]\n\
+             clusters: [{ name: c, cluster: { server: 'https://192.0.2.1' } }]\nusers: [{ name: u, user: { tokenFile: /no/token } }]\n",
+            "the credentials for https://192.0.2.1 cannot be used",
+        ),
+    ] {
+        let path = folder.path().join("kubeconfig");
+        std::fs::write(&path, text).unwrap();
+        let error = error_of(Some(path), "node-a").await;
+        assert!(error.contains(said), "{error}");
+        assert_eq!(error.lines().count(), 1, "{error}");
+    }
+}
+
+/// What can heal is one line that names the server, and what to do.
+#[tokio::test]
+async fn failures_say_what_to_do() {
+    let server = server();
+    let connection = Connection::new(Some(&server.kubeconfig())).await.unwrap();
+    let ask = async || {
+        let request = kube::core::Request::new("/api/v1/services");
+        let answer = connection.send(request.list(&ListParams::default()).unwrap()).await;
+        let (what, advice) = answer.unwrap_err().explain("services");
+        format!("{what}; {advice}")
+    };
+    server.faults(|faults| faults.refuse = Some(Refusal::status(403)));
+    let said = ask().await;
+    assert!(
+        said.ends_with("(403); allow get, list and watch on services (ClusterRole)"),
+        "{said}"
+    );
+    server.faults(|faults| faults.refuse = None);
+    server.set_token("another");
+    let said = ask().await;
+    assert!(
+        said.starts_with("Unauthorized (401); give a kubeconfig or service account"),
+        "{said}"
+    );
+    server.close().unwrap();
+    let said = ask().await;
+    let start = format!("https://{} cannot be reached: ", server.address());
+    assert!(said.starts_with(&start), "{said}");
+    assert!(said.contains("refused"), "{said}");
+}
+
+#[tokio::test]
+async fn a_foreign_certificate_is_named() {
+    let (server, other) = (server(), server());
+    // The other's authority.
+    let ca = |server: &ApiServer| server.kubeconfig().with_file_name("ca.crt");
+    std::fs::copy(ca(&other), ca(&server)).unwrap();
+    let connection = Connection::new(Some(&server.kubeconfig())).await.unwrap();
+    let request = kube::core::Request::new("/api/v1/services");
+    let answer = connection.send(request.list(&ListParams::default()).unwrap()).await;
+    let (what, advice) = answer.unwrap_err().explain("services");
+    assert!(what.contains("certificate"), "{what}");
+    assert_eq!(advice, "check the certificate authority in the kubeconfig");
 }
