@@ -9,10 +9,13 @@
 //! - [`sync`]: brings the pinned maps to the plan, writing only differences.
 //! - [`datapath`]: loading, pinning and attaching the BPF programs; typed access to the maps.
 //! - [`gc`]: flows that have ended or fallen silent leave the connection tables.
+//! - [`healthcheck`]: what load balancers ask on `healthCheckNodePort`; [`health`]: whether this agent does its work.
 //! - [`cli`]: one file per verb.
 pub mod cli;
 pub mod datapath;
 pub mod gc;
+pub mod health;
+pub mod healthcheck;
 pub mod model;
 pub mod object;
 pub mod plan;

@@ -16,6 +16,7 @@ use std::{
 };
 
 use crate::{
+    healthcheck::{self, Check},
     object::{EndpointSlice, Event, NodeFacts, ObjectName, Problem, Protocol, Service},
     plan::{Excluded, FrontendAddress, FrontendKind, ServicePlan, addresses, plan},
 };
@@ -151,6 +152,11 @@ impl Model {
             &self.node,
             &self.excluded(service, &slices),
         )
+    }
+
+    /// What to answer on a Service's `healthCheckNodePort`; `None` when it has none or is gone.
+    pub fn health_check(&self, name: &ObjectName) -> Option<Check> {
+        healthcheck::check(self.services.get(name)?, self.slices(name), &self.node)
     }
 
     /// Whether the source has told everything there is, once.

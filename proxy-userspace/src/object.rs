@@ -155,6 +155,14 @@ pub struct NodeFacts {
     pub addresses: BTreeSet<IpAddr>,
 }
 
+impl NodeFacts {
+    /// Whether an endpoint is on this node.
+    pub fn is_local(&self, endpoint: &Endpoint) -> bool {
+        let on_this_node = !self.name.is_empty() && endpoint.node.as_ref() == Some(&self.name);
+        on_this_node || self.addresses.contains(&endpoint.address)
+    }
+}
+
 /// One change, as a source tells it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {

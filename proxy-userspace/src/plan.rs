@@ -318,11 +318,10 @@ impl Candidates {
                         .or_default()
                         .entry((endpoint.address, slice_port.port))
                         .or_default();
-                    let on_this_node = !node.name.is_empty() && endpoint.node.as_ref() == Some(&node.name);
                     // Slices may disagree while one follows the other: what any of them allows is allowed.
                     candidate.ready |= endpoint.ready || service.publish_not_ready;
                     candidate.serving_terminating |= endpoint.serving && endpoint.terminating;
-                    candidate.local |= on_this_node || node.addresses.contains(&endpoint.address);
+                    candidate.local |= node.is_local(endpoint);
                     candidate.has_node_hint |= !endpoint.nodes.is_empty();
                     candidate.for_this_node |= endpoint.nodes.contains(&node.name);
                     candidate.has_zone_hint |= !endpoint.zones.is_empty();

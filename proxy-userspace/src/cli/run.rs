@@ -41,6 +41,8 @@ use crate::{
         netns::{self, NodePortAddresses},
     },
     gc::{self, Collector, Timeouts, Walk},
+    health::Health,
+    healthcheck::HealthChecks,
     model::Model,
     object::{Event, NodeFacts, ObjectName},
     source::{kubernetes, manifests},
@@ -254,12 +256,14 @@ async fn serve(args: RunArgs, begin: Instant) -> anyhow::Result<()> {
     let _collector =
         Collector::spawn(maps, Timeouts::default(), gc::INTERVAL, report).context("cannot start a thread")?;
 
+    let health = Health::default();
     let mut agent = Agent {
         model: Model::new(configured),
         syncer,
         pending: BTreeSet::new(),
         errors: HashMap::new(),
         live: None,
+        checks: HealthChecks::new(health.clone()),
         args,
         datapath,
     };
@@ -277,6 +281,7 @@ async fn serve(args: RunArgs, begin: Instant) -> anyhow::Result<()> {
                         retry = slots::GRACE;
                     }
                     if let (false, Some(live)) = (was_live, &agent.live) {
+                        health.set(true);
                         let (services, backends) = agent.syncer.counts();
                         debug!("node addresses: {:?}", live.addresses);
                         print(&format!("ready: {services} services, {backends} backends, took {:.1?}", begin.elapsed()))?;
@@ -322,6 +327,7 @@ struct Agent {
     errors: HashMap<ObjectName, String>,
     /// `None` until the source has told everything.
     live: Option<Live>,
+    checks: HealthChecks,
 }
 
 /// What goes on once programs are attached.
@@ -387,6 +393,7 @@ impl Agent {
     }
 
     fn bring(&mut self, name: &ObjectName) -> bool {
+        self.checks.set(name, self.model.health_check(name).as_ref());
         match self.syncer.apply(&self.model.plan(name)) {
             Ok(applied) => {
                 for warning in &applied.warnings {

@@ -1,0 +1,364 @@
+//! `spec.healthCheckNodePort`: tells a load balancer whether this node has ready endpoints of a Service with
+//! `externalTrafficPolicy: Local`, in kube-proxy's words (`service_health.go` in its `healthcheck` package).
+//!
+//! Each Service has a listener per family of its own, on the wildcard address. Where a port is in use, one warning names
+//! the Service, and the port is tried again until it is free or no longer asked for.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    convert::Infallible,
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use hyper::{Request, Response, StatusCode, body::Incoming, header, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde::Serialize;
+use socket2::{Domain, Socket, Type};
+use tokio::{net::TcpListener, sync::Semaphore, task::JoinHandle};
+use tracing::{debug, info, warn};
+
+use crate::{
+    health::Health,
+    object::{EndpointSlice, NodeFacts, ObjectName, Service},
+};
+
+/// kube-proxy's name for the number of ready local endpoints, which load balancers may weigh nodes by.
+const WEIGHT: &str = "x-load-balancing-endpoint-weight";
+/// From one attempt to listen to the next; the first failure may be a listener that is just being closed.
+const RETRY: Duration = Duration::from_millis(500);
+/// A request's headers must be there by then.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
+/// Connections of one listener at once: others wait.
+const MAX_CONNECTIONS: usize = 64;
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 128;
+
+/// What is asked for one Service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Check {
+    /// `spec.healthCheckNodePort`.
+    pub port: u16,
+    /// Ready endpoints on this node by family (IPv4, IPv6); `None`: the Service is not of it.
+    pub local: [Option<usize>; 2],
+}
+
+/// What to answer for a Service; `None` when nobody is to be answered.
+pub fn check<'a>(
+    service: &Service,
+    slices: impl IntoIterator<Item = &'a EndpointSlice>,
+    node: &NodeFacts,
+) -> Option<Check> {
+    let port = service.health_check_node_port?;
+    let mut ready: BTreeSet<IpAddr> = BTreeSet::new();
+    for endpoint in slices.into_iter().flat_map(|slice| &slice.endpoints) {
+        let is_ready = (endpoint.ready || service.publish_not_ready) && !endpoint.terminating;
+        if is_ready && node.is_local(endpoint) {
+            ready.insert(endpoint.address);
+        }
+    }
+    let local = [false, true].map(|v6| {
+        let of_family = |ip: &&IpAddr| ip.is_ipv6() == v6;
+        let is_mine = service.cluster_ips.is_empty() || service.cluster_ips.iter().any(|ip| of_family(&ip));
+        is_mine.then(|| ready.iter().filter(of_family).count())
+    });
+    Some(Check { port, local })
+}
+
+/// The listeners of all Services. To be used within a tokio runtime; they end when this is dropped.
+#[derive(Debug)]
+pub struct HealthChecks {
+    health: Health,
+    /// By Service and family.
+    listeners: HashMap<(ObjectName, bool), Listener>,
+}
+
+/// One listener, or the attempt at it.
+#[derive(Debug)]
+struct Listener {
+    port: u16,
+    local: Arc<AtomicUsize>,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// What one listener answers from.
+#[derive(Debug)]
+struct State {
+    service: ObjectName,
+    local: Arc<AtomicUsize>,
+    health: Health,
+}
+
+impl HealthChecks {
+    /// Nothing to answer yet.
+    pub fn new(health: Health) -> Self {
+        Self {
+            health,
+            listeners: HashMap::new(),
+        }
+    }
+
+    /// Brings a Service's listeners to what is asked now; `None` closes them.
+    pub fn set(&mut self, service: &ObjectName, check: Option<&Check>) {
+        for v6 in [false, true] {
+            let key = (service.clone(), v6);
+            let wanted = check.and_then(|check| Some((check.port, check.local[usize::from(v6)]?)));
+            let Some((port, count)) = wanted else {
+                self.listeners.remove(&key);
+                continue;
+            };
+            if self.listeners.get(&key).is_none_or(|listener| listener.port != port) {
+                let local = Arc::new(AtomicUsize::new(count));
+                let state = State {
+                    service: service.clone(),
+                    local: local.clone(),
+                    health: self.health.clone(),
+                };
+                let task = tokio::spawn(serve(state, port, v6));
+                self.listeners.insert(key, Listener { port, local, task });
+            } else if let Some(listener) = self.listeners.get(&key) {
+                listener.local.store(count, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+/// Listens as soon as it can, and answers.
+async fn serve(state: State, port: u16, v6: bool) {
+    let address = match v6 {
+        false => SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)),
+        true => SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)),
+    };
+    let mut failures = 0;
+    let listener = loop {
+        match listen(address) {
+            Ok(listener) => break listener,
+            Err(error) => {
+                failures += 1;
+                if failures == 2 {
+                    warn!(
+                        "Service {}: spec.healthCheckNodePort: cannot listen on {address}: {error}; load balancers cannot \
+                         see this node's endpoints; free the port or choose another, it is tried again",
+                        state.service
+                    );
+                }
+            }
+        }
+        tokio::time::sleep(RETRY).await;
+    };
+    if failures >= 2 {
+        info!("Service {}: listening on {address} now", state.service);
+    }
+    let state = Arc::new(state);
+    let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    // Ends the connections too when the listener goes.
+    let mut connections = tokio::task::JoinSet::new();
+    loop {
+        while connections.try_join_next().is_some() {}
+        let Ok(permit) = room.clone().acquire_owned().await else {
+            return;
+        };
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                debug!("Service {}: {address}: {error}", state.service);
+                // No more files: some may be closed by then.
+                tokio::time::sleep(RETRY).await;
+                continue;
+            }
+        };
+        let state = state.clone();
+        connections.spawn(async move {
+            let answer = service_fn(move |_: Request<Incoming>| {
+                let response = answer(&state);
+                async move { Ok::<_, Infallible>(response) }
+            });
+            let served = http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(HEADER_TIMEOUT)
+                // One answer is all that is asked for, and a connection that stays would keep its place.
+                .keep_alive(false)
+                .serve_connection(TokioIo::new(stream), answer);
+            if let Err(error) = served.await {
+                debug!("health check: {error}");
+            }
+            drop(permit);
+        });
+    }
+}
+
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), None)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    // Connections of an earlier listener may still be in TIME_WAIT.
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    TcpListener::from_std(socket.into())
+}
+
+#[derive(Serialize)]
+struct Name<'a> {
+    namespace: &'a str,
+    name: &'a str,
+}
+
+/// The body, with kube-proxy's fields in their order.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Body<'a> {
+    service: Name<'a>,
+    local_endpoints: usize,
+    service_proxy_healthy: bool,
+}
+
+/// The answer to whatever was asked.
+fn answer(state: &State) -> Response<String> {
+    let local = state.local.load(Ordering::Relaxed);
+    let healthy = state.health.is_healthy();
+    let body = Body {
+        service: Name {
+            namespace: &state.service.namespace,
+            name: &state.service.name,
+        },
+        local_endpoints: local,
+        service_proxy_healthy: healthy,
+    };
+    let mut text = Vec::new();
+    let tabs = serde_json::ser::PrettyFormatter::with_indent(b"\t");
+    // Neither maps with odd keys nor a writer that fails.
+    let written = body.serialize(&mut serde_json::Serializer::with_formatter(&mut text, tabs));
+    debug_assert!(written.is_ok());
+    let mut response = Response::new(String::from_utf8_lossy(&text).into_owned());
+    *response.status_mut() = match local > 0 && healthy {
+        true => StatusCode::OK,
+        false => StatusCode::SERVICE_UNAVAILABLE,
+    };
+    let headers = response.headers_mut();
+    headers.insert(
+        header::CONTENT_TYPE,
+        header::HeaderValue::from_static("application/json"),
+    );
+    headers.insert(
+        header::X_CONTENT_TYPE_OPTIONS,
+        header::HeaderValue::from_static("nosniff"),
+    );
+    headers.insert(WEIGHT, local.into());
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::object::Endpoint;
+
+    fn name() -> ObjectName {
+        ObjectName::new("shop", "web")
+    }
+
+    fn service(cluster_ips: &[&str]) -> Service {
+        Service {
+            name: name(),
+            created: None,
+            cluster_ips: cluster_ips.iter().map(|ip| ip.parse().unwrap()).collect(),
+            external_ips: Vec::new(),
+            load_balancer_ips: Vec::new(),
+            ports: Vec::new(),
+            affinity_secs: None,
+            external_policy: Default::default(),
+            internal_policy: Default::default(),
+            health_check_node_port: Some(32_000),
+            source_ranges: Vec::new(),
+            publish_not_ready: false,
+        }
+    }
+
+    fn slice(endpoints: &[(&str, &str, [bool; 3])]) -> EndpointSlice {
+        let endpoint = |&(address, node, [ready, serving, terminating]): &(&str, &str, [bool; 3])| Endpoint {
+            address: address.parse().unwrap(),
+            node: Some(node.into()),
+            ready,
+            serving,
+            terminating,
+            zones: BTreeSet::new(),
+            nodes: BTreeSet::new(),
+        };
+        EndpointSlice {
+            name: name(),
+            service: name(),
+            ports: Vec::new(),
+            endpoints: endpoints.iter().map(endpoint).collect(),
+        }
+    }
+
+    /// P4, cilium#11043: exactly the ready local ones, each address once, none that terminates.
+    #[test]
+    fn ready_local_endpoints_are_counted_once() {
+        let slices = [
+            slice(&[
+                ("10.0.0.1", "node-a", [true, true, false]),
+                ("10.0.0.2", "node-a", [false, true, true]),
+                ("10.0.0.3", "node-a", [false, false, false]),
+                ("10.0.0.4", "node-b", [true, true, false]),
+            ]),
+            slice(&[
+                ("10.0.0.1", "node-a", [true, true, false]),
+                ("fd00::1", "node-a", [true, true, false]),
+                ("fd00::2", "node-a", [true, true, false]),
+                // publishNotReadyAddresses makes them ready; they go nevertheless.
+                ("fd00::3", "node-a", [true, true, true]),
+            ]),
+        ];
+        let node = NodeFacts {
+            name: "node-a".into(),
+            ..Default::default()
+        };
+        let of = |ips: &[&str]| check(&service(ips), &slices, &node).unwrap().local;
+        assert_eq!(of(&["10.96.0.1", "fd96::1"]), [Some(1), Some(2)]);
+        assert_eq!(of(&["10.96.0.1"]), [Some(1), None]);
+        let without = Service {
+            health_check_node_port: None,
+            ..service(&["10.96.0.1"])
+        };
+        assert_eq!(check(&without, &slices, &node), None);
+    }
+
+    /// P4: kube-proxy's body, byte for byte, and its headers.
+    #[test]
+    fn the_answer_is_kube_proxys() {
+        let health = Health::default();
+        let state = State {
+            service: name(),
+            local: Arc::new(AtomicUsize::new(2)),
+            health: health.clone(),
+        };
+        assert_eq!(answer(&state).status(), 503, "the agent is not healthy yet");
+        health.set(true);
+        let response = answer(&state);
+        assert_eq!(response.status(), 200);
+        assert_eq!(response.headers()["content-type"], "application/json");
+        assert_eq!(response.headers()["x-content-type-options"], "nosniff");
+        assert_eq!(response.headers()["x-load-balancing-endpoint-weight"], "2");
+        assert_eq!(
+            response.body(),
+            "{\n\t\"service\": {\n\t\t\"namespace\": \"shop\",\n\t\t\"name\": \"web\"\n\t},\n\t\"localEndpoints\": 2,\n\t\
+             \"serviceProxyHealthy\": true\n}"
+        );
+        state.local.store(0, Ordering::Relaxed);
+        assert_eq!(answer(&state).status(), 503);
+        assert_eq!(answer(&state).headers()["x-load-balancing-endpoint-weight"], "0");
+    }
+}
