@@ -40,6 +40,10 @@ pub mod names {
     pub const SCRATCH: [&str; 2] = ["scratch4", "scratch6"];
     /// `HASH` device index → `u32`: devices that hand packets over to a pod's namespace; filled for `--fast-path` only.
     pub const POD_DEVICES: &str = "pod_devices";
+    /// `LRU_HASH` address → device, time and MAC addresses: the programs' own memory of ways to pods.
+    pub const POD_WAYS: [&str; 2] = ["pod_ways4", "pod_ways6"];
+    /// `PERCPU_ARRAY` of one: the fast path's own memory.
+    pub const FAST_WORK: &str = "fast_work";
     /// `LRU_HASH` [`AffinityKey`](super::AffinityKey) → [`Affinity`](super::Affinity): see [`crate::affinity`].
     pub const AFFINITY: [&str; 2] = ["affinity4", "affinity6"];
     /// `HASH` [`MemberKey`](super::MemberKey) → `u32` index into `slots`: which backends a frontend with affinity has.

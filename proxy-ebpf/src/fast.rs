@@ -6,24 +6,26 @@
 //! pods, the programs on their devices' way in are not passed. So the second half of a translation is done here, where
 //! it is [`leaving`]'s otherwise. What has no such way (a process of the node, no route, a packet too large or without
 //! hops left) goes through the stack as ever.
+//!
+//! Asking the routing tables costs more than all the rest, so the way to a pod is remembered for a second.
 
 use aya_ebpf::{
     EbpfContext, Global,
     bindings::{TC_ACT_SHOT, bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1},
-    btf_maps::HashMap,
+    btf_maps::{HashMap, LruHashMap, PerCpuArray},
     helpers::{bpf_fib_lookup, bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_change_type},
     macros::btf_map,
     programs::TcContext,
 };
 use shunt_common::{
-    balance::{Verdict, leaving},
+    balance::{Maps, Verdict, leaving},
     event::Event,
-    family::Words6,
+    family::{V4, V6, Words6},
     packet::{self, ETHERNET, Headers, Packet, Tuple},
 };
 
 use crate::{
-    maps::{Hook, KernelFamily, KernelMaps, count},
+    maps::{Hook, KernelFamily, KernelMaps, bytes, count},
     tc::{Buffer, rewrite},
     xdp::{FibLookup, words},
 };
@@ -36,10 +38,58 @@ static FAST_PATH: Global<u32> = Global::new(0);
 #[btf_map(name = "pod_devices")]
 static POD_DEVICES: HashMap<u32, u32, 4096> = HashMap::new();
 
+/// The way to a pod.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Way {
+    /// The device's index.
+    device: u32,
+    /// When the routing tables were asked, in ticks: it holds for that one.
+    tick: u32,
+    /// The device's MTU.
+    mtu: u32,
+    /// Source and destination MAC address; zeros where the neighbour was not known.
+    macs: [u16; 6],
+}
+
+type Ways<A> = LruHashMap<A, Way, 4096>;
+
+#[btf_map(name = "pod_ways4")]
+static WAYS4: Ways<[u8; 4]> = Ways::new();
+#[btf_map(name = "pod_ways6")]
+static WAYS6: Ways<[u8; 16]> = Ways::new();
+
+/// Memory of one run: the stack has no room for it.
+#[repr(C)]
+struct Work {
+    fib: FibLookup,
+    way: Way,
+}
+
+#[btf_map(name = "fast_work")]
+static WORK: PerCpuArray<Work, 1> = PerCpuArray::new();
+
+/// The maps of one family.
+pub(crate) trait FastFamily: KernelFamily {
+    const WAYS: &'static Ways<Self::Addr>;
+}
+
+impl FastFamily for V4 {
+    const WAYS: &'static Ways<[u8; 4]> = &WAYS4;
+}
+
+impl FastFamily for V6 {
+    const WAYS: &'static Ways<[u8; 16]> = &WAYS6;
+}
+
 /// `BPF_FIB_LKUP_RET_NO_NEIGH` of linux/bpf.h: a way, but the next hop's MAC address is not known yet.
 const NO_NEIGH: i64 = 7;
 /// `PACKET_HOST` of linux/if_packet.h: for the receiver itself.
 const PACKET_HOST: u32 = 0;
+
+/// The packet is as it was and goes through the stack; no action has this number.
+// Not an `Option`: LLVM leaves the pointer to the place of one in the register of the result, which the verifier forbids.
+pub(crate) const SLOW: i32 = i32::MIN;
 
 /// Whether there is a fast path.
 #[inline(always)]
@@ -49,52 +99,64 @@ pub(crate) fn is_on() -> bool {
 
 /// A packet that was not translated where it arrived: sends it on if it is a reply that would be on its way out.
 #[inline(never)]
-pub(crate) fn send_reply<F: KernelFamily>(ctx: &TcContext, headers: &Headers<F::Words>) -> Option<i32> {
+pub(crate) fn send_reply<F: FastFamily>(ctx: &TcContext, headers: &Headers<F::Words>) -> i32 {
     let maps = KernelMaps::new(ctx.as_ptr(), Hook::Tc);
     match leaving::<F, _>(&maps, &headers.tuple, headers.tcp_flags) {
         Verdict::Translate(out) => send::<F>(ctx, headers, &headers.tuple, &out.tuple),
-        _ => None,
+        _ => SLOW,
     }
 }
 
 /// A packet whose tuple was translated where it arrived: rewrites it and sends it on.
 #[inline(never)]
-pub(crate) fn send_translated<F: KernelFamily>(
+pub(crate) fn send_translated<F: FastFamily>(
     ctx: &TcContext,
     headers: &Headers<F::Words>,
     arrived: &Tuple<F::Words>,
-) -> Option<i32> {
+) -> i32 {
     let maps = KernelMaps::new(ctx.as_ptr(), Hook::Tc);
     match leaving::<F, _>(&maps, arrived, headers.tcp_flags) {
         Verdict::Translate(out) => send::<F>(ctx, headers, arrived, &out.tuple),
         Verdict::Pass => send::<F>(ctx, headers, arrived, arrived),
-        _ => None,
+        _ => SLOW,
     }
 }
 
 /// Sends the packet on: with the tuple `left` into a pod here, else with `arrived`, for the program on the device it leaves
-/// through. `None`: it is as it was, and goes through the stack.
+/// through. [`SLOW`]: it is as it was, and goes through the stack.
 #[inline(always)]
-fn send<F: KernelFamily>(
+fn send<F: FastFamily>(
     ctx: &TcContext,
     headers: &Headers<F::Words>,
     arrived: &Tuple<F::Words>,
     left: &Tuple<F::Words>,
-) -> Option<i32> {
+) -> i32 {
     // SAFETY: the context is valid while the program runs.
-    let (ingress, tagged, kind) = unsafe {
+    let (ingress, tagged, segments) = unsafe {
         let skb = ctx.skb.skb;
-        ((*skb).ifindex, (*skb).vlan_present, (*skb).pkt_type)
+        ((*skb).ifindex, (*skb).vlan_present, (*skb).gso_size)
     };
     if tagged != 0 {
-        return None;
+        return SLOW;
     }
-    let mut fib = FibLookup {
+    let now = Maps::<F>::now(&KernelMaps::new(ctx.as_ptr(), Hook::Tc));
+    // SAFETY: entries are replaced as a whole, and freed after this run only.
+    if let Some(way) = unsafe { F::WAYS.get(bytes::<_, F::Addr>(&arrived.dst)) }
+        && way.tick == now
+        && (segments != 0 || ctx.len() <= way.mtu + ETHERNET as u32)
+    {
+        return hand_over::<F>(ctx, headers, left, way);
+    }
+    // SAFETY: per-CPU memory that only this run writes meanwhile.
+    let Some(Work { fib, way }) = WORK.get_ptr_mut(0).and_then(|work| unsafe { work.as_mut() }) else {
+        return SLOW;
+    };
+    *fib = FibLookup {
         family: F::AF,
         l4_protocol: arrived.proto,
         sport: arrived.src_port.to_be(),
         dport: arrived.dst_port.to_be(),
-        // None: the kernel compares the packet's own length, or its segments', with the route's MTU.
+        // None: the kernel compares the packet's own length, or its segments', with the MTU, and tells it.
         tot_len: 0,
         ifindex: ingress,
         flowinfo: 0,
@@ -104,49 +166,78 @@ fn send<F: KernelFamily>(
         macs: [0; 6],
     };
     // SAFETY: `fib` has the size and layout of the kernel's struct.
-    let routed = unsafe { bpf_fib_lookup(ctx.as_ptr(), (&raw mut fib).cast(), size_of::<FibLookup>() as i32, 0) };
+    let routed = unsafe {
+        bpf_fib_lookup(
+            ctx.as_ptr(),
+            core::ptr::from_mut(fib).cast(),
+            size_of::<FibLookup>() as i32,
+            0,
+        )
+    };
     if routed != 0 && routed != NO_NEIGH {
-        return None;
+        return SLOW;
     }
-    let peer = POD_DEVICES.get_ptr(&fib.ifindex).is_some();
-    if !packet::decrement_hops::<F>(&Buffer(ctx), headers.l3) {
-        return None;
-    }
-    if !rewrite::<F>(ctx, headers, if peer { left } else { arrived }) {
-        count(Event::RewriteFailed);
-        return Some(TC_ACT_SHOT);
-    }
-    if !peer {
-        let Words6 { high, low } = fib.dst;
-        // The kernel put the gateway's address, of whichever family, in place of the destination's.
-        let mut hop = bpf_redir_neigh {
-            nh_family: fib.family.into(),
-            __bindgen_anon_1: bpf_redir_neigh__bindgen_ty_1 {
-                ipv6_nh: [high as u32, (high >> 32) as u32, low as u32, (low >> 32) as u32],
-            },
+    if POD_DEVICES.get_ptr(&fib.ifindex).is_some() {
+        *way = Way {
+            device: fib.ifindex,
+            tick: now,
+            mtu: fib.tot_len.into(),
+            macs: fib.macs,
         };
-        let size = size_of::<bpf_redir_neigh>() as i32;
-        // SAFETY: the helper reads `hop` and notes where to send.
-        return Some(unsafe { bpf_redirect_neigh(fib.ifindex, &raw mut hop, size, 0) } as i32);
+        // Without a neighbour the kernel did not look at the length: ask again next time.
+        if routed == 0 {
+            let _asked_again = F::WAYS.insert(bytes::<_, F::Addr>(&arrived.dst), &*way, 0);
+        }
+        return hand_over::<F>(ctx, headers, left, way);
     }
-    if routed == 0
+    if !packet::decrement_hops::<F>(&Buffer(ctx), headers.l3) {
+        return SLOW;
+    }
+    if !rewrite::<F>(ctx, headers, arrived) {
+        count(Event::RewriteFailed);
+        return TC_ACT_SHOT;
+    }
+    let Words6 { high, low } = fib.dst;
+    // The kernel put the gateway's address, of whichever family, in place of the destination's.
+    let mut hop = bpf_redir_neigh {
+        nh_family: fib.family.into(),
+        __bindgen_anon_1: bpf_redir_neigh__bindgen_ty_1 {
+            ipv6_nh: [high as u32, (high >> 32) as u32, low as u32, (low >> 32) as u32],
+        },
+    };
+    let size = size_of::<bpf_redir_neigh>() as i32;
+    // SAFETY: the helper reads `hop` and notes where to send.
+    unsafe { bpf_redirect_neigh(fib.ifindex, &raw mut hop, size, 0) as i32 }
+}
+
+/// Gives the packet to the pod's end of its device.
+#[inline(always)]
+fn hand_over<F: FastFamily>(ctx: &TcContext, headers: &Headers<F::Words>, tuple: &Tuple<F::Words>, way: &Way) -> i32 {
+    if !packet::decrement_hops::<F>(&Buffer(ctx), headers.l3) {
+        return SLOW;
+    }
+    if !rewrite::<F>(ctx, headers, tuple) {
+        count(Event::RewriteFailed);
+        return TC_ACT_SHOT;
+    }
+    if way.macs[3] | way.macs[4] | way.macs[5] != 0
         && let Some(ethernet) = Buffer(ctx).bytes(0, ETHERNET)
     {
         // SAFETY: 14 bytes were checked.
         unsafe {
             let ethernet = ethernet.cast::<u16>();
             for i in 0..3 {
-                ethernet.add(i).write_volatile(fib.macs[3 + i]);
-                ethernet.add(3 + i).write_volatile(fib.macs[i]);
+                ethernet.add(i).write_volatile(way.macs[3 + i]);
+                ethernet.add(3 + i).write_volatile(way.macs[i]);
             }
         }
     }
     // SAFETY: the context is valid; the helpers check their arguments.
     unsafe {
         // A bridge's port gets packets that are addressed to the bridge; the pod would drop what is for another host.
-        if kind != PACKET_HOST && bpf_skb_change_type(ctx.skb.skb, PACKET_HOST) != 0 {
-            return Some(TC_ACT_SHOT);
+        if (*ctx.skb.skb).pkt_type != PACKET_HOST && bpf_skb_change_type(ctx.skb.skb, PACKET_HOST) != 0 {
+            return TC_ACT_SHOT;
         }
-        Some(bpf_redirect_peer(fib.ifindex, 0) as i32)
+        bpf_redirect_peer(way.device, 0) as i32
     }
 }

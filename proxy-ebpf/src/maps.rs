@@ -178,7 +178,7 @@ fn entry<'m, B, W: Copy>(ptr: Option<*mut B>) -> Option<Entry<'m, W>> {
 
 /// A key or value with addresses as words, as the map is declared: with bytes.
 #[inline(always)]
-fn bytes<W, B>(words: &W) -> &B {
+pub(crate) fn bytes<W, B>(words: &W) -> &B {
     const { assert!(size_of::<B>() == size_of::<W>() && align_of::<B>() <= align_of::<W>()) };
     // SAFETY: the same layout but for the addresses, of which any bytes are one.
     unsafe { &*core::ptr::from_ref(words).cast() }

@@ -28,7 +28,7 @@ use shunt_common::{
 };
 
 use crate::{
-    fast,
+    fast::{self, FastFamily},
     maps::{Hook, KernelFamily, KernelMaps, count},
 };
 
@@ -168,7 +168,7 @@ fn family(ctx: &TcContext) -> Option<u16> {
 }
 
 #[inline(always)]
-fn handle<F: KernelFamily>(ctx: &TcContext, place: Place) -> i32 {
+fn handle<F: FastFamily>(ctx: &TcContext, place: Place) -> i32 {
     let buffer = Buffer(ctx);
     // Headers may stand in page fragments, where programs cannot read: have them pulled into the linear part.
     if buffer.bytes(0, ETHERNET + F::HEADER + 20).is_none() {
@@ -199,10 +199,10 @@ fn handle<F: KernelFamily>(ctx: &TcContext, place: Place) -> i32 {
         let sent = match &verdict {
             Verdict::Pass => fast::send_reply::<F>(ctx, &headers),
             Verdict::Translate(to) => fast::send_translated::<F>(ctx, &headers, &to.tuple),
-            _ => None,
+            _ => fast::SLOW,
         };
-        if let Some(action) = sent {
-            return action;
+        if sent != fast::SLOW {
+            return sent;
         }
     }
     match verdict {
