@@ -18,6 +18,7 @@
 use core::{marker::PhantomData, mem::offset_of, ptr::NonNull};
 
 use crate::{
+    address::{self, Stranger},
     affinity,
     event::Event,
     family::Family,
@@ -190,6 +191,8 @@ pub trait Maps<F: Family> {
     fn member(&self, key: &MemberKey) -> Option<u32>;
     /// Whether a source is in one of a Service's `source_ranges`; the prefix is as long as can be.
     fn in_source_ranges(&self, key: &SourceRangeKey<F::Words>) -> bool;
+    /// The `ADDRESS_*` bits of an address; 0 for one that no Service has.
+    fn address(&self, addr: &F::Words) -> u32;
     /// An entry of `flows`.
     fn flow(&self, key: &FlowKey<F::Words>) -> Option<Entry<'_, Flow<F::Words>>>;
     /// Adds to `flows`; `false` when the map refuses.
@@ -283,7 +286,11 @@ pub fn arriving<F: Family, M: Maps<F>>(maps: &M, arrival: &Arrival<F::Words>) ->
     if !maps.filter(filter::frontend::<F>(tuple.dst, tuple.dst_port, tuple.proto))
         && !maps.filter(filter::frontend::<F>(F::UNSPECIFIED, tuple.dst_port, tuple.proto))
     {
-        return Verdict::Pass;
+        return if address::may_be_service::<F>(config, tuple.dst) {
+            stranger(address::unknown_port(maps, tuple.dst))
+        } else {
+            Verdict::Pass
+        };
     }
     let key = client_key::<F>(tuple);
     if let Some(flow) = maps.flow(&key)
@@ -300,6 +307,15 @@ pub fn arriving<F: Family, M: Maps<F>>(maps: &M, arrival: &Arrival<F::Words>) ->
         Outcome::Translate => Verdict::Translate(scratch.translation),
         Outcome::Refuse => Verdict::Refuse,
         Outcome::Drop => Verdict::Drop,
+    }
+}
+
+#[inline(always)]
+fn stranger<A>(stranger: Stranger) -> Verdict<A> {
+    match stranger {
+        Stranger::Pass => Verdict::Pass,
+        Stranger::Refuse => Verdict::Refuse,
+        Stranger::Drop => Verdict::Drop,
     }
 }
 
@@ -801,7 +817,13 @@ fn choose<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> O
         frontend_key.addr = F::UNSPECIFIED;
         frontend = maps.frontend(frontend_key);
     }
-    let Some(frontend) = frontend else { return Outcome::Pass };
+    let Some(frontend) = frontend else {
+        return match address::unknown_port(maps, tuple.dst) {
+            Stranger::Pass => Outcome::Pass,
+            Stranger::Refuse => Outcome::Refuse,
+            Stranger::Drop => Outcome::Drop,
+        };
+    };
 
     if frontend.flags & FRONTEND_SOURCE_RANGES != 0 && !is_allowed(maps, tuple, &frontend) {
         maps.count(Event::SourceDenied);

@@ -49,6 +49,14 @@ events! {
     RewriteFailed = 9, "rewrite_failed";
     /// New flows dropped because their source is in none of the Service's loadBalancerSourceRanges.
     SourceDenied = 10, "source_denied";
+    /// Packets or connects refused because no Service has that port of its cluster IP.
+    UnknownPort = 11, "unknown_port";
+    /// Packets dropped because their destination is a cluster IP or in the Service range, and nobody takes them there.
+    UnknownAddress = 12, "unknown_address";
+    /// Echo requests to addresses of Services answered.
+    EchoAnswered = 13, "echo_answered";
+    /// ICMP errors about translated packets that were translated too.
+    ErrorTranslated = 14, "error_translated";
 }
 
 /// Number of entries of the `events` map: room for more without a new layout.

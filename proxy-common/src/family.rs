@@ -14,6 +14,8 @@ pub trait Family: Copy + Debug + Eq + 'static {
 
     /// `0.0.0.0` or `::`: in a [`FrontendKey`](crate::layout::FrontendKey) "any node address", elsewhere "none".
     const UNSPECIFIED: Self::Words;
+    /// All bits one.
+    const ONES: Self::Words;
     /// Ethernet type of the family, host order.
     const ETHERTYPE: u16;
     /// Length of the IP header without options or extensions, in bytes.
@@ -38,6 +40,9 @@ pub trait Family: Copy + Debug + Eq + 'static {
 
     /// Whether the address is a loopback address (`127.0.0.0/8`, `::1`).
     fn is_loopback(addr: Self::Words) -> bool;
+
+    /// Whether no single machine can be told by the address: multicast, broadcast, unspecified and loopback ones.
+    fn is_group(addr: Self::Words) -> bool;
 
     /// This family's part of the configuration.
     fn config(config: &Config) -> &FamilyConfig<Self::Addr>;
@@ -65,6 +70,7 @@ impl Family for V4 {
     type Addr = [u8; 4];
     type Words = u32;
     const UNSPECIFIED: u32 = 0;
+    const ONES: u32 = u32::MAX;
     const ETHERTYPE: u16 = 0x0800;
     const HEADER: usize = 20;
     const ADDRESSES: usize = 12;
@@ -100,6 +106,12 @@ impl Family for V4 {
     }
 
     #[inline(always)]
+    fn is_group(addr: u32) -> bool {
+        let first = addr.to_ne_bytes()[0];
+        first >= 224 || first == 0 || first == 127
+    }
+
+    #[inline(always)]
     fn config(config: &Config) -> &FamilyConfig<[u8; 4]> {
         &config.v4
     }
@@ -109,6 +121,10 @@ impl Family for V6 {
     type Addr = [u8; 16];
     type Words = Words6;
     const UNSPECIFIED: Words6 = Words6 { high: 0, low: 0 };
+    const ONES: Words6 = Words6 {
+        high: u64::MAX,
+        low: u64::MAX,
+    };
     const ETHERTYPE: u16 = 0x86dd;
     const HEADER: usize = 40;
     const ADDRESSES: usize = 8;
@@ -152,6 +168,11 @@ impl Family for V6 {
     #[inline(always)]
     fn is_loopback(addr: Words6) -> bool {
         addr.high == 0 && addr.low == 1u64.to_be()
+    }
+
+    #[inline(always)]
+    fn is_group(addr: Words6) -> bool {
+        addr.high.to_ne_bytes()[0] == 0xff || (addr.high == 0 && (addr.low == 0 || addr.low == 1u64.to_be()))
     }
 
     #[inline(always)]

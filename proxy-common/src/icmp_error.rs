@@ -19,6 +19,7 @@ use crate::{
     access::{Access, load_addr, store_addrs},
     balance::{Maps, Scratch, client_key, collided_bit, shared_key, snat_slot},
     checksum::Difference,
+    event::Event,
     extension,
     family::Family,
     filter,
@@ -69,8 +70,10 @@ pub(crate) fn translate<F: Family, M: Maps<F>>(
         return Fate::Pass;
     }
     if write::<F>(packet, scratch) {
+        maps.count(Event::ErrorTranslated);
         Fate::Pass
     } else {
+        maps.count(Event::RewriteFailed);
         Fate::Drop
     }
 }

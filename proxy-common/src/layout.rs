@@ -24,6 +24,8 @@ pub mod names {
     pub const SNAT: [&str; 2] = ["snat4", "snat6"];
     /// `HASH` address → `u32` flags: the node addresses that node ports answer on.
     pub const NODE_ADDRS: [&str; 2] = ["node_addrs4", "node_addrs6"];
+    /// `HASH` address → `u32` of `ADDRESS_*` bits: every address of a Service, whatever the port.
+    pub const ADDRESSES: [&str; 2] = ["addresses4", "addresses6"];
     /// `ARRAY`, memory-mappable, of [`FILTER_WORDS`](super::FILTER_WORDS) words: see [`crate::filter`].
     pub const FILTER: &str = "filter";
     /// `ARRAY` of [`COLLIDED_WORDS`](super::COLLIDED_WORDS) words: client ports with more than one frontend at once.
@@ -329,6 +331,11 @@ pub struct BackendState {
     pub reserved: u32,
 }
 
+/// Value in `addresses`: one of a Service's cluster IPs, so nothing else answers there.
+pub const ADDRESS_CLUSTER_IP: u32 = 1 << 0;
+/// Value in `addresses`: a frontend there has a backend, so echo requests are answered.
+pub const ADDRESS_READY: u32 = 1 << 1;
+
 /// Words of the `filter` map: 2^22 bits, half a MiB.
 pub const FILTER_WORDS: usize = 1 << 16;
 /// Words of the `collided` map: 2^16 bits.
@@ -350,6 +357,12 @@ pub const MAX_CLUSTER_CIDRS: usize = 4;
 /// [`Config::flags`]: the `node_addrs` check also admits loopback addresses from the node's own namespace.
 pub const CONFIG_NODEPORT_LOOPBACK: u32 = 1 << 0;
 
+/// [`Config::flags`]: echo requests to addresses with [`ADDRESS_READY`] are answered.
+pub const CONFIG_ANSWER_PING: u32 = 1 << 1;
+
+/// Most networks per family in [`FamilyConfig::service_cidrs`].
+pub const MAX_SERVICE_CIDRS: usize = 4;
+
 /// The part of [`Config`] that exists once per family.
 #[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -360,6 +373,13 @@ pub struct FamilyConfig<A> {
     pub cluster_cidrs: [Prefix<A>; MAX_CLUSTER_CIDRS],
     /// Number of `cluster_cidrs` in use.
     pub cluster_cidr_count: u32,
+    /// Number of `service_cidrs` in use.
+    pub service_cidr_count: u32,
+    /// The smallest network with all cluster IPs and `service_cidrs` in it: destinations outside need no look at
+    /// `addresses`. All ones with an empty mask, which no address matches: there are none.
+    pub service_hull: Prefix<A>,
+    /// Addresses in these belong to Services or to nobody.
+    pub service_cidrs: [Prefix<A>; MAX_SERVICE_CIDRS],
 }
 
 /// What the programs must know of this node. One entry, replaced as a whole by the agent.
@@ -437,9 +457,9 @@ no_padding!(
     BackendState = 3 * 8 + 4 + 4,
     SocketPeer = 2 * 16 + 2 + 2 + 4,
     SocketPeers = SOCKET_PEERS * 40 + 4,
-    FamilyConfig<[u8; 4]> = 4 + MAX_CLUSTER_CIDRS * 8 + 4,
-    FamilyConfig<[u8; 16]> = 16 + MAX_CLUSTER_CIDRS * 32 + 4,
-    Config = 8 + 2 + 2 + 4 + 4 + 40 + 148,
+    FamilyConfig<[u8; 4]> = 4 + MAX_CLUSTER_CIDRS * 8 + 2 * 4 + 8 + MAX_SERVICE_CIDRS * 8,
+    FamilyConfig<[u8; 16]> = 16 + MAX_CLUSTER_CIDRS * 32 + 2 * 4 + 32 + MAX_SERVICE_CIDRS * 32,
+    Config = 8 + 2 + 2 + 4 + 4 + 84 + 312,
 );
 
 #[cfg(feature = "user")]

@@ -13,9 +13,11 @@ extern crate alloc;
 extern crate std;
 
 pub mod access;
+pub mod address;
 pub mod affinity;
 pub mod balance;
 pub mod checksum;
+pub mod echo;
 pub mod event;
 pub mod extension;
 pub mod family;

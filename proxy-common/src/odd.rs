@@ -5,11 +5,13 @@
 
 use crate::{
     access::{Access, load_addr},
-    balance::{From, Maps},
-    extension,
+    address::{self, Stranger},
+    balance::{From, Maps, Scratch},
+    echo, extension,
     extension::Path,
     family::Family,
     icmp_error,
+    layout::{SCTP, TCP, UDP},
     packet::{ETHERNET, Tuple},
 };
 
@@ -30,6 +32,8 @@ pub enum Fate {
     Pass,
     /// Not possible, or not allowed.
     Drop,
+    /// It is its own answer now, and goes back to where it came from.
+    Back,
 }
 
 /// What is known of the packet at hand; part of [`crate::balance::Scratch`].
@@ -74,10 +78,29 @@ pub fn odd<F: Family, M: Maps<F>>(maps: &M, packet: &impl Access, place: Place) 
         proto: odd.path.proto as u8,
     };
     if odd.tuple.proto == icmp_error::proto::<F>() && odd.path.is_whole() {
-        return match packet.load::<u8>(odd.path.l4) {
-            Some(kind) if icmp_error::is_error::<F>(kind) => icmp_error::translate(maps, packet, scratch, place),
-            _ => Fate::Pass,
-        };
+        match packet.load::<u8>(odd.path.l4) {
+            Some(kind) if icmp_error::is_error::<F>(kind) => {
+                return icmp_error::translate(maps, packet, scratch, place);
+            }
+            Some(kind) if kind == echo::request::<F>() => {
+                if let Some(fate) = echo::answer(maps, packet, scratch) {
+                    return fate;
+                }
+            }
+            _ => {}
+        }
     }
-    Fate::Pass
+    match place {
+        Place::In(_) if !matches!(scratch.odd.tuple.proto, TCP | UDP | SCTP) => other(maps, scratch),
+        _ => Fate::Pass,
+    }
+}
+
+/// A packet of a protocol that no Service speaks.
+#[inline(always)]
+fn other<F: Family, M: Maps<F>>(maps: &M, scratch: &Scratch<F::Words>) -> Fate {
+    match address::unknown_protocol(maps, scratch.odd.tuple.dst) {
+        Stranger::Pass => Fate::Pass,
+        Stranger::Refuse | Stranger::Drop => Fate::Drop,
+    }
 }

@@ -187,6 +187,9 @@ where
     fn in_source_ranges(&self, key: &SourceRangeKey<F::Words>) -> bool {
         self.source_ranges.borrow().contains(key)
     }
+    fn address(&self, _addr: &F::Words) -> u32 {
+        0
+    }
     fn flow(&self, key: &FlowKey<F::Words>) -> Option<Entry<'_, Flow<F::Words>>> {
         entry(self.flows.borrow_mut().get_mut(key))
     }

@@ -42,6 +42,7 @@ pub(crate) struct Source<A> {
     service: u32,
     addr: A,
 }
+type Addresses<A> = HashMap<A, u32, 65_536>;
 
 #[btf_map(name = "scratch4")]
 static SCRATCH4: PerCpuArray<Scratch<u32>, 1> = PerCpuArray::new();
@@ -59,6 +60,7 @@ pub(crate) trait KernelFamily: Family {
     const AFFINITY: &'static AffinityMap<Self::Addr>;
     const MEMBERS: &'static Members;
     const SOURCE_RANGES: &'static SourceRanges<Self::Addr>;
+    const SERVICE_ADDRS: &'static Addresses<Self::Addr>;
     const SCRATCH: &'static PerCpuArray<Scratch<Self::Words>, 1>;
     /// `AF_INET` or `AF_INET6`.
     const AF: u8;
@@ -100,6 +102,10 @@ static MEMBERS6: Members = Members::new();
 static SOURCE_RANGES4: SourceRanges<[u8; 4]> = SourceRanges::new();
 #[btf_map(name = "source_ranges6")]
 static SOURCE_RANGES6: SourceRanges<[u8; 16]> = SourceRanges::new();
+#[btf_map(name = "addresses4")]
+static ADDRESSES4: Addresses<[u8; 4]> = Addresses::new();
+#[btf_map(name = "addresses6")]
+static ADDRESSES6: Addresses<[u8; 16]> = Addresses::new();
 #[btf_map(name = "filter")]
 static FILTER: Array<u64, FILTER_WORDS, MMAPABLE> = Array::new();
 #[btf_map(name = "collided")]
@@ -126,6 +132,7 @@ impl KernelFamily for V4 {
     const AFFINITY: &'static AffinityMap<[u8; 4]> = &AFFINITY4;
     const MEMBERS: &'static Members = &MEMBERS4;
     const SOURCE_RANGES: &'static SourceRanges<[u8; 4]> = &SOURCE_RANGES4;
+    const SERVICE_ADDRS: &'static Addresses<[u8; 4]> = &ADDRESSES4;
     const SCRATCH: &'static PerCpuArray<Scratch<u32>, 1> = &SCRATCH4;
     const AF: u8 = 2;
 }
@@ -140,6 +147,7 @@ impl KernelFamily for V6 {
     const AFFINITY: &'static AffinityMap<[u8; 16]> = &AFFINITY6;
     const MEMBERS: &'static Members = &MEMBERS6;
     const SOURCE_RANGES: &'static SourceRanges<[u8; 16]> = &SOURCE_RANGES6;
+    const SERVICE_ADDRS: &'static Addresses<[u8; 16]> = &ADDRESSES6;
     const SCRATCH: &'static PerCpuArray<Scratch<Words6>, 1> = &SCRATCH6;
     const AF: u8 = 10;
 }
@@ -247,6 +255,15 @@ impl<F: KernelFamily> Maps<F> for KernelMaps {
         unsafe {
             atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(entry.as_ptr().cast(), old, new)
                 .1
+        }
+    }
+
+    #[inline(always)]
+    fn address(&self, addr: &F::Words) -> u32 {
+        match F::SERVICE_ADDRS.get_ptr(bytes::<_, F::Addr>(addr)) {
+            // SAFETY: an aligned word of a live map value.
+            Some(flags) => unsafe { flags.read() },
+            None => 0,
         }
     }
 

@@ -11,6 +11,7 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use shunt_common::{
+    address::{self, Stranger},
     affinity,
     balance::{Maps, socket_frontend},
     event::Event,
@@ -150,7 +151,11 @@ fn choose<F: Peer>(ctx: &SockAddrContext, addr: F::Words, call: Call) -> Result<
     let port = port(ctx);
     let Some(frontend) = socket_frontend::<F, _>(&maps, addr, port, proto, || means_this_node::<F>(ctx, &maps, addr))
     else {
-        return Ok(None);
+        return if is_refused::<F>(ctx, addr, call) {
+            Err(())
+        } else {
+            Ok(None)
+        };
     };
     let dialled = F::mapped(addr);
     if call == Call::Send
@@ -201,6 +206,30 @@ fn choose<F: Peer>(ctx: &SockAddrContext, addr: F::Words, call: Call) -> Result<
     );
     Maps::<F>::count_flow(&maps, slot.backend);
     Ok(Some((slot.addr, slot.port)))
+}
+
+/// Refuses a port that no Service has on a cluster IP (see [`address`]). Other destinations are left alone, those that nobody
+/// has too: tc drops what is sent there, and a client that tries again may find that a Service has come.
+///
+/// `connect` of a UDP socket sends nothing, and resolvers use it to learn whether an address of a family can be reached, with
+/// ports of their own choice (Go's 9, musl's 65535; RFC 6724). So that goes through, but in the node's own namespace, where no
+/// device would refuse the datagrams.
+#[inline(never)]
+fn is_refused<F: Peer>(ctx: &SockAddrContext, addr: F::Words, call: Call) -> bool {
+    let maps = KernelMaps::new(ctx.as_ptr(), Hook::Socket);
+    // SAFETY: the context is valid while the program runs.
+    let proto = unsafe { (&raw const (*fields(ctx)).protocol).read_volatile() } as u8;
+    let Some(config) = Maps::<F>::config(&maps) else {
+        return false;
+    };
+    if !matches!(proto, TCP | UDP | SCTP) || !address::may_be_service::<F>(config, addr) {
+        return false;
+    }
+    // SAFETY: the helper takes the program's own context.
+    if proto == UDP && call == Call::Connect && unsafe { bpf_get_netns_cookie(ctx.as_ptr()) } != config.host_netns {
+        return false;
+    }
+    address::unknown_port::<F, _>(&maps, addr) == Stranger::Refuse
 }
 
 #[inline(always)]

@@ -7,7 +7,7 @@ use core::mem::MaybeUninit;
 
 use aya_ebpf::{
     EbpfContext,
-    bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC},
+    bindings::{BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC},
     helpers::{
         bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_tail,
         bpf_skb_load_bytes, bpf_skb_pull_data, bpf_skb_store_bytes,
@@ -235,9 +235,16 @@ fn whole<F: KernelFamily>(ctx: &TcContext, place: Place, plain: i32) -> i32 {
 fn odd<F: KernelFamily>(ctx: &TcContext, place: Place) -> i32 {
     match odd::odd::<F, _>(&KernelMaps::new(ctx.as_ptr(), Hook::Tc), &Buffer(ctx), place) {
         Fate::Pass => TC_ACT_UNSPEC,
-        Fate::Drop => {
-            count(Event::RewriteFailed);
-            TC_ACT_SHOT
+        Fate::Drop => TC_ACT_SHOT,
+        Fate::Back => {
+            // What a process on this node sends comes back to it as if it had come in.
+            let flags = if place == Place::Out {
+                u64::from(BPF_F_INGRESS)
+            } else {
+                0
+            };
+            // SAFETY: the context is valid while the program runs; the helper only notes where to send.
+            unsafe { bpf_redirect((*ctx.skb.skb).ifindex, flags) as i32 }
         }
     }
 }

@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use shunt_common::layout::LAYOUT_VERSION;
 use shunt_lab::{Agent, AgentOptions, Answer, Client, Cni, Dial, DialError, Lab, PodSpec, Port, Proto, Sockets};
 use tempfile::TempDir;
 
@@ -523,7 +524,7 @@ fn the_datapath_outlives_its_agents() {
         .flat_map(|client| to.map(|to| client.open_tcp(to).unwrap()))
         .collect();
     let links = |cluster: &Cluster| -> BTreeSet<String> {
-        let path = cluster.lab.bpf_root("node-a").join("v2/links");
+        let path = cluster.lab.bpf_root("node-a").join(format!("v{LAYOUT_VERSION}/links"));
         fs::read_dir(path)
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
@@ -711,7 +712,7 @@ fn only_eligible_endpoints_are_reached() {
 #[test]
 fn bpftool_reads_the_maps() {
     let cluster = Cluster::start("native", &[]);
-    let root = cluster.lab.bpf_root("node-a").join("v2");
+    let root = cluster.lab.bpf_root("node-a").join(format!("v{LAYOUT_VERSION}"));
     let bpftool = |args: &[&str], path: &Path| -> serde_json::Value {
         let output = std::process::Command::new("bpftool")
             .args(["-j"])

@@ -1,4 +1,5 @@
-//! Packets that others forget, through the loaded programs: ICMP errors. Needs root.
+//! Packets that others forget, through the loaded programs: ICMP errors, pings, unknown ports and
+//! addresses. Needs root.
 
 use std::net::IpAddr;
 
@@ -7,10 +8,14 @@ use etherparse::{Icmpv4Type, Icmpv6Type, PacketBuilder, icmpv4, icmpv6};
 #[path = "support/loaded.rs"]
 mod loaded;
 
-use loaded::{BACKEND, CLIENT, FAR, Loaded, NODE, REMOTE, WEB};
+use loaded::{BACKEND, CLIENT, EMPTY, FAR, Loaded, NODE, REMOTE, WEB};
 
 const TC_ACT_UNSPEC: u32 = u32::MAX;
+const TC_ACT_SHOT: u32 = 2;
+const TC_ACT_REDIRECT: u32 = 7;
+const XDP_DROP: u32 = 1;
 const XDP_PASS: u32 = 2;
+const XDP_REDIRECT: u32 = 4;
 
 /// A router on the way.
 const ROUTER: [&str; 2] = ["172.16.0.1", "2001:db8:aaaa::1"];
@@ -282,5 +287,120 @@ fn other_errors_pass_untouched() {
             }
         }
         assert_ne!(through(&loaded, "tc_node_out", &ours), ours);
+    }
+}
+
+/// Every program that packets arrive at, with its verdicts for "dropped" and "sent back".
+const ARRIVING: [(&str, u32, u32); 3] = [
+    ("xdp_node", XDP_DROP, XDP_REDIRECT),
+    ("tc_node_in", TC_ACT_SHOT, TC_ACT_REDIRECT),
+    ("tc_pod_in", TC_ACT_SHOT, TC_ACT_REDIRECT),
+];
+/// In the Service range, and nobody's.
+const UNALLOCATED: [&str; 2] = ["10.96.7.7", "fd96::77"];
+
+/// An echo request (or its answer, which comes by fewer hops).
+fn echo(from: &str, to: &str, hops: u8, is_answer: bool) -> Vec<u8> {
+    let (id, seq) = (0x1234, 7);
+    let ethernet = match is_answer {
+        false => PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]),
+        true => PacketBuilder::ethernet2([2, 0, 0, 0, 0, 2], [2, 0, 0, 0, 0, 1]),
+    };
+    let mut bytes = Vec::new();
+    let payload = b"how are you today?!";
+    match (from.parse().unwrap(), to.parse().unwrap()) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => {
+            let ip = ethernet.ipv4(from.octets(), to.octets(), hops);
+            match is_answer {
+                false => ip.icmpv4_echo_request(id, seq).write(&mut bytes, payload).unwrap(),
+                true => ip.icmpv4_echo_reply(id, seq).write(&mut bytes, payload).unwrap(),
+            }
+        }
+        (IpAddr::V6(from), IpAddr::V6(to)) => {
+            let ip = ethernet.ipv6(from.octets(), to.octets(), hops);
+            match is_answer {
+                false => ip.icmpv6_echo_request(id, seq).write(&mut bytes, payload).unwrap(),
+                true => ip.icmpv6_echo_reply(id, seq).write(&mut bytes, payload).unwrap(),
+            }
+        }
+        _ => unreachable!("one family"),
+    }
+    bytes
+}
+
+/// F11: whatever its hop limit; the answer has a new one, so it does not go in circles with what is left of the old.
+#[test]
+fn pings_of_services_with_a_backend_are_answered() {
+    let loaded = Loaded::new("echo");
+    for v6 in FAMILIES {
+        for hops in [0, 1, 2, 64, 255] {
+            let request = echo(CLIENT[v6], WEB[v6], hops, false);
+            assert_eq!(through(&loaded, "xdp_node", &request), request, "left to tc");
+            for program in ["tc_node_in", "tc_pod_in", "tc_node_out"] {
+                let (verdict, out) = loaded.run(program, &request);
+                assert_eq!(
+                    (verdict, out),
+                    (TC_ACT_REDIRECT, echo(WEB[v6], CLIENT[v6], 64, true)),
+                    "{program}"
+                );
+            }
+        }
+        for program in ["tc_node_in", "tc_pod_in"] {
+            // Nobody behind it, nobody at all, and somebody else.
+            for (to, wanted) in [
+                (EMPTY[v6], TC_ACT_SHOT),
+                (UNALLOCATED[v6], TC_ACT_SHOT),
+                (ROUTER[v6], TC_ACT_UNSPEC),
+            ] {
+                let request = echo(CLIENT[v6], to, 64, false);
+                assert_eq!(loaded.run(program, &request), (wanted, request), "{program}, {to}");
+            }
+            // Nobody can be answered there.
+            let group = ["224.0.0.1", "ff02::1"][v6];
+            assert_eq!(loaded.run(program, &echo(group, WEB[v6], 64, false)).0, TC_ACT_SHOT);
+            // An answer to a ping that nobody sent.
+            assert_eq!(loaded.run(program, &echo(CLIENT[v6], WEB[v6], 64, true)).0, TC_ACT_SHOT);
+        }
+    }
+}
+
+/// F12
+#[test]
+fn unknown_ports_are_refused_and_unknown_addresses_dropped() {
+    let loaded = Loaded::new("unknown");
+    for (program, dropped, back) in ARRIVING {
+        for v6 in FAMILIES {
+            for udp in [false, true] {
+                let to = |address, port| loaded.run(program, &packet((CLIENT[v6], 44_000), (address, port), udp));
+                let (verdict, answer) = to(WEB[v6], 81);
+                assert_eq!(verdict, back, "{program}");
+                // Port unreachable, from the address that was dialled.
+                let (source, icmp) = ([26, 22][v6], ETHERNET + IP[v6]);
+                let wanted: Vec<u8> = match WEB[v6].parse().unwrap() {
+                    IpAddr::V4(address) => address.octets().into(),
+                    IpAddr::V6(address) => address.octets().into(),
+                };
+                assert_eq!(answer[source..source + wanted.len()], wanted);
+                assert_eq!(answer[icmp..icmp + 2], [[3, 3], [1, 4]][v6], "{program}");
+                assert_eq!(to(UNALLOCATED[v6], 80).0, dropped, "{program}");
+                let pass = if program == "xdp_node" { XDP_PASS } else { TC_ACT_UNSPEC };
+                assert_eq!(to(ROUTER[v6], 80).0, pass, "{program}");
+                assert_eq!(to(NODE[v6], 80).0, pass, "{program}");
+            }
+        }
+    }
+    // A protocol that no Service speaks (here ESP) goes nowhere either.
+    for v6 in FAMILIES {
+        for (to, wanted) in [
+            (WEB[v6], TC_ACT_SHOT),
+            (UNALLOCATED[v6], TC_ACT_SHOT),
+            (ROUTER[v6], TC_ACT_UNSPEC),
+        ] {
+            let mut esp = Vec::new();
+            builder(CLIENT[v6], to)
+                .write(&mut esp, etherparse::IpNumber::ENCAPSULATING_SECURITY_PAYLOAD, &[7; 64])
+                .unwrap();
+            assert_eq!(loaded.run("tc_node_in", &esp), (wanted, esp), "{to}");
+        }
     }
 }

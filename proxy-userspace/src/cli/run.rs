@@ -60,6 +60,9 @@ const MAX_RETRY: Duration = Duration::from_secs(30);
 /// The source is named in the log when it has not told everything after so long.
 const SLOW_SOURCE: Duration = Duration::from_secs(10);
 
+/// Where missing cluster IPs come from, if nobody says otherwise: kubeadm's range, and one like it.
+const SERVICE_CIDRS: [&str; 2] = ["10.96.0.0/12", "fd00:10:96::/112"];
+
 /// `shunt run`.
 #[derive(Clone, Debug, Args)]
 pub struct RunArgs {
@@ -103,10 +106,13 @@ pub struct RunArgs {
     /// of others on the way to a pod.
     #[arg(long, value_enum, default_value_t = Switch::Off)]
     fast_path: Switch,
-    /// With --manifests: networks that missing cluster IPs come from; the first decides the default family.
-    #[arg(long, value_name = "CIDR", num_args = 1.., value_delimiter = ',',
-          default_values = ["10.96.0.0/12", "fd00:10:96::/112"])]
+    /// Networks of cluster IPs: packets to addresses there that no Service has are dropped. With --manifests missing cluster IPs
+    /// come from here, and the first decides the default family; with a cluster the default means none.
+    #[arg(long, value_name = "CIDR", num_args = 1.., value_delimiter = ',', default_values = SERVICE_CIDRS)]
     service_cidr: Vec<IpNet>,
+    /// Answer pings of Services' addresses that have a backend.
+    #[arg(long, value_enum, default_value_t = Switch::On)]
+    answer_ping: Switch,
     /// With --manifests: networks that missing load balancer IPs come from [default: none, such Services stay pending].
     #[arg(long, value_name = "CIDR", num_args = 1.., value_delimiter = ',')]
     load_balancer_cidr: Vec<IpNet>,
@@ -442,7 +448,8 @@ impl Agent {
             warn!("this node has no address: translated packets have no source; give --node-ip");
         }
         let maps = self.syncer.maps().clone();
-        let config = node::config(&node_settings(&self.args, &addresses), maps.v4.snat.capacity())?;
+        let mut config = node::config(&node_settings(&self.args, &addresses), maps.v4.snat.capacity())?;
+        self.syncer.cover(&mut config);
         if maps.set_config(&config)? {
             info!("node addresses: {addresses:?}");
         }
@@ -555,9 +562,17 @@ fn node_settings(args: &RunArgs, addresses: &[IpAddr]) -> NodeSettings {
             .iter()
             .any(|address| network.contains(address))
     };
+    // A cluster's range is its own affair; the default is one that this agent gives addresses from.
+    let is_default = || args.service_cidr.iter().map(ToString::to_string).eq(SERVICE_CIDRS);
+    let service_cidrs = match args.manifests.is_empty() && is_default() {
+        true => Vec::new(),
+        false => args.service_cidr.clone(),
+    };
     NodeSettings {
         addresses: addresses.to_vec(),
         cluster_cidrs: args.cluster_cidr.clone(),
+        service_cidrs,
+        answer_ping: args.answer_ping == Switch::On,
         snat_ports: args.snat_ports.0.clone(),
         loopback: networks.is_empty() || networks.iter().any(is_loopback),
         host_netns: netns::cookie(),

@@ -29,7 +29,7 @@ const BATCH: usize = 2048;
 
 /// The settings of `shunt run` that say how large a map is, for messages.
 pub mod settings {
-    /// Entries of `frontends4`, `frontends6`, `services`, `source_ranges4` and `source_ranges6`.
+    /// Entries of `frontends4`, `frontends6`, `services`, `addresses4`, `addresses6`, `source_ranges4` and `source_ranges6`.
     pub const MAX_FRONTENDS: &str = "--max-frontends";
     /// Entries of `slots4` and `slots6`.
     pub const MAX_SLOTS: &str = "--max-slots";
@@ -457,6 +457,8 @@ pub struct PerFamily<F: MapFamily> {
     pub members: Map<MemberKey, u32>,
     /// Who may dial a Service's load balancer addresses.
     pub source_ranges: Map<SourceRangeKey<F::Addr>, u32>,
+    /// Addresses of Services, with `ADDRESS_*` bits.
+    pub addresses: Map<F::Addr, u32>,
 }
 
 impl<F: MapFamily> PerFamily<F> {
@@ -472,6 +474,7 @@ impl<F: MapFamily> PerFamily<F> {
             affinity: Map::open(root, names::AFFINITY[i], settings::MAX_AFFINITY)?,
             members: Map::open(root, names::MEMBERS[i], settings::MAX_BACKENDS)?,
             source_ranges: Map::open(root, names::SOURCE_RANGES[i], settings::MAX_FRONTENDS)?,
+            addresses: Map::open(root, names::ADDRESSES[i], settings::MAX_FRONTENDS)?,
         })
     }
 
@@ -530,6 +533,7 @@ impl<F: MapFamily> PerFamily<F> {
             &self.affinity.writes,
             &self.members.writes,
             &self.source_ranges.writes,
+            &self.addresses.writes,
         ]
         .into_iter()
         .map(|n| n.load(Ordering::Relaxed))
@@ -691,6 +695,7 @@ impl Maps {
             usage.push(of(&maps.affinity, |_| true)?);
             usage.push(of(&maps.members, |_| true)?);
             usage.push(of(&maps.source_ranges, |_| true)?);
+            usage.push(of(&maps.addresses, |_| true)?);
             Ok(())
         }
         let mut usage = Vec::new();
@@ -783,6 +788,7 @@ pub(crate) mod testing {
             self.make::<FlowKey<F::Addr>, Flow<F::Addr>>(names::NEW_FLOWS[i], LRU_HASH, capacities.flows, 0);
             self.make::<u32, SnatSlot<F::Addr>>(names::SNAT[i], ARRAY, 1024, 0);
             self.make::<F::Addr, u32>(names::NODE_ADDRS[i], HASH, 64, 0);
+            self.make::<F::Addr, u32>(names::ADDRESSES[i], HASH, capacities.frontends, 0);
         }
 
         fn make<K, V>(&self, name: &str, map_type: u32, entries: u32, flags: u32) {

@@ -133,7 +133,7 @@ pub(crate) fn unescape(name: &str) -> String {
 /// How many entries the maps take; per family where there is one map per family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capacities {
-    /// `--max-frontends`: entries of `frontends*`, `services` and `source_ranges*`; every frontend has two, one per scope.
+    /// `--max-frontends`: entries of `frontends*`, `addresses*`, `services` and `source_ranges*`; every frontend has two, one per scope.
     pub frontends: u32,
     /// `--max-slots`: entries of `slots*`.
     pub slots: u32,
@@ -177,7 +177,8 @@ impl Capacities {
         } = *self;
         [
             (&names::FRONTENDS[..], "--max-frontends", frontends),
-            // A Service has two frontends at least.
+            // An address and a Service have two frontends at least.
+            (&names::ADDRESSES[..], "--max-frontends", frontends),
             (&[names::SERVICES][..], "--max-frontends", frontends),
             (&names::SLOTS[..], "--max-slots", slots),
             (&[names::BACKENDS][..], "--max-backends", backends),

@@ -20,12 +20,14 @@ use shunt_common::{
     maglev,
 };
 
+mod addresses;
 pub mod ids;
 pub mod members;
 pub mod node;
 pub mod slots;
 pub mod table;
 
+use addresses::Addresses;
 use ids::{BackendIds, IdSet};
 use ipnet::IpNet;
 use members::Members;
@@ -167,6 +169,7 @@ pub struct Syncer {
     slots: [SlotAllocator; 2],
     members: Members,
     ids: BackendIds,
+    addresses: Addresses,
     services: HashMap<ObjectName, ServiceState>,
     /// Who has which entry.
     owners: HashMap<FrontendId, ObjectName>,
@@ -270,11 +273,13 @@ impl Syncer {
             Ok(())
         })?;
         let ids = BackendIds::new(maps.backends.capacity(), used_ids, resting, Instant::now());
+        let addresses = Addresses::new(&maps)?;
         Ok(Self {
             maps,
             slots,
             members,
             ids,
+            addresses,
             services,
             owners,
             next_number,
@@ -286,6 +291,11 @@ impl Syncer {
     /// The maps this writes to.
     pub fn maps(&self) -> &Arc<Maps> {
         &self.maps
+    }
+
+    /// Widens a configuration that is to be written to all cluster IPs that are in the maps.
+    pub fn cover(&self, config: &mut layout::Config) {
+        self.addresses.cover(config);
     }
 
     /// Number of Services that have entries, and of live backends (one per Service port and endpoint).
@@ -347,6 +357,12 @@ impl Syncer {
             }
         }
         self.failed.retain(|name| keep(name));
+        if let Err(error) = self.addresses.prune(&self.maps) {
+            first_error = first_error.or(Some(SyncError {
+                service: ObjectName::new("", "(gone)"),
+                cause: error.into(),
+            }));
+        }
         first_error.map_or(Ok(total), Err)
     }
 
@@ -369,7 +385,11 @@ impl Syncer {
             None if plan.frontends.is_empty() => return Ok(()),
             None => self.introduce(&plan.service)?,
         };
-        let result = self.bring_to(plan, &mut state, applied);
+        let mut result = self.bring_to(plan, &mut state, applied);
+        // Last: an address that is known refuses the ports that are not there yet.
+        if let Err(error) = self.addresses.bring(&self.maps, plan) {
+            result = result.and(Err(error.into()));
+        }
         if state.frontends.is_empty() && plan.frontends.is_empty() && result.is_ok() {
             self.maps.services.delete(&state.number)?;
         } else {

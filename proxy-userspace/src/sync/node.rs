@@ -3,7 +3,11 @@
 use std::{collections::BTreeSet, net::IpAddr, ops::RangeInclusive};
 
 use ipnet::IpNet;
-use shunt_common::layout::{CONFIG_NODEPORT_LOOPBACK, Config, MAX_CLUSTER_CIDRS, Octets, Prefix};
+use shunt_common::layout::{
+    CONFIG_ANSWER_PING, CONFIG_NODEPORT_LOOPBACK, Config, MAX_CLUSTER_CIDRS, MAX_SERVICE_CIDRS, Octets, Prefix,
+};
+
+use super::addresses;
 
 use crate::datapath::maps::{MapError, MapFamily, Maps, PerFamily, settings};
 
@@ -18,6 +22,10 @@ pub struct NodeSettings {
     pub addresses: Vec<IpAddr>,
     /// `--cluster-cidr`.
     pub cluster_cidrs: Vec<IpNet>,
+    /// `--service-cidr`, where it says what belongs to Services or to nobody.
+    pub service_cidrs: Vec<IpNet>,
+    /// `--answer-ping`.
+    pub answer_ping: bool,
     /// `--snat-ports`.
     pub snat_ports: RangeInclusive<u16>,
     /// Whether node ports answer on loopback addresses, to processes in the node's own namespace.
@@ -30,12 +38,14 @@ pub struct NodeSettings {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum NodeError {
     /// Too many for the array in [`Config`].
-    #[error(
-        "--cluster-cidr: {count} networks of one family, at most {MAX_CLUSTER_CIDRS} are supported: give larger ones"
-    )]
+    #[error("{setting}: {count} networks of one family, at most {most} are supported: give larger ones")]
     TooManyCidrs {
+        /// The setting.
+        setting: &'static str,
         /// How many were given.
         count: usize,
+        /// How many there may be.
+        most: usize,
     },
     /// Nothing in it, or port 0.
     #[error("--snat-ports {first}-{last}: give a first port from 1 on and a last port that is not below it")]
@@ -81,7 +91,8 @@ pub fn config(settings: &NodeSettings, snat_entries: u32) -> Result<Config, Node
         snat_first: first,
         snat_ports: ports,
         snat_ways: ways,
-        flags: if settings.loopback { CONFIG_NODEPORT_LOOPBACK } else { 0 },
+        flags: if settings.loopback { CONFIG_NODEPORT_LOOPBACK } else { 0 }
+            | if settings.answer_ping { CONFIG_ANSWER_PING } else { 0 },
         ..Default::default()
     };
     family::<shunt_common::family::V4>(settings, &mut config)?;
@@ -94,8 +105,27 @@ fn family<F: MapFamily>(settings: &NodeSettings, config: &mut Config) -> Result<
     if let Some(node) = settings.addresses.iter().find_map(|&address| F::octets(address)) {
         part.node = node;
     }
-    let prefixes: Vec<Prefix<F::Addr>> = settings
-        .cluster_cidrs
+    let cluster = prefixes::<F>("--cluster-cidr", &settings.cluster_cidrs, MAX_CLUSTER_CIDRS)?;
+    part.cluster_cidr_count = cluster.len() as u32;
+    part.cluster_cidrs[..cluster.len()].copy_from_slice(&cluster);
+    let service = prefixes::<F>("--service-cidr", &settings.service_cidrs, MAX_SERVICE_CIDRS)?;
+    part.service_cidr_count = service.len() as u32;
+    part.service_cidrs[..service.len()].copy_from_slice(&service);
+    part.service_hull = addresses::empty_hull::<F>();
+    let of_family = |net: &&IpNet| F::octets(net.addr()).is_some();
+    for net in settings.service_cidrs.iter().filter(of_family) {
+        addresses::cover(config, *net);
+    }
+    Ok(())
+}
+
+/// The networks of one family.
+fn prefixes<F: MapFamily>(
+    setting: &'static str,
+    cidrs: &[IpNet],
+    most: usize,
+) -> Result<Vec<Prefix<F::Addr>>, NodeError> {
+    let prefixes: Vec<_> = cidrs
         .iter()
         .filter_map(|cidr| {
             Some(Prefix {
@@ -104,12 +134,14 @@ fn family<F: MapFamily>(settings: &NodeSettings, config: &mut Config) -> Result<
             })
         })
         .collect();
-    if prefixes.len() > MAX_CLUSTER_CIDRS {
-        return Err(NodeError::TooManyCidrs { count: prefixes.len() });
+    if prefixes.len() > most {
+        return Err(NodeError::TooManyCidrs {
+            setting,
+            count: prefixes.len(),
+            most,
+        });
     }
-    part.cluster_cidr_count = prefixes.len() as u32;
-    part.cluster_cidrs[..prefixes.len()].copy_from_slice(&prefixes);
-    Ok(())
+    Ok(prefixes)
 }
 
 /// Brings `node_addrs*` to the addresses that node ports answer on, writing only differences. Returns how many it wrote.
@@ -150,6 +182,8 @@ mod tests {
                 .map(|a| a.parse().unwrap())
                 .into(),
             cluster_cidrs: ["10.244.3.7/16", "fd00:10::/48"].map(|c| c.parse().unwrap()).into(),
+            service_cidrs: ["10.96.0.0/12", "fd96::/112"].map(|c| c.parse().unwrap()).into(),
+            answer_ping: true,
             snat_ports: SNAT_PORTS,
             loopback: true,
             host_netns: 7,
@@ -164,7 +198,10 @@ mod tests {
             (10_240, 19_760, 13)
         );
         assert!(shunt_common::snat::entries(&config) <= 262_144);
-        assert_eq!((config.host_netns, config.flags), (7, CONFIG_NODEPORT_LOOPBACK));
+        assert_eq!(
+            (config.host_netns, config.flags),
+            (7, CONFIG_NODEPORT_LOOPBACK | CONFIG_ANSWER_PING)
+        );
         assert_eq!((config.v4.node, config.v4.cluster_cidr_count), ([192, 0, 2, 1], 1));
         // Host bits of a CIDR are dropped: the programs compare masked addresses.
         let prefix = config.v4.cluster_cidrs[0];

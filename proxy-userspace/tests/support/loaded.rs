@@ -71,6 +71,8 @@ impl Loaded {
         let settings = NodeSettings {
             addresses: NODE.map(|address| address.parse().unwrap()).into(),
             cluster_cidrs: Vec::new(),
+            service_cidrs: ["10.96.0.0/16", "fd96::/112"].map(|net| net.parse().unwrap()).into(),
+            answer_ping: true,
             snat_ports: 10_240..=29_999,
             loopback: false,
             host_netns: 0,

@@ -135,6 +135,8 @@ impl World {
         let settings = NodeSettings {
             addresses: node.to_vec(),
             cluster_cidrs: Vec::new(),
+            service_cidrs: Vec::new(),
+            answer_ping: true,
             snat_ports: 10_240..=29_999,
             loopback: false,
             host_netns: 0,

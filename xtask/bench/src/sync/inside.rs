@@ -46,6 +46,8 @@ fn in_namespace(lab: &Lab, services: u32, changes: u32) -> Result<Vec<Line>> {
     let settings = NodeSettings {
         addresses: lab.node_ips("node-a")?.to_vec(),
         cluster_cidrs: Vec::new(),
+        service_cidrs: Vec::new(),
+        answer_ping: true,
         snat_ports: 10_240..=29_999,
         loopback: false,
         host_netns: 0,
