@@ -193,6 +193,10 @@ pub trait Maps<F: Family> {
     fn in_source_ranges(&self, key: &SourceRangeKey<F::Words>) -> bool;
     /// The `ADDRESS_*` bits of an address; 0 for one that no Service has.
     fn address(&self, addr: &F::Words) -> u32;
+    /// The ports of a datagram in fragments.
+    fn fragment(&self, key: &FragmentKey<F::Words>) -> Option<FragmentPorts>;
+    /// Notes the ports of a datagram in fragments.
+    fn add_fragment(&self, key: &FragmentKey<F::Words>, ports: &FragmentPorts);
     /// An entry of `flows`.
     fn flow(&self, key: &FlowKey<F::Words>) -> Option<Entry<'_, Flow<F::Words>>>;
     /// Adds to `flows`; `false` when the map refuses.
@@ -322,7 +326,7 @@ fn stranger<A>(stranger: Stranger) -> Verdict<A> {
 /// [`Verdict`], with the translation left in [`Scratch`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
-enum Outcome {
+pub(crate) enum Outcome {
     Pass,
     Translate,
     Refuse,
@@ -334,13 +338,13 @@ enum Outcome {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Scratch<A> {
-    arrival: Arrival<A>,
+    pub(crate) arrival: Arrival<A>,
     pub(crate) key: FlowKey<A>,
     own_port: FlowKey<A>,
     frontend_key: FrontendKey<A>,
     flow: Flow<A>,
     reply: Tuple<A>,
-    translation: Translation<A>,
+    pub(crate) translation: Translation<A>,
     slot: SnatSlot<A>,
     search: Search,
     /// Whether the flow is written over one that is over.
@@ -388,6 +392,50 @@ impl Opaque {
     fn hide(&mut self, condition: bool) -> bool {
         self.set(u32::from(condition));
         self.get() != 0
+    }
+}
+
+/// [`arriving`] of the packet in `scratch.arrival`, for those that are not in a hurry. A translation is left in `scratch`.
+#[inline(never)]
+pub(crate) fn arriving_slowly<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
+    let Some(config) = maps.config() else {
+        return Outcome::Pass;
+    };
+    let tuple = &scratch.arrival.tuple;
+    if snat::in_range(config, tuple.dst_port)
+        && maps.filter(filter::backend::<F>(tuple.src, tuple.src_port, tuple.proto))
+        && let Some(translation) = snat_reply_arriving(maps, config, &scratch.arrival)
+    {
+        scratch.translation = translation;
+        return Outcome::Translate;
+    }
+    if !maps.filter(filter::frontend::<F>(tuple.dst, tuple.dst_port, tuple.proto))
+        && !maps.filter(filter::frontend::<F>(F::UNSPECIFIED, tuple.dst_port, tuple.proto))
+    {
+        return match address::unknown_port(maps, tuple.dst) {
+            Stranger::Pass => Outcome::Pass,
+            Stranger::Refuse => Outcome::Refuse,
+            Stranger::Drop => Outcome::Drop,
+        };
+    }
+    scratch.key = client_key::<F>(tuple);
+    if let Some(flow) = maps.flow(&scratch.key)
+        && explains(maps, flow, scratch)
+    {
+        return Outcome::Translate;
+    }
+    undecided(maps, scratch)
+}
+
+/// [`leaving`] in the same way.
+#[inline(never)]
+pub(crate) fn leaving_slowly<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
+    match leaving::<F, M>(maps, &scratch.arrival.tuple, scratch.arrival.tcp_flags) {
+        Verdict::Translate(translation) => {
+            scratch.translation = translation;
+            Outcome::Translate
+        }
+        _ => Outcome::Pass,
     }
 }
 

@@ -57,6 +57,8 @@ events! {
     EchoAnswered = 13, "echo_answered";
     /// ICMP errors about translated packets that were translated too.
     ErrorTranslated = 14, "error_translated";
+    /// Fragments to cluster IPs dropped because they came before the first of their datagram, or long after it.
+    FragmentLost = 15, "fragment_lost";
 }
 
 /// Number of entries of the `events` map: room for more without a new layout.

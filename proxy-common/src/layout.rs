@@ -26,6 +26,8 @@ pub mod names {
     pub const NODE_ADDRS: [&str; 2] = ["node_addrs4", "node_addrs6"];
     /// `HASH` address → `u32` of `ADDRESS_*` bits: every address of a Service, whatever the port.
     pub const ADDRESSES: [&str; 2] = ["addresses4", "addresses6"];
+    /// `LRU_HASH` [`FragmentKey`](super::FragmentKey) → [`FragmentPorts`](super::FragmentPorts): see [`crate::fragment`].
+    pub const FRAGMENTS: [&str; 2] = ["fragments4", "fragments6"];
     /// `ARRAY`, memory-mappable, of [`FILTER_WORDS`](super::FILTER_WORDS) words: see [`crate::filter`].
     pub const FILTER: &str = "filter";
     /// `ARRAY` of [`COLLIDED_WORDS`](super::COLLIDED_WORDS) words: client ports with more than one frontend at once.
@@ -331,6 +333,32 @@ pub struct BackendState {
     pub reserved: u32,
 }
 
+/// A datagram that comes in fragments, as they name it.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FragmentKey<A> {
+    /// Source address.
+    pub src: A,
+    /// Destination address.
+    pub dst: A,
+    /// Identification, as it stands in the packet.
+    pub id: u32,
+    /// IANA protocol number for IPv4 (RFC 791: part of the name); 0 for IPv6 (RFC 8200: not part of it).
+    pub proto: u32,
+}
+
+/// What only the first fragment says.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FragmentPorts {
+    /// Source port, host order.
+    pub src_port: u16,
+    /// Destination port, host order.
+    pub dst_port: u16,
+    /// IANA protocol number.
+    pub proto: u32,
+}
+
 /// Value in `addresses`: one of a Service's cluster IPs, so nothing else answers there.
 pub const ADDRESS_CLUSTER_IP: u32 = 1 << 0;
 /// Value in `addresses`: a frontend there has a backend, so echo requests are answered.
@@ -455,6 +483,9 @@ no_padding!(
     SourceRangeKey<[u8; 16]> = 4 + 4 + 16,
     ServiceInfo = 2 * NAME_LEN,
     BackendState = 3 * 8 + 4 + 4,
+    FragmentKey<[u8; 4]> = 2 * 4 + 4 + 4,
+    FragmentKey<[u8; 16]> = 2 * 16 + 4 + 4,
+    FragmentPorts = 2 + 2 + 4,
     SocketPeer = 2 * 16 + 2 + 2 + 4,
     SocketPeers = SOCKET_PEERS * 40 + 4,
     FamilyConfig<[u8; 4]> = 4 + MAX_CLUSTER_CIDRS * 8 + 2 * 4 + 8 + MAX_SERVICE_CIDRS * 8,

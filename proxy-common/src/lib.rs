@@ -22,6 +22,7 @@ pub mod event;
 pub mod extension;
 pub mod family;
 pub mod filter;
+pub mod fragment;
 pub mod hash;
 pub mod icmp;
 pub mod icmp_error;

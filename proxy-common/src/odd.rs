@@ -4,15 +4,17 @@
 //! of plain packets. XDP leaves them to tc, which sees them next.
 
 use crate::{
-    access::{Access, load_addr},
+    access::{Access, load_addr, store_addrs},
     address::{self, Stranger},
-    balance::{From, Maps, Scratch},
-    echo, extension,
+    balance::{From, Maps, Outcome, Scratch, arriving_slowly, leaving_slowly},
+    echo,
+    event::Event,
+    extension,
     extension::Path,
     family::Family,
-    icmp_error,
+    fragment, icmp_error,
     layout::{SCTP, TCP, UDP},
-    packet::{ETHERNET, Tuple},
+    packet::{ETHERNET, Headers, Tuple, checksum_offset, differences},
 };
 
 /// Where a packet is seen.
@@ -34,6 +36,8 @@ pub enum Fate {
     Drop,
     /// It is its own answer now, and goes back to where it came from.
     Back,
+    /// Nobody takes it: answer with port unreachable. Its [`headers`] say about what.
+    Refuse,
 }
 
 /// What is known of the packet at hand; part of [`crate::balance::Scratch`].
@@ -90,10 +94,118 @@ pub fn odd<F: Family, M: Maps<F>>(maps: &M, packet: &impl Access, place: Place) 
             _ => {}
         }
     }
-    match place {
-        Place::In(_) if !matches!(scratch.odd.tuple.proto, TCP | UDP | SCTP) => other(maps, scratch),
-        _ => Fate::Pass,
+    if matches!(scratch.odd.tuple.proto, TCP | UDP | SCTP) || scratch.odd.path.offset != 0 {
+        return transport(maps, packet, scratch, place);
     }
+    match place {
+        Place::In(_) => other(maps, scratch),
+        Place::Out => Fate::Pass,
+    }
+}
+
+/// The headers of a packet that gets [`Fate::Refuse`]; `None` if they are too long to be quoted.
+#[inline(always)]
+pub fn headers<F: Family, M: Maps<F>>(maps: &M) -> Option<Headers<F::Words>> {
+    let odd = &maps.scratch()?.odd;
+    let l4 = odd.path.l4 as usize;
+    (l4 >= ETHERNET + F::HEADER && l4 <= ETHERNET + 60).then_some(Headers {
+        l3: ETHERNET,
+        l4,
+        tuple: odd.tuple,
+        tcp_flags: 0,
+    })
+}
+
+/// A TCP, UDP or SCTP packet behind extension headers, in a buffer's pages, or in fragments.
+#[inline(always)]
+fn transport<F: Family, M: Maps<F>>(
+    maps: &M,
+    packet: &impl Access,
+    scratch: &mut Scratch<F::Words>,
+    place: Place,
+) -> Fate {
+    let is_later = scratch.odd.path.offset != 0;
+    if is_later {
+        if !fragment::recall(maps, scratch) {
+            let fate = match place {
+                Place::In(_) => other(maps, scratch),
+                Place::Out => Fate::Pass,
+            };
+            if fate == Fate::Drop {
+                maps.count(Event::FragmentLost);
+            }
+            return fate;
+        }
+        scratch.arrival.tcp_flags = 0;
+    } else if !read_ports(packet, scratch) {
+        return Fate::Pass;
+    }
+    scratch.arrival.tuple = scratch.odd.tuple;
+    scratch.arrival.sends_on = false;
+    let outcome = match place {
+        Place::In(from) => {
+            scratch.arrival.from = from;
+            arriving_slowly(maps, scratch)
+        }
+        Place::Out => leaving_slowly(maps, scratch),
+    };
+    match outcome {
+        Outcome::Pass => Fate::Pass,
+        Outcome::Drop => Fate::Drop,
+        Outcome::Refuse if is_later => Fate::Drop,
+        Outcome::Refuse => Fate::Refuse,
+        Outcome::Translate => {
+            if scratch.odd.path.more != 0 && !is_later {
+                fragment::note(maps, scratch);
+            }
+            if write::<F>(packet, scratch) {
+                Fate::Pass
+            } else {
+                maps.count(Event::RewriteFailed);
+                Fate::Drop
+            }
+        }
+    }
+}
+
+/// Reads the transport header; `false` if the packet ends within.
+#[inline(never)]
+fn read_ports<A: Copy>(packet: &impl Access, scratch: &mut Scratch<A>) -> bool {
+    let Scratch { odd, arrival, .. } = scratch;
+    let Some(ports) = packet.load::<u32>(odd.path.l4) else {
+        return false;
+    };
+    odd.tuple.src_port = u16::from_be(ports as u16);
+    odd.tuple.dst_port = u16::from_be((ports >> 16) as u16);
+    arrival.tcp_flags = 0;
+    if odd.tuple.proto == TCP {
+        let Some(flags) = packet.load::<u8>(odd.path.l4 + 13) else {
+            return false;
+        };
+        arrival.tcp_flags = flags;
+    }
+    true
+}
+
+/// Writes `scratch.translation`. A later fragment has no ports, and its datagram's checksum stands in the first.
+#[inline(never)]
+fn write<F: Family>(packet: &impl Access, scratch: &mut Scratch<F::Words>) -> bool {
+    let (path, old, new) = (&scratch.odd.path, &scratch.odd.tuple, &scratch.translation.tuple);
+    let (addresses, ports) = differences::<F>(old, new);
+    if path.offset == 0 {
+        if let Some(offset) = checksum_offset(old.proto)
+            && !packet.replace_checksum(path.l4 + offset as u32, addresses, ports, old.proto == UDP)
+        {
+            return false;
+        }
+        let words = u32::from(new.src_port.to_be()) | u32::from(new.dst_port.to_be()) << 16;
+        if !packet.store(path.l4, words) {
+            return false;
+        }
+    } else if F::HEADER == 40 {
+        packet.changed(addresses);
+    }
+    store_addrs::<F>(packet, ETHERNET as u32, (old.src, old.dst), (new.src, new.dst))
 }
 
 /// A packet of a protocol that no Service speaks.

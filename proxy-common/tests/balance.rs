@@ -190,6 +190,10 @@ where
     fn address(&self, _addr: &F::Words) -> u32 {
         0
     }
+    fn fragment(&self, _key: &FragmentKey<F::Words>) -> Option<FragmentPorts> {
+        None
+    }
+    fn add_fragment(&self, _key: &FragmentKey<F::Words>, _ports: &FragmentPorts) {}
     fn flow(&self, key: &FlowKey<F::Words>) -> Option<Entry<'_, Flow<F::Words>>> {
         entry(self.flows.borrow_mut().get_mut(key))
     }

@@ -42,6 +42,7 @@ pub(crate) struct Source<A> {
     service: u32,
     addr: A,
 }
+type Fragments<A> = LruHashMap<FragmentKey<A>, FragmentPorts, 8192>;
 type Addresses<A> = HashMap<A, u32, 65_536>;
 
 #[btf_map(name = "scratch4")]
@@ -61,6 +62,7 @@ pub(crate) trait KernelFamily: Family {
     const MEMBERS: &'static Members;
     const SOURCE_RANGES: &'static SourceRanges<Self::Addr>;
     const SERVICE_ADDRS: &'static Addresses<Self::Addr>;
+    const FRAGMENTS: &'static Fragments<Self::Addr>;
     const SCRATCH: &'static PerCpuArray<Scratch<Self::Words>, 1>;
     /// `AF_INET` or `AF_INET6`.
     const AF: u8;
@@ -102,6 +104,10 @@ static MEMBERS6: Members = Members::new();
 static SOURCE_RANGES4: SourceRanges<[u8; 4]> = SourceRanges::new();
 #[btf_map(name = "source_ranges6")]
 static SOURCE_RANGES6: SourceRanges<[u8; 16]> = SourceRanges::new();
+#[btf_map(name = "fragments4")]
+static FRAGMENTS4: Fragments<[u8; 4]> = Fragments::new();
+#[btf_map(name = "fragments6")]
+static FRAGMENTS6: Fragments<[u8; 16]> = Fragments::new();
 #[btf_map(name = "addresses4")]
 static ADDRESSES4: Addresses<[u8; 4]> = Addresses::new();
 #[btf_map(name = "addresses6")]
@@ -133,6 +139,7 @@ impl KernelFamily for V4 {
     const MEMBERS: &'static Members = &MEMBERS4;
     const SOURCE_RANGES: &'static SourceRanges<[u8; 4]> = &SOURCE_RANGES4;
     const SERVICE_ADDRS: &'static Addresses<[u8; 4]> = &ADDRESSES4;
+    const FRAGMENTS: &'static Fragments<[u8; 4]> = &FRAGMENTS4;
     const SCRATCH: &'static PerCpuArray<Scratch<u32>, 1> = &SCRATCH4;
     const AF: u8 = 2;
 }
@@ -148,6 +155,7 @@ impl KernelFamily for V6 {
     const MEMBERS: &'static Members = &MEMBERS6;
     const SOURCE_RANGES: &'static SourceRanges<[u8; 16]> = &SOURCE_RANGES6;
     const SERVICE_ADDRS: &'static Addresses<[u8; 16]> = &ADDRESSES6;
+    const FRAGMENTS: &'static Fragments<[u8; 16]> = &FRAGMENTS6;
     const SCRATCH: &'static PerCpuArray<Scratch<Words6>, 1> = &SCRATCH6;
     const AF: u8 = 10;
 }
@@ -283,6 +291,17 @@ impl<F: KernelFamily> Maps<F> for KernelMaps {
     #[inline(always)]
     fn in_source_ranges(&self, key: &SourceRangeKey<F::Words>) -> bool {
         F::SOURCE_RANGES.get(bytes(key)).is_some()
+    }
+
+    #[inline(always)]
+    fn fragment(&self, key: &FragmentKey<F::Words>) -> Option<FragmentPorts> {
+        entry::<_, FragmentPorts>(F::FRAGMENTS.get_ptr_mut(bytes(key))).map(Entry::read)
+    }
+
+    #[inline(always)]
+    fn add_fragment(&self, key: &FragmentKey<F::Words>, ports: &FragmentPorts) {
+        // An LRU refuses nobody but for lack of memory; then the later fragments are lost.
+        let _done = F::FRAGMENTS.insert(bytes(key), ports, BPF_ANY.into());
     }
 
     #[inline(always)]

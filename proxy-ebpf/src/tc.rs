@@ -233,9 +233,14 @@ fn whole<F: KernelFamily>(ctx: &TcContext, place: Place, plain: i32) -> i32 {
 /// A packet that is not plain TCP, UDP or SCTP.
 #[inline(never)]
 fn odd<F: KernelFamily>(ctx: &TcContext, place: Place) -> i32 {
-    match odd::odd::<F, _>(&KernelMaps::new(ctx.as_ptr(), Hook::Tc), &Buffer(ctx), place) {
+    let maps = KernelMaps::new(ctx.as_ptr(), Hook::Tc);
+    match odd::odd::<F, _>(&maps, &Buffer(ctx), place) {
         Fate::Pass => TC_ACT_UNSPEC,
         Fate::Drop => TC_ACT_SHOT,
+        Fate::Refuse => match odd::headers::<F, _>(&maps) {
+            Some(headers) => refuse::<F>(ctx, &headers),
+            None => TC_ACT_SHOT,
+        },
         Fate::Back => {
             // What a process on this node sends comes back to it as if it had come in.
             let flags = if place == Place::Out {

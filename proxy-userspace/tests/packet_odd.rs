@@ -1,5 +1,5 @@
 //! Packets that others forget, through the loaded programs: ICMP errors, pings, unknown ports and
-//! addresses. Needs root.
+//! addresses, fragments, options and extension headers. Needs root.
 
 use std::net::IpAddr;
 
@@ -402,5 +402,254 @@ fn unknown_ports_are_refused_and_unknown_addresses_dropped() {
                 .unwrap();
             assert_eq!(loaded.run("tc_node_in", &esp), (wanted, esp), "{to}");
         }
+    }
+}
+
+/// The frame with another IP payload behind more header: IPv4 options, or IPv6 extension headers of which the first has this
+/// number.
+fn with_header(frame: &[u8], v6: usize, first: u8, more: &[u8], payload: &[u8]) -> Vec<u8> {
+    let l4 = ETHERNET + IP[v6];
+    let mut new = [&frame[..l4], more, payload].concat();
+    if v6 == 0 {
+        new[14] = 0x40 | ((20 + more.len()) / 4) as u8;
+        let total = (new.len() - ETHERNET) as u16;
+        new[16..18].copy_from_slice(&total.to_be_bytes());
+        fill_ipv4_checksum(&mut new);
+    } else {
+        let length = (new.len() - l4) as u16;
+        new[18..20].copy_from_slice(&length.to_be_bytes());
+        if !more.is_empty() {
+            new[20] = first;
+        }
+    }
+    new
+}
+
+fn fill_ipv4_checksum(frame: &mut [u8]) {
+    frame[24..26].fill(0);
+    let header = ETHERNET + usize::from(frame[14] & 15) * 4;
+    let sum: u32 = frame[ETHERNET..header]
+        .chunks(2)
+        .map(|w| u32::from(u16::from_be_bytes([w[0], w[1]])))
+        .sum();
+    let sum = (sum & 0xffff) + (sum >> 16);
+    frame[24..26].copy_from_slice(&(!((sum & 0xffff) + (sum >> 16)) as u16).to_be_bytes());
+}
+
+/// The frame in fragments of at most `size` bytes of payload (a multiple of eight).
+fn fragments(frame: &[u8], v6: usize, id: u16, size: usize) -> Vec<Vec<u8>> {
+    let payload = &frame[ETHERNET + IP[v6]..];
+    let parts: Vec<_> = payload.chunks(size).collect();
+    let last = parts.len() - 1;
+    let fragment = |(n, part): (usize, &&[u8])| {
+        let (offset, more) = ((n * size / 8) as u16, u16::from(n != last));
+        if v6 == 0 {
+            let mut new = with_header(frame, 0, 0, &[], part);
+            new[18..20].copy_from_slice(&id.to_be_bytes());
+            new[20..22].copy_from_slice(&(more << 13 | offset).to_be_bytes());
+            fill_ipv4_checksum(&mut new);
+            new
+        } else {
+            let place = (offset << 3 | more).to_be_bytes();
+            let header = [
+                frame[20],
+                0,
+                place[0],
+                place[1],
+                0,
+                7,
+                id.to_be_bytes()[0],
+                id.to_be_bytes()[1],
+            ];
+            with_header(frame, 1, 44, &header, part)
+        }
+    };
+    parts.iter().enumerate().map(fragment).collect()
+}
+
+/// L7: translating and fragmenting commute, wherever a datagram is translated; TCP segments too.
+#[test]
+fn fragments_follow_their_first() {
+    let loaded = Loaded::new("fragments");
+    for v6 in FAMILIES {
+        for udp in [true, false] {
+            let client = (CLIENT[v6], 45_000);
+            let all = |program: &str, from: &[u8], to: &[u8], id: u16| {
+                for (n, (sent, wanted)) in fragments(from, v6, id, 24)
+                    .iter()
+                    .zip(fragments(to, v6, id, 24))
+                    .enumerate()
+                {
+                    assert_eq!(&through(&loaded, "xdp_node", sent), sent, "left to tc");
+                    assert_eq!(
+                        through(&loaded, program, sent),
+                        wanted,
+                        "{program}, fragment {n}, UDP {udp}"
+                    );
+                }
+            };
+            // A backend on this node, and its answer.
+            let (dialled, seen) = (
+                packet(client, (WEB[v6], 80), udp),
+                packet(client, (BACKEND[v6], 8080), udp),
+            );
+            all("tc_node_in", &dialled, &seen, 1);
+            all("tc_pod_in", &dialled, &seen, 2);
+            all("tc_pod_out", &seen, &seen, 2);
+            let (reply, shown) = (
+                packet((BACKEND[v6], 8080), client, udp),
+                packet((WEB[v6], 80), client, udp),
+            );
+            all("tc_node_out", &reply, &shown, 3);
+            all("tc_pod_out", &reply, &shown, 3);
+            // One on another node, by this node's address, and its answer.
+            let dialled = packet(client, (FAR[v6], 80), udp);
+            let whole = through(&loaded, "tc_node_in", &dialled);
+            let port = source_port(&whole, v6);
+            let inside = packet((CLIENT[v6], port), (REMOTE[v6], 8080), udp);
+            all("tc_node_in", &dialled, &inside, 4);
+            all(
+                "tc_node_out",
+                &inside,
+                &packet((NODE[v6], port), (REMOTE[v6], 8080), udp),
+                4,
+            );
+            let reply = packet((REMOTE[v6], 8080), (NODE[v6], port), udp);
+            let inside = packet((REMOTE[v6], 8080), (CLIENT[v6], port), udp);
+            all("tc_node_in", &reply, &inside, 5);
+            all("tc_node_out", &inside, &packet((FAR[v6], 80), client, udp), 5);
+        }
+    }
+}
+
+/// L7: what has no first fragment yet goes nowhere, and never half translated.
+#[test]
+fn fragments_before_their_first_are_dropped() {
+    let loaded = Loaded::new("early");
+    for v6 in FAMILIES {
+        let sent = fragments(&packet((CLIENT[v6], 45_001), (WEB[v6], 80), true), v6, 9, 24);
+        let elsewhere = fragments(&packet((CLIENT[v6], 45_001), (ROUTER[v6], 80), true), v6, 9, 24);
+        for (program, ..) in &ARRIVING[1..] {
+            assert_eq!(
+                loaded.run(program, &sent[1]),
+                (TC_ACT_SHOT, sent[1].clone()),
+                "{program}"
+            );
+            for fragment in &elsewhere {
+                assert_eq!(&through(&loaded, program, fragment), fragment, "{program}");
+            }
+        }
+        through(&loaded, "tc_node_in", &sent[0]);
+        assert_ne!(through(&loaded, "tc_node_in", &sent[1]), sent[1]);
+        // Another datagram, and one of another protocol.
+        let other = fragments(&packet((CLIENT[v6], 45_001), (WEB[v6], 80), true), v6, 10, 24);
+        assert_eq!(loaded.run("tc_node_in", &other[1]).0, TC_ACT_SHOT);
+        // To nobody: the first is refused, the rest dropped.
+        let nobody = fragments(&packet((CLIENT[v6], 45_001), (EMPTY[v6], 80), true), v6, 11, 24);
+        assert_eq!(loaded.run("tc_node_in", &nobody[0]).0, TC_ACT_REDIRECT);
+        assert_eq!(loaded.run("tc_node_in", &nobody[1]).0, TC_ACT_SHOT);
+        // Too short for ports.
+        let tiny = with_header(&sent[0], v6, 44, &sent[0][ETHERNET + IP[v6]..][..8 * v6], &[0x12, 0x34]);
+        assert_eq!(loaded.run("tc_node_in", &tiny).1, tiny);
+    }
+}
+
+/// IPv4 options and IPv6 extension headers: translating and inserting them commute.
+#[test]
+fn options_and_extension_headers_are_stepped_over() {
+    let loaded = Loaded::new("headers");
+    // No operations, and a record route option that is full.
+    let options: [Vec<u8>; 3] = [
+        vec![1; 4],
+        [vec![7, 39, 40], vec![0; 36], vec![0]].concat(),
+        vec![1; 40],
+    ];
+    // Each names the next header first; padding fills them up.
+    let (hop, routing, destination, tcp, udp) = (0, 43, 60, 6, 17);
+    let padded = |next: u8, words: u8| [vec![next, words, 1, 4], vec![0; 4 + 8 * usize::from(words)]].concat();
+    let routed = |next: u8, left: u8| {
+        vec![
+            next, 2, 2, left, 0, 0, 0, 0, 0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1,
+        ]
+    };
+    let extensions = |proto: u8| -> Vec<(u8, Vec<u8>)> {
+        vec![
+            (hop, padded(proto, 0)),
+            (destination, padded(proto, 3)),
+            (routing, routed(proto, 0)),
+            (44, vec![proto, 0, 0, 0, 1, 2, 3, 4]),
+            (
+                hop,
+                [
+                    padded(destination, 0),
+                    padded(routing, 1),
+                    routed(destination, 0),
+                    padded(proto, 0),
+                ]
+                .concat(),
+            ),
+            (
+                hop,
+                [(0..7).flat_map(|_| padded(destination, 0)).collect(), padded(proto, 31)].concat(),
+            ),
+        ]
+    };
+    for v6 in FAMILIES {
+        for is_udp in [false, true] {
+            let client = (CLIENT[v6], 46_000);
+            let cases = match v6 {
+                0 => options.iter().map(|options| (0, options.clone())).collect(),
+                _ => extensions(if is_udp { udp } else { tcp }),
+            };
+            for (first, more) in cases {
+                let extended = |frame: Vec<u8>| with_header(&frame, v6, first, &more, &frame[ETHERNET + IP[v6]..]);
+                let dialled = extended(packet(client, (WEB[v6], 80), is_udp));
+                let seen = extended(packet(client, (BACKEND[v6], 8080), is_udp));
+                for (program, ..) in &ARRIVING[1..] {
+                    assert_eq!(through(&loaded, program, &dialled), seen, "{program}: {more:02x?}");
+                }
+                assert_eq!(arrives(&loaded, &dialled), seen);
+                let reply = extended(packet((BACKEND[v6], 8080), client, is_udp));
+                let shown = extended(packet((WEB[v6], 80), client, is_udp));
+                assert_eq!(through(&loaded, "tc_node_out", &reply), shown, "{more:02x?}");
+                // A quote of it, in an error.
+                let about = error(ROUTER[v6], CLIENT[v6], Error::TooBig, &seen, 1200);
+                assert_eq!(
+                    through(&loaded, "tc_node_out", &about),
+                    error(WEB[v6], CLIENT[v6], Error::TooBig, &dialled, 1200)
+                );
+                // Cut anywhere: never half translated.
+                for length in (ETHERNET + IP[v6]..dialled.len().min(400)).step_by(3) {
+                    let cut = &dialled[..length];
+                    let (_, out) = loaded.run("tc_node_in", cut);
+                    assert!(out == cut || out == seen[..length], "{length} bytes: {more:02x?}");
+                }
+            }
+        }
+    }
+    // More stops to make, more headers than anybody has, and headers past the end.
+    let plain = packet((CLIENT[1], 46_001), (WEB[1], 80), true);
+    for (first, more) in [
+        (routing, routed(udp, 1)),
+        (
+            hop,
+            [(0..9).flat_map(|_| padded(destination, 0)).collect(), padded(udp, 0)].concat(),
+        ),
+        (hop, padded(udp, 200)[..64].to_vec()),
+    ] {
+        let odd = with_header(&plain, 1, first, &more, &plain[ETHERNET + IP[1]..]);
+        for program in ["xdp_node", "tc_node_in", "tc_pod_in", "tc_node_out"] {
+            assert_eq!(loaded.run(program, &odd).1, odd, "{program}: {more:02x?}");
+        }
+    }
+    // A port unreachable quotes a packet with options too.
+    for v6 in FAMILIES {
+        let plain = packet((CLIENT[v6], 46_002), (EMPTY[v6], 80), true);
+        let (first, more) = [(0, vec![1; 8]), (destination, padded(udp, 0))][v6].clone();
+        let odd = with_header(&plain, v6, first, &more, &plain[ETHERNET + IP[v6]..]);
+        let (verdict, answer) = loaded.run("tc_node_in", &odd);
+        assert_eq!(verdict, TC_ACT_REDIRECT);
+        let quote = &answer[ETHERNET + IP[v6] + 8..];
+        assert_eq!(quote[..IP[v6] + 8 + 4], odd[ETHERNET..][..IP[v6] + 8 + 4]);
     }
 }

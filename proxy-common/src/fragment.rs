@@ -1,0 +1,52 @@
+//! Fragments of translated datagrams: only the first has ports, so it leaves them where the others find them.
+//!
+//! A datagram's fragments carry one identification between one pair of addresses. When a first fragment is translated, its
+//! ports are noted under that name, as they were before; a later one is then decided as if it had them, and reaches the same
+//! backend. Both where packets arrive and where they leave, for the addresses differ.
+//!
+//! A fragment that comes before its first one, and goes to a cluster IP, is dropped: nobody could tell where to. The sender
+//! sends the datagram again or does without it, as when a network loses a fragment; networks that put fragments of one flow
+//! out of order are rare. To other addresses it passes, and is the receiver's to judge.
+
+use crate::{
+    balance::{Maps, Scratch},
+    family::Family,
+    layout::{FragmentKey, FragmentPorts},
+    odd::Odd,
+};
+
+fn key<F: Family>(odd: &Odd<F::Words>) -> FragmentKey<F::Words> {
+    FragmentKey {
+        src: odd.tuple.src,
+        dst: odd.tuple.dst,
+        id: odd.path.id,
+        proto: if F::HEADER == 20 { odd.path.proto } else { 0 },
+    }
+}
+
+/// Notes the ports of a first fragment.
+#[inline(never)]
+pub(crate) fn note<F: Family, M: Maps<F>>(maps: &M, scratch: &Scratch<F::Words>) {
+    let odd = &scratch.odd;
+    maps.add_fragment(
+        &key::<F>(odd),
+        &FragmentPorts {
+            src_port: odd.tuple.src_port,
+            dst_port: odd.tuple.dst_port,
+            proto: odd.path.proto,
+        },
+    );
+}
+
+/// Gives a later fragment the ports of its first; `false` when that was not seen.
+#[inline(never)]
+pub(crate) fn recall<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
+    let odd = &mut scratch.odd;
+    let Some(ports) = maps.fragment(&key::<F>(odd)) else {
+        return false;
+    };
+    odd.tuple.src_port = ports.src_port;
+    odd.tuple.dst_port = ports.dst_port;
+    odd.tuple.proto = ports.proto as u8;
+    true
+}
