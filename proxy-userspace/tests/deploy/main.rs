@@ -11,13 +11,10 @@ use std::{
     process::Command,
 };
 
-use k8s_openapi::{
-    api::{
-        apps::v1::DaemonSet,
-        core::v1::{ConfigMap, NodeAffinity, NodeSelectorRequirement, PodSpec},
-        rbac::v1::{ClusterRole, ClusterRoleBinding},
-    },
-    apimachinery::pkg::util::intstr::IntOrString,
+use k8s_openapi::api::{
+    apps::v1::DaemonSet,
+    core::v1::{NodeAffinity, NodeSelectorRequirement, PodSpec},
+    rbac::v1::{ClusterRole, ClusterRoleBinding},
 };
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -84,7 +81,7 @@ fn every_object_is_what_the_api_has() {
             count += 1;
         }
     }
-    assert_eq!(count, 5 * APPLIED.len());
+    assert_eq!(count, 4 * APPLIED.len());
     for file in yaml_files(&deploy().join("dev")) {
         for object in kustomize::documents(&file) {
             let found = strict::mistakes(&object);
@@ -173,7 +170,6 @@ fn kubectl_resolves_the_same() {
 fn every_reference_leads_somewhere() {
     for folder in APPLIED {
         let daemonset: DaemonSet = object(folder, "DaemonSet");
-        let config: ConfigMap = object(folder, "ConfigMap");
         let account = &objects(folder)
             .into_iter()
             .find(|object| object["kind"] == "ServiceAccount")
@@ -185,7 +181,6 @@ fn every_reference_leads_somewhere() {
         assert_eq!(account["name"], subject.name.as_str());
         assert_eq!(account["namespace"], subject.namespace.as_deref().unwrap());
         assert_eq!(daemonset.metadata.namespace, subject.namespace);
-        assert_eq!(config.metadata.namespace, subject.namespace);
 
         let spec = daemonset.spec.unwrap();
         assert_eq!(
@@ -200,46 +195,52 @@ fn every_reference_leads_somewhere() {
         for mount in agent.volume_mounts.as_ref().unwrap() {
             assert!(volumes.iter().any(|volume| volume.name == mount.name), "{}", mount.name);
         }
-        let maps: Vec<&str> = volumes
-            .iter()
-            .filter_map(|volume| volume.config_map.as_ref())
-            .map(|map| map.name.as_str())
-            .collect();
-        assert_eq!(maps, [config.metadata.name.unwrap()]);
-        let file = agent
-            .args
-            .as_ref()
-            .unwrap()
-            .iter()
-            .find_map(|arg| arg.strip_prefix("--config="))
+    }
+}
+
+/// The agent itself takes the arguments: those before `--help` are read first, and a wrong one is an error.
+#[test]
+fn the_agent_takes_its_arguments() {
+    let run = |args: &[String]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_shunt"))
+            .args(args)
+            .arg("--help")
+            .output()
             .unwrap();
-        let mount = agent
+        (
+            output.status.success(),
+            String::from_utf8_lossy(&output.stderr).into_owned(),
+        )
+    };
+    for folder in APPLIED {
+        let agent = pod(folder).containers.remove(0);
+        let args: Vec<String> = agent.args.unwrap();
+        assert_eq!(run(&args), (true, String::new()), "{folder}: {args:?}");
+        assert!(!run(&[args, vec!["--no-such-setting".to_owned()]].concat()).0);
+        let root = agent
             .volume_mounts
             .iter()
             .flatten()
-            .find(|mount| mount.name == "config")
+            .find(|mount| mount.name == "cgroup")
             .unwrap();
-        let key = Path::new(file).strip_prefix(&mount.mount_path).unwrap();
+        let setting = format!("--cgroup-root={}", root.mount_path);
         assert!(
-            config.data.unwrap().contains_key(key.to_str().unwrap()),
-            "{folder}: {file}"
+            pod(folder).containers[0].args.as_ref().unwrap().contains(&setting),
+            "{folder}: {setting}"
         );
-
-        let ports = agent.ports.as_ref().unwrap();
-        for (probe, path) in [
-            (&agent.startup_probe, "/livez"),
-            (&agent.liveness_probe, "/livez"),
-            (&agent.readiness_probe, "/healthz"),
-        ] {
-            let get = probe.as_ref().unwrap().http_get.as_ref().unwrap();
-            assert_eq!(get.path.as_deref(), Some(path));
-            let known = ports.iter().any(|port| match &get.port {
-                IntOrString::String(name) => port.name.as_ref() == Some(name),
-                IntOrString::Int(number) => port.container_port == *number,
-            });
-            assert!(known, "{folder}: {path}");
-        }
     }
+    let named = |folder: &str| {
+        pod(folder).containers[0]
+            .args
+            .as_ref()
+            .unwrap()
+            .contains(&"--service-proxy-name=shunt".to_owned())
+    };
+    assert_eq!(
+        APPLIED.map(named),
+        [false, false, true, false],
+        "beside kube-proxy, and only there"
+    );
 }
 
 /// Nothing but reading what the agent serves, and telling what it cannot.
