@@ -138,6 +138,25 @@ impl Report<'_> {
         }
     }
 
+    /// Names of zones or nodes; one that is empty is nobody's.
+    fn hints<'t>(
+        &mut self,
+        field: impl Fn(usize) -> String,
+        names: impl Iterator<Item = &'t str>,
+    ) -> BTreeSet<Arc<str>> {
+        let mut hints = BTreeSet::new();
+        for (j, name) in names.enumerate() {
+            match name {
+                "" => self.push(
+                    field(j),
+                    "is empty; name a zone or node, or leave the hint out (it is not followed)",
+                ),
+                name => drop(hints.insert(name.into())),
+            }
+        }
+        hints
+    }
+
     fn ip(&mut self, field: impl FnOnce() -> String, text: &str) -> Option<IpAddr> {
         match text.trim().parse::<IpAddr>() {
             Ok(ip) => Some(ip.to_canonical()),
@@ -515,7 +534,8 @@ pub fn slice(slice: &EndpointSlice, problems: &mut Vec<Problem>) -> Option<objec
         }
         let conditions = endpoint.conditions.as_ref();
         let ready = conditions.and_then(|conditions| conditions.ready).unwrap_or(true);
-        let hints = endpoint.hints.as_ref();
+        let hints = endpoint.hints.clone().unwrap_or_default();
+        let (zones, nodes) = (hints.for_zones.unwrap_or_default(), hints.for_nodes.unwrap_or_default());
         endpoints.push(object::Endpoint {
             address,
             node: endpoint.node_name.as_deref().map(Into::into),
@@ -524,18 +544,14 @@ pub fn slice(slice: &EndpointSlice, problems: &mut Vec<Problem>) -> Option<objec
             terminating: conditions
                 .and_then(|conditions| conditions.terminating)
                 .unwrap_or(false),
-            zones: hints
-                .and_then(|hints| hints.for_zones.as_ref())
-                .into_iter()
-                .flatten()
-                .map(|zone| zone.name.as_str().into())
-                .collect(),
-            nodes: hints
-                .and_then(|hints| hints.for_nodes.as_ref())
-                .into_iter()
-                .flatten()
-                .map(|node| node.name.as_str().into())
-                .collect(),
+            zones: report.hints(
+                |j| format!("endpoints[{i}].hints.forZones[{j}].name"),
+                zones.iter().map(|zone| zone.name.as_str()),
+            ),
+            nodes: report.hints(
+                |j| format!("endpoints[{i}].hints.forNodes[{j}].name"),
+                nodes.iter().map(|node| node.name.as_str()),
+            ),
         });
     }
     Some(object::EndpointSlice {

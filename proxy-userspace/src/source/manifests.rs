@@ -51,7 +51,7 @@ pub struct Config {
     pub node_ports: RangeInclusive<u16>,
     /// Where missing load balancer IPs come from; without one of its family a Service stays `<pending>`.
     pub load_balancer_cidrs: Vec<IpNet>,
-    /// The own Node: a manifest of kind `Node` with this name tells its zone and addresses.
+    /// The own Node: a manifest of kind `Node` with this name tells its zone and addresses; others tell their Pods' zones.
     pub node_name: String,
 }
 
@@ -161,6 +161,16 @@ struct ServiceManifest {
     wants_load_balancer_ip: bool,
     /// `spec.loadBalancerIP`.
     load_balancer_ip: Option<IpAddr>,
+    distribution: Option<Distribution>,
+}
+
+/// `spec.trafficDistribution`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Distribution {
+    /// `PreferSameZone`, or its old name `PreferClose`.
+    SameZone,
+    /// `PreferSameNode`.
+    SameNode,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -319,6 +329,7 @@ impl State {
         let mut endpoints: Vec<(ObjectName, Arc<Vec<EndpointSlice>>)> = Vec::new();
         let mut pods: BTreeMap<Arc<str>, Vec<Arc<PodFacts>>> = BTreeMap::new();
         let mut node = None;
+        let mut zones: HashMap<Arc<str>, Arc<str>> = HashMap::new();
         for path in order {
             for known in &self.files[path].objects {
                 if let Some((other, line)) = first.get(&known.key) {
@@ -340,6 +351,12 @@ impl State {
                 }
                 first.insert(&known.key, (path, known.line));
                 let name = &known.key.1;
+                if let Content::Node(NodeFacts {
+                    name, zone: Some(zone), ..
+                }) = &known.content
+                {
+                    zones.insert(name.clone(), zone.clone());
+                }
                 match &known.content {
                     Content::Service(manifest) => drop(manifests.insert(name.clone(), manifest.clone())),
                     Content::Slice(slice) => drop(slices.insert(name.clone(), EndpointSlice::clone(slice))),
@@ -358,7 +375,7 @@ impl State {
         for (name, manifest) in manifests.iter().filter(|(_, manifest)| !manifest.selector.is_empty()) {
             let pods = pods.get(&name.namespace).map(Vec::as_slice).unwrap_or_default();
             slices.extend(
-                select(manifest, pods)
+                select(manifest, pods, &zones)
                     .into_iter()
                     .map(|slice| (slice.name.clone(), slice)),
             );
@@ -726,6 +743,20 @@ fn service_manifest(raw: &KubernetesService, service: Service, problems: &mut Ve
             DualStack::No
         }
     };
+    let distribution = match spec.traffic_distribution.as_deref() {
+        None | Some("") => None,
+        Some("PreferClose" | "PreferSameZone") => Some(Distribution::SameZone),
+        Some("PreferSameNode") => Some(Distribution::SameNode),
+        Some(other) => {
+            problem(
+                "spec.trafficDistribution".to_owned(),
+                format!(
+                    "{other:?} is no distribution; use PreferSameZone, PreferClose or PreferSameNode (all endpoints are served)"
+                ),
+            );
+            None
+        }
+    };
     let is_load_balancer = spec.type_.as_deref() == Some("LoadBalancer");
     let has_ingress = raw
         .status
@@ -757,13 +788,18 @@ fn service_manifest(raw: &KubernetesService, service: Service, problems: &mut Ve
             && service.health_check_node_port.is_none(),
         wants_load_balancer_ip: is_load_balancer && !has_ingress && ours,
         load_balancer_ip,
+        distribution,
         service,
     }
 }
 
 /// The slices that the EndpointSlice controller would make of a Service and the Pods of its namespace: Pods whose
-/// ports have the same numbers share one.
-fn select(manifest: &ServiceManifest, pods: &[Arc<PodFacts>]) -> Vec<EndpointSlice> {
+/// ports have the same numbers share one. `zones`: by node; they become hints where `trafficDistribution` asks for some.
+fn select(
+    manifest: &ServiceManifest,
+    pods: &[Arc<PodFacts>],
+    zones: &HashMap<Arc<str>, Arc<str>>,
+) -> Vec<EndpointSlice> {
     let service = &manifest.service;
     let mut groups: BTreeMap<(bool, Vec<EndpointPort>), Vec<Endpoint>> = BTreeMap::new();
     for pod in pods {
@@ -796,6 +832,15 @@ fn select(manifest: &ServiceManifest, pods: &[Arc<PodFacts>]) -> Vec<EndpointSli
             .zip(&manifest.targets)
             .filter_map(resolve)
             .collect();
+        let node = pod
+            .node
+            .as_ref()
+            .filter(|_| manifest.distribution == Some(Distribution::SameNode));
+        let zone = pod
+            .node
+            .as_ref()
+            .and_then(|node| zones.get(node))
+            .filter(|_| manifest.distribution.is_some());
         for address in &pod.addresses {
             groups
                 .entry((address.is_ipv6(), ports.clone()))
@@ -806,8 +851,8 @@ fn select(manifest: &ServiceManifest, pods: &[Arc<PodFacts>]) -> Vec<EndpointSli
                     ready: service.publish_not_ready || pod.ready && !pod.terminating,
                     serving: pod.ready,
                     terminating: pod.terminating,
-                    zones: BTreeSet::new(),
-                    nodes: BTreeSet::new(),
+                    zones: zone.into_iter().cloned().collect(),
+                    nodes: node.into_iter().cloned().collect(),
                 });
         }
     }
