@@ -17,6 +17,7 @@ pub mod address;
 pub mod affinity;
 pub mod balance;
 pub mod checksum;
+pub mod crc32c;
 pub mod echo;
 pub mod event;
 pub mod extension;

@@ -7,14 +7,14 @@ use crate::{
     access::{Access, load_addr, store_addrs},
     address::{self, Stranger},
     balance::{From, Maps, Outcome, Scratch, arriving_slowly, leaving_slowly},
-    echo,
+    crc32c, echo,
     event::Event,
     extension,
     extension::Path,
     family::Family,
     fragment, icmp_error,
     layout::{SCTP, TCP, UDP},
-    packet::{ETHERNET, Headers, Tuple, checksum_offset, differences},
+    packet::{ETHERNET, Headers, SCTP_CHECKSUM, Tuple, checksum_offset, differences, port_word},
 };
 
 /// Where a packet is seen.
@@ -187,6 +187,33 @@ fn read_ports<A: Copy>(packet: &impl Access, scratch: &mut Scratch<A>) -> bool {
     true
 }
 
+/// [`crate::packet::update_sctp`]. A first fragment does not say how long its datagram is: with other ports its checksum would
+/// be wrong.
+#[inline(never)]
+fn update_sctp<F: Family>(packet: &impl Access, path: &Path, difference: u32) -> bool {
+    if difference == 0 {
+        return true;
+    }
+    let l3 = ETHERNET as u32;
+    let (length_at, fixed) = if F::HEADER == 20 {
+        (l3 + 2, 0)
+    } else {
+        (l3 + 4, F::HEADER as u32)
+    };
+    let (Some(length), Some(sum)) = (
+        packet.load::<u16>(length_at),
+        packet.load::<u32>(path.l4 + SCTP_CHECKSUM as u32),
+    ) else {
+        return false;
+    };
+    let length = (u32::from(u16::from_be(length)) + fixed).wrapping_sub(path.l4 - l3);
+    path.more == 0
+        && packet.store(
+            path.l4 + SCTP_CHECKSUM as u32,
+            sum ^ crc32c::first_word_changed(difference, length),
+        )
+}
+
 /// Writes `scratch.translation`. A later fragment has no ports, and its datagram's checksum stands in the first.
 #[inline(never)]
 fn write<F: Family>(packet: &impl Access, scratch: &mut Scratch<F::Words>) -> bool {
@@ -198,8 +225,10 @@ fn write<F: Family>(packet: &impl Access, scratch: &mut Scratch<F::Words>) -> bo
         {
             return false;
         }
-        let words = u32::from(new.src_port.to_be()) | u32::from(new.dst_port.to_be()) << 16;
-        if !packet.store(path.l4, words) {
+        if old.proto == SCTP && !update_sctp::<F>(packet, path, port_word(old) ^ port_word(new)) {
+            return false;
+        }
+        if !packet.store(path.l4, port_word(new)) {
             return false;
         }
     } else if F::HEADER == 40 {

@@ -2,6 +2,7 @@
 
 use crate::{
     checksum::Difference,
+    crc32c,
     family::{Family, Words6},
     layout::{SCTP, TCP, UDP},
 };
@@ -170,10 +171,15 @@ pub fn parse<F: Family>(packet: &impl Packet, l3: usize) -> Option<Headers<F::Wo
             // SAFETY: 20 bytes were checked.
             unsafe { (read::<[u8; 4]>(tcp, 0), read::<u8>(tcp, 13)) }
         }
-        UDP | SCTP => {
+        UDP => {
             let udp = packet.bytes(l4, 8)?;
             // SAFETY: 8 bytes were checked.
             (unsafe { read::<[u8; 4]>(udp, 0) }, 0)
+        }
+        SCTP => {
+            let sctp = packet.bytes(l4, 12)?;
+            // SAFETY: 12 bytes were checked.
+            (unsafe { read::<[u8; 4]>(sctp, 0) }, 0)
         }
         _ => return None,
     };
@@ -195,7 +201,7 @@ pub fn parse<F: Family>(packet: &impl Packet, l3: usize) -> Option<Headers<F::Wo
     })
 }
 
-/// Offset of the checksum in the transport header; SCTP's CRC32c covers no address and stays as it is.
+/// Offset of the Internet checksum in the transport header; SCTP has another kind ([`update_sctp`]).
 #[inline(always)]
 pub fn checksum_offset(proto: u8) -> Option<usize> {
     match proto {
@@ -254,7 +260,7 @@ pub fn write_tuple<F: Family>(packet: &impl Packet, headers: &Headers<F::Words>,
 #[must_use]
 pub fn update_checksum<F: Family>(packet: &impl Packet, headers: &Headers<F::Words>, new: &Tuple<F::Words>) -> bool {
     let Some(offset) = checksum_offset(headers.tuple.proto) else {
-        return true;
+        return update_sctp::<F>(packet, headers, new);
     };
     let Some(field) = packet.bytes(headers.l4 + offset, 2) else {
         return false;
@@ -273,6 +279,43 @@ pub fn update_checksum<F: Family>(packet: &impl Packet, headers: &Headers<F::Wor
         }
         write(field, 0, new);
     }
+    true
+}
+
+/// Offset of the CRC32c in an SCTP header.
+pub(crate) const SCTP_CHECKSUM: usize = 8;
+
+/// The two ports as they stand in memory.
+#[inline(always)]
+pub(crate) fn port_word<A>(tuple: &Tuple<A>) -> u32 {
+    u32::from(tuple.src_port.to_be()) | u32::from(tuple.dst_port.to_be()) << 16
+}
+
+/// Brings an SCTP packet's checksum up to date, which covers its ports but no address.
+#[inline(never)]
+#[must_use]
+pub fn update_sctp<F: Family>(packet: &impl Packet, headers: &Headers<F::Words>, new: &Tuple<F::Words>) -> bool {
+    let difference = port_word(&headers.tuple) ^ port_word(new);
+    if difference == 0 {
+        return true;
+    }
+    let Some(ip) = packet.bytes(headers.l3, F::HEADER) else {
+        return false;
+    };
+    // SAFETY: `F::HEADER` bytes were checked.
+    let length = unsafe {
+        if F::HEADER == 20 {
+            u32::from(u16::from_be(read(ip, 2))).wrapping_sub((headers.l4 - headers.l3) as u32)
+        } else {
+            u32::from(u16::from_be(read(ip, 4)))
+        }
+    };
+    let change = crc32c::first_word_changed(difference, length);
+    let Some(field) = packet.bytes(headers.l4 + SCTP_CHECKSUM, 4) else {
+        return false;
+    };
+    // SAFETY: 4 bytes were checked.
+    unsafe { write(field, 0, u32::from_le(read(field, 0)) ^ change) };
     true
 }
 

@@ -279,6 +279,8 @@ pub(crate) fn rewrite<F: Family>(ctx: &TcContext, headers: &Headers<F::Words>, n
                 return false;
             }
         }
+    } else if !packet::update_sctp::<F>(&Buffer(ctx), headers, new) {
+        return false;
     }
     packet::write_tuple::<F>(&Buffer(ctx), headers, new)
 }

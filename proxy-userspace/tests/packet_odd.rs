@@ -1,5 +1,5 @@
 //! Packets that others forget, through the loaded programs: ICMP errors, pings, unknown ports and
-//! addresses, fragments, options and extension headers. Needs root.
+//! addresses, fragments, options and extension headers, SCTP. Needs root.
 
 use std::net::IpAddr;
 
@@ -651,5 +651,72 @@ fn options_and_extension_headers_are_stepped_over() {
         assert_eq!(verdict, TC_ACT_REDIRECT);
         let quote = &answer[ETHERNET + IP[v6] + 8..];
         assert_eq!(quote[..IP[v6] + 8 + 4], odd[ETHERNET..][..IP[v6] + 8 + 4]);
+    }
+}
+
+/// An SCTP INIT.
+fn sctp(from: (&str, u16), to: (&str, u16)) -> Vec<u8> {
+    let mut packet = [
+        &from.1.to_be_bytes()[..],
+        &to.1.to_be_bytes(),
+        &[0; 8],
+        &[1, 0, 0, 21],
+        &[7; 17],
+        &[0; 3],
+    ]
+    .concat();
+    // RFC 9260 appendix A, bit by bit.
+    let crc = packet.iter().fold(!0u32, |crc, byte| {
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| crc >> 1 ^ (0x82f6_3b78 * (crc & 1)))
+    });
+    packet[8..12].copy_from_slice(&(!crc).to_le_bytes());
+    let mut frame = Vec::new();
+    builder(from.0, to.0)
+        .write(&mut frame, etherparse::IpNumber::SCTP, &packet)
+        .unwrap();
+    frame
+}
+
+/// F10, at every hook: like TCP and UDP, with a checksum that covers the ports.
+#[test]
+fn sctp_is_translated_with_its_checksum() {
+    let loaded = Loaded::new("sctp");
+    for v6 in FAMILIES {
+        for (n, (program, ..)) in ARRIVING.into_iter().enumerate() {
+            let client = (CLIENT[v6], 47_000 + n as u16);
+            assert_eq!(
+                through(&loaded, program, &sctp(client, (WEB[v6], 80))),
+                sctp(client, (BACKEND[v6], 8080)),
+                "{program}"
+            );
+            for out in ["tc_node_out", "tc_pod_out"] {
+                assert_eq!(
+                    through(&loaded, out, &sctp((BACKEND[v6], 8080), client)),
+                    sctp((WEB[v6], 80), client),
+                    "{out}"
+                );
+            }
+        }
+        let client = (CLIENT[v6], 47_100);
+        let routed = through(&loaded, "tc_node_in", &sctp(client, (FAR[v6], 80)));
+        let sent = through(&loaded, "tc_node_out", &routed);
+        let port = source_port(&sent, v6);
+        assert_eq!(sent, sctp((NODE[v6], port), (REMOTE[v6], 8080)));
+        let reply = arrives(&loaded, &sctp((REMOTE[v6], 8080), (NODE[v6], port)));
+        assert_eq!(through(&loaded, "tc_node_out", &reply), sctp((FAR[v6], 80), client));
+        let client = (CLIENT[v6], 47_200);
+        // Behind options and extension headers; in fragments not at all, for the first does not say how long all are.
+        let (first, more) = [(0, vec![1; 8]), (60, vec![132, 0, 1, 4, 0, 0, 0, 0])][v6].clone();
+        let extended = |frame: Vec<u8>| with_header(&frame, v6, first, &more, &frame[ETHERNET + IP[v6]..]);
+        assert_eq!(
+            through(&loaded, "tc_pod_in", &extended(sctp(client, (WEB[v6], 80)))),
+            extended(sctp(client, (BACKEND[v6], 8080)))
+        );
+        let parts = fragments(&sctp(client, (WEB[v6], 80)), v6, 21, 16);
+        assert_eq!(loaded.run("tc_node_in", &parts[0]), (TC_ACT_SHOT, parts[0].clone()));
+        // Refused, and unknown.
+        for to in [(EMPTY[v6], 80), (WEB[v6], 81)] {
+            assert_eq!(loaded.run("tc_node_in", &sctp(client, to)).0, TC_ACT_REDIRECT);
+        }
     }
 }
