@@ -291,6 +291,13 @@ fn affinity(xdp: &str) {
             }
         }
     }
+    // Off and on again.
+    cluster.apply(&cluster.documents("web", 1, "", &ready(&all)));
+    for client in &clients {
+        let spread = servers(client, Proto::Udp, cluster_ip(1, true), 24);
+        assert!(spread.len() > 1, "{}: {spread:?}", client.name());
+    }
+    cluster.apply(&cluster.documents("web", 1, AFFINITY, &ready(&all)));
     let to = cluster_ip(1, false);
     let before: Vec<_> = clients
         .iter()

@@ -536,6 +536,100 @@ status:
     );
 }
 
+/// One warning names object and field, and the default is served.
+#[test]
+fn policies_that_make_no_sense_are_named_and_get_their_default() {
+    let written = |spec: &str| {
+        let mut cluster = Cluster::new();
+        let spec = format!("type: LoadBalancer, clusterIP: 10.96.1.1, ports: [{{ port: 80 }}], {spec}");
+        let status = "status: { loadBalancer: { ingress: [{ ip: 198.51.100.1 }] } }\n";
+        let told = cluster.write("web.yaml", &(bare("web", &spec) + status));
+        (told, cluster.service("web").clone())
+    };
+    let (none, plain) = written("externalIPs: []");
+    assert_eq!(none, NONE);
+    let affine = Service {
+        affinity_secs: Some(10_800),
+        ..plain.clone()
+    };
+    let ranged = Service {
+        source_ranges: vec!["10.0.0.0/8".parse().unwrap()],
+        ..plain.clone()
+    };
+    let timeout = |secs: &str| {
+        format!("sessionAffinity: ClientIP, sessionAffinityConfig: {{ clientIP: {{ timeoutSeconds: {secs} }} }}")
+    };
+    for (spec, field, served) in [
+        (
+            timeout("0"),
+            "spec.sessionAffinityConfig.clientIP.timeoutSeconds: 0",
+            &affine,
+        ),
+        (
+            timeout("-1"),
+            "spec.sessionAffinityConfig.clientIP.timeoutSeconds: -1",
+            &affine,
+        ),
+        (
+            timeout("86401"),
+            "spec.sessionAffinityConfig.clientIP.timeoutSeconds: 86401",
+            &affine,
+        ),
+        (
+            "sessionAffinity: Cookie".into(),
+            "spec.sessionAffinity: \"Cookie\"",
+            &plain,
+        ),
+        (
+            "externalTrafficPolicy: Near".into(),
+            "spec.externalTrafficPolicy: \"Near\"",
+            &plain,
+        ),
+        (
+            "internalTrafficPolicy: Near".into(),
+            "spec.internalTrafficPolicy: \"Near\"",
+            &plain,
+        ),
+        (
+            "trafficDistribution: Near".into(),
+            "spec.trafficDistribution: \"Near\"",
+            &plain,
+        ),
+        (
+            "loadBalancerSourceRanges: [10.0.0.0/8, 10.1.2.3/33]".into(),
+            "spec.loadBalancerSourceRanges[1]: \"10.1.2.3/33\"",
+            &ranged,
+        ),
+    ] {
+        let (told, service) = written(&spec);
+        assert_eq!(told.len(), 1, "{spec}: {told:?}");
+        assert!(
+            told[0].contains(&format!("Service default/web: {field}")),
+            "{spec}: {told:?}"
+        );
+        assert_eq!(service, *served, "{spec}");
+    }
+
+    let mut cluster = Cluster::new();
+    let slice = "
+kind: EndpointSlice
+metadata: { name: web-1, labels: { kubernetes.io/service-name: web } }
+addressType: IPv4
+ports: [{ port: 8080 }]
+endpoints: [{ addresses: [10.44.0.1], hints: { forZones: [{ name: '' }], forNodes: [{ name: node-b }] } }]
+";
+    let told = cluster.write(
+        "web.yaml",
+        &(bare("web", "clusterIP: 10.96.1.1, ports: [{ port: 80 }]") + "---" + slice),
+    );
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert!(
+        told[0].contains("EndpointSlice default/web-1: endpoints[0].hints.forZones[0].name: is empty"),
+        "{told:?}"
+    );
+    assert_eq!(cluster.plan("web"), ["10.96.1.1:80/TCP ClusterIp -> 10.44.0.1:8080"]);
+}
+
 /// A Service that leaves everything to be allocated.
 fn bare(name: &str, spec: &str) -> String {
     format!("---\nkind: Service\nmetadata: {{ name: {name} }}\nspec: {{ {spec} }}\n")
