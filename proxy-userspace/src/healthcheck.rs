@@ -1,7 +1,8 @@
 //! `spec.healthCheckNodePort`: tells a load balancer whether this node has ready endpoints of a Service with
 //! `externalTrafficPolicy: Local`, in kube-proxy's words (`service_health.go` in its `healthcheck` package).
 //!
-//! Each Service has a listener per family of its own, on the wildcard address. Where a port is in use, one warning names
+//! Each Service has a listener per family of its own, on the wildcard address, and answers on the addresses that node ports
+//! are restricted to, if they are. Where a port is in use, one warning names
 //! the Service, and the port is tried again until it is free or no longer asked for.
 
 use std::{
@@ -10,7 +11,7 @@ use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::{
-        Arc,
+        Arc, PoisonError, RwLock,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
@@ -70,10 +71,14 @@ pub fn check<'a>(
     Some(Check { port, local })
 }
 
+/// Node addresses to answer on; `None`: all.
+type Admitted = Arc<RwLock<Option<BTreeSet<IpAddr>>>>;
+
 /// The listeners of all Services. To be used within a tokio runtime; they end when this is dropped.
 #[derive(Debug)]
 pub struct HealthChecks {
     health: Health,
+    admitted: Admitted,
     /// By Service and family.
     listeners: HashMap<(ObjectName, bool), Listener>,
 }
@@ -98,6 +103,14 @@ struct State {
     service: ObjectName,
     local: Arc<AtomicUsize>,
     health: Health,
+    admitted: Admitted,
+}
+
+impl State {
+    fn is_admitted(&self, address: IpAddr) -> bool {
+        let admitted = self.admitted.read().unwrap_or_else(PoisonError::into_inner);
+        admitted.as_ref().is_none_or(|admitted| admitted.contains(&address))
+    }
 }
 
 impl HealthChecks {
@@ -105,8 +118,14 @@ impl HealthChecks {
     pub fn new(health: Health) -> Self {
         Self {
             health,
+            admitted: Admitted::default(),
             listeners: HashMap::new(),
         }
+    }
+
+    /// Answers on these addresses only from now on; `None`: on all.
+    pub fn admit(&self, addresses: Option<BTreeSet<IpAddr>>) {
+        *self.admitted.write().unwrap_or_else(PoisonError::into_inner) = addresses;
     }
 
     /// Brings a Service's listeners to what is asked now; `None` closes them.
@@ -124,6 +143,7 @@ impl HealthChecks {
                     service: service.clone(),
                     local: local.clone(),
                     health: self.health.clone(),
+                    admitted: self.admitted.clone(),
                 };
                 let task = tokio::spawn(serve(state, port, v6));
                 self.listeners.insert(key, Listener { port, local, task });
@@ -178,6 +198,9 @@ async fn serve(state: State, port: u16, v6: bool) {
                 continue;
             }
         };
+        if !stream.local_addr().is_ok_and(|address| state.is_admitted(address.ip())) {
+            continue;
+        }
         let state = state.clone();
         connections.spawn(async move {
             let answer = service_fn(move |_: Request<Incoming>| {
@@ -344,6 +367,7 @@ mod tests {
             service: name(),
             local: Arc::new(AtomicUsize::new(2)),
             health: health.clone(),
+            admitted: Admitted::default(),
         };
         assert_eq!(answer(&state).status(), 503, "the agent is not healthy yet");
         health.set(true);

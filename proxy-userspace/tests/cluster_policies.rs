@@ -440,19 +440,45 @@ fn source_ranges_are_enforced_without_xdp() {
     source_ranges("off");
 }
 
-/// An HTTP response from a process on a node: status line and headers, body. `None` when nobody listens.
+/// An HTTP response from a process on a node: status line and headers, body. `None` when nobody answers.
 fn get(cluster: &Cluster, node: &str, to: SocketAddr, request: &str) -> Option<(String, String)> {
     let ns = cluster.lab.ns(node).unwrap();
     let request = request.to_owned();
     ns.run(move || {
         let mut stream = TcpStream::connect(to).ok()?;
         stream.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
-        stream.write_all(request.as_bytes()).unwrap();
+        stream.write_all(request.as_bytes()).ok()?;
         let mut text = String::new();
-        stream.read_to_string(&mut text).unwrap();
-        let (head, body) = text.split_once("\r\n\r\n").unwrap();
+        stream.read_to_string(&mut text).ok()?;
+        let (head, body) = text.split_once("\r\n\r\n")?;
         Some((head.to_lowercase(), body.to_owned()))
     })
+}
+
+/// P4: as node ports, health checks are answered on the addresses that are admitted, as kube-proxy's `nodePortAddresses`
+/// says.
+#[test]
+fn load_balancers_are_answered_on_admitted_addresses() {
+    let spec = "  externalTrafficPolicy: Local\n  healthCheckNodePort: 32001\n";
+    let extra = ["--nodeport-addresses", "fd50::/64"];
+    let cluster = Cluster::start_with("off", &extra, |cluster| {
+        cluster.documents("web", 1, spec, &ready(&["web-a"]))
+    });
+    let asked = |v6| {
+        let to = SocketAddr::new(cluster.ip("node-a", v6), 32_001);
+        get(
+            &cluster,
+            "node-b",
+            to,
+            "GET / HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n",
+        )
+    };
+    let began = Instant::now();
+    while asked(true).is_none_or(|(head, _)| !head.starts_with("http/1.1 200")) {
+        assert!(began.elapsed() < Duration::from_secs(5));
+        thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(asked(false), None);
 }
 
 /// P4: `healthCheckNodePort` follows the Service and its ready local endpoints, on each node, over IPv4 and IPv6.

@@ -122,7 +122,7 @@ pub struct RunArgs {
     /// Networks of the cluster's pods: their packets are internal clients' wherever they come in.
     #[arg(long, value_name = "CIDR", num_args = 1.., value_delimiter = ',')]
     cluster_cidr: Vec<IpNet>,
-    /// Node addresses that node ports answer on: networks, or `primary` [default: all].
+    /// Node addresses that node ports and healthCheckNodePort answer on: networks, or `primary` [default: all].
     #[arg(long, value_name = "CIDR|primary", num_args = 1.., value_delimiter = ',')]
     nodeport_addresses: Vec<String>,
     /// Source ports of translated packets.
@@ -456,6 +456,7 @@ impl Agent {
         let policy = NodePortAddresses::parse(&self.args.nodeport_addresses, &addresses).map_err(anyhow::Error::msg)?;
         let (admitted, _) = netns::watch_addresses(policy).context("cannot follow this node's addresses")?;
         node::set_addresses(&maps, &admitted.borrow())?;
+        self.admit_health_checks(&admitted.borrow());
 
         // The old watcher changes the same links; it must be gone before another begins.
         if let Some(mut old) = self.live.take() {
@@ -490,9 +491,16 @@ impl Agent {
         }
     }
 
+    /// Health checks are answered where node ports are, but on loopback addresses too when nothing is said.
+    fn admit_health_checks(&self, admitted: &BTreeSet<IpAddr>) {
+        let restricted = !self.args.nodeport_addresses.is_empty();
+        self.checks.admit(restricted.then(|| admitted.clone()));
+    }
+
     fn write_addresses(&mut self) {
         let Some(live) = &mut self.live else { return };
         let addresses = live.admitted.borrow_and_update().clone();
+        self.admit_health_checks(&addresses);
         match node::set_addresses(self.syncer.maps(), &addresses) {
             Ok(n) => debug!("node ports answer on {addresses:?}: {n} written"),
             Err(error) => warn!("{error}; {} can admit fewer", settings::NODEPORT_ADDRESSES),
