@@ -720,3 +720,16 @@ fn sctp_is_translated_with_its_checksum() {
         }
     }
 }
+
+/// A tag in the frame: XDP leaves it to tc, for which the kernel takes it out.
+#[test]
+fn tagged_frames_are_left_to_tc() {
+    let loaded = Loaded::new("vlan");
+    for v6 in FAMILIES {
+        let plain = packet((CLIENT[v6], 48_000), (WEB[v6], 80), false);
+        for tag in [[0x81, 0x00, 0, 100], [0x88, 0xa8, 0, 100]] {
+            let tagged = [&plain[..12], &tag[..], &plain[12..]].concat();
+            assert_eq!(through(&loaded, "xdp_node", &tagged), tagged);
+        }
+    }
+}
