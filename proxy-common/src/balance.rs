@@ -473,6 +473,14 @@ fn recall<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> b
     {
         return true;
     }
+    // Another CPU may have moved the flow to `flows` since that was looked at. Chosen anew, a connection would be cut in two.
+    if scratch.arrival.tuple.proto == TCP
+        && scratch.arrival.tcp_flags & SYN == 0
+        && let Some(flow) = maps.flow(&scratch.key)
+        && explains(maps, flow, scratch)
+    {
+        return true;
+    }
     if maps.collided(collided_bit::<F>(&scratch.arrival.tuple)) {
         scratch.key = shared_key::<F>(&scratch.arrival.tuple);
         if let Some(flow) = maps.flow(&scratch.key)
@@ -689,7 +697,7 @@ fn forward<F: Family, M: Maps<F>>(
     if flow.frontend != tuple.dst || flow.frontend_port != tuple.dst_port {
         return None;
     }
-    if tcp_flags & SYN != 0 && is_closed(flow.state) {
+    if tcp_flags & SYN != 0 && is_closed(flow.state | snat_state(maps, config, &flow, tuple.proto)) {
         return None;
     }
     let state = client_state(tcp_flags);
@@ -708,6 +716,19 @@ fn forward<F: Family, M: Maps<F>>(
         slot.note(state, now);
     }
     Some(towards_backend(&flow, arrival))
+}
+
+/// What the slot of a translated source has seen of the backend's side: replies to it do not pass by the flow.
+#[inline(always)]
+fn snat_state<F: Family, M: Maps<F>>(maps: &M, config: &Config, flow: &Flow<F::Words>, proto: u8) -> u16 {
+    if flow.state & FLOW_SNAT == 0 {
+        return 0;
+    }
+    match snat_slot(maps, config, flow.snat_port, flow.backend, flow.backend_port, proto) {
+        Some((_, slot)) => slot.state & (FLOW_BACKEND_FIN | FLOW_RESET),
+        // Another flow has the port by now.
+        None => FLOW_RESET,
+    }
 }
 
 /// A packet of a flow in `new_flows` on its way to the backend: moved to `flows` once both sides have spoken.
