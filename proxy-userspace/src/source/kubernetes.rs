@@ -276,12 +276,7 @@ where
 impl State {
     fn apply(&mut self, change: Change) {
         let (problems, events) = (&mut self.problems, &mut self.events);
-        if self.complete
-            && matches!(
-                change,
-                Change::Service(Told::Begin) | Change::Slice(Told::Begin) | Change::Node(Told::Begin)
-            )
-        {
+        if self.complete && matches!(change, Change::Service(Told::Begin) | Change::Slice(Told::Begin)) {
             self.held.get_or_insert_with(Instant::now);
         }
         match change {

@@ -40,10 +40,12 @@ const PAGE: u32 = 500;
 const WATCH_SECS: std::ops::Range<u64> = 300..600;
 /// Servers send bookmarks every minute. When nothing comes for longer than that, the connection is taken for dead.
 const SILENCE: Duration = Duration::from_secs(100);
+/// A watch whose version is gone is told so first thing.
+const VERDICT: Duration = Duration::from_secs(1);
 /// Within a list there should be no pauses; a server that does not know streaming sends its objects and then nothing.
 const LIST_SILENCE: Duration = Duration::from_secs(10);
 /// A watch that lasted so long, or told something, is no reason to be patient with the next.
-const STEADY: Duration = Duration::from_secs(30);
+const STEADY: Duration = Duration::from_secs(2);
 /// Between attempts: from one to the other, doubled each time; half of it by chance (client-go: 0.8 s to 30 s).
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
 /// A server that repeats itself is asked for a new list at most this often.
@@ -169,6 +171,8 @@ pub(super) struct Follower<K, T, F, S> {
     listed: Instant,
     /// Whether this attempt told something.
     progress: bool,
+    /// Since when its watch goes on.
+    began: Option<Instant>,
     kind: std::marker::PhantomData<fn(K) -> T>,
 }
 
@@ -189,6 +193,7 @@ where
             streams: true,
             listed: Instant::now(),
             progress: false,
+            began: None,
             kind: std::marker::PhantomData,
         }
     }
@@ -197,16 +202,17 @@ where
     pub(super) async fn run(mut self) {
         let mut backoff = BACKOFF.0;
         loop {
-            let began = Instant::now();
             self.progress = false;
+            self.began = None;
             let result = self.attempt().await;
-            if self.progress || began.elapsed() >= STEADY {
+            let was_steady = self.began.is_some_and(|began| began.elapsed() >= STEADY);
+            if self.progress || was_steady {
                 backoff = BACKOFF.0;
             }
             let mut pause = jitter(backoff);
             let mut was_unreachable = false;
             match result {
-                Ok(()) if began.elapsed() >= STEADY => pause = Duration::ZERO,
+                Ok(()) if was_steady => pause = Duration::ZERO,
                 Ok(()) => {}
                 Err(Stop::Receiver) => return,
                 Err(Stop::Failed(failure)) => {
@@ -284,6 +290,7 @@ where
     async fn listed(&mut self, version: String) -> Result<(), Stop> {
         self.version = Some(Version::new(version));
         self.listed = Instant::now();
+        self.began = Some(self.listed);
         self.progress = true;
         Ok(self.tell(Told::Complete).await?)
     }
@@ -347,6 +354,7 @@ where
         let from = self.version.as_ref().map_or("", |version| version.text.as_str());
         let request = self.request.watch(&self.watch_params(), from).map_err(unsendable)?;
         let lines = Lines::new(self.connection.send(request).await?);
+        self.began = Some(Instant::now());
         self.read(lines).await
     }
 
@@ -354,9 +362,15 @@ where
     async fn read(&mut self, mut lines: Lines) -> Result<(), Stop> {
         let mut works = false;
         loop {
-            let Some(text) = lines.next(SILENCE).await? else {
-                return Ok(());
+            let text = match lines.next(if works { SILENCE } else { VERDICT }).await {
+                Err(Failure::Silent(_)) if !works => {
+                    works = true;
+                    self.tell(Told::Watching).await?;
+                    continue;
+                }
+                text => text?,
             };
+            let Some(text) = text else { return Ok(()) };
             let line = parse(&text)?;
             if line.verb == "ERROR" {
                 return Err(error(line.object).into());

@@ -253,6 +253,27 @@ async fn broken_watches_go_on_where_they_were() {
     assert_eq!(lists, 0, "nothing was listed again");
 }
 
+/// A version that is gone costs a list, and no more time than that.
+#[tokio::test]
+async fn a_gone_version_is_a_new_list_at_once() {
+    for gone in [Gone::Event, Gone::Status] {
+        let server = server();
+        server.faults(|faults| faults.gone = gone);
+        let mut agent = Agent::start(&server);
+        agent.until("complete", Model::is_complete).await;
+        agent.silence_until_watches(&server, 3).await;
+        server.forget_requests();
+        server.expire();
+        server.drop_watches();
+        agent.silence().await;
+        server.apply(slice("a-1", "a", &[]));
+        let began = Instant::now();
+        agent.until("a change", |model| backends(model, "a") == Some(0)).await;
+        assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+        assert_eq!(server.requests("sendInitialEvents"), 3, "one list of each kind");
+    }
+}
+
 /// Bookmarks move the version that a watch goes on from, so that a quiet kind needs no new list.
 #[tokio::test]
 async fn bookmarks_save_lists() {
