@@ -13,6 +13,7 @@
 //! ```
 
 mod faults;
+mod relay;
 mod selector;
 mod serve;
 mod store;
@@ -46,6 +47,7 @@ use tokio_rustls::{
 };
 
 pub use faults::{Faults, Gone, Refusal, Streaming};
+pub use relay::Relay;
 pub use store::Kind;
 
 use store::Store;

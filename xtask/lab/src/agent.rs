@@ -39,9 +39,24 @@ pub struct AgentOptions {
     pub shunt: Option<PathBuf>,
     /// Names of the only capabilities that the agent is to have; `None`: all that this process has.
     pub capabilities: Option<Vec<String>>,
+    /// Whether the agent has to find out the node's addresses itself; else it gets them as `--node-ip`.
+    pub finds_addresses: bool,
 }
 
 impl AgentOptions {
+    /// Follows an API server, the Node's addresses included, and attaches XDP natively.
+    #[must_use]
+    pub fn kubeconfig(path: &Path) -> Self {
+        Self {
+            manifests: None,
+            xdp: "native".to_owned(),
+            extra: vec!["--kubeconfig".to_owned(), path.to_string_lossy().into_owned()],
+            shunt: None,
+            capabilities: None,
+            finds_addresses: true,
+        }
+    }
+
     /// Reads manifests and attaches XDP natively.
     #[must_use]
     pub fn manifests(path: impl Into<PathBuf>) -> Self {
@@ -51,6 +66,7 @@ impl AgentOptions {
             extra: Vec::new(),
             shunt: None,
             capabilities: None,
+            finds_addresses: false,
         }
     }
 
@@ -143,6 +159,14 @@ pub struct Agent {
 
 impl Agent {
     pub(crate) fn start(lab: &Lab, node: &str, options: &AgentOptions) -> Result<Self> {
+        let mut agent = Self::new(lab, node, options)?;
+        agent.spawn()?;
+        agent.wait_ready()?;
+        Ok(agent)
+    }
+
+    /// One that does not run yet.
+    pub(crate) fn new(lab: &Lab, node: &str, options: &AgentOptions) -> Result<Self> {
         mount_bpffs()?;
         let bpf_root = lab.bpf_root(node);
         let shunt = options.shunt.clone().map_or_else(find_shunt, Ok)?;
@@ -152,8 +176,10 @@ impl Agent {
             set("--manifests", &manifests.to_string_lossy());
         }
         set("--node-name", node);
-        for ip in lab.node_ips(node)? {
-            set("--node-ip", &ip.to_string());
+        if !options.finds_addresses {
+            for ip in lab.node_ips(node)? {
+                set("--node-ip", &ip.to_string());
+            }
         }
         set("--devices", "eth0");
         set("--pod-devices", "veth*");
@@ -167,7 +193,7 @@ impl Agent {
         }
         set("--xdp", &options.xdp);
         args.extend(options.extra.iter().cloned());
-        let mut agent = Self {
+        Ok(Self {
             node: node.to_owned(),
             ns: lab.ns(node)?,
             cgroup: lab.node_cgroup(node).join("host"),
@@ -177,10 +203,7 @@ impl Agent {
             args,
             child: None,
             printed: Arc::default(),
-        };
-        agent.spawn()?;
-        agent.wait_ready()?;
-        Ok(agent)
+        })
     }
 
     fn command(&self) -> Result<Command> {
@@ -196,7 +219,12 @@ impl Agent {
         Ok(command)
     }
 
-    fn spawn(&mut self) -> Result<()> {
+    /// Starts its process and does not wait for anything.
+    ///
+    /// # Errors
+    ///
+    /// When the binary cannot be run.
+    pub fn spawn(&mut self) -> Result<()> {
         let mut command = self.command()?;
         command.args(&self.args).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command
@@ -213,7 +241,12 @@ impl Agent {
         Ok(())
     }
 
-    fn wait_ready(&mut self) -> Result<()> {
+    /// Waits until its datapath is live.
+    ///
+    /// # Errors
+    ///
+    /// With what the agent printed, when it ends or is not ready in time.
+    pub fn wait_ready(&mut self) -> Result<()> {
         let deadline = Instant::now() + READY_TIMEOUT;
         let printed = Arc::clone(&self.printed);
         let mut lines = printed.lines.lock().unwrap_or_else(PoisonError::into_inner);

@@ -775,6 +775,15 @@ impl Lab {
         Agent::start(self, node, options)
     }
 
+    /// An agent of a node that does not run yet: for those that are not to become ready.
+    ///
+    /// # Errors
+    ///
+    /// When the lab has no such node, or there is no binary.
+    pub fn agent(&self, node: &str, options: &AgentOptions) -> Result<Agent> {
+        Agent::new(self, node, options)
+    }
+
     /// The PIDs of every process in the lab's cgroups: pods, clients and agents.
     #[must_use]
     pub fn processes(&self) -> Vec<i32> {

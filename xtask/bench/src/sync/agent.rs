@@ -53,6 +53,7 @@ pub(super) fn measure(services: u32, changes: u32) -> Result<Vec<Line>> {
         extra: Vec::new(),
         shunt: None,
         capabilities: None,
+        finds_addresses: false,
     };
     let options = options.args(&[
         "--kubeconfig",
