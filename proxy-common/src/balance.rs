@@ -127,16 +127,20 @@ pub trait Tracked: Copy {
     const STATE: usize;
     /// Offset of the time stamp, in bytes.
     const LAST_SEEN: usize;
+    /// Offset of the cheap clock's time stamp, in bytes.
+    const EPOCH: usize;
 }
 
 impl<A: Copy> Tracked for Flow<A> {
     const STATE: usize = offset_of!(Self, state);
     const LAST_SEEN: usize = offset_of!(Self, last_seen);
+    const EPOCH: usize = offset_of!(Self, epoch);
 }
 
 impl<A: Copy> Tracked for SnatSlot<A> {
     const STATE: usize = offset_of!(Self, state);
     const LAST_SEEN: usize = offset_of!(Self, last_seen);
+    const EPOCH: usize = offset_of!(Self, epoch);
 }
 
 impl<T: Tracked> Entry<'_, T> {
@@ -147,20 +151,22 @@ impl<T: Tracked> Entry<'_, T> {
         unsafe { self.ptr.as_ptr().byte_add(T::LAST_SEEN).cast() }
     }
 
-    /// Notes a packet: state bits when they are new, the time when a tick has passed. Returns whether it had.
+    /// Notes a packet: state bits when they are new, the time when the cheap clock has moved on. Returns whether it had.
     #[inline(always)]
-    fn note(self, bits: u16, now: u32) -> bool {
+    fn note<F: Family>(self, maps: &impl Maps<F>, bits: u16) -> bool {
         // SAFETY: aligned fields of an entry that is valid by `new`'s contract.
         unsafe {
             let state: *mut u16 = self.ptr.as_ptr().byte_add(T::STATE).cast();
-            let last_seen = self.last_seen();
+            let epoch: *mut u16 = self.ptr.as_ptr().byte_add(T::EPOCH).cast();
             let old = *state;
             if old | bits != old {
                 *state = old | bits;
             }
-            let passed = *last_seen != now;
+            let now = maps.epoch();
+            let passed = *epoch != now;
             if passed {
-                *last_seen = now;
+                *epoch = now;
+                *self.last_seen() = maps.now();
             }
             passed
         }
@@ -226,6 +232,8 @@ pub trait Maps<F: Family> {
     fn count(&self, event: Event);
     /// `CLOCK_MONOTONIC` in [`TICK_NS`], at least 1.
     fn now(&self) -> u32;
+    /// A clock that costs next to nothing and says no more than whether time has passed: see [`Flow::epoch`].
+    fn epoch(&self) -> u16;
 }
 
 /// Where packets come in.
@@ -272,65 +280,96 @@ pub struct Arrival<A> {
     pub sends_on: bool,
 }
 
+/// What becomes of a packet, as far as open flows tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Quick<A> {
+    /// Not ours.
+    Pass,
+    /// Of an open flow.
+    Translate(Translation<A>),
+    /// It may open one: see [`undecided`].
+    Undecided,
+}
+
 /// A packet that arrives at the node through a device.
 #[inline(always)]
 pub fn arriving<F: Family, M: Maps<F>>(maps: &M, arrival: &Arrival<F::Words>) -> Verdict<F::Words> {
+    match established(maps, arrival) {
+        Quick::Pass => Verdict::Pass,
+        Quick::Translate(to) => Verdict::Translate(to),
+        Quick::Undecided => {
+            let Some(scratch) = maps.scratch() else {
+                return Verdict::Pass;
+            };
+            match undecided(maps, scratch, arrival) {
+                Outcome::Pass => Verdict::Pass,
+                Outcome::Translate => Verdict::Translate(scratch.translation),
+                Outcome::Refuse => Verdict::Refuse,
+                Outcome::Drop => Verdict::Drop,
+            }
+        }
+    }
+}
+
+/// The first half of [`arriving`]: all there is to do for packets of open flows, and those of no Service.
+#[inline(always)]
+pub fn established<F: Family, M: Maps<F>>(maps: &M, arrival: &Arrival<F::Words>) -> Quick<F::Words> {
     let tuple = &arrival.tuple;
     // A reply to a translated source comes before any frontend: a SNAT port could be a frontend's too.
     let Some(config) = maps.config() else {
-        return Verdict::Pass;
+        return Quick::Pass;
     };
     if snat::in_range(config, tuple.dst_port)
         && maps.filter(filter::backend::<F>(tuple.src, tuple.src_port, tuple.proto))
         && let Some(translation) = snat_reply_arriving(maps, config, arrival)
     {
-        return Verdict::Translate(translation);
+        return Quick::Translate(translation);
     }
 
     if !maps.filter(filter::frontend::<F>(tuple.dst, tuple.dst_port, tuple.proto))
         && !maps.filter(filter::frontend::<F>(F::UNSPECIFIED, tuple.dst_port, tuple.proto))
     {
+        // The next step judges unknown ports and addresses.
         return if address::may_be_service::<F>(config, tuple.dst) {
-            stranger(address::unknown_port(maps, tuple.dst))
+            Quick::Undecided
         } else {
-            Verdict::Pass
+            Quick::Pass
         };
     }
     let key = client_key::<F>(tuple);
-    if let Some(flow) = maps.flow(&key)
-        && let Some(translation) = forward(maps, config, flow, arrival)
-    {
-        return Verdict::Translate(translation);
-    }
-    let Some(scratch) = maps.scratch() else {
-        return Verdict::Pass;
-    };
-    scratch.arrival = *arrival;
-    match undecided(maps, scratch) {
-        Outcome::Pass => Verdict::Pass,
-        Outcome::Translate => Verdict::Translate(scratch.translation),
-        Outcome::Refuse => Verdict::Refuse,
-        Outcome::Drop => Verdict::Drop,
-    }
-}
-
-#[inline(always)]
-fn stranger<A>(stranger: Stranger) -> Verdict<A> {
-    match stranger {
-        Stranger::Pass => Verdict::Pass,
-        Stranger::Refuse => Verdict::Refuse,
-        Stranger::Drop => Verdict::Drop,
+    match maps.flow(&key) {
+        Some(flow) => match forward(maps, config, flow, arrival) {
+            Some(translation) => Quick::Translate(translation),
+            None => Quick::Undecided,
+        },
+        None => Quick::Undecided,
     }
 }
 
 /// [`Verdict`], with the translation left in [`Scratch`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
-pub(crate) enum Outcome {
+pub enum Outcome {
+    /// Not ours.
     Pass,
+    /// Ours: [`Scratch::translation`].
     Translate,
+    /// Ours, and there is no backend.
     Refuse,
+    /// Ours, and not allowed or not possible.
     Drop,
+}
+
+/// The second half of [`arriving`]: a packet towards a possible frontend that no established flow of its client's side
+/// explains.
+#[inline(always)]
+pub fn undecided<F: Family, M: Maps<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+    arrival: &Arrival<F::Words>,
+) -> Outcome {
+    scratch.arrival = *arrival;
+    decide(maps, scratch)
 }
 
 /// Memory for the path of few packets: the BPF stack holds 512 bytes for a whole chain of calls, and an IPv6 flow with its
@@ -339,12 +378,13 @@ pub(crate) enum Outcome {
 #[derive(Clone, Copy, Debug)]
 pub struct Scratch<A> {
     pub(crate) arrival: Arrival<A>,
+    /// Where the packet goes, after [`Outcome::Translate`].
+    pub translation: Translation<A>,
     pub(crate) key: FlowKey<A>,
     own_port: FlowKey<A>,
     frontend_key: FrontendKey<A>,
     flow: Flow<A>,
     reply: Tuple<A>,
-    pub(crate) translation: Translation<A>,
     slot: SnatSlot<A>,
     search: Search,
     /// Whether the flow is written over one that is over.
@@ -424,7 +464,7 @@ pub(crate) fn arriving_slowly<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scr
     {
         return Outcome::Translate;
     }
-    undecided(maps, scratch)
+    decide(maps, scratch)
 }
 
 /// [`leaving`] in the same way.
@@ -439,11 +479,11 @@ pub(crate) fn leaving_slowly<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scra
     }
 }
 
-/// A packet towards a possible frontend that no established flow of its client's side explains.
+/// The steps of [`undecided`].
 // Each step is a function of its own that leaves what it found in `scratch`: so its locals share the stack with the
 // other steps' locals, and the verifier walks it once, not once for every way through the step before.
 #[inline(never)]
-fn undecided<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
+fn decide<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
     let recalled = recall(maps, scratch);
     if scratch.search.flag.hide(recalled) {
         return Outcome::Translate;
@@ -517,21 +557,16 @@ fn explains<F: Family, M: Maps<F>>(
 /// A packet that leaves the node, or goes to one of its pods, through a device.
 #[inline(always)]
 pub fn leaving<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, tcp_flags: u8) -> Verdict<F::Words> {
-    let from_backend = maps.filter(filter::backend::<F>(tuple.src, tuple.src_port, tuple.proto));
-    let to_backend = maps.filter(filter::backend::<F>(tuple.dst, tuple.dst_port, tuple.proto));
-    if !from_backend && !to_backend {
-        return Verdict::Pass;
-    }
     let Some(config) = maps.config() else {
         return Verdict::Pass;
     };
-    if from_backend {
+    if maps.filter(filter::backend::<F>(tuple.src, tuple.src_port, tuple.proto)) {
         let state = reply_state(tuple.proto, tcp_flags);
         if snat::in_range(config, tuple.dst_port)
             && let Some((entry, slot)) = snat_slot(maps, config, tuple.dst_port, tuple.src, tuple.src_port, tuple.proto)
             && slot.client == tuple.dst
         {
-            entry.note(state, maps.now());
+            entry.note(maps, state);
             return translate(Tuple {
                 src: slot.frontend,
                 src_port: slot.frontend_port,
@@ -551,8 +586,8 @@ pub fn leaving<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, tcp_fla
             return translate(tuple);
         }
     }
-    if to_backend
-        && snat::in_range(config, tuple.src_port)
+    if snat::in_range(config, tuple.src_port)
+        && maps.filter(filter::backend::<F>(tuple.dst, tuple.dst_port, tuple.proto))
         && let Some((_, slot)) = snat_slot(maps, config, tuple.src_port, tuple.dst, tuple.dst_port, tuple.proto)
         && slot.client == tuple.src
         && slot.snat != tuple.src
@@ -701,8 +736,7 @@ fn forward<F: Family, M: Maps<F>>(
         return None;
     }
     let state = client_state(tcp_flags);
-    let now = maps.now();
-    if (entry.note(state, now) || state != 0)
+    if (entry.note(maps, state) || state != 0)
         && flow.state & FLOW_SNAT != 0
         && let Some((slot, _)) = snat_slot(
             maps,
@@ -713,7 +747,7 @@ fn forward<F: Family, M: Maps<F>>(
             tuple.proto,
         )
     {
-        slot.note(state, now);
+        slot.note(maps, state);
     }
     Some(towards_backend(&flow, arrival))
 }
@@ -798,10 +832,10 @@ fn reply<F: Family, M: Maps<F>>(
     }
     if tcp_flags & SYN != 0 && is_closed(flow.state) {
         // The client took its port anew, to dial the backend itself.
-        entry.note(FLOW_SUPERSEDED, maps.now());
+        entry.note(maps, FLOW_SUPERSEDED);
         return None;
     }
-    entry.note(state, maps.now());
+    entry.note(maps, state);
     Some(Tuple {
         src: flow.frontend,
         src_port: flow.frontend_port,
@@ -838,7 +872,7 @@ fn snat_reply_arriving<F: Family, M: Maps<F>>(
     if slot.snat != tuple.dst || slot.snat == slot.client {
         return None;
     }
-    entry.note(reply_state(tuple.proto, arrival.tcp_flags), maps.now());
+    entry.note(maps, reply_state(tuple.proto, arrival.tcp_flags));
     let local = slot.state & FLOW_LOCAL_CLIENT != 0;
     let mut tuple = Tuple {
         dst: slot.client,
@@ -926,6 +960,9 @@ fn choose<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> O
         state: 0,
         backend_id: slot.backend,
         last_seen: now,
+        epoch: maps.epoch(),
+        reserved: 0,
+        reserved2: 0,
     };
     let local = slot.flags & BACKEND_LOCAL != 0;
     if local {
@@ -1176,7 +1213,7 @@ fn take_port<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -
         backend_id: flow.backend_id,
         proto: tuple.proto,
         reserved: 0,
-        reserved2: 0,
+        epoch: flow.epoch,
         owner: search.owner.get(),
     };
     entry.write(mine);

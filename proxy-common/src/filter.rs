@@ -5,20 +5,30 @@
 //! for the price of one multiplication and one cached load. A set bit proves nothing (two tuples may share it): the
 //! lookups that follow decide. Bits outlive their entries, so that open flows of deleted ones are still found.
 
-use crate::{family::Family, hash, layout::FILTER_WORDS};
+use crate::{family::Family, layout::FILTER_WORDS};
 
 const BITS: u32 = FILTER_WORDS as u32 * 64;
+/// Odd, with well-spread bits: the golden ratio, and the square root of three.
+const FRONTEND: u64 = 0x9e37_79b9_7f4a_7c15;
+const BACKEND: u64 = 0xbb67_ae85_84ca_a73b;
 
 /// The bit of a frontend. A node port uses the unspecified address.
 #[inline(always)]
 pub fn frontend<F: Family>(addr: F::Words, port: u16, proto: u8) -> u32 {
-    hash::side::<F>(addr, port, proto) as u32 % BITS
+    bit::<F>(addr, port, proto, FRONTEND)
 }
 
 /// The bit of a backend. Differs from the frontend bit of the same address and port.
 #[inline(always)]
 pub fn backend<F: Family>(addr: F::Words, port: u16, proto: u8) -> u32 {
-    (hash::side::<F>(addr, port, proto) >> 32) as u32 % BITS
+    bit::<F>(addr, port, proto, BACKEND)
+}
+
+/// Multiplicative hashing: the product's highest bits depend on every bit of the tuple. Every packet pays for it, so no more.
+#[inline(always)]
+fn bit<F: Family>(addr: F::Words, port: u16, proto: u8, factor: u64) -> u32 {
+    let tuple = F::fold(addr) ^ u64::from(port) << 32 ^ u64::from(proto) << 48;
+    (tuple.wrapping_mul(factor) >> (64 - BITS.ilog2())) as u32
 }
 
 /// [`frontend`] for an address in bytes.

@@ -224,8 +224,14 @@ pub struct Flow<A> {
     pub state: u16,
     /// Index into `backends`.
     pub backend_id: u32,
-    /// When the last packet was seen: `CLOCK_MONOTONIC` in [`TICK_NS`], written at most once a tick.
+    /// When the last packet was seen: `CLOCK_MONOTONIC` in [`TICK_NS`], written when `epoch` has changed.
     pub last_seen: u32,
+    /// The programs' cheap clock as it stood when `last_seen` was written: at most 2.6 s, at least 0.25 s long.
+    pub epoch: u16,
+    /// Always zero.
+    pub reserved: u16,
+    /// Always zero.
+    pub reserved2: u32,
 }
 
 /// A translated source port towards one backend, and the flow that owns it: how replies find their way.
@@ -259,8 +265,8 @@ pub struct SnatSlot<A> {
     pub proto: u8,
     /// Always zero.
     pub reserved: u8,
-    /// Always zero.
-    pub reserved2: u16,
+    /// As [`Flow::epoch`].
+    pub epoch: u16,
     /// Flow hash of the client's side and the frontend ([`crate::hash::flow`]): whose slot it is, at a glance.
     pub owner: u32,
 }
@@ -471,8 +477,8 @@ no_padding!(
     Slot<[u8; 16]> = 16 + 2 + 2 + 4,
     FlowKey<[u8; 4]> = 2 * 4 + 2 + 2 + 1 + 1 + 2,
     FlowKey<[u8; 16]> = 2 * 16 + 2 + 2 + 1 + 1 + 2,
-    Flow<[u8; 4]> = 3 * 4 + 4 * 2 + 4 + 4,
-    Flow<[u8; 16]> = 3 * 16 + 4 * 2 + 4 + 4,
+    Flow<[u8; 4]> = 3 * 4 + 4 * 2 + 4 + 4 + 4 + 4,
+    Flow<[u8; 16]> = 3 * 16 + 4 * 2 + 4 + 4 + 4 + 4,
     SnatSlot<[u8; 4]> = 4 * 4 + 4 * 2 + 4 + 4 + 1 + 1 + 2 + 4,
     SnatSlot<[u8; 16]> = 4 * 16 + 4 * 2 + 4 + 4 + 1 + 1 + 2 + 4,
     AffinityKey<[u8; 4]> = 4 + 4 + 4 + 2 * 4,

@@ -169,12 +169,12 @@ pub fn parse<F: Family>(packet: &impl Packet, l3: usize) -> Option<Headers<F::Wo
         TCP => {
             let tcp = packet.bytes(l4, 20)?;
             // SAFETY: 20 bytes were checked.
-            unsafe { (read::<[u8; 4]>(tcp, 0), read::<u8>(tcp, 13)) }
+            unsafe { (read::<u32>(tcp, 0), read::<u8>(tcp, 13)) }
         }
         UDP => {
             let udp = packet.bytes(l4, 8)?;
             // SAFETY: 8 bytes were checked.
-            (unsafe { read::<[u8; 4]>(udp, 0) }, 0)
+            (unsafe { read::<u32>(udp, 0) }, 0)
         }
         SCTP => {
             let sctp = packet.bytes(l4, 12)?;
@@ -183,10 +183,9 @@ pub fn parse<F: Family>(packet: &impl Packet, l3: usize) -> Option<Headers<F::Wo
         }
         _ => return None,
     };
-    let (src_port, dst_port) = (
-        u16::from_be_bytes([ports[0], ports[1]]),
-        u16::from_be_bytes([ports[2], ports[3]]),
-    );
+    // One load for both: the source port stands first.
+    let ports = u32::from_be(ports);
+    let (src_port, dst_port) = ((ports >> 16) as u16, ports as u16);
     Some(Headers {
         l3,
         l4,
@@ -248,7 +247,7 @@ pub fn write_tuple<F: Family>(packet: &impl Packet, headers: &Headers<F::Words>,
         write::<u32>(
             ports,
             0,
-            u32::from(new.src_port.to_be()) | u32::from(new.dst_port.to_be()) << 16,
+            (u32::from(new.src_port) << 16 | u32::from(new.dst_port)).to_be(),
         )
     };
     true

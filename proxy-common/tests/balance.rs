@@ -250,6 +250,9 @@ where
     fn now(&self) -> u32 {
         self.now.get()
     }
+    fn epoch(&self) -> u16 {
+        self.now.get() as u16
+    }
 }
 
 fn config() -> Config {

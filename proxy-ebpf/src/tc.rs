@@ -17,7 +17,7 @@ use aya_ebpf::{
 };
 use shunt_common::{
     access::{Access, Number},
-    balance::{Arrival, From, Verdict, arriving, leaving},
+    balance::{Arrival, From, Maps, Outcome, Quick, Verdict, established, leaving, undecided},
     checksum::Difference,
     event::Event,
     family::{Family, V4, V6},
@@ -167,67 +167,129 @@ fn family(ctx: &TcContext) -> Option<u16> {
     Some(u16::from_be(protocol as u16))
 }
 
+/// The path of almost all packets: of flows that are open, and of no Service. For the others it says which step is next.
+///
+/// That step is taken by [`whole`] and not here, where every packet would pay for its locals.
 #[inline(always)]
 fn handle<F: FastFamily>(ctx: &TcContext, place: Place) -> i32 {
+    if fast::is_on()
+        && let Place::In(from) = place
+    {
+        return shortcut::<F>(ctx, from);
+    }
+    let Some(headers) = headers::<F>(ctx) else { return ODD };
+    let maps = KernelMaps::new(ctx.as_ptr(), Hook::Tc);
+    let quick = match place {
+        Place::In(from) => established::<F, _>(&maps, &arrival(&headers, from)),
+        Place::Out => match leaving::<F, _>(&maps, &headers.tuple, headers.tcp_flags) {
+            Verdict::Translate(to) => Quick::Translate(to),
+            _ => Quick::Pass,
+        },
+    };
+    match quick {
+        Quick::Pass => TC_ACT_UNSPEC,
+        Quick::Translate(to) => translate::<F>(ctx, &headers, &to.tuple),
+        Quick::Undecided => UNDECIDED,
+    }
+}
+
+/// [`handle`] with the fast path.
+#[inline(never)]
+fn shortcut<F: FastFamily>(ctx: &TcContext, from: From) -> i32 {
+    let Some(headers) = headers::<F>(ctx) else { return ODD };
+    let maps = KernelMaps::new(ctx.as_ptr(), Hook::Tc);
+    match established::<F, _>(&maps, &arrival(&headers, from)) {
+        Quick::Pass => match fast::send_reply::<F>(ctx, &headers) {
+            fast::SLOW => TC_ACT_UNSPEC,
+            action => action,
+        },
+        Quick::Translate(to) => match fast::send_translated::<F>(ctx, &headers, &to.tuple) {
+            fast::SLOW => translate::<F>(ctx, &headers, &to.tuple),
+            action => action,
+        },
+        Quick::Undecided => UNDECIDED,
+    }
+}
+
+/// The headers of a plain packet.
+#[inline(always)]
+fn headers<F: KernelFamily>(ctx: &TcContext) -> Option<Headers<F::Words>> {
     let buffer = Buffer(ctx);
     // Headers may stand in page fragments, where programs cannot read: have them pulled into the linear part.
     if buffer.bytes(0, ETHERNET + F::HEADER + 20).is_none() {
         let len = ctx.len().min(HEADERS as u32);
         // SAFETY: the helper checks the length; pointers are taken anew afterwards.
         if unsafe { bpf_skb_pull_data(ctx.skb.skb, len) } != 0 {
-            return TC_ACT_UNSPEC;
+            return None;
         }
     }
-    let Some(headers) = packet::parse::<F>(&buffer, ETHERNET) else {
-        return ODD;
-    };
-    let maps = KernelMaps::new(ctx.as_ptr(), Hook::Tc);
-    let Headers { tuple, tcp_flags, .. } = headers;
-    let verdict = match place {
-        Place::In(from) => arriving::<F, _>(
-            &maps,
-            &Arrival {
-                tuple,
-                tcp_flags,
-                from,
-                sends_on: false,
-            },
-        ),
-        Place::Out => leaving::<F, _>(&maps, &tuple, tcp_flags),
-    };
-    if fast::is_on() && place != Place::Out {
-        let sent = match &verdict {
-            Verdict::Pass => fast::send_reply::<F>(ctx, &headers),
-            Verdict::Translate(to) => fast::send_translated::<F>(ctx, &headers, &to.tuple),
-            _ => fast::SLOW,
-        };
-        if sent != fast::SLOW {
-            return sent;
-        }
+    packet::parse::<F>(&buffer, ETHERNET)
+}
+
+#[inline(always)]
+fn arrival<A: Copy>(headers: &Headers<A>, from: From) -> Arrival<A> {
+    let Headers { tuple, tcp_flags, .. } = *headers;
+    Arrival {
+        tuple,
+        tcp_flags,
+        from,
+        sends_on: false,
     }
-    match verdict {
-        Verdict::Pass => TC_ACT_UNSPEC,
-        Verdict::Drop => TC_ACT_SHOT,
-        Verdict::Refuse => refuse::<F>(ctx, &headers),
-        Verdict::Translate(to) => {
-            if rewrite::<F>(ctx, &headers, &to.tuple) {
-                TC_ACT_UNSPEC
-            } else {
-                count(Event::RewriteFailed);
-                TC_ACT_SHOT
-            }
-        }
+}
+
+#[inline(always)]
+fn translate<F: Family>(ctx: &TcContext, headers: &Headers<F::Words>, to: &Tuple<F::Words>) -> i32 {
+    if rewrite::<F>(ctx, headers, to) {
+        TC_ACT_UNSPEC
+    } else {
+        count(Event::RewriteFailed);
+        TC_ACT_SHOT
     }
 }
 
 /// What [`handle`] says of a packet that is not plain TCP, UDP or SCTP; no action has this number.
-const ODD: i32 = i32::MIN;
+const ODD: i32 = i32::MIN + 1;
+/// What [`handle`] says of a packet that may open a flow; no action has this number.
+const UNDECIDED: i32 = i32::MIN + 2;
 
-/// The action for plain packets, and for the others what [`odd`] says. Here and not in [`handle`], whose stack those others
-/// could not do without.
+/// The action, after the step that `plain` asks for.
 #[inline(always)]
-fn whole<F: KernelFamily>(ctx: &TcContext, place: Place, plain: i32) -> i32 {
-    if plain == ODD { odd::<F>(ctx, place) } else { plain }
+fn whole<F: FastFamily>(ctx: &TcContext, place: Place, plain: i32) -> i32 {
+    match (plain, place) {
+        (ODD, _) => odd::<F>(ctx, place),
+        (UNDECIDED, Place::In(from)) => open::<F>(ctx, from),
+        _ => plain,
+    }
+}
+
+/// A packet that may open a flow.
+#[inline(never)]
+fn open<F: FastFamily>(ctx: &TcContext, from: From) -> i32 {
+    let Some(headers) = packet::parse::<F>(&Buffer(ctx), ETHERNET) else {
+        return TC_ACT_UNSPEC;
+    };
+    let maps = KernelMaps::new(ctx.as_ptr(), Hook::Tc);
+    let Some(scratch) = Maps::<F>::scratch(&maps) else {
+        return TC_ACT_UNSPEC;
+    };
+    match undecided::<F, _>(&maps, scratch, &arrival(&headers, from)) {
+        Outcome::Pass => TC_ACT_UNSPEC,
+        Outcome::Drop => TC_ACT_SHOT,
+        Outcome::Refuse => refuse::<F>(ctx, &headers),
+        Outcome::Translate => {
+            let to = &scratch.translation.tuple;
+            let sent = if fast::is_on() {
+                fast::send_translated::<F>(ctx, &headers, to)
+            } else {
+                fast::SLOW
+            };
+            if sent == fast::SLOW {
+                translate::<F>(ctx, &headers, to)
+            } else {
+                sent
+            }
+        }
+    }
 }
 
 /// A packet that is not plain TCP, UDP or SCTP.

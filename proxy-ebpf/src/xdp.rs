@@ -14,7 +14,7 @@ use aya_ebpf::{
     programs::XdpContext,
 };
 use shunt_common::{
-    balance::{Arrival, From, Verdict, arriving},
+    balance::{Arrival, From, Maps, Outcome, Quick, Translation, established, undecided},
     event::Event,
     family::{Family, V4, V6, Words6},
     icmp,
@@ -53,8 +53,8 @@ impl Frame<'_> {
 #[xdp]
 fn xdp_node(ctx: XdpContext) -> u32 {
     match packet::ethertype(&Frame(&ctx)) {
-        Some(V4::ETHERTYPE) => node4(&ctx),
-        Some(V6::ETHERTYPE) => node6(&ctx),
+        Some(V4::ETHERTYPE) => whole::<V4>(&ctx, node4(&ctx)),
+        Some(V6::ETHERTYPE) => whole::<V6>(&ctx, node6(&ctx)),
         _ => XDP_PASS,
     }
 }
@@ -70,36 +70,72 @@ fn node6(ctx: &XdpContext) -> u32 {
     node::<V6>(ctx)
 }
 
+/// The path of almost all packets: of flows that are open, and of no Service. For the others it says which step is next.
+///
+/// That step is taken by [`whole`] and not here, where every packet would pay for its locals.
 #[inline(always)]
 fn node<F: KernelFamily>(ctx: &XdpContext) -> u32 {
-    let frame = Frame(ctx);
-    let Some(headers) = packet::parse::<F>(&frame, ETHERNET) else {
+    let Some(headers) = packet::parse::<F>(&Frame(ctx), ETHERNET) else {
         return XDP_PASS;
     };
     let maps = KernelMaps::new(ctx.as_ptr(), Hook::Xdp);
-    let Headers { tuple, tcp_flags, .. } = headers;
-    match arriving::<F, _>(
-        &maps,
-        &Arrival {
-            tuple,
-            tcp_flags,
-            from: From::Network,
-            sends_on: true,
-        },
-    ) {
-        Verdict::Pass => XDP_PASS,
-        Verdict::Drop => XDP_DROP,
-        Verdict::Refuse => refuse::<F>(ctx, &headers),
-        Verdict::Translate(to) if to.local => {
-            rewrite::<F>(ctx, &headers, &to.tuple);
-            XDP_PASS
-        }
-        Verdict::Translate(to) => send_on::<F>(ctx, &headers, &to.tuple),
+    match established::<F, _>(&maps, &arrival(&headers)) {
+        Quick::Pass => XDP_PASS,
+        Quick::Translate(to) => translate::<F>(ctx, &headers, &to),
+        Quick::Undecided => UNDECIDED,
+    }
+}
+
+#[inline(always)]
+fn arrival<A: Copy>(headers: &Headers<A>) -> Arrival<A> {
+    let Headers { tuple, tcp_flags, .. } = *headers;
+    Arrival {
+        tuple,
+        tcp_flags,
+        from: From::Network,
+        sends_on: true,
+    }
+}
+
+#[inline(always)]
+fn translate<F: KernelFamily>(ctx: &XdpContext, headers: &Headers<F::Words>, to: &Translation<F::Words>) -> u32 {
+    if to.local {
+        rewrite::<F>(ctx, headers, &to.tuple);
+        XDP_PASS
+    } else {
+        send_on::<F>(ctx, headers, &to.tuple)
+    }
+}
+
+/// What [`node`] says of a packet that may open a flow; no action has this number.
+const UNDECIDED: u32 = u32::MAX;
+
+/// The action, after the step that `plain` asks for.
+#[inline(always)]
+fn whole<F: KernelFamily>(ctx: &XdpContext, plain: u32) -> u32 {
+    if plain == UNDECIDED { open::<F>(ctx) } else { plain }
+}
+
+/// A packet that may open a flow.
+#[inline(never)]
+fn open<F: KernelFamily>(ctx: &XdpContext) -> u32 {
+    let Some(headers) = packet::parse::<F>(&Frame(ctx), ETHERNET) else {
+        return XDP_PASS;
+    };
+    let maps = KernelMaps::new(ctx.as_ptr(), Hook::Xdp);
+    let Some(scratch) = Maps::<F>::scratch(&maps) else {
+        return XDP_PASS;
+    };
+    match undecided::<F, _>(&maps, scratch, &arrival(&headers)) {
+        Outcome::Pass => XDP_PASS,
+        Outcome::Drop => XDP_DROP,
+        Outcome::Refuse => refuse::<F>(ctx, &headers),
+        Outcome::Translate => translate::<F>(ctx, &headers, &scratch.translation),
     }
 }
 
 /// Writes the new tuple; every offset was checked when the headers were read, so it does not fail.
-#[inline(never)]
+#[inline(always)]
 fn rewrite<F: Family>(ctx: &XdpContext, headers: &Headers<F::Words>, new: &Tuple<F::Words>) -> bool {
     let frame = Frame(ctx);
     packet::update_checksum::<F>(&frame, headers, new) && packet::write_tuple::<F>(&frame, headers, new)
@@ -136,7 +172,7 @@ pub(crate) struct FibLookup {
 const _: () = assert!(size_of::<FibLookup>() == 64);
 
 /// Routes the packet by the kernel's tables and sends it, if it can be sent from here.
-#[inline(never)]
+#[inline(always)]
 fn send_on<F: KernelFamily>(ctx: &XdpContext, headers: &Headers<F::Words>, new: &Tuple<F::Words>) -> u32 {
     let frame = Frame(ctx);
     let ingress = ctx.ingress_ifindex() as u32;

@@ -292,6 +292,9 @@ mod tests {
             state,
             backend_id,
             last_seen: now() - age,
+            epoch: 0,
+            reserved: 0,
+            reserved2: 0,
         };
         (key, flow)
     }
@@ -366,7 +369,7 @@ mod tests {
                 backend_id: u32::from(owner),
                 proto: TCP,
                 reserved: 0,
-                reserved2: 0,
+                epoch: 0,
                 owner: 0,
             };
             maps.v4.snat.set(&index, &slot).unwrap();

@@ -222,6 +222,9 @@ fn add_flow<F: MapFamily>(
         state,
         backend_id: 1,
         last_seen: gc::now() - (idle * 1_000_000_000 / TICK_NS) as u32,
+        epoch: 0,
+        reserved: 0,
+        reserved2: 0,
     };
     let table = usize::from(state & FLOW_ANSWERED != 0);
     maps.flow_maps()[table].set(&key, &flow).unwrap();
@@ -317,7 +320,7 @@ fn flush_deletes_what_its_filter_admits_frees_source_ports_and_says_how_many() {
         backend_id: 1,
         proto: TCP,
         reserved: 0,
-        reserved2: 0,
+        epoch: 0,
         owner: 0,
     };
     maps.v4.snat.set(&index, &slot).unwrap();

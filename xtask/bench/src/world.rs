@@ -276,6 +276,9 @@ impl World {
                     state,
                     backend_id: 0,
                     last_seen: now,
+                    epoch: 0,
+                    reserved: 0,
+                    reserved2: 0,
                 };
                 if snat {
                     indices.push(snat::index::<F>(
@@ -298,7 +301,7 @@ impl World {
                         backend_id: 0,
                         proto: TCP,
                         reserved: 0,
-                        reserved2: 0,
+                        epoch: 0,
                         owner: 0,
                     });
                 }
@@ -333,7 +336,7 @@ impl World {
             backend_id: 0,
             proto: TCP,
             reserved: 0,
-            reserved2: 0,
+            epoch: 0,
             owner: 0,
         };
         let map = sys::obj_get(&self.datapath.paths().map(if v6 { "snat6" } else { "snat4" }))?;

@@ -128,6 +128,9 @@ fn new_flow<F: Wire>(ctx: &TcContext) -> i32 {
         state: 0,
         backend_id: slot.backend,
         last_seen: 1,
+        epoch: 0,
+        reserved: 0,
+        reserved2: 0,
     };
     let new = Seen {
         dst: slot.addr,

@@ -180,6 +180,9 @@ fn new_flow<F: Wire>(ctx: &XdpContext, remote: bool) -> u32 {
         state: 0,
         backend_id: slot.backend,
         last_seen: 1,
+        epoch: 0,
+        reserved: 0,
+        reserved2: 0,
     };
     let new = Seen {
         src: snat,
