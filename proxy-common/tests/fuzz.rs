@@ -195,6 +195,9 @@ impl<F: Family<Words: Hash>> Maps<F> for Node<F> {
     fn now(&self) -> u32 {
         self.now.get()
     }
+    fn epoch(&self) -> u16 {
+        Maps::<F>::now(self) as u16
+    }
 }
 
 /// Addresses of the test, by number: the same in both families.
