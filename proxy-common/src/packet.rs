@@ -179,7 +179,7 @@ pub fn parse<F: Family>(packet: &impl Packet, l3: usize) -> Option<Headers<F::Wo
         SCTP => {
             let sctp = packet.bytes(l4, 12)?;
             // SAFETY: 12 bytes were checked.
-            (unsafe { read::<[u8; 4]>(sctp, 0) }, 0)
+            (unsafe { read::<u32>(sctp, 0) }, 0)
         }
         _ => return None,
     };
