@@ -166,7 +166,7 @@ impl Node {
     /// Who answers a process in the node's cgroup that connects; `None` when it is refused.
     fn dial(&self, address: &str, port: u16) -> Option<String> {
         let script = format!(
-            "echo $$ > {}/cgroup.procs; exec nsenter --net=/run/netns/{} timeout 5 bash -c 'exec 3<>/dev/tcp/{address}/{port}; cat <&3'",
+            "echo $$ > {}/cgroup.procs; exec nsenter --net=/run/netns/{} timeout 5 bash -c 'exec 3<>/dev/tcp/{address}/{port} || exit 1; cat <&3'",
             self.cgroup.display(),
             self.name
         );
