@@ -467,6 +467,34 @@ fn a_closed_connection_is_opened_anew_with_the_backends_of_now() {
     assert_eq!(node.translated(dialled, SYN, From::Pod, false).tuple.dst, LOCAL.0);
 }
 
+/// Replies to a translated source do not pass by the flow, but its end counts all the same, in whichever order it comes.
+#[test]
+fn a_closed_connection_with_a_translated_source_is_opened_anew_too() {
+    for backend_first in [true, false] {
+        let node = node(&[REMOTE]);
+        let dialled = to(ip(203, 0, 113, 10), 40_000, ip(10, 96, 0, 1), 80);
+        let sent = node.translated(dialled, SYN, From::Network, true).tuple;
+        let reply = |flags| node.translated(back(sent), flags, From::Network, true);
+        reply(SYN | ACK);
+        node.translated(dialled, ACK, From::Network, true);
+        node.serve(ip(10, 96, 0, 1), 80, TCP, &[LOCAL]);
+        assert_eq!(
+            node.translated(dialled, SYN, From::Network, true).tuple,
+            sent,
+            "still open"
+        );
+        if backend_first {
+            reply(FIN | ACK);
+        }
+        node.translated(dialled, FIN | ACK, From::Network, true);
+        if !backend_first {
+            reply(FIN | ACK);
+        }
+        node.translated(dialled, ACK, From::Network, true);
+        assert_eq!(node.translated(dialled, SYN, From::Network, true).tuple.dst, LOCAL.0);
+    }
+}
+
 #[test]
 fn a_closed_flow_does_not_claim_replies_of_a_direct_connection() {
     let node = node(&[REMOTE]);
