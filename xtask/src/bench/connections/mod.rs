@@ -169,9 +169,19 @@ fn make(bench: &Bench, counts: &[usize], tools: &Tools) -> Result<Worlds> {
                 }
                 .name(true)
             ));
-            let world = World::make(means, count, tools)
-                .with_context(|| format!("the cluster with {means:?} and {count} Services"))?;
-            made.push(((means, count), world));
+            match World::make(means, count, tools) {
+                Ok(world) => made.push(((means, count), world)),
+                // A small machine may have no room for it, or no time.
+                Err(error) if count > TYPICAL => {
+                    say(
+                        "missing",
+                        format!("{means:?} with {} Services: {error:#}", number(count)),
+                    );
+                }
+                Err(error) => {
+                    return Err(error.context(format!("the cluster with {means:?} and {count} Services")));
+                }
+            }
         }
     };
     let workers = std::thread::available_parallelism().map_or(1, Into::into);
@@ -312,8 +322,9 @@ fn connections(
             ways.push(socket(count));
         }
         let modes = [Mode::Iptables, Mode::Nftables].map(|mode| way(Means::KubeProxy(mode), count));
-        ways.extend(modes.into_iter().filter(|way| worlds.has(way.means, count)));
+        ways.extend(modes);
     }
+    ways.retain(|way| worlds.has(way.means, way.count));
     let samples = rounds(bench, worlds, &ways, dialled, Load::Connect, plan)?;
     let results = Results {
         ways: &ways,
@@ -324,7 +335,8 @@ fn connections(
     };
     let mut rows: Vec<Option<Row>> = Vec::new();
     let at_least = |row: Option<Row>, least| row.map(|row| row.target(Target::AtLeast(least)));
-    let most = counts.iter().copied().max().unwrap_or(1);
+    let made = counts.iter().copied().filter(|&count| worlds.has(Means::Shunt, count));
+    let most = made.max().unwrap_or(1);
     let fewest = counts.iter().copied().min().unwrap_or(1);
     let nftables = way(Means::KubeProxy(Mode::Nftables), typical);
     for &count in counts {
