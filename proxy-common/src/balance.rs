@@ -41,6 +41,8 @@ const UDP_TICKS: u32 = 180;
 /// The same for TCP: kube-proxy's default `tcpEstablishedTimeout`, 24 h.
 const TCP_TICKS: u32 = 80_500;
 
+/// Longest step of the search for a source port.
+const MAX_STEP: u32 = 1023;
 /// Rounds of the search for a source port: a closer look at one, then a quick look at some more.
 const MAX_CANDIDATES: u32 = 4;
 
@@ -1220,7 +1222,8 @@ fn take_port<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -
     true
 }
 
-/// Moves the search to the next port whose slot is the flow's own or free, among [`snat::MAX_TRIES`].
+/// Moves the search to the next port whose slot is the flow's own or free, among [`snat::MAX_TRIES`]. Every flow takes steps
+/// of its own length: neighbours in turn would all search the runs of taken ports that arise long before the range is full.
 #[inline(never)]
 fn next_port<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
     const NONE: u32 = u32::MAX;
@@ -1230,11 +1233,14 @@ fn next_port<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -
     } = scratch;
     let tuple = &arrival.tuple;
     search.found.set(NONE);
+    let ports = u32::from(config.snat_ports);
+    // Short ones: a long one could come back to where it began after a few.
+    let step = 1 + hash::pick(search.owner.get(), ports.saturating_sub(1).min(MAX_STEP));
     for _ in 0..snat::MAX_TRIES {
-        let next = search.offset.get().wrapping_add(1);
+        let next = search.offset.get().wrapping_add(step);
         search
             .offset
-            .set(if next >= u32::from(config.snat_ports) { 0 } else { next });
+            .set(if next >= ports { next.wrapping_sub(ports) } else { next });
         let port = config.snat_first.wrapping_add(search.offset.get() as u16);
         let index = snat::index::<F>(config, port, flow.backend, flow.backend_port, tuple.proto);
         let Some(entry) = maps.snat(index) else { return false };
