@@ -58,7 +58,7 @@ pub(crate) fn test(args: &Args) -> Result<()> {
     }
     let (kernel, cluster, other) = integration_tests()?;
     sections.run("host tests", || {
-        let mut packages = vec!["--package=shunt-common", "--package=xtask"];
+        let mut packages = vec!["--package=shunt-common", "--package=shunt-apiserver", "--package=xtask"];
         packages.extend(["--lib", "--bins", "--tests"]);
         tests(cargo().arg("test").args(packages), &args.filter)
             .and_then(|counts| Ok(counts + tests(userspace(&other).args(["--lib", "--bins"]), &args.filter)?))
