@@ -1,4 +1,4 @@
-//! Packets that are not plain TCP, UDP or SCTP behind a plain IP header: what [`crate::packet::parse`] leaves.
+//! Packets that are not plain TCP or UDP behind a plain IP header: what [`crate::packet::parse`] leaves.
 //!
 //! They are few, so they take their time: headers are read by copies ([`crate::access`]), and nothing here weighs on the path
 //! of plain packets. XDP leaves them to tc, which sees them next.
@@ -177,6 +177,15 @@ fn read_ports<A: Copy>(packet: &impl Access, scratch: &mut Scratch<A>) -> bool {
     };
     odd.tuple.src_port = u16::from_be(ports as u16);
     odd.tuple.dst_port = u16::from_be((ports >> 16) as u16);
+    // What ends within its transport header is the kernel's to drop.
+    let last = match odd.tuple.proto {
+        TCP => 19,
+        UDP => 7,
+        _ => 11,
+    };
+    if packet.load::<u8>(odd.path.l4 + last).is_none() {
+        return false;
+    }
     arrival.tcp_flags = 0;
     if odd.tuple.proto == TCP {
         let Some(flags) = packet.load::<u8>(odd.path.l4 + 13) else {
@@ -187,7 +196,7 @@ fn read_ports<A: Copy>(packet: &impl Access, scratch: &mut Scratch<A>) -> bool {
     true
 }
 
-/// [`crate::packet::update_sctp`]. A first fragment does not say how long its datagram is: with other ports its checksum would
+/// Brings an SCTP packet's checksum up to date, which covers its ports but no address. A first fragment does not say how long its datagram is: with other ports its checksum would
 /// be wrong.
 #[inline(never)]
 fn update_sctp<F: Family>(packet: &impl Access, path: &Path, difference: u32) -> bool {

@@ -2,9 +2,8 @@
 
 use crate::{
     checksum::Difference,
-    crc32c,
     family::{Family, Words6},
-    layout::{SCTP, TCP, UDP},
+    layout::{TCP, UDP},
 };
 
 /// A packet that can be read and rewritten: an XDP frame, a socket buffer's linear part, a byte slice in tests.
@@ -138,7 +137,7 @@ pub fn ethertype(packet: &impl Packet) -> Option<u16> {
     Some(u16::from_be(unsafe { read(ptr, 12) }))
 }
 
-/// Reads the headers of a TCP, UDP or SCTP packet whose IP header stands at `l3`. `None`: not one, or cut short, or a
+/// Reads the headers of a TCP or UDP packet whose IP header stands at `l3`. `None`: not one, or cut short, or a
 /// fragment, or (IPv6) with extension headers.
 #[inline(always)]
 pub fn parse<F: Family>(packet: &impl Packet, l3: usize) -> Option<Headers<F::Words>> {
@@ -176,11 +175,6 @@ pub fn parse<F: Family>(packet: &impl Packet, l3: usize) -> Option<Headers<F::Wo
             // SAFETY: 8 bytes were checked.
             (unsafe { read::<u32>(udp, 0) }, 0)
         }
-        SCTP => {
-            let sctp = packet.bytes(l4, 12)?;
-            // SAFETY: 12 bytes were checked.
-            (unsafe { read::<u32>(sctp, 0) }, 0)
-        }
         _ => return None,
     };
     // One load for both: the source port stands first.
@@ -200,7 +194,7 @@ pub fn parse<F: Family>(packet: &impl Packet, l3: usize) -> Option<Headers<F::Wo
     })
 }
 
-/// Offset of the Internet checksum in the transport header; SCTP has another kind ([`update_sctp`]).
+/// Offset of the Internet checksum in the transport header; SCTP has another kind ([`crate::crc32c`]).
 #[inline(always)]
 pub fn checksum_offset(proto: u8) -> Option<usize> {
     match proto {
@@ -259,7 +253,7 @@ pub fn write_tuple<F: Family>(packet: &impl Packet, headers: &Headers<F::Words>,
 #[must_use]
 pub fn update_checksum<F: Family>(packet: &impl Packet, headers: &Headers<F::Words>, new: &Tuple<F::Words>) -> bool {
     let Some(offset) = checksum_offset(headers.tuple.proto) else {
-        return update_sctp::<F>(packet, headers, new);
+        return true;
     };
     let Some(field) = packet.bytes(headers.l4 + offset, 2) else {
         return false;
@@ -288,34 +282,6 @@ pub(crate) const SCTP_CHECKSUM: usize = 8;
 #[inline(always)]
 pub(crate) fn port_word<A>(tuple: &Tuple<A>) -> u32 {
     u32::from(tuple.src_port.to_be()) | u32::from(tuple.dst_port.to_be()) << 16
-}
-
-/// Brings an SCTP packet's checksum up to date, which covers its ports but no address.
-#[inline(never)]
-#[must_use]
-pub fn update_sctp<F: Family>(packet: &impl Packet, headers: &Headers<F::Words>, new: &Tuple<F::Words>) -> bool {
-    let difference = port_word(&headers.tuple) ^ port_word(new);
-    if difference == 0 {
-        return true;
-    }
-    let Some(ip) = packet.bytes(headers.l3, F::HEADER) else {
-        return false;
-    };
-    // SAFETY: `F::HEADER` bytes were checked.
-    let length = unsafe {
-        if F::HEADER == 20 {
-            u32::from(u16::from_be(read(ip, 2))).wrapping_sub((headers.l4 - headers.l3) as u32)
-        } else {
-            u32::from(u16::from_be(read(ip, 4)))
-        }
-    };
-    let change = crc32c::first_word_changed(difference, length);
-    let Some(field) = packet.bytes(headers.l4 + SCTP_CHECKSUM, 4) else {
-        return false;
-    };
-    // SAFETY: 4 bytes were checked.
-    unsafe { write(field, 0, u32::from_le(read(field, 0)) ^ change) };
-    true
 }
 
 /// Takes one hop off a packet that is forwarded without the kernel's help; `false` when none is left to take.

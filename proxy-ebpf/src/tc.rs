@@ -247,7 +247,7 @@ fn translate<F: Family>(ctx: &TcContext, headers: &Headers<F::Words>, to: &Tuple
     }
 }
 
-/// What [`handle`] says of a packet that is not plain TCP, UDP or SCTP; no action has this number.
+/// What [`handle`] says of a packet that is not plain TCP or UDP; no action has this number.
 const ODD: i32 = i32::MIN + 1;
 /// What [`handle`] says of a packet that may open a flow; no action has this number.
 const UNDECIDED: i32 = i32::MIN + 2;
@@ -292,7 +292,7 @@ fn open<F: FastFamily>(ctx: &TcContext, from: From) -> i32 {
     }
 }
 
-/// A packet that is not plain TCP, UDP or SCTP.
+/// A packet that is not plain TCP or UDP.
 #[inline(never)]
 fn odd<F: KernelFamily>(ctx: &TcContext, place: Place) -> i32 {
     let maps = KernelMaps::new(ctx.as_ptr(), Hook::Tc);
@@ -341,8 +341,6 @@ pub(crate) fn rewrite<F: Family>(ctx: &TcContext, headers: &Headers<F::Words>, n
                 return false;
             }
         }
-    } else if !packet::update_sctp::<F>(&Buffer(ctx), headers, new) {
-        return false;
     }
     packet::write_tuple::<F>(&Buffer(ctx), headers, new)
 }
