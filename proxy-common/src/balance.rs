@@ -26,7 +26,7 @@ use crate::{
     layout::*,
     odd::Odd,
     packet::{ACK, FIN, RST, SYN, Tuple},
-    snat,
+    reset, snat,
 };
 
 /// Ticks ([`TICK_NS`]) after which a source port whose connection is closed may serve another: as long as the backend may
@@ -43,6 +43,9 @@ const TCP_TICKS: u32 = 80_500;
 
 /// Longest step of the search for a source port.
 const MAX_STEP: u32 = 1023;
+/// Epochs ([`Flow::epoch`]) without an answer after which a backend that is no endpoint any more counts as gone for good.
+const SILENT_EPOCHS: u16 = 2;
+
 /// Rounds of the search for a source port: a closer look at one, then a quick look at some more.
 const MAX_CANDIDATES: u32 = 4;
 
@@ -145,7 +148,26 @@ impl<A: Copy> Tracked for SnatSlot<A> {
     const EPOCH: usize = offset_of!(Self, epoch);
 }
 
+impl<A: Copy> Entry<'_, Flow<A>> {
+    /// Notes when a packet went to a backend that may not answer.
+    #[inline(always)]
+    fn ask(self, epoch: u16) {
+        // SAFETY: an aligned field of an entry that is valid by `new`'s contract.
+        unsafe { (&raw mut (*self.ptr.as_ptr()).asked).write(epoch) };
+    }
+}
+
 impl<T: Tracked> Entry<'_, T> {
+    /// Takes state bits back.
+    #[inline(always)]
+    fn clear(self, bits: u16) {
+        // SAFETY: an aligned field of an entry that is valid by `new`'s contract.
+        unsafe {
+            let state: *mut u16 = self.ptr.as_ptr().byte_add(T::STATE).cast();
+            *state &= !bits;
+        }
+    }
+
     /// Address of the time stamp, for an atomic exchange.
     #[inline(always)]
     pub fn last_seen(self) -> *mut u32 {
@@ -228,6 +250,8 @@ pub trait Maps<F: Family> {
     fn collided(&self, bit: u32) -> bool;
     /// Sets a bit of `collided`.
     fn set_collided(&self, bit: u32);
+    /// `BACKEND_*` bits.
+    fn backend_flags(&self, backend: u32) -> u32;
     /// Counts a new flow of a backend, under the hook that runs.
     fn count_flow(&self, backend: u32);
     /// Counts an event.
@@ -258,6 +282,8 @@ pub enum Verdict<A> {
     Refuse,
     /// Ours, and not allowed or not possible.
     Drop,
+    /// Of a connection whose backend is no more: answer with a reset ([`crate::reset`]).
+    Reset,
 }
 
 /// A packet's new tuple.
@@ -308,6 +334,7 @@ pub fn arriving<F: Family, M: Maps<F>>(maps: &M, arrival: &Arrival<F::Words>) ->
                 Outcome::Translate => Verdict::Translate(scratch.translation),
                 Outcome::Refuse => Verdict::Refuse,
                 Outcome::Drop => Verdict::Drop,
+                Outcome::Reset => Verdict::Reset,
             }
         }
     }
@@ -360,6 +387,8 @@ pub enum Outcome {
     Refuse,
     /// Ours, and not allowed or not possible.
     Drop,
+    /// Of a connection whose backend is no more: answer with a reset.
+    Reset,
 }
 
 /// The second half of [`arriving`]: a packet towards a possible frontend that no established flow of its client's side
@@ -486,6 +515,11 @@ pub(crate) fn leaving_slowly<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scra
 // other steps' locals, and the verifier walks it once, not once for every way through the step before.
 #[inline(never)]
 fn decide<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
+    let orphaned = is_orphaned(maps, scratch);
+    if scratch.search.flag.hide(orphaned) {
+        maps.count(Event::BackendGone);
+        return Outcome::Reset;
+    }
     let recalled = recall(maps, scratch);
     if scratch.search.flag.hide(recalled) {
         return Outcome::Translate;
@@ -504,6 +538,40 @@ fn decide<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> O
     }
     remember(maps, scratch);
     Outcome::Translate
+}
+
+/// Whether the packet is of an open connection to a backend that is no more. The connection is closed then.
+#[inline(never)]
+fn is_orphaned<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
+    let tuple = &scratch.arrival.tuple;
+    if !reset::is_due(tuple.proto, scratch.arrival.tcp_flags) {
+        return false;
+    }
+    let mut orphaned = false;
+    scratch.key = client_key::<F>(tuple);
+    if let Some(entry) = maps.flow(&scratch.key) {
+        orphaned = orphan(maps, entry, tuple);
+    }
+    if maps.collided(collided_bit::<F>(tuple)) {
+        scratch.key = shared_key::<F>(tuple);
+        if let Some(entry) = maps.flow(&scratch.key) {
+            orphaned |= orphan(maps, entry, tuple);
+        }
+    }
+    orphaned
+}
+
+#[inline(always)]
+fn orphan<F: Family, M: Maps<F>>(maps: &M, entry: Entry<'_, Flow<F::Words>>, tuple: &Tuple<F::Words>) -> bool {
+    let flow = entry.read();
+    let is = flow.frontend == tuple.dst
+        && flow.frontend_port == tuple.dst_port
+        && maps.backend_flags(flow.backend_id) & BACKEND_GONE != 0
+        && is_silent(maps, entry, TCP);
+    if is {
+        entry.note(maps, FLOW_RESET);
+    }
+    is
 }
 
 /// Looks for the flow among those not yet confirmed, and those whose client's port is shared.
@@ -569,6 +637,9 @@ pub fn leaving<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, tcp_fla
             && slot.client == tuple.dst
         {
             entry.note(maps, state);
+            if slot.state & FLOW_ASKED != 0 {
+                entry.clear(FLOW_ASKED);
+            }
             return translate(Tuple {
                 src: slot.frontend,
                 src_port: slot.frontend_port,
@@ -738,7 +809,17 @@ fn forward<F: Family, M: Maps<F>>(
         return None;
     }
     let state = client_state(tcp_flags);
-    if (entry.note(maps, state) || state != 0)
+    let passed = entry.note(maps, state);
+    if tuple.proto == TCP {
+        // Connections stay until their backend is gone for good; it is enough to ask for that once in a while.
+        if passed && maps.backend_flags(flow.backend_id) & BACKEND_GONE != 0 && is_silent(maps, entry, tuple.proto) {
+            return None;
+        }
+    } else if maps.backend_flags(flow.backend_id) & BACKEND_SERVING == 0 {
+        // Datagrams leave a backend that does not serve with the next one.
+        return None;
+    }
+    if (passed || state != 0)
         && flow.state & FLOW_SNAT != 0
         && let Some((slot, _)) = snat_slot(
             maps,
@@ -765,6 +846,33 @@ fn snat_state<F: Family, M: Maps<F>>(maps: &M, config: &Config, flow: &Flow<F::W
         // Another flow has the port by now.
         None => FLOW_RESET,
     }
+}
+
+/// Whether a backend that is no endpoint any more leaves the client without an answer. One that was only taken from behind its
+/// Service still answers, and its connections go on.
+#[inline(never)]
+fn is_silent<F: Family, M: Maps<F>>(maps: &M, entry: Entry<'_, Flow<F::Words>>, proto: u8) -> bool {
+    let flow = entry.read();
+    // Replies to a translated source are seen in its slot only.
+    let slot = match maps.config() {
+        Some(config) if flow.state & FLOW_SNAT != 0 => {
+            snat_slot(maps, config, flow.snat_port, flow.backend, flow.backend_port, proto)
+        }
+        _ => None,
+    };
+    let state = match &slot {
+        Some((_, slot)) => slot.state,
+        None => flow.state,
+    };
+    if state & FLOW_ASKED != 0 {
+        return maps.epoch().wrapping_sub(flow.asked) >= SILENT_EPOCHS;
+    }
+    entry.ask(maps.epoch());
+    entry.note(maps, FLOW_ASKED);
+    if let Some((slot, _)) = slot {
+        slot.note(maps, FLOW_ASKED);
+    }
+    false
 }
 
 /// A packet of a flow in `new_flows` on its way to the backend: moved to `flows` once both sides have spoken.
@@ -832,12 +940,14 @@ fn reply<F: Family, M: Maps<F>>(
     {
         return None;
     }
-    if tcp_flags & SYN != 0 && is_closed(flow.state) {
-        // The client took its port anew, to dial the backend itself.
-        entry.note(maps, FLOW_SUPERSEDED);
+    // Opened anew on a port whose connection is over, or whose backend gets no new ones.
+    if tcp_flags & SYN != 0 && (is_closed(flow.state) || maps.backend_flags(flow.backend_id) & BACKEND_SERVING == 0) {
         return None;
     }
     entry.note(maps, state);
+    if flow.state & FLOW_ASKED != 0 {
+        entry.clear(FLOW_ASKED);
+    }
     Some(Tuple {
         src: flow.frontend,
         src_port: flow.frontend_port,
@@ -875,6 +985,9 @@ fn snat_reply_arriving<F: Family, M: Maps<F>>(
         return None;
     }
     entry.note(maps, reply_state(tuple.proto, arrival.tcp_flags));
+    if slot.state & FLOW_ASKED != 0 {
+        entry.clear(FLOW_ASKED);
+    }
     let local = slot.state & FLOW_LOCAL_CLIENT != 0;
     let mut tuple = Tuple {
         dst: slot.client,
@@ -963,8 +1076,8 @@ fn choose<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> O
         backend_id: slot.backend,
         last_seen: now,
         epoch: maps.epoch(),
+        asked: 0,
         reserved: 0,
-        reserved2: 0,
     };
     let local = slot.flags & BACKEND_LOCAL != 0;
     if local {
@@ -1261,7 +1374,11 @@ fn next_port<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -
 /// Whether nobody would miss what a slot holds.
 #[inline(always)]
 fn is_free<A: Copy>(slot: &SnatSlot<A>, now: u32, closed_ticks: u32) -> bool {
-    (slot.last_seen == 0) | is_over(slot.state, slot.proto, slot.last_seen, now, closed_ticks)
+    // Towards the end of the range a client that was never answered is not waited for: a SYN flood must not use it up.
+    let given_up = (closed_ticks == HURRY_TICKS)
+        & (slot.state & FLOW_ANSWERED == 0)
+        & (now.wrapping_sub(slot.last_seen) > HURRY_TICKS);
+    (slot.last_seen == 0) | given_up | is_over(slot.state, slot.proto, slot.last_seen, now, closed_ticks)
 }
 
 /// Whether a slot is what an evicted entry of this very flow left behind.

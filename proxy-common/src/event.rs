@@ -59,6 +59,8 @@ events! {
     ErrorTranslated = 14, "error_translated";
     /// Fragments to cluster IPs dropped because they came before the first of their datagram, or long after it.
     FragmentLost = 15, "fragment_lost";
+    /// Connections reset because their backend is gone.
+    BackendGone = 16, "backend_gone";
 }
 
 /// Number of entries of the `events` map: room for more without a new layout.

@@ -202,6 +202,9 @@ pub const FLOW_LOCAL_CLIENT: u16 = 1 << 6;
 /// [`Flow::state`]: the connection is over, and the client's port serves a direct one to the same backend.
 pub const FLOW_SUPERSEDED: u16 = 1 << 7;
 
+/// [`Flow::state`]: the backend is no endpoint any more ([`BACKEND_GONE`]), and has not answered since the client sent last.
+pub const FLOW_ASKED: u16 = 1 << 8;
+
 /// One flow: what its packets carry on either side of this node.
 ///
 /// Written in place by several CPUs at once; every field is one aligned word or set before the entry is published.
@@ -228,10 +231,10 @@ pub struct Flow<A> {
     pub last_seen: u32,
     /// The programs' cheap clock as it stood when `last_seen` was written: at most 2.6 s, at least 0.25 s long.
     pub epoch: u16,
+    /// With [`FLOW_ASKED`]: `epoch` of the first packet that was not answered.
+    pub asked: u16,
     /// Always zero.
-    pub reserved: u16,
-    /// Always zero.
-    pub reserved2: u32,
+    pub reserved: u32,
 }
 
 /// A translated source port towards one backend, and the flow that owns it: how replies find their way.
@@ -320,8 +323,11 @@ pub struct SourceRangeKey<A> {
     pub addr: A,
 }
 
-/// [`BackendState::flags`]: the backend takes packets of existing flows.
+/// [`BackendState::flags`]: the endpoint serves: it is ready, or serves while it terminates. Without it, datagrams of open
+/// flows look for another backend; connections go on.
 pub const BACKEND_SERVING: u32 = 1 << 0;
+/// [`BackendState::flags`]: there is no such endpoint any more: connections that it does not answer are reset.
+pub const BACKEND_GONE: u32 = 1 << 1;
 
 /// What is known of a backend beside its address. One per Service port and endpoint.
 #[repr(C)]
@@ -333,7 +339,7 @@ pub struct BackendState {
     pub tc_flows: u64,
     /// Flows that XDP sent here.
     pub xdp_flows: u64,
-    /// `BACKEND_SERVING`.
+    /// [`BACKEND_SERVING`], [`BACKEND_GONE`].
     pub flags: u32,
     /// Always zero.
     pub reserved: u32,

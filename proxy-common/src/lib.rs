@@ -32,4 +32,5 @@ pub mod layout;
 pub mod maglev;
 pub mod odd;
 pub mod packet;
+pub mod reset;
 pub mod snat;

@@ -151,7 +151,8 @@ fn transport<F: Family, M: Maps<F>>(
     };
     match outcome {
         Outcome::Pass => Fate::Pass,
-        Outcome::Drop => Fate::Drop,
+        // Behind extension headers a reset is not worth its code: the client asks again, and its next connection is refused.
+        Outcome::Drop | Outcome::Reset => Fate::Drop,
         Outcome::Refuse if is_later => Fate::Drop,
         Outcome::Refuse => Fate::Refuse,
         Outcome::Translate => {

@@ -250,6 +250,9 @@ where
     fn now(&self) -> u32 {
         self.now.get()
     }
+    fn backend_flags(&self, _backend: u32) -> u32 {
+        BACKEND_SERVING
+    }
     fn epoch(&self) -> u16 {
         self.now.get() as u16
     }

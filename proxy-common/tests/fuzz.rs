@@ -195,6 +195,9 @@ impl<F: Family<Words: Hash>> Maps<F> for Node<F> {
     fn now(&self) -> u32 {
         self.now.get()
     }
+    fn backend_flags(&self, _backend: u32) -> u32 {
+        BACKEND_SERVING
+    }
     fn epoch(&self) -> u16 {
         Maps::<F>::now(self) as u16
     }
@@ -336,7 +339,7 @@ fn run<F: Addresses>(node: &Node<F>, frame: &[u8], place: Place) -> (Action, Vec
             };
             match verdict {
                 Verdict::Pass => Action::Pass,
-                Verdict::Drop => Action::Drop,
+                Verdict::Drop | Verdict::Reset => Action::Drop,
                 Verdict::Refuse => Action::Refuse,
                 Verdict::Translate(to) => {
                     assert!(packet::update_checksum::<F>(&frame, &headers, &to.tuple));

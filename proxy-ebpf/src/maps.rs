@@ -402,6 +402,11 @@ impl<F: KernelFamily> Maps<F> for KernelMaps {
     }
 
     #[inline(always)]
+    fn backend_flags(&self, backend: u32) -> u32 {
+        BACKENDS.get(backend).map_or(0, |state| state.flags)
+    }
+
+    #[inline(always)]
     fn count_flow(&self, backend: u32) {
         if let Some(state) = BACKENDS.get_ptr_mut(backend) {
             // SAFETY: only the fields' addresses are computed.

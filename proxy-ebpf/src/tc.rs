@@ -25,6 +25,7 @@ use shunt_common::{
     layout::UDP,
     odd::{self, Fate, Place},
     packet::{self, ETHERNET, Headers, Packet, Tuple},
+    reset,
 };
 
 use crate::{
@@ -276,6 +277,7 @@ fn open<F: FastFamily>(ctx: &TcContext, from: From) -> i32 {
         Outcome::Pass => TC_ACT_UNSPEC,
         Outcome::Drop => TC_ACT_SHOT,
         Outcome::Refuse => refuse::<F>(ctx, &headers),
+        Outcome::Reset => reset::<F>(ctx, &headers),
         Outcome::Translate => {
             let to = &scratch.translation.tuple;
             let sent = if fast::is_on() {
@@ -359,6 +361,19 @@ fn refuse<F: Family>(ctx: &TcContext, headers: &Headers<F::Words>) -> i32 {
         }
     }
     if !icmp::port_unreachable::<F>(&Buffer(ctx), headers, quote) {
+        return TC_ACT_SHOT;
+    }
+    // SAFETY: the context is valid while the program runs; the helper only notes where to send.
+    unsafe { bpf_redirect((*ctx.skb.skb).ifindex, 0) as i32 }
+}
+
+/// Turns the segment into its reset and sends it back through the device it came from.
+#[inline(never)]
+fn reset<F: Family>(ctx: &TcContext, headers: &Headers<F::Words>) -> i32 {
+    // SAFETY: the helper checks its arguments against the buffer; pointers are taken anew afterwards.
+    if unsafe { bpf_skb_change_tail(ctx.skb.skb, reset::len(headers) as u32, 0) } != 0
+        || !reset::reset::<F>(&Buffer(ctx), headers)
+    {
         return TC_ACT_SHOT;
     }
     // SAFETY: the context is valid while the program runs; the helper only notes where to send.

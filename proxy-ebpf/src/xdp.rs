@@ -19,6 +19,7 @@ use shunt_common::{
     family::{Family, V4, V6, Words6},
     icmp,
     packet::{self, ETHERNET, Headers, Packet, Tuple},
+    reset,
 };
 
 use crate::maps::{Hook, KernelFamily, KernelMaps, count};
@@ -130,6 +131,7 @@ fn open<F: KernelFamily>(ctx: &XdpContext) -> u32 {
         Outcome::Pass => XDP_PASS,
         Outcome::Drop => XDP_DROP,
         Outcome::Refuse => refuse::<F>(ctx, &headers),
+        Outcome::Reset => reset::<F>(ctx, &headers),
         Outcome::Translate => translate::<F>(ctx, &headers, &scratch.translation),
     }
 }
@@ -255,6 +257,18 @@ fn refuse<F: Family>(ctx: &XdpContext, headers: &Headers<F::Words>) -> u32 {
             .write_unaligned(old.cast::<[u8; ETHERNET]>().read_unaligned())
     };
     if !icmp::port_unreachable::<F>(&frame, headers, quote) {
+        return XDP_DROP;
+    }
+    send(ctx.ingress_ifindex() as u32)
+}
+
+/// Turns the segment into its reset and sends it back.
+#[inline(never)]
+fn reset<F: Family>(ctx: &XdpContext, headers: &Headers<F::Words>) -> u32 {
+    let surplus = reset::len(headers) as i32 - Frame(ctx).len() as i32;
+    // SAFETY: the helper checks its argument against the frame; pointers are taken anew afterwards.
+    if surplus > 0 || unsafe { bpf_xdp_adjust_tail(ctx.ctx, surplus) } != 0 || !reset::reset::<F>(&Frame(ctx), headers)
+    {
         return XDP_DROP;
     }
     send(ctx.ingress_ifindex() as u32)

@@ -293,8 +293,8 @@ mod tests {
             backend_id,
             last_seen: now() - age,
             epoch: 0,
+            asked: 0,
             reserved: 0,
-            reserved2: 0,
         };
         (key, flow)
     }

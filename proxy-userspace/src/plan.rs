@@ -118,6 +118,9 @@ pub struct ServicePlan {
     pub frontends: Vec<Frontend>,
     /// Sources that frontends with `FRONTEND_SOURCE_RANGES` let in, sorted.
     pub source_ranges: BTreeSet<IpNet>,
+    /// Every endpoint by port index, address and port, and whether it serves (SPEC B7): open flows may stay with one that gets
+    /// no new ones.
+    pub endpoints: BTreeMap<(usize, IpAddr, u16), bool>,
 }
 
 /// What other Services' claims take from a Service; empty unless users made a mistake. See [`crate::model`].
@@ -182,6 +185,7 @@ pub fn plan<'a>(
         service: service.name.clone(),
         frontends: frontends.into_values().collect(),
         source_ranges: service.source_ranges.iter().copied().collect(),
+        endpoints: candidates.standing(),
     }
 }
 
@@ -192,6 +196,7 @@ impl ServicePlan {
             service,
             frontends: Vec::new(),
             source_ranges: BTreeSet::new(),
+            endpoints: BTreeMap::new(),
         }
     }
 }
@@ -253,6 +258,7 @@ fn has_family(service: &Service, is_v6: bool) -> bool {
 #[derive(Clone, Copy, Debug, Default)]
 struct Candidate {
     ready: bool,
+    serving: bool,
     serving_terminating: bool,
     local: bool,
     has_node_hint: bool,
@@ -320,6 +326,7 @@ impl Candidates {
                         .or_default();
                     // Slices may disagree while one follows the other: what any of them allows is allowed.
                     candidate.ready |= endpoint.ready || service.publish_not_ready;
+                    candidate.serving |= endpoint.serving;
                     candidate.serving_terminating |= endpoint.serving && endpoint.terminating;
                     candidate.local |= node.is_local(endpoint);
                     candidate.has_node_hint |= !endpoint.nodes.is_empty();
@@ -330,6 +337,17 @@ impl Candidates {
             }
         }
         Self(all)
+    }
+
+    /// All endpoints, and whether they serve.
+    fn standing(&self) -> BTreeMap<(usize, IpAddr, u16), bool> {
+        let of_port = |(&(port_index, _), endpoints): (&(usize, bool), &BTreeMap<(IpAddr, u16), Candidate>)| {
+            let standing = |(&(address, port), candidate): (&(IpAddr, u16), &Candidate)| {
+                ((port_index, address, port), candidate.ready || candidate.serving)
+            };
+            endpoints.iter().map(standing).collect::<Vec<_>>()
+        };
+        self.0.iter().flat_map(of_port).collect()
     }
 
     fn choose(&self, port_index: usize, is_v6: bool) -> Choices {

@@ -223,8 +223,8 @@ fn add_flow<F: MapFamily>(
         backend_id: 1,
         last_seen: gc::now() - (idle * 1_000_000_000 / TICK_NS) as u32,
         epoch: 0,
+        asked: 0,
         reserved: 0,
-        reserved2: 0,
     };
     let table = usize::from(state & FLOW_ANSWERED != 0);
     maps.flow_maps()[table].set(&key, &flow).unwrap();

@@ -78,6 +78,15 @@ impl BackendIds {
         }
     }
 
+    /// Uses an id again that still rests, for the backend that had it. `false` if it rests no more.
+    pub fn take_back(&mut self, id: u32) -> bool {
+        let Some(place) = self.resting.iter().position(|&(_, resting)| resting == id) else {
+            return false;
+        };
+        self.resting.swap_remove(place);
+        self.used.insert(id)
+    }
+
     /// After a walk over all flows that began at `started` and found `referenced`: the ids released before it that no
     /// flow names are free again, and returned.
     pub fn reclaim(&mut self, started: Instant, referenced: &IdSet) -> Vec<u32> {
@@ -133,6 +142,17 @@ mod tests {
         assert_eq!(std::iter::from_fn(|| ids.allocate()).collect::<Vec<_>>(), [5, 6, 3]);
         assert_eq!(ids.reclaim(now + Duration::from_secs(1), &IdSet::default()), [2]);
         assert_eq!(ids.used(), 5);
+    }
+
+    #[test]
+    fn an_id_is_taken_back_only_while_it_rests() {
+        let now = Instant::now();
+        let mut ids = BackendIds::new(3, HashSet::new(), HashSet::new(), now);
+        let id = ids.allocate().unwrap();
+        ids.release(id, now);
+        assert!(ids.take_back(id));
+        assert!(!ids.take_back(id));
+        assert!(ids.reclaim(now + Duration::from_secs(1), &IdSet::default()).is_empty());
     }
 
     #[test]

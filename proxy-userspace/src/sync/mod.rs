@@ -16,7 +16,7 @@ use std::{
 };
 
 use shunt_common::{
-    layout::{self, BACKEND_SERVING, BackendState, FRONTEND_AFFINITY, ServiceInfo},
+    layout::{self, BACKEND_GONE, BACKEND_SERVING, BackendState, FRONTEND_AFFINITY, ServiceInfo},
     maglev,
 };
 
@@ -123,8 +123,12 @@ struct ServiceState {
     live: bool,
     /// Its entries and their slots; `None` without slots, or with slots that are not its own.
     frontends: BTreeMap<FrontendId, Option<SlotRange>>,
-    /// Ids of its backends.
+    /// Ids of its backends, those included that get no new flows.
     backends: HashMap<BackendKey, u32>,
+    /// Ids of endpoints that went, as long as flows may name them: for those that come back.
+    gone: HashMap<BackendKey, u32>,
+    /// Those of `backends` that do not serve.
+    resting: HashSet<u32>,
     /// Its source ranges.
     source_ranges: BTreeSet<IpNet>,
     /// Ids found in its slots at start that no backend has claimed yet.
@@ -141,6 +145,8 @@ impl ServiceState {
             live: false,
             frontends: BTreeMap::new(),
             backends: HashMap::new(),
+            gone: HashMap::new(),
+            resting: HashSet::new(),
             source_ranges: BTreeSet::new(),
             unclaimed: HashSet::new(),
         }
@@ -550,14 +556,30 @@ impl Syncer {
                     .map(|b| (frontend.port_index, b.address, b.port))
             })
             .collect();
-        let released = state
-            .backends
-            .extract_if(|key, _| !needed.contains(key))
-            .map(|(_, id)| id);
+        let stays = |key: &BackendKey| needed.contains(key) || plan.endpoints.contains_key(key);
+        for (key, &id) in &state.backends {
+            let flags = match (needed.contains(key), plan.endpoints.get(key)) {
+                (true, _) | (_, Some(true)) => BACKEND_SERVING,
+                (false, Some(false)) => 0,
+                // Of a Service that was deleted nobody tells what became of its pods: connections are left alone.
+                (false, None) if plan.frontends.is_empty() => 0,
+                (false, None) => BACKEND_GONE,
+            };
+            // Almost all serve, as they did before.
+            if flags != BACKEND_SERVING || state.resting.contains(&id) {
+                set_flags(&maps, id, flags)?;
+            }
+            match flags {
+                0 => state.resting.insert(id),
+                _ => state.resting.remove(&id),
+            };
+        }
+        let released: Vec<_> = state.backends.extract_if(|key, _| !stays(key)).collect();
         // A program that still reads old slots may store a flow with this id until the grace period is over.
-        for id in released.chain(state.unclaimed.drain()) {
+        for id in released.iter().map(|&(_, id)| id).chain(state.unclaimed.drain()) {
             self.ids.release(id, now + self.grace);
         }
+        state.gone.extend(released);
         Ok(())
     }
 
@@ -692,6 +714,11 @@ impl Syncer {
             let key = (group.port_index, address, port);
             let id = match state.backends.get(&key) {
                 Some(&id) => id,
+                None if let Some(id) = state.gone.remove(&key).filter(|&id| self.ids.take_back(id)) => {
+                    set_flags(&self.maps, id, BACKEND_SERVING)?;
+                    state.backends.insert(key, id);
+                    id
+                }
                 None => {
                     let id = self.ids.allocate().ok_or_else(|| Cause::Backends {
                         capacity: self.maps.backends.capacity(),
@@ -715,6 +742,15 @@ impl Syncer {
         };
         group.backends.iter().map(choice).collect()
     }
+}
+
+/// Writes a backend's flags if they differ. A flow that is counted in between may be lost to the count.
+fn set_flags(maps: &Maps, id: u32, flags: u32) -> Result<(), MapError> {
+    let state = maps.backends.get(&id)?.unwrap_or_default();
+    if state.flags != flags {
+        maps.backends.set(&id, &BackendState { flags, ..state })?;
+    }
+    Ok(())
 }
 
 /// After a restart: gives the ids in a Service's slots back to its backends, so that counters and flows keep their meaning.

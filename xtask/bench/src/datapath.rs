@@ -12,6 +12,7 @@ use shunt_common::family::{V4, V6};
 use shunt_lab::Lab;
 
 use crate::{
+    connect,
     replay::{Hook, Replay, Script, Vary},
     report::{Line, Target, middle, spread},
     world::{
@@ -88,6 +89,7 @@ fn in_namespace(lab: &Lab, counts: &[u32], rounds: usize, only: &str) -> Result<
             replay,
         });
     }
+    connect::measure(&stages[0].world, &stages[0].replay, rounds, only)?;
     for v6 in [false, true] {
         for stage in &mut stages {
             let Stage { world, replay, .. } = stage;

@@ -3,6 +3,7 @@
 //! It is apart from `xtask` because it links the agent's library: it loads the programs, fills their maps through the same
 //! code as the agent, and then runs them in a namespace of its own.
 
+mod connect;
 mod datapath;
 mod nat;
 mod replay;
@@ -29,7 +30,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum What {
-    /// ns per packet of the XDP and tc programs.
+    /// ns per packet of the XDP and tc programs, and per call of the socket programs.
     Datapath,
     /// A DNAT at tc that does only the unavoidable, for `bench connections`.
     Nat(nat::Args),

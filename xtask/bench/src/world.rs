@@ -277,8 +277,8 @@ impl World {
                     backend_id: 0,
                     last_seen: now,
                     epoch: 0,
+                    asked: 0,
                     reserved: 0,
-                    reserved2: 0,
                 };
                 if snat {
                     indices.push(snat::index::<F>(

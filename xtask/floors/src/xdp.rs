@@ -181,8 +181,8 @@ fn new_flow<F: Wire>(ctx: &XdpContext, remote: bool) -> u32 {
         backend_id: slot.backend,
         last_seen: 1,
         epoch: 0,
+        asked: 0,
         reserved: 0,
-        reserved2: 0,
     };
     let new = Seen {
         src: snat,

@@ -1,0 +1,226 @@
+//! What becomes of open flows when their backend goes. Needs root.
+
+use std::{
+    fs,
+    net::{IpAddr, SocketAddr},
+    time::{Duration, Instant},
+};
+
+use shunt_lab::{Agent, AgentOptions, Client, Conn, Dial, Lab, PodSpec, Port, Proto, Sockets};
+use tempfile::TempDir;
+
+const APP: u16 = 8080;
+const NODE_PORT: u16 = 30080;
+const PODS: [(&str, &str); 2] = [("web-a", "node-a"), ("web-b", "node-b")];
+
+/// Two nodes, a Service with endpoints by hand, and clients whose sockets no hook sees.
+struct Cluster {
+    agents: Vec<Agent>,
+    lab: Lab,
+    manifests: TempDir,
+}
+
+impl Cluster {
+    fn start(xdp: &str) -> Self {
+        let lab = Lab::new().unwrap();
+        for (pod, node) in PODS {
+            lab.add_pod(&PodSpec::new(pod, node, &[Port::tcp(APP), Port::udp(APP)]))
+                .unwrap();
+        }
+        lab.add_pod(&PodSpec::new("packets", "node-a", &[])).unwrap();
+        let manifests = TempDir::new().unwrap();
+        let mut cluster = Self {
+            agents: Vec::new(),
+            lab,
+            manifests,
+        };
+        let ports = |proto: &str, name: &str| {
+            format!("{{ name: {name}, protocol: {proto}, port: 80, targetPort: {APP}, nodePort: {NODE_PORT} }}")
+        };
+        cluster.write(
+            "service.yaml",
+            &format!(
+                "apiVersion: v1\nkind: Service\nmetadata: {{ name: web }}\nspec:\n  type: NodePort\n  clusterIP: 10.96.0.1\n  \
+                 clusterIPs: [10.96.0.1, 'fd96::1']\n  ipFamilyPolicy: RequireDualStack\n  ipFamilies: [IPv4, IPv6]\n  \
+                 ports: [{}, {}]\n",
+                ports("TCP", "tcp"),
+                ports("UDP", "udp"),
+            ),
+        );
+        cluster.endpoints(&[("web-a", ""), ("web-b", "")]);
+        let options = AgentOptions::manifests(cluster.manifests.path())
+            .xdp(xdp)
+            .shunt(env!("CARGO_BIN_EXE_shunt"));
+        for node in ["node-a", "node-b"] {
+            let agent = cluster.lab.start_agent(node, &options).unwrap();
+            cluster.agents.push(agent);
+        }
+        cluster
+    }
+
+    fn write(&self, file: &str, text: &str) {
+        let path = self.manifests.path().join(file);
+        let hidden = path.with_extension("new");
+        fs::write(&hidden, text).unwrap();
+        fs::rename(hidden, path).unwrap();
+    }
+
+    /// The endpoints of `web`, with conditions other than ready.
+    fn endpoints(&self, pods: &[(&str, &str)]) {
+        let mut documents = Vec::new();
+        for (family, v6) in [("IPv4", false), ("IPv6", true)] {
+            let endpoints: Vec<String> = pods
+                .iter()
+                .map(|(pod, conditions)| {
+                    let node = PODS.iter().find(|(name, _)| name == pod).unwrap().1;
+                    format!(
+                        "{{ addresses: ['{}'], nodeName: {node}, conditions: {{ {conditions} }} }}",
+                        self.ip(pod, v6)
+                    )
+                })
+                .collect();
+            documents.push(format!(
+                "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{ name: web-{}, labels: {{ \
+                 kubernetes.io/service-name: web }} }}\naddressType: {family}\nports: [{{ name: tcp, protocol: TCP, port: {APP} \
+                 }}, {{ name: udp, protocol: UDP, port: {APP} }}]\nendpoints: [{}]\n",
+                family.to_lowercase(),
+                endpoints.join(", "),
+            ));
+        }
+        self.write("endpoints.yaml", &documents.join("---\n"));
+    }
+
+    fn ip(&self, name: &str, v6: bool) -> IpAddr {
+        let ips = self.lab.ips(name).unwrap();
+        ips.into_iter().find(|ip| ip.is_ipv6() == v6).unwrap()
+    }
+
+    /// Where each client finds the Service.
+    fn ways(&self) -> Vec<(Client, SocketAddr)> {
+        let mut ways = Vec::new();
+        for v6 in [false, true] {
+            let cluster_ip: IpAddr = ["10.96.0.1", "fd96::1"][usize::from(v6)].parse().unwrap();
+            let client = |name| self.lab.client(name, Sockets::Unhooked).unwrap();
+            ways.push((client("packets"), SocketAddr::new(cluster_ip, 80)));
+            let node = self.lab.node_ips("node-a").unwrap()[usize::from(v6)];
+            ways.push((client("client"), SocketAddr::new(node, NODE_PORT)));
+        }
+        ways
+    }
+}
+
+/// A flow to a pod of that name.
+fn open_to(client: &Client, proto: Proto, to: SocketAddr, pod: &str) -> Conn {
+    for _ in 0..64 {
+        let conn = client.open(proto, to, &Dial::default()).unwrap();
+        if conn.ask("first").unwrap().server == pod {
+            return conn;
+        }
+    }
+    panic!("{proto} {to}: {pod} was never chosen");
+}
+
+fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !done() {
+        assert!(began.elapsed() < Duration::from_secs(10), "{what}: not within 10 s");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// B7: while an endpoint serves its flows stay; when it does not, datagrams move on and connections stay; when it is gone,
+/// connections are reset.
+fn flows_of_a_backend_that_goes(xdp: &str) {
+    let cluster = Cluster::start(xdp);
+    let ways = cluster.ways();
+    for leaving in ["web-b", "web-a"] {
+        let other = if leaving == "web-a" { "web-b" } else { "web-a" };
+        let open: Vec<_> = ways
+            .iter()
+            .map(|(client, to)| {
+                (
+                    open_to(client, Proto::Tcp, *to, leaving),
+                    open_to(client, Proto::Udp, *to, leaving),
+                    to,
+                )
+            })
+            .collect();
+        let server = |conn: &Conn| conn.ask("again").unwrap().server;
+
+        // Terminating, and serving still: no flow moves.
+        cluster.endpoints(&[(leaving, "ready: false, serving: true, terminating: true"), (other, "")]);
+        let new_only_to_other = |(client, to): &(Client, SocketAddr)| {
+            let counts = client.tcp_many(*to, 16).unwrap();
+            counts.len() == 1 && counts.contains_key(other)
+        };
+        wait_until("new flows go elsewhere", || ways.iter().all(new_only_to_other));
+        for (tcp, udp, to) in &open {
+            assert_eq!(server(tcp), leaving, "{to}");
+            assert_eq!(server(udp), leaving, "{to}");
+        }
+
+        // It serves no more, though it answers: the next datagram goes elsewhere.
+        cluster.endpoints(&[
+            (leaving, "ready: false, serving: false, terminating: true"),
+            (other, ""),
+        ]);
+        for (tcp, udp, to) in &open {
+            wait_until(&format!("{to}: datagrams move on"), || server(udp) == other);
+            assert_eq!(server(tcp), leaving, "{to}");
+        }
+
+        // No endpoint any more, but it answers: connections go on.
+        cluster.endpoints(&[(other, "")]);
+        std::thread::sleep(Duration::from_millis(500));
+        for _ in 0..3 {
+            for (tcp, udp, to) in &open {
+                assert_eq!(server(tcp), leaving, "{to}");
+                assert_eq!(server(udp), other, "{to}");
+            }
+            std::thread::sleep(Duration::from_millis(1200));
+        }
+
+        // Gone without a word: connections end all the same.
+        let node = PODS.iter().find(|(name, _)| *name == leaving).unwrap().1;
+        let device = cluster.lab.device(leaving).unwrap();
+        let down = format!("link set {device} down");
+        cluster.lab.ns(node).unwrap().ip(&[down]).unwrap();
+        std::thread::scope(|scope| {
+            for (tcp, _, to) in &open {
+                scope.spawn(move || {
+                    let error = tcp.ask_within("still there?", Duration::from_secs(30)).unwrap_err();
+                    assert!(error.is_reset(), "{to}: {error}");
+                });
+            }
+        });
+
+        if leaving == "web-b" {
+            cluster.lab.remove(leaving).unwrap();
+            let ports = [Port::tcp(APP), Port::udp(APP)];
+            cluster.lab.add_pod(&PodSpec::new(leaving, node, &ports)).unwrap();
+            cluster.endpoints(&[("web-a", ""), ("web-b", "")]);
+            wait_until("both are back", || {
+                ways.iter()
+                    .all(|(client, to)| client.tcp_many(*to, 64).is_ok_and(|counts| counts.len() == 2))
+            });
+        } else {
+            // From some to none: the datagram is refused, not lost.
+            cluster.endpoints(&[]);
+            for (_, udp, to) in &open {
+                wait_until(&format!("{to}: nobody left"), || {
+                    udp.ask("anybody?").is_err_and(|error| error.is_refused())
+                });
+            }
+        }
+    }
+}
+
+#[test]
+fn flows_of_a_backend_that_goes_with_xdp() {
+    flows_of_a_backend_that_goes("native");
+}
+
+#[test]
+fn flows_of_a_backend_that_goes_without_xdp() {
+    flows_of_a_backend_that_goes("off");
+}
