@@ -805,7 +805,11 @@ fn forward<F: Family, M: Maps<F>>(
     if flow.frontend != tuple.dst || flow.frontend_port != tuple.dst_port {
         return None;
     }
-    if tcp_flags & SYN != 0 && is_closed(flow.state | snat_state(maps, config, &flow, tuple.proto)) {
+    // Opened anew on a port whose connection is over, or whose backend gets no new ones.
+    if tcp_flags & SYN != 0
+        && (maps.backend_flags(flow.backend_id) & BACKEND_SERVING == 0
+            || is_closed(flow.state | snat_state(maps, config, &flow, tuple.proto)))
+    {
         return None;
     }
     let state = client_state(tcp_flags);
@@ -940,8 +944,9 @@ fn reply<F: Family, M: Maps<F>>(
     {
         return None;
     }
-    // Opened anew on a port whose connection is over, or whose backend gets no new ones.
-    if tcp_flags & SYN != 0 && (is_closed(flow.state) || maps.backend_flags(flow.backend_id) & BACKEND_SERVING == 0) {
+    if tcp_flags & SYN != 0 && is_closed(flow.state) {
+        // The client took its port anew, to dial the backend itself.
+        entry.note(maps, FLOW_SUPERSEDED);
         return None;
     }
     entry.note(maps, state);
