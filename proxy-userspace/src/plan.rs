@@ -341,13 +341,13 @@ impl Candidates {
 
     /// All endpoints, and whether they serve.
     fn standing(&self) -> BTreeMap<(usize, IpAddr, u16), bool> {
-        let of_port = |(&(port_index, _), endpoints): (&(usize, bool), &BTreeMap<(IpAddr, u16), Candidate>)| {
-            let standing = |(&(address, port), candidate): (&(IpAddr, u16), &Candidate)| {
-                ((port_index, address, port), candidate.ready || candidate.serving)
-            };
-            endpoints.iter().map(standing).collect::<Vec<_>>()
-        };
-        self.0.iter().flat_map(of_port).collect()
+        let mut standing = BTreeMap::new();
+        for (&(port_index, _), endpoints) in &self.0 {
+            for (&(address, port), candidate) in endpoints {
+                standing.insert((port_index, address, port), candidate.ready || candidate.serving);
+            }
+        }
+        standing
     }
 
     fn choose(&self, port_index: usize, is_v6: bool) -> Choices {

@@ -66,7 +66,6 @@ impl Drop for Cgroup {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Call {
     Connect,
-    NewSocket,
     Sendmsg,
 }
 
@@ -79,12 +78,6 @@ pub(crate) fn measure(world: &World, replay: &Replay, rounds: usize, only: &str)
         let family = if v6 { "6" } else { "4" };
         for (call, what, program, hooks) in [
             (Call::Connect, "connect", "connect", [Hook::Connect4, Hook::Connect6]),
-            (
-                Call::NewSocket,
-                "socket, connect, close",
-                "connect",
-                [Hook::Connect4, Hook::Connect6],
-            ),
             (Call::Sendmsg, "sendmsg", "sendmsg", [Hook::Sendmsg4, Hook::Sendmsg6]),
         ] {
             let name = format!("socket IPv{family}, {what} to a ClusterIP, added");
@@ -127,8 +120,7 @@ pub(crate) fn measure(world: &World, replay: &Replay, rounds: usize, only: &str)
                 against: Some("floor"),
                 baseline: Some(middle(&least)),
                 spread: spread(&ratios),
-                // A new socket's storage is what the floor does without: it cannot say what was dialled.
-                target: (call != Call::NewSocket).then_some(Target::AtMost(ADDED)),
+                target: Some(Target::AtMost(ADDED)),
             }
             .print()?;
         }
@@ -139,14 +131,12 @@ pub(crate) fn measure(world: &World, replay: &Replay, rounds: usize, only: &str)
 
 /// ns per call.
 fn calls(call: Call, to: SocketAddr) -> io::Result<f64> {
-    let domain = Domain::for_address(to);
     let address = SockAddr::from(to);
-    let socket = Socket::new(domain, Type::DGRAM, None)?;
+    let socket = Socket::new(Domain::for_address(to), Type::DGRAM, None)?;
     let began = Instant::now();
     for _ in 0..CALLS {
         match call {
             Call::Connect => socket.connect(&address)?,
-            Call::NewSocket => Socket::new(domain, Type::DGRAM, None)?.connect(&address)?,
             Call::Sendmsg => drop(socket.send_to_with_flags(&[], &address, libc::MSG_CONFIRM | MSG_PROBE)?),
         }
     }

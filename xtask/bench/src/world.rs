@@ -74,17 +74,17 @@ pub(crate) fn backend(v6: bool, local: bool, n: u8) -> IpAddr {
     }
 }
 
-fn frontends(address: FrontendAddress, port: u16, backends: Vec<Backend>) -> [Frontend; 2] {
+fn frontends(address: FrontendAddress, protocol: Protocol, port: u16, backends: Vec<Backend>) -> [Frontend; 2] {
     [Scope::Internal, Scope::External].map(|scope| Frontend {
         id: FrontendId {
             address,
             port,
-            protocol: Protocol::Tcp,
+            protocol,
             scope,
         },
         kind: FrontendKind::ClusterIp,
         port_name: "".into(),
-        port_index: 0,
+        port_index: usize::from(protocol == Protocol::Udp),
         backends: backends.clone().into(),
         table: Table::Direct,
         flags: 0,
@@ -152,12 +152,16 @@ impl World {
             } else {
                 FrontendAddress::NodePortV4
             };
-            all.extend(frontends(node_port, REMOTE_PORT, backends(v6, false, BACKENDS)));
             all.extend(frontends(
-                FrontendAddress::Ip(ip(CLUSTER_IP[usize::from(v6)])),
-                80,
+                node_port,
+                Protocol::Tcp,
+                REMOTE_PORT,
                 backends(v6, false, BACKENDS),
             ));
+            let cluster_ip = FrontendAddress::Ip(ip(CLUSTER_IP[usize::from(v6)]));
+            for protocol in [Protocol::Tcp, Protocol::Udp] {
+                all.extend(frontends(cluster_ip, protocol, 80, backends(v6, false, BACKENDS)));
+            }
         }
         syncer.apply(&plan("remote".to_owned(), all))?;
         let mut all = Vec::new();
@@ -167,7 +171,12 @@ impl World {
             } else {
                 FrontendAddress::NodePortV4
             };
-            all.extend(frontends(node_port, LOCAL_PORT, backends(v6, true, BACKENDS)));
+            all.extend(frontends(
+                node_port,
+                Protocol::Tcp,
+                LOCAL_PORT,
+                backends(v6, true, BACKENDS),
+            ));
         }
         syncer.apply(&plan("local".to_owned(), all))?;
         let mut world = Self {
@@ -202,7 +211,12 @@ impl World {
                         local: false,
                     })
                     .collect();
-                all.extend(frontends(FrontendAddress::Ip(ip(&address)), 80, backends));
+                all.extend(frontends(
+                    FrontendAddress::Ip(ip(&address)),
+                    Protocol::Tcp,
+                    80,
+                    backends,
+                ));
             }
             self.syncer.apply(&plan(format!("other-{n}"), all))?;
         }
