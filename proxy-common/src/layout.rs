@@ -376,8 +376,8 @@ pub const ADDRESS_CLUSTER_IP: u32 = 1 << 0;
 /// Value in `addresses`: a frontend there has a backend, so echo requests are answered.
 pub const ADDRESS_READY: u32 = 1 << 1;
 
-/// Words of the `filter` map: 2^22 bits, half a MiB.
-pub const FILTER_WORDS: usize = 1 << 16;
+/// Words of the `filter` map: 2^24 bits, two MiB; 100,000 Services with ten endpoints each set one in fifteen.
+pub const FILTER_WORDS: usize = 1 << 18;
 /// Words of the `collided` map: 2^16 bits.
 pub const COLLIDED_WORDS: usize = 1 << 10;
 

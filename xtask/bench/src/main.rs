@@ -20,7 +20,7 @@ use clap::{Parser, Subcommand};
 struct Cli {
     #[command(subcommand)]
     what: What,
-    /// Fewer rounds, and at most 10,000 Services.
+    /// Fewer rounds, and one Service only.
     #[arg(long, global = true)]
     quick: bool,
     /// Only figures whose name contains this.

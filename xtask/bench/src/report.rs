@@ -8,8 +8,6 @@ use serde::Serialize;
 pub(crate) enum Target {
     /// Its ratio at most.
     AtMost(f64),
-    /// Its ratio not further than this from 1.
-    Within(f64),
     /// The figure itself at most.
     ValueAtMost(f64),
 }

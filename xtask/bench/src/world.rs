@@ -196,14 +196,14 @@ impl World {
             let mut all = Vec::new();
             for v6 in [false, true] {
                 let address = if v6 {
-                    format!("fd97::{n:x}")
+                    format!("fd97::{:x}:{:x}", n >> 16, n & 0xffff)
                 } else {
                     format!("10.{}.{b}.{c}", 97 + a)
                 };
                 let backends = (0..OTHER_BACKENDS)
                     .map(|i| Backend {
                         address: if v6 {
-                            ip(&format!("fd45::{n:x}:{i:x}"))
+                            ip(&format!("fd45::{:x}:{:x}:{i:x}", n >> 16, n & 0xffff))
                         } else {
                             ip(&format!("10.{}.{b}.{c}", 128 + a + 8 * i))
                         },
