@@ -203,6 +203,10 @@ pub trait Maps<F: Family> {
     fn config(&self) -> Option<&Config>;
     /// Whether a bit of `filter` is set.
     fn filter(&self, bit: u32) -> bool;
+    /// Whether a bit of `clients` is set.
+    fn client(&self, bit: u32) -> bool;
+    /// Sets a bit of `clients`.
+    fn set_client(&self, bit: u32);
     /// A frontend.
     fn frontend(&self, key: &FrontendKey<F::Words>) -> Option<Frontend>;
     /// A slot.
@@ -355,24 +359,30 @@ pub fn established<F: Family, M: Maps<F>>(maps: &M, arrival: &Arrival<F::Words>)
         return Quick::Translate(translation);
     }
 
-    if !maps.filter(filter::frontend::<F>(tuple.dst, tuple.dst_port, tuple.proto))
-        && !maps.filter(filter::frontend::<F>(F::UNSPECIFIED, tuple.dst_port, tuple.proto))
-    {
-        // The next step judges unknown ports and addresses.
-        return if address::may_be_service::<F>(config, tuple.dst) {
-            Quick::Undecided
-        } else {
-            Quick::Pass
-        };
+    if maps.filter(filter::service::<F>(tuple.dst)) || maps.filter(filter::node_port(tuple.dst_port)) {
+        let key = client_key::<F>(tuple);
+        if let Some(flow) = maps.flow(&key)
+            && let Some(translation) = forward(maps, config, flow, arrival)
+        {
+            return Quick::Translate(translation);
+        }
+        if may_be_frontend::<F>(maps, tuple) {
+            return Quick::Undecided;
+        }
     }
-    let key = client_key::<F>(tuple);
-    match maps.flow(&key) {
-        Some(flow) => match forward(maps, config, flow, arrival) {
-            Some(translation) => Quick::Translate(translation),
-            None => Quick::Undecided,
-        },
-        None => Quick::Undecided,
+    // The next step judges unknown ports and addresses.
+    if address::may_be_service::<F>(config, tuple.dst) {
+        Quick::Undecided
+    } else {
+        Quick::Pass
     }
+}
+
+/// Whether a frontend may have the packet's destination.
+#[inline(always)]
+pub(crate) fn may_be_frontend<F: Family>(maps: &impl Maps<F>, tuple: &Tuple<F::Words>) -> bool {
+    maps.filter(filter::node_port(tuple.dst_port))
+        || maps.filter(filter::frontend::<F>(tuple.dst, tuple.dst_port, tuple.proto))
 }
 
 /// [`Verdict`], with the translation left in [`Scratch`].
@@ -480,9 +490,7 @@ pub(crate) fn arriving_slowly<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scr
         scratch.translation = translation;
         return Outcome::Translate;
     }
-    if !maps.filter(filter::frontend::<F>(tuple.dst, tuple.dst_port, tuple.proto))
-        && !maps.filter(filter::frontend::<F>(F::UNSPECIFIED, tuple.dst_port, tuple.proto))
-    {
+    if !may_be_frontend::<F>(maps, tuple) {
         return match address::unknown_port(maps, tuple.dst) {
             Stranger::Pass => Outcome::Pass,
             Stranger::Refuse => Outcome::Refuse,
@@ -630,7 +638,7 @@ pub fn leaving<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, tcp_fla
     let Some(config) = maps.config() else {
         return Verdict::Pass;
     };
-    if maps.filter(filter::backend::<F>(tuple.src, tuple.src_port, tuple.proto)) {
+    if maps.filter(filter::backend_port(tuple.src_port)) && maps.client(filter::client::<F>(tuple.dst)) {
         let state = reply_state(tuple.proto, tcp_flags);
         if snat::in_range(config, tuple.dst_port)
             && let Some((entry, slot)) = snat_slot(maps, config, tuple.dst_port, tuple.src, tuple.src_port, tuple.proto)
@@ -697,12 +705,10 @@ pub fn socket_frontend<F: Family, M: Maps<F>>(
     };
     let frontend = match frontend {
         Some(frontend) => frontend,
-        None if maps.filter(filter::frontend::<F>(F::UNSPECIFIED, port, proto)) && node_itself() => {
-            maps.frontend(&FrontendKey {
-                addr: F::UNSPECIFIED,
-                ..key
-            })?
-        }
+        None if maps.filter(filter::node_port(port)) && node_itself() => maps.frontend(&FrontendKey {
+            addr: F::UNSPECIFIED,
+            ..key
+        })?,
         None => return None,
     };
     (frontend.flags & FRONTEND_PACKETS_ONLY == 0).then_some(frontend)
@@ -1156,6 +1162,10 @@ fn remember<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
     } = scratch;
     *translation = towards_backend(flow, arrival);
     maps.count_flow(flow.backend_id);
+    let client = filter::client::<F>(arrival.tuple.src);
+    if !maps.client(client) {
+        maps.set_client(client);
+    }
     if over.get() != 0
         && let Some(entry) = maps.flow(key).or_else(|| maps.new_flow(key))
     {

@@ -61,6 +61,8 @@ events! {
     FragmentLost = 15, "fragment_lost";
     /// Connections reset because their backend is gone.
     BackendGone = 16, "backend_gone";
+    /// Connected sockets whose frontend was not remembered, because `sockets` is full: they show their backend as peer.
+    SocketsFull = 17, "sockets_full";
 }
 
 /// Number of entries of the `events` map: room for more without a new layout.

@@ -1,44 +1,73 @@
 //! Letting go of packets that are nobody's Service traffic, without a hash lookup.
 //!
-//! `filter` is a bitmap in an array map. The agent sets one bit per frontend and one per backend *before* the entry
-//! that needs it appears; a clear bit therefore proves that a packet has nothing to do with any frontend or backend,
-//! for the price of one multiplication and one cached load. A set bit proves nothing (two tuples may share it): the
-//! lookups that follow decide. Bits outlive their entries, so that open flows of deleted ones are still found.
+//! `filter` is a bitmap in an array map. The agent sets the bits of a frontend and of a backend *before* the entry that
+//! needs them appears; a clear bit therefore proves that a packet has nothing to do with any frontend or backend, for the
+//! price of one multiplication and one cached load. A set bit proves nothing (two things may share it): the lookups that
+//! follow decide. Bits outlive their entries, so that open flows of deleted ones are still found. `clients` is the same
+//! for the clients of flows, set by the programs.
+//!
+//! What every packet asks for depends on an address alone ([`service`], [`client`]) or a port alone ([`node_port`],
+//! [`backend_port`]): a bit that is hashed from a client's port lies on another cache line, and another page, for every
+//! connection, and costs ten times as much.
 
-use crate::{family::Family, layout::FILTER_WORDS};
+use crate::{
+    family::Family,
+    layout::{CLIENT_WORDS, FILTER_HASHED_WORDS},
+};
 
-const BITS: u32 = FILTER_WORDS as u32 * 64;
-/// Odd, with well-spread bits: the golden ratio, and the square root of three.
+const BITS: u32 = FILTER_HASHED_WORDS as u32 * 64;
+const CLIENT_BITS: u32 = CLIENT_WORDS as u32 * 64;
+/// Odd, with well-spread bits: the golden ratio, and the square roots of three, five and seven.
 const FRONTEND: u64 = 0x9e37_79b9_7f4a_7c15;
 const BACKEND: u64 = 0xbb67_ae85_84ca_a73b;
+const SERVICE: u64 = 0x3c6e_f372_fe94_f82b;
+const CLIENT: u64 = 0xa54f_f53a_5f1d_36f1;
 
-/// The bit of a frontend. A node port uses the unspecified address.
+/// The bit of a frontend that has an address of its own.
 #[inline(always)]
 pub fn frontend<F: Family>(addr: F::Words, port: u16, proto: u8) -> u32 {
-    bit::<F>(addr, port, proto, FRONTEND)
+    hash(tuple::<F>(addr, port, proto), FRONTEND, BITS)
 }
 
 /// The bit of a backend. Differs from the frontend bit of the same address and port.
 #[inline(always)]
 pub fn backend<F: Family>(addr: F::Words, port: u16, proto: u8) -> u32 {
-    bit::<F>(addr, port, proto, BACKEND)
+    hash(tuple::<F>(addr, port, proto), BACKEND, BITS)
 }
 
-/// Multiplicative hashing: the product's highest bits depend on every bit of the tuple. Every packet pays for it, so no more.
+/// The bit of an address that frontends have, whatever their ports.
 #[inline(always)]
-fn bit<F: Family>(addr: F::Words, port: u16, proto: u8, factor: u64) -> u32 {
-    let tuple = F::fold(addr) ^ u64::from(port) << 32 ^ u64::from(proto) << 48;
-    (tuple.wrapping_mul(factor) >> (64 - BITS.ilog2())) as u32
+pub fn service<F: Family>(addr: F::Words) -> u32 {
+    hash(F::fold(addr), SERVICE, BITS)
 }
 
-/// [`frontend`] for an address in bytes.
-pub fn frontend_bit<F: Family>(addr: F::Addr, port: u16, proto: u8) -> u32 {
-    frontend::<F>(F::words(addr), port, proto)
+/// The bit of a node port of any protocol: no hash, so no mistake.
+#[inline(always)]
+pub fn node_port(port: u16) -> u32 {
+    BITS + u32::from(port)
 }
 
-/// [`backend`] for an address in bytes.
-pub fn backend_bit<F: Family>(addr: F::Addr, port: u16, proto: u8) -> u32 {
-    backend::<F>(F::words(addr), port, proto)
+/// The bit of a port that backends have, of any protocol.
+#[inline(always)]
+pub fn backend_port(port: u16) -> u32 {
+    BITS + (1 << 16) + u32::from(port)
+}
+
+/// The bit in `clients` of a client that has, or had, flows in the connection tables.
+#[inline(always)]
+pub fn client<F: Family>(addr: F::Words) -> u32 {
+    hash(F::fold(addr), CLIENT, CLIENT_BITS)
+}
+
+#[inline(always)]
+fn tuple<F: Family>(addr: F::Words, port: u16, proto: u8) -> u64 {
+    F::fold(addr) ^ u64::from(port) << 32 ^ u64::from(proto) << 48
+}
+
+/// Multiplicative hashing: the product's highest bits depend on every bit. Every packet pays for it, so no more.
+#[inline(always)]
+fn hash(what: u64, factor: u64, bits: u32) -> u32 {
+    (what.wrapping_mul(factor) >> (64 - bits.ilog2())) as u32
 }
 
 /// Word and mask of a bit in the map.

@@ -17,7 +17,7 @@
 
 use crate::{
     access::{Access, load_addr, store_addrs},
-    balance::{Maps, Scratch, client_key, collided_bit, shared_key, snat_slot},
+    balance::{Maps, Scratch, client_key, collided_bit, may_be_frontend, shared_key, snat_slot},
     checksum::Difference,
     event::Event,
     extension,
@@ -132,9 +132,7 @@ fn arriving<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) ->
         };
         return true;
     }
-    if !maps.filter(filter::frontend::<F>(answer.dst, answer.dst_port, answer.proto))
-        && !maps.filter(filter::frontend::<F>(F::UNSPECIFIED, answer.dst_port, answer.proto))
-    {
+    if !may_be_frontend::<F>(maps, &answer) {
         return false;
     }
     scratch.key = client_key::<F>(&answer);

@@ -8,7 +8,7 @@
 //! A change of any layout here must raise [`LAYOUT_VERSION`].
 
 /// Version of everything in this module; maps are pinned under `<bpf-root>/v<LAYOUT_VERSION>/`.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 
 /// Names of the maps (at most 15 bytes: the kernel cuts them). Suffix `4`/`6`: one map per family.
 pub mod names {
@@ -32,6 +32,8 @@ pub mod names {
     pub const FILTER: &str = "filter";
     /// `ARRAY` of [`COLLIDED_WORDS`](super::COLLIDED_WORDS) words: client ports with more than one frontend at once.
     pub const COLLIDED: &str = "collided";
+    /// `ARRAY` of [`CLIENT_WORDS`](super::CLIENT_WORDS) words: clients with flows in the connection tables.
+    pub const CLIENTS: &str = "clients";
     /// `ARRAY` backend id → [`BackendState`](super::BackendState).
     pub const BACKENDS: &str = "backends";
     /// `ARRAY` of one [`Config`](super::Config).
@@ -55,8 +57,10 @@ pub mod names {
     /// `LPM_TRIE` [`SourceRangeKey`](super::SourceRangeKey) → `u32`: who may dial a frontend with
     /// [`FRONTEND_SOURCE_RANGES`](super::FRONTEND_SOURCE_RANGES).
     pub const SOURCE_RANGES: [&str; 2] = ["source_ranges4", "source_ranges6"];
-    /// `SK_STORAGE` → [`SocketPeers`](super::SocketPeers): which frontends a socket dialled.
+    /// `HASH` socket cookie → [`SocketPeer`](super::SocketPeer): which frontend a connected socket dialled.
     pub const SOCKETS: &str = "sockets";
+    /// `SK_STORAGE` → [`SocketPeers`](super::SocketPeers): which frontends an unconnected UDP socket sent to.
+    pub const SENDERS: &str = "senders";
 }
 
 /// IANA protocol number of TCP.
@@ -376,8 +380,13 @@ pub const ADDRESS_CLUSTER_IP: u32 = 1 << 0;
 /// Value in `addresses`: a frontend there has a backend, so echo requests are answered.
 pub const ADDRESS_READY: u32 = 1 << 1;
 
-/// Words of the `filter` map: 2^24 bits, two MiB; 100,000 Services with ten endpoints each set one in fifteen.
-pub const FILTER_WORDS: usize = 1 << 18;
+/// Words of the `filter` map that bits are found in by hash: 2^24 bits, two MiB; 100,000 Services with ten endpoints each set
+/// one in fourteen.
+pub const FILTER_HASHED_WORDS: usize = 1 << 18;
+/// Words of the `filter` map: behind those two bits for every port.
+pub const FILTER_WORDS: usize = FILTER_HASHED_WORDS + 2 * (1 << 10);
+/// Words of the `clients` map: 2^20 bits, 128 KiB.
+pub const CLIENT_WORDS: usize = 1 << 14;
 /// Words of the `collided` map: 2^16 bits.
 pub const COLLIDED_WORDS: usize = 1 << 10;
 
@@ -442,7 +451,7 @@ pub struct Config {
     pub v6: FamilyConfig<[u8; 16]>,
 }
 
-/// Frontends that a socket keeps in mind at once.
+/// Frontends that an unconnected UDP socket keeps in mind at once.
 pub const SOCKET_PEERS: usize = 4;
 
 /// One frontend that a socket dialled, and the backend it was given. IPv4 addresses are IPv4-mapped (`::ffff:a.b.c.d`).
@@ -461,11 +470,11 @@ pub struct SocketPeer {
     pub backend_id: u32,
 }
 
-/// What the socket hook remembers with a socket; the kernel frees it with the socket.
+/// What the socket hook remembers with an unconnected UDP socket; the kernel frees it with the socket.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SocketPeers {
-    /// A connected socket uses the first only; an unconnected UDP socket the others too, oldest overwritten.
+    /// The oldest is overwritten.
     pub peers: [SocketPeer; SOCKET_PEERS],
     /// The entry of `peers` to overwrite next.
     pub next: u32,
@@ -543,6 +552,7 @@ mod pod {
         ServiceInfo,
         BackendState,
         Config,
+        SocketPeer,
         SocketPeers
     );
 }

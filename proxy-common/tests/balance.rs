@@ -33,6 +33,7 @@ struct Node<F: Family> {
     new_flows: Flows<F::Words>,
     snat: RefCell<HashMap<u32, Box<SnatSlot<F::Words>>>>,
     collided: RefCell<HashSet<u32>>,
+    clients: RefCell<HashSet<u32>>,
     sockets: RefCell<HashSet<Tuple<F::Words>>>,
     events: RefCell<Vec<Event>>,
     now: Cell<u32>,
@@ -56,6 +57,7 @@ where
             new_flows: RefCell::default(),
             snat: RefCell::default(),
             collided: RefCell::default(),
+            clients: RefCell::default(),
             sockets: RefCell::default(),
             events: RefCell::default(),
             now: Cell::new(1000),
@@ -91,11 +93,15 @@ where
                 flags: u16::from(local) * BACKEND_LOCAL,
                 backend,
             });
-            self.filter.borrow_mut().insert(filter::backend::<F>(addr, port, proto));
+            self.filter
+                .borrow_mut()
+                .extend([filter::backend::<F>(addr, port, proto), filter::backend_port(port)]);
         }
-        self.filter
-            .borrow_mut()
-            .insert(filter::frontend::<F>(addr, port, proto));
+        self.filter.borrow_mut().extend(if addr == F::UNSPECIFIED {
+            vec![filter::node_port(port)]
+        } else {
+            vec![filter::frontend::<F>(addr, port, proto), filter::service::<F>(addr)]
+        });
         for scope in [SCOPE_INTERNAL, SCOPE_EXTERNAL] {
             self.frontends.borrow_mut().insert(
                 FrontendKey {
@@ -242,6 +248,12 @@ where
     }
     fn set_collided(&self, bit: u32) {
         self.collided.borrow_mut().insert(bit);
+    }
+    fn client(&self, bit: u32) -> bool {
+        self.clients.borrow().contains(&bit)
+    }
+    fn set_client(&self, bit: u32) {
+        self.clients.borrow_mut().insert(bit);
     }
     fn count_flow(&self, _backend: u32) {}
     fn count(&self, event: Event) {

@@ -89,6 +89,7 @@ struct Node<F: Family> {
     new_flows: Flows<F::Words>,
     snat: RefCell<HashMap<u32, Box<SnatSlot<F::Words>>>>,
     collided: RefCell<HashSet<u32>>,
+    clients: RefCell<HashSet<u32>>,
     scratch: UnsafeCell<Scratch<F::Words>>,
     now: Cell<u32>,
 }
@@ -190,6 +191,12 @@ impl<F: Family<Words: Hash>> Maps<F> for Node<F> {
     fn set_collided(&self, bit: u32) {
         self.collided.borrow_mut().insert(bit);
     }
+    fn client(&self, bit: u32) -> bool {
+        self.clients.borrow().contains(&bit)
+    }
+    fn set_client(&self, bit: u32) {
+        self.clients.borrow_mut().insert(bit);
+    }
     fn count_flow(&self, _backend: u32) {}
     fn count(&self, _event: Event) {}
     fn now(&self) -> u32 {
@@ -263,6 +270,7 @@ fn node<F: Addresses>() -> Node<F> {
         new_flows: RefCell::default(),
         snat: RefCell::default(),
         collided: RefCell::default(),
+        clients: RefCell::default(),
         // SAFETY: all zeros is a value of every field.
         scratch: UnsafeCell::new(unsafe { std::mem::zeroed() }),
         now: Cell::new(1000),
@@ -283,7 +291,8 @@ fn node<F: Addresses>() -> Node<F> {
         node.addresses.borrow_mut().insert(addr, flags);
         for proto in [TCP, UDP, SCTP] {
             let mut filter = node.filter.borrow_mut();
-            filter.insert(filter::frontend::<F>(addr, 80, proto));
+            filter.extend([filter::frontend::<F>(addr, 80, proto), filter::service::<F>(addr)]);
+            filter.insert(filter::backend_port(8080));
             filter.extend(BACKENDS.map(|n| filter::backend::<F>(F::addr(n), 8080, proto)));
             for scope in [SCOPE_INTERNAL, SCOPE_EXTERNAL] {
                 let key = FrontendKey {

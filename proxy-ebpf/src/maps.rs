@@ -114,6 +114,8 @@ static ADDRESSES4: Addresses<[u8; 4]> = Addresses::new();
 static ADDRESSES6: Addresses<[u8; 16]> = Addresses::new();
 #[btf_map(name = "filter")]
 static FILTER: Array<u64, FILTER_WORDS, MMAPABLE> = Array::new();
+#[btf_map(name = "clients")]
+static CLIENTS: Array<u64, CLIENT_WORDS> = Array::new();
 #[btf_map(name = "collided")]
 static COLLIDED: Array<u64, COLLIDED_WORDS> = Array::new();
 #[btf_map(name = "backends")]
@@ -125,8 +127,11 @@ static EVENTS: PerCpuArray<u64, MAX_EVENTS> = PerCpuArray::new();
 /// Read by tools only: names for the numbers in `frontends`.
 #[btf_map(name = "services")]
 static SERVICES: HashMap<u32, ServiceInfo, 65_536> = HashMap::new();
+// Not socket storage, which costs two allocations when a connection opens and two RCU callbacks when it closes.
 #[btf_map(name = "sockets")]
-pub(crate) static SOCKETS: SkStorage<SocketPeers> = SkStorage::new();
+pub(crate) static SOCKETS: HashMap<u64, SocketPeer, 131_072> = HashMap::new();
+#[btf_map(name = "senders")]
+pub(crate) static SENDERS: SkStorage<SocketPeers> = SkStorage::new();
 
 impl KernelFamily for V4 {
     const FRONTENDS: &'static Frontends<[u8; 4]> = &FRONTENDS4;
@@ -207,6 +212,16 @@ fn add(counter: *mut u64) {
     unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(counter, 1) };
 }
 
+/// Sets a bit of a bitmap that other CPUs write to as well.
+#[inline(always)]
+fn set_bit<const N: usize>(map: &Array<u64, N>, bit: u32) {
+    let (word, mask) = filter::word_and_mask(bit);
+    if let Some(word) = map.get_ptr_mut(word) {
+        // SAFETY: an aligned live map value.
+        unsafe { atomic_or::<u64, u64, { AtomicOrdering::Relaxed }>(word, mask) };
+    }
+}
+
 /// Counts an event.
 #[inline(always)]
 pub(crate) fn count(event: Event) {
@@ -226,6 +241,17 @@ impl<F: KernelFamily> Maps<F> for KernelMaps {
     fn filter(&self, bit: u32) -> bool {
         let (word, mask) = filter::word_and_mask(bit);
         FILTER.get(word).is_some_and(|word| word & mask != 0)
+    }
+
+    #[inline(always)]
+    fn client(&self, bit: u32) -> bool {
+        let (word, mask) = filter::word_and_mask(bit);
+        CLIENTS.get(word).is_some_and(|word| word & mask != 0)
+    }
+
+    #[inline(always)]
+    fn set_client(&self, bit: u32) {
+        set_bit(&CLIENTS, bit);
     }
 
     #[inline(always)]
@@ -394,11 +420,7 @@ impl<F: KernelFamily> Maps<F> for KernelMaps {
 
     #[inline(always)]
     fn set_collided(&self, bit: u32) {
-        let (word, mask) = filter::word_and_mask(bit);
-        if let Some(word) = COLLIDED.get_ptr_mut(word) {
-            // SAFETY: an aligned live map value.
-            unsafe { atomic_or::<u64, u64, { AtomicOrdering::Relaxed }>(word, mask) };
-        }
+        set_bit(&COLLIDED, bit);
     }
 
     #[inline(always)]

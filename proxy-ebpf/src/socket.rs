@@ -1,14 +1,17 @@
 //! The cgroup hooks: a frontend is replaced by a backend before a packet exists, and shown again when a process asks
 //! who its peer is.
 //!
-//! What a socket dialled is remembered with the socket itself ([`SocketPeers`]), so nothing is left when it closes.
+//! What a connected socket dialled is remembered under its cookie ([`SOCKETS`]) until it closes; what an unconnected one sent to,
+//! with the socket itself ([`SENDERS`]).
+
+use core::ffi::c_void;
 
 use aya_ebpf::{
     EbpfContext,
-    bindings::bpf_sock_addr,
+    bindings::{BPF_ANY, bpf_sock_addr},
     helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval},
-    macros::cgroup_sock_addr,
-    programs::SockAddrContext,
+    macros::{cgroup_sock, cgroup_sock_addr},
+    programs::{SockAddrContext, SockContext},
 };
 use shunt_common::{
     address::{self, Stranger},
@@ -16,11 +19,11 @@ use shunt_common::{
     balance::{Maps, socket_frontend},
     event::Event,
     family::{Family, V4, V6, Words6},
-    hash,
+    filter, hash,
     layout::*,
 };
 
-use crate::maps::{BACKENDS, Hook, KernelFamily, KernelMaps, SOCKETS, count};
+use crate::maps::{BACKENDS, Hook, KernelFamily, KernelMaps, SENDERS, SOCKETS, count};
 
 /// Let the call go on.
 const ALLOW: i32 = 1;
@@ -142,9 +145,10 @@ enum Call {
     Send,
 }
 
-/// A backend for what is dialled, or `None` to leave it alone. `Err`: refuse.
+/// What to dial: a backend, or what was dialled. `Err`: refuse.
+// Not an `Option` to leave it alone: LLVM computes with the port that is not there, which the verifier forbids.
 #[inline(always)]
-fn choose<F: Peer>(ctx: &SockAddrContext, addr: F::Words, call: Call) -> Result<Option<(F::Words, u16)>, ()> {
+fn choose<F: Peer>(ctx: &SockAddrContext, addr: F::Words, call: Call) -> Result<(F::Words, u16), ()> {
     let maps = KernelMaps::new(ctx.as_ptr(), Hook::Socket);
     // SAFETY: the context is valid while the program runs.
     let proto = unsafe { (&raw const (*fields(ctx)).protocol).read_volatile() } as u8;
@@ -154,23 +158,23 @@ fn choose<F: Peer>(ctx: &SockAddrContext, addr: F::Words, call: Call) -> Result<
         return if is_refused::<F>(ctx, addr, call) {
             Err(())
         } else {
-            Ok(None)
+            Ok((addr, port))
         };
     };
     let dialled = F::mapped(addr);
     if call == Call::Send
-        && let Some(peer) = remembered(ctx, |peer| {
+        && let Some(peer) = sent(ctx, |peer| {
             peer.frontend_port == port && words(&peer.frontend) == dialled
         })
         && let Some(backend) = BACKENDS.get(peer.backend_id)
         && backend.flags & BACKEND_SERVING != 0
     {
-        return Ok(Some((F::unmapped(words(&peer.backend)), peer.backend_port)));
+        return Ok((F::unmapped(words(&peer.backend)), peer.backend_port));
     }
     // The source of a pod's socket is not chosen yet: its packets will show it, at the pod's device. The node itself is let
     // through whatever the ranges (SPEC P5).
     if frontend.flags & FRONTEND_SOURCE_RANGES != 0 && !is_host::<F>(ctx, &maps) {
-        return Ok(None);
+        return Ok((addr, port));
     }
     // SAFETY: the helper takes the program's own context. A cookie numbers the socket: one socket, one choice.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
@@ -193,19 +197,20 @@ fn choose<F: Peer>(ctx: &SockAddrContext, addr: F::Words, call: Call) -> Result<
         });
         return Err(());
     };
-    remember(
-        ctx,
-        call,
-        SocketPeer {
-            frontend: V6::bytes(dialled),
-            backend: V6::bytes(F::mapped(slot.addr)),
-            frontend_port: port,
-            backend_port: slot.port,
-            backend_id: slot.backend,
-        },
-    );
+    let peer = SocketPeer {
+        frontend: V6::bytes(dialled),
+        backend: V6::bytes(F::mapped(slot.addr)),
+        frontend_port: port,
+        backend_port: slot.port,
+        backend_id: slot.backend,
+    };
+    // Without memory for it the call works all the same; only the peer's name is the backend's.
+    match call {
+        Call::Connect => remember_connected(cookie, proto, &peer),
+        Call::Send => remember_sent(ctx, peer),
+    }
     Maps::<F>::count_flow(&maps, slot.backend);
-    Ok(Some((slot.addr, slot.port)))
+    Ok((slot.addr, slot.port))
 }
 
 /// Refuses a port that no Service has on a cluster IP (see [`address`]). Other destinations are left alone, those that nobody
@@ -276,29 +281,43 @@ fn words(addr: &[u8; 16]) -> Words6 {
     }
 }
 
-/// The first of the socket's peers that a test accepts.
+/// The first of an unconnected socket's peers that a test accepts.
 #[inline(always)]
-fn remembered(ctx: &SockAddrContext, accept: impl Fn(&SocketPeer) -> bool) -> Option<&SocketPeer> {
+fn sent(ctx: &SockAddrContext, accept: impl Fn(&SocketPeer) -> bool) -> Option<&SocketPeer> {
     // SAFETY: the storage lives as long as the socket, which outlives the call; only its own calls write it.
-    let peers = unsafe { SOCKETS.get_ptr_mut(ctx).as_ref() }?;
+    let peers = unsafe { SENDERS.get_ptr_mut(ctx).as_ref() }?;
     peers.peers.iter().find(|peer| accept(peer))
 }
 
 #[inline(always)]
-fn remember(ctx: &SockAddrContext, call: Call, peer: SocketPeer) {
-    // SAFETY: as above. Without memory for it the call works all the same; only the peer's name is the backend's.
-    let Some(peers) = (unsafe { SOCKETS.get_or_insert_ptr_mut(ctx, None).as_mut() }) else {
+fn remember_sent(ctx: &SockAddrContext, peer: SocketPeer) {
+    // SAFETY: as above.
+    let Some(peers) = (unsafe { SENDERS.get_or_insert_ptr_mut(ctx, None).as_mut() }) else {
         return;
     };
-    let i = match call {
-        Call::Connect => 0,
-        Call::Send => peers.next as usize % SOCKET_PEERS,
-    };
-    if call == Call::Send {
-        peers.next = peers.next.wrapping_add(1);
-    }
+    let i = peers.next as usize % SOCKET_PEERS;
+    peers.next = peers.next.wrapping_add(1);
     if let Some(place) = peers.peers.get_mut(i) {
         *place = peer;
+    }
+}
+
+/// What a connected socket dialled.
+#[inline(always)]
+fn connected(cookie: u64) -> Option<&'static mut SocketPeer> {
+    // SAFETY: only the socket's own calls use its entry, and the kernel makes them one after the other.
+    unsafe { SOCKETS.get_ptr_mut(&cookie)?.as_mut() }
+}
+
+#[inline(always)]
+fn remember_connected(cookie: u64, proto: u8, peer: &SocketPeer) {
+    // A UDP socket may be connected anew; most TCP sockets are new.
+    if proto == UDP
+        && let Some(place) = connected(cookie)
+    {
+        *place = *peer;
+    } else if SOCKETS.insert(&cookie, peer, BPF_ANY.into()).is_err() {
+        count(Event::SocketsFull);
     }
 }
 
@@ -314,8 +333,7 @@ fn refused() -> i32 {
 #[inline(always)]
 fn dial<F: Peer>(ctx: &SockAddrContext, call: Call) -> i32 {
     match choose::<F>(ctx, F::addr(ctx), call) {
-        Ok(None) => ALLOW,
-        Ok(Some((addr, port))) => {
+        Ok((addr, port)) => {
             F::set_addr(ctx, addr);
             set_port(ctx, port);
             ALLOW
@@ -342,8 +360,7 @@ fn dial_plain6(ctx: &SockAddrContext, call: Call) -> i32 {
 #[inline(never)]
 fn dial_mapped(ctx: &SockAddrContext, call: Call) -> i32 {
     match choose::<V4>(ctx, word6(ctx, 3), call) {
-        Ok(None) => ALLOW,
-        Ok(Some((addr, port))) => {
+        Ok((addr, port)) => {
             set_word6(ctx, 3, addr);
             set_port(ctx, port);
             ALLOW
@@ -354,11 +371,56 @@ fn dial_mapped(ctx: &SockAddrContext, call: Call) -> i32 {
 
 /// Shows the frontend where the kernel would show the backend.
 #[inline(always)]
-fn show<F: Peer>(ctx: &SockAddrContext) -> i32 {
+fn show<F: Peer>(ctx: &SockAddrContext, call: Asked) -> i32 {
     let (addr, port) = (F::mapped(F::addr(ctx)), port(ctx));
-    if let Some(peer) = remembered(ctx, |peer| peer.backend_port == port && words(&peer.backend) == addr) {
+    // `accept` asks too, of every connection that comes in.
+    if !may_be_backend(ctx.as_ptr(), port) {
+        return ALLOW;
+    }
+    let is_shown = |peer: &SocketPeer| peer.backend_port == port && words(&peer.backend) == addr;
+    // SAFETY: the helper takes the program's own context.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    let peer = match connected(cookie) {
+        Some(peer) if is_shown(peer) => Some(&*peer),
+        _ if call == Asked::Sender => sent(ctx, is_shown),
+        _ => None,
+    };
+    if let Some(peer) = peer {
         F::set_addr(ctx, F::unmapped(words(&peer.frontend)));
         set_port(ctx, peer.frontend_port);
+    }
+    ALLOW
+}
+
+/// Whether any backend has the port.
+#[inline(always)]
+fn may_be_backend(ctx: *mut c_void, port: u16) -> bool {
+    Maps::<V4>::filter(&KernelMaps::new(ctx, Hook::Socket), filter::backend_port(port))
+}
+
+/// What a process asks for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    /// Who sent a datagram.
+    Sender,
+    /// Whom the socket is connected to.
+    Peer,
+}
+
+/// A socket closes.
+#[cgroup_sock(sock_release)]
+fn sock_release(ctx: SockContext) -> i32 {
+    // SAFETY: the context is valid while the program runs.
+    let peer = u16::from_be(unsafe { (&raw const (*ctx.sock).dst_port).read_volatile() });
+    // 0: no more, or never, connected.
+    if peer != 0 && !may_be_backend(ctx.as_ptr(), peer) {
+        return ALLOW;
+    }
+    // SAFETY: the helper takes the program's own context.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    // Looking takes no lock.
+    if connected(cookie).is_some() {
+        let _gone_already = SOCKETS.remove(&cookie);
     }
     ALLOW
 }
@@ -385,21 +447,21 @@ fn sock_sendmsg6(ctx: SockAddrContext) -> i32 {
 
 #[cgroup_sock_addr(recvmsg4)]
 fn sock_recvmsg4(ctx: SockAddrContext) -> i32 {
-    show::<V4>(&ctx)
+    show::<V4>(&ctx, Asked::Sender)
 }
 
 // Peers are remembered IPv4-mapped, which is what an IPv6 socket shows of them.
 #[cgroup_sock_addr(recvmsg6)]
 fn sock_recvmsg6(ctx: SockAddrContext) -> i32 {
-    show::<V6>(&ctx)
+    show::<V6>(&ctx, Asked::Sender)
 }
 
 #[cgroup_sock_addr(getpeername4)]
 fn sock_getpeer4(ctx: SockAddrContext) -> i32 {
-    show::<V4>(&ctx)
+    show::<V4>(&ctx, Asked::Peer)
 }
 
 #[cgroup_sock_addr(getpeername6)]
 fn sock_getpeer6(ctx: SockAddrContext) -> i32 {
-    show::<V6>(&ctx)
+    show::<V6>(&ctx, Asked::Peer)
 }

@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use shunt::datapath::maps::Maps;
 use shunt_common::layout::LAYOUT_VERSION;
 use shunt_lab::{Agent, AgentOptions, Answer, Client, Cni, Dial, DialError, Lab, PodSpec, Port, Proto, Sockets};
 use tempfile::TempDir;
@@ -709,6 +710,39 @@ fn only_eligible_endpoints_are_reached() {
 }
 
 /// A4: everything is pinned, named, and printed with field names by `bpftool`.
+/// What connected sockets dialled is remembered while they are open, and not longer; when there is no room for it, they
+/// connect all the same.
+#[test]
+fn connected_sockets_are_remembered_until_they_close() {
+    let cluster = Cluster::start("off", &["--max-sockets", "16"]);
+    let maps = Maps::open(cluster.agents[0].bpf_root()).unwrap();
+    let client = cluster.client("hooked");
+    let dial = Dial {
+        connected: true,
+        ..Dial::default()
+    };
+    for proto in BOTH {
+        for frontend in ["10.96.0.1", "fd96::1"] {
+            let to = at(frontend, 80);
+            let open: Vec<_> = (0..5).map(|_| client.open(proto, to, &dial).unwrap()).collect();
+            for conn in &open {
+                conn.ask("who").unwrap();
+                assert_eq!(conn.peer, to);
+            }
+            assert_eq!(maps.sockets.count(|peer| peer.frontend_port == 80).unwrap(), 5);
+            drop(open);
+            wait_until("closed sockets are forgotten", || {
+                maps.sockets.count(|_| true).unwrap() == 0
+            });
+        }
+    }
+    let open: Vec<_> = (0..20).map(|_| client.open_tcp(at("10.96.0.1", 80)).unwrap()).collect();
+    assert_eq!(maps.sockets.count(|_| true).unwrap(), 16);
+    let status = cluster.agents[0].json(&["status"]).unwrap();
+    assert_eq!(status["events"]["sockets_full"], 4, "{status}");
+    drop(open);
+}
+
 #[test]
 fn bpftool_reads_the_maps() {
     let cluster = Cluster::start("native", &[]);

@@ -109,6 +109,7 @@ fn small() -> Capacities {
         new_flows: 128,
         snat: 128,
         affinity: 1024,
+        sockets: 1024,
     }
 }
 
@@ -176,7 +177,8 @@ fn set(names: &[&str]) -> BTreeSet<String> {
     names.iter().map(|&n| n.to_owned()).collect()
 }
 
-const CGROUP: [&str; 8] = [
+const CGROUP: [&str; 9] = [
+    "cgroup-sock_release",
     "cgroup-sock_connect4",
     "cgroup-sock_connect6",
     "cgroup-sock_sendmsg4",

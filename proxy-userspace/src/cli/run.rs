@@ -156,6 +156,9 @@ struct CapacityArgs {
     /// Clients that backends are kept for (sessionAffinity), per family; the longest unheard makes room.
     #[arg(long, value_name = "N", default_value_t = Capacities::default().affinity)]
     max_affinity: u32,
+    /// Connected sockets whose frontend is remembered.
+    #[arg(long, value_name = "N", default_value_t = Capacities::default().sockets)]
+    max_sockets: u32,
 }
 
 /// `on` or `off`.
@@ -517,6 +520,7 @@ fn capacities(args: &CapacityArgs) -> Capacities {
         new_flows: args.max_new_flows,
         snat: args.max_snat,
         affinity: args.max_affinity,
+        sockets: args.max_sockets,
     }
 }
 

@@ -51,6 +51,8 @@ pub enum Hook {
     Getpeername4 = 29,
     /// getpeername(2), IPv6.
     Getpeername6 = 30,
+    /// close(2) of an IP socket.
+    SockRelease = 34,
     /// XDP.
     Xdp = 37,
     /// What a device receives (kernel 6.6).

@@ -223,6 +223,7 @@ pub fn load(config: &LoadConfig) -> Result<Datapath, LoadError> {
             .ok_or_else(|| LoadError::Object(format!("no program {name}")))?;
         let loaded = match program {
             Program::CgroupSockAddr(p) => p.load(),
+            Program::CgroupSock(p) => p.load(),
             Program::SchedClassifier(p) => p.load(),
             Program::Xdp(p) => p.load(),
             other => {

@@ -17,7 +17,7 @@ use shunt_common::{
     family::{Family, V4, V6},
     layout::{
         Affinity, AffinityKey, BackendState, Config, FLOW_SNAT, FamilyConfig, Flow, FlowKey, Frontend, FrontendKey,
-        LAYOUT_VERSION, MemberKey, NAME_LEN, Octets, ServiceInfo, Slot, SnatSlot, SourceRangeKey, names,
+        LAYOUT_VERSION, MemberKey, NAME_LEN, Octets, ServiceInfo, Slot, SnatSlot, SocketPeer, SourceRangeKey, names,
     },
     snat,
 };
@@ -43,6 +43,8 @@ pub mod settings {
     pub const MAX_SNAT: &str = "--max-snat";
     /// Entries of `affinity4` and `affinity6`.
     pub const MAX_AFFINITY: &str = "--max-affinity";
+    /// Entries of `sockets`.
+    pub const MAX_SOCKETS: &str = "--max-sockets";
     /// Entries of `node_addrs4` and `node_addrs6`: follows from the addresses that are admitted.
     pub const NODEPORT_ADDRESSES: &str = "--nodeport-addresses";
 }
@@ -566,6 +568,8 @@ pub struct Maps {
     pub backends: Map<u32, BackendState>,
     /// Services by number.
     pub services: Map<u32, ServiceInfo>,
+    /// What connected sockets dialled, by cookie (`SO_COOKIE`).
+    pub sockets: Map<u64, SocketPeer>,
     config: Map<u32, Config>,
     events: OwnedFd,
     cpus: usize,
@@ -600,6 +604,7 @@ impl Maps {
             filter: Array::open(bpf_root, names::FILTER, "")?,
             backends: Map::open(bpf_root, names::BACKENDS, settings::MAX_BACKENDS)?,
             services: Map::open(bpf_root, names::SERVICES, settings::MAX_FRONTENDS)?,
+            sockets: Map::open(bpf_root, names::SOCKETS, settings::MAX_SOCKETS)?,
             config: Map::open(bpf_root, names::CONFIG, "")?,
             events: open_pin(bpf_root, names::EVENTS, size_of::<u32>(), size_of::<u64>())?.0,
             cpus,
@@ -703,6 +708,7 @@ impl Maps {
         family(&self.v6, &mut usage)?;
         usage.push(of(&self.backends, |state| *state != BackendState::default())?);
         usage.push(of(&self.services, |_| true)?);
+        usage.push(of(&self.sockets, |_| true)?);
         Ok(usage)
     }
 }
@@ -728,7 +734,7 @@ pub(crate) mod testing {
 
     use shunt_common::{
         event::MAX_EVENTS,
-        layout::{COLLIDED_WORDS, FILTER_WORDS},
+        layout::{CLIENT_WORDS, COLLIDED_WORDS, FILTER_WORDS},
     };
 
     use super::*;
@@ -767,9 +773,11 @@ pub(crate) mod testing {
             this.family::<V6>(capacities);
             use sys::create::{ARRAY, HASH, PERCPU_ARRAY};
             this.make::<u32, u64>(names::FILTER, ARRAY, FILTER_WORDS as u32, sys::BPF_F_MMAPABLE);
+            this.make::<u32, u64>(names::CLIENTS, ARRAY, CLIENT_WORDS as u32, 0);
             this.make::<u32, u64>(names::COLLIDED, ARRAY, COLLIDED_WORDS as u32, 0);
             this.make::<u32, BackendState>(names::BACKENDS, ARRAY, capacities.backends, 0);
             this.make::<u32, ServiceInfo>(names::SERVICES, HASH, capacities.frontends, 0);
+            this.make::<u64, SocketPeer>(names::SOCKETS, HASH, 1024, 0);
             this.make::<u32, Config>(names::CONFIG, ARRAY, 1, 0);
             this.make::<u32, u64>(names::EVENTS, PERCPU_ARRAY, MAX_EVENTS as u32, 0);
             this

@@ -7,7 +7,7 @@
 //! Everything is pinned, so it goes on without the agent, and `bpftool` sees it:
 //!
 //! ```text
-//! <bpf-root>/v2/maps/frontends4         every map under its name
+//! <bpf-root>/v3/maps/frontends4         every map under its name
 //!               progs/tc_node_in        every program under its name
 //!               links/cgroup-sock_connect4
 //!               links/eth0-tc_node_in   every link: <device>-<program>
@@ -36,7 +36,9 @@ pub mod sys;
 use link::Hook;
 
 /// The socket programs, attached to the cgroup root.
-pub const CGROUP_PROGRAMS: [(&str, Hook); 8] = [
+pub const CGROUP_PROGRAMS: [(&str, Hook); 9] = [
+    // First: what another one remembers of a socket, this one must forget.
+    ("sock_release", Hook::SockRelease),
     ("sock_connect4", Hook::Connect4),
     ("sock_connect6", Hook::Connect6),
     ("sock_sendmsg4", Hook::Sendmsg4),
@@ -147,6 +149,8 @@ pub struct Capacities {
     pub snat: u32,
     /// `--max-affinity`: entries of `affinity*`.
     pub affinity: u32,
+    /// `--max-sockets`: entries of `sockets`.
+    pub sockets: u32,
 }
 
 impl Default for Capacities {
@@ -159,6 +163,7 @@ impl Default for Capacities {
             new_flows: 65_536,
             snat: 262_144,
             affinity: 65_536,
+            sockets: 131_072,
         }
     }
 }
@@ -174,6 +179,7 @@ impl Capacities {
             new_flows,
             snat,
             affinity,
+            sockets,
         } = *self;
         [
             (&names::FRONTENDS[..], "--max-frontends", frontends),
@@ -186,6 +192,7 @@ impl Capacities {
             (&names::NEW_FLOWS[..], "--max-new-flows", new_flows),
             (&names::SNAT[..], "--max-snat", snat),
             (&names::AFFINITY[..], "--max-affinity", affinity),
+            (&[names::SOCKETS][..], "--max-sockets", sockets),
             // Entries exist for Services with affinity or source ranges only, and take no memory before.
             (&names::MEMBERS[..], "--max-backends", backends),
             (&names::SOURCE_RANGES[..], "--max-frontends", frontends),
@@ -204,6 +211,7 @@ impl Capacities {
             (&names::NEW_FLOWS[..], &mut self.new_flows),
             (&names::SNAT[..], &mut self.snat),
             (&names::AFFINITY[..], &mut self.affinity),
+            (&[names::SOCKETS][..], &mut self.sockets),
         ];
         for (maps, field) in fields {
             if maps.contains(&map) {

@@ -296,15 +296,20 @@ impl<F: MapFamily> FrontendTable for PerFamily<F> {
     }
 
     fn admit_frontend(&self, filter: &Array<u64>, id: &FrontendId) {
-        let bit = filter::frontend_bit::<F>(frontend_octets::<F>(id), id.port, id.protocol as u8);
-        admit(filter, bit);
+        match id.address {
+            FrontendAddress::Ip(address) => {
+                let address = F::words(octets::<F>(address));
+                admit(filter, filter::frontend::<F>(address, id.port, id.protocol as u8));
+                admit(filter, filter::service::<F>(address));
+            }
+            FrontendAddress::NodePortV4 | FrontendAddress::NodePortV6 => admit(filter, filter::node_port(id.port)),
+        }
     }
 
     fn admit_backend(&self, filter: &Array<u64>, address: IpAddr, port: u16, protocol: Protocol) {
-        admit(
-            filter,
-            filter::backend_bit::<F>(octets::<F>(address), port, protocol as u8),
-        );
+        let address = F::words(octets::<F>(address));
+        admit(filter, filter::backend::<F>(address, port, protocol as u8));
+        admit(filter, filter::backend_port(port));
     }
 
     fn identity(&self, address: IpAddr, port: u16, protocol: Protocol) -> u64 {

@@ -4,7 +4,10 @@ use std::{
     thread,
 };
 
-use shunt_common::filter;
+use shunt_common::{
+    family::{Family, V4},
+    filter,
+};
 
 use super::*;
 use crate::{
@@ -162,9 +165,11 @@ fn packets_pass_the_filter_before_the_entry_appears_and_names_are_kept() {
     let root = Root::new(Capacities::default());
     let mut syncer = syncer(&root);
     let maps = syncer.maps().clone();
+    let (frontend, backend) = (V4::words([10, 96, 0, 1]), V4::words([10, 0, 0, 2]));
     let bits = [
-        filter::frontend_bit::<shunt_common::family::V4>([10, 96, 0, 1], 80, layout::TCP),
-        filter::backend_bit::<shunt_common::family::V4>([10, 0, 0, 2], 8080, layout::TCP),
+        filter::frontend::<V4>(frontend, 80, layout::TCP),
+        filter::service::<V4>(frontend),
+        filter::backend::<V4>(backend, 8080, layout::TCP),
     ];
     let is_set = |bit| {
         let (word, mask) = filter::word_and_mask(bit);
@@ -220,7 +225,7 @@ fn equal_backends_share_slots_and_ids_and_scopes_may_differ() {
     assert_eq!(syncer.counts(), (1, 2));
 }
 
-impl crate::datapath::maps::PerFamily<shunt_common::family::V4> {
+impl crate::datapath::maps::PerFamily<V4> {
     fn table_entry(&self, id: FrontendId) -> layout::Frontend {
         self.get(&id).unwrap().unwrap()
     }

@@ -19,9 +19,10 @@ use shunt::{
 };
 use shunt_common::{
     family::{Family, V4, V6},
+    filter,
     layout::{
-        Config, FLOW_ANSWERED, FLOW_BACKEND_FIN, FLOW_CLIENT_FIN, FLOW_LOCAL_BACKEND, FLOW_LOCAL_CLIENT, FLOW_SNAT,
-        Flow, FlowKey, Octets, SnatSlot, TCP, TICK_NS,
+        CLIENT_WORDS, Config, FLOW_ANSWERED, FLOW_BACKEND_FIN, FLOW_CLIENT_FIN, FLOW_LOCAL_BACKEND, FLOW_LOCAL_CLIENT,
+        FLOW_SNAT, Flow, FlowKey, Octets, SnatSlot, TCP, TICK_NS, names,
     },
     snat,
 };
@@ -225,8 +226,14 @@ impl World {
 
     /// Opens [`FLOWS`] flows of each kind.
     pub(crate) fn open_flows(&self) -> Result<()> {
-        self.open::<V4>(false)?;
-        self.open::<V6>(true)
+        let mut clients = vec![0u64; CLIENT_WORDS];
+        self.open::<V4>(false, &mut clients)?;
+        self.open::<V6>(true, &mut clients)?;
+        let indices: Vec<u32> = (0..).take(CLIENT_WORDS).collect();
+        let map = sys::obj_get(&self.datapath.paths().map(names::CLIENTS))?;
+        sys::update_batch(std::os::fd::AsFd::as_fd(&map), &indices, &clients)
+            .map_err(|(error, _)| error)
+            .context("clients")
     }
 
     /// Backend and source port of each flow through SNAT: no two in one slot.
@@ -246,7 +253,7 @@ impl World {
             .collect()
     }
 
-    fn open<F: Maplike>(&self, v6: bool) -> Result<()> {
+    fn open<F: Maplike>(&self, v6: bool, clients: &mut [u64]) -> Result<()> {
         let now = now();
         let (mut keys, mut flows) = (Vec::new(), Vec::new());
         let (mut indices, mut slots) = (Vec::new(), Vec::new());
@@ -321,6 +328,10 @@ impl World {
                 }
                 flows.push(flow);
             }
+        }
+        for key in &keys {
+            let (word, mask) = filter::word_and_mask(filter::client::<F>(F::words(key.client)));
+            clients[word as usize] |= mask;
         }
         let paths = self.datapath.paths();
         let suffix = if v6 { "6" } else { "4" };
