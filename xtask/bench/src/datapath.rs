@@ -188,6 +188,20 @@ fn cases(world: &World, v6: bool) -> Vec<Case> {
         mask,
         base: 0,
     };
+    // Of the first flow only: client, port and backend would have to vary together.
+    let port = world.first_port();
+    let snat_out = || Script {
+        packet: packet(client, port, remote, BACKEND_PORT, false).expect("a packet"),
+        vary: Vary::Source,
+        mask: 0,
+        base: low(client),
+    };
+    let snat_reply_out = || Script {
+        packet: packet(remote, BACKEND_PORT, client, port, false).expect("a packet"),
+        vary: Vary::Destination,
+        mask: 0,
+        base: low(client),
+    };
     let fresh = |to, to_port| Script {
         packet: packet(client, 50_000, to, to_port, true).expect("a packet"),
         vary: Vary::Source,
@@ -274,6 +288,44 @@ fn cases(world: &World, v6: bool) -> Vec<Case> {
             reply(local, TO_LOCAL, mask),
             bound,
         );
+        add(
+            "tc",
+            "NodePort established, SNAT, arriving",
+            Hook::Tc,
+            "tc_node_in",
+            Some("floor_snat_in"),
+            forward(TO_REMOTE, node, REMOTE_PORT, mask),
+            bound,
+        );
+        add(
+            "tc",
+            "NodePort reply, SNAT, arriving",
+            Hook::Tc,
+            "tc_node_in",
+            Some("floor_sreply_in"),
+            snat_reply(mask),
+            bound,
+        );
+        if mask == 0 {
+            add(
+                "tc",
+                "NodePort established, SNAT, leaving",
+                Hook::Tc,
+                "tc_node_out",
+                Some("floor_snat_out"),
+                snat_out(),
+                bound,
+            );
+            add(
+                "tc",
+                "NodePort reply, SNAT, leaving",
+                Hook::Tc,
+                "tc_node_out",
+                Some("floor_sreply_out"),
+                snat_reply_out(),
+                bound,
+            );
+        }
         for (hook, program) in [
             (Hook::Xdp, "xdp_node"),
             (Hook::Tc, "tc_node_in"),
@@ -330,6 +382,24 @@ fn cases(world: &World, v6: bool) -> Vec<Case> {
         "tc_pod_in",
         "floor_tc_new",
         fresh(cluster_ip, 80),
+        Some(NEW),
+    );
+    add(
+        "tc",
+        "NodePort new flow, backend here",
+        Hook::Tc,
+        "tc_node_in",
+        "floor_tc_new_np",
+        fresh(node, LOCAL_PORT),
+        Some(NEW),
+    );
+    add(
+        "tc",
+        "NodePort new flow, SNAT, arriving",
+        Hook::Tc,
+        "tc_node_in",
+        "floor_tc_new_np",
+        fresh(node, REMOTE_PORT),
         Some(NEW),
     );
     cases

@@ -253,6 +253,11 @@ impl World {
             .collect()
     }
 
+    /// Source port of the first flow through SNAT.
+    pub(crate) fn first_port(&self) -> u16 {
+        self.config.snat_first
+    }
+
     fn open<F: Maplike>(&self, v6: bool, clients: &mut [u64]) -> Result<()> {
         let now = now();
         let (mut keys, mut flows) = (Vec::new(), Vec::new());

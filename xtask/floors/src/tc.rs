@@ -9,10 +9,10 @@ use aya_ebpf::{
 use shunt_common::{
     family::{V4, V6},
     hash,
-    layout::{Flow, FlowKey, FrontendKey, SCOPE_INTERNAL, Slot, TCP},
+    layout::{Flow, FlowKey, FrontendKey, SCOPE_EXTERNAL, SCOPE_INTERNAL, Slot, TCP},
 };
 
-use crate::wire::{Seen, Wire, addresses, bytes, fold32, parse, ports, rewrite, value};
+use crate::wire::{Seen, Wire, addresses, bytes, fold32, parse, ports, rewrite, snat_slot, value};
 
 /// The transport checksum by the kernel, the rest into the packet.
 #[inline(always)]
@@ -87,18 +87,85 @@ fn reply<F: Wire>(ctx: &TcContext) -> i32 {
     translate::<F>(ctx, &old, &new)
 }
 
-/// A new flow as it is usually done: frontend, miss, slot, and an entry for each direction.
+/// Established and SNAT, where it arrives: one look-up; the source's port changes, its address only when it leaves.
 #[inline(always)]
-fn new_flow<F: Wire>(ctx: &TcContext) -> i32 {
+fn snat_in<F: Wire>(ctx: &TcContext) -> i32 {
+    let Some(old) = parse::<F>(ctx.data(), ctx.data_end()) else {
+        return TC_ACT_SHOT;
+    };
+    let key = old.key::<F>();
+    let Some(flow) = value::<_, Flow<F::Words>>(F::FLOWS.get_ptr_mut(bytes::<_, FlowKey<F::Addr>>(&key))) else {
+        return TC_ACT_SHOT;
+    };
+    let new = Seen {
+        dst: flow.backend,
+        src_port: flow.snat_port.to_be(),
+        dst_port: flow.backend_port.to_be(),
+        ..old
+    };
+    translate::<F>(ctx, &old, &new)
+}
+
+/// The same where it leaves: one array entry.
+#[inline(always)]
+fn snat_out<F: Wire>(ctx: &TcContext) -> i32 {
+    let Some(old) = parse::<F>(ctx.data(), ctx.data_end()) else {
+        return TC_ACT_SHOT;
+    };
+    let Some(slot) = snat_slot::<F>(old.src_port, old.dst, old.dst_port) else {
+        return TC_ACT_SHOT;
+    };
+    let new = Seen { src: slot.snat, ..old };
+    translate::<F>(ctx, &old, &new)
+}
+
+/// A reply to a translated source, where it arrives: one array entry; the frontend comes in where it leaves.
+#[inline(always)]
+fn snat_reply_in<F: Wire>(ctx: &TcContext) -> i32 {
+    let Some(old) = parse::<F>(ctx.data(), ctx.data_end()) else {
+        return TC_ACT_SHOT;
+    };
+    let Some(slot) = snat_slot::<F>(old.dst_port, old.src, old.src_port) else {
+        return TC_ACT_SHOT;
+    };
+    let new = Seen {
+        dst: slot.client,
+        ..old
+    };
+    translate::<F>(ctx, &old, &new)
+}
+
+/// The same where it leaves: one array entry.
+#[inline(always)]
+fn snat_reply_out<F: Wire>(ctx: &TcContext) -> i32 {
+    let Some(old) = parse::<F>(ctx.data(), ctx.data_end()) else {
+        return TC_ACT_SHOT;
+    };
+    let Some(slot) = snat_slot::<F>(old.dst_port, old.src, old.src_port) else {
+        return TC_ACT_SHOT;
+    };
+    let new = Seen {
+        src: slot.frontend,
+        src_port: slot.frontend_port.to_be(),
+        dst_port: slot.client_port.to_be(),
+        ..old
+    };
+    translate::<F>(ctx, &old, &new)
+}
+
+/// A new flow as it is usually done: frontend, miss, slot, and an entry for each direction. The source of a flow through a
+/// node port is translated where it leaves.
+#[inline(always)]
+fn new_flow<F: Wire>(ctx: &TcContext, node_port: bool) -> i32 {
     let Some(old) = parse::<F>(ctx.data(), ctx.data_end()) else {
         return TC_ACT_SHOT;
     };
     let (src_port, dst_port) = (u16::from_be(old.src_port), u16::from_be(old.dst_port));
     let frontend_key = FrontendKey {
-        addr: old.dst,
+        addr: if node_port { F::UNSPECIFIED } else { old.dst },
         port: dst_port,
         proto: TCP,
-        scope: SCOPE_INTERNAL,
+        scope: if node_port { SCOPE_EXTERNAL } else { SCOPE_INTERNAL },
         reserved: 0,
     };
     // SAFETY: read at once; the entry is freed after this run only.
@@ -158,21 +225,26 @@ fn new_flow<F: Wire>(ctx: &TcContext) -> i32 {
 
 /// One program per family.
 macro_rules! programs {
-    ($($name4:ident $name6:ident = $body:ident;)+) => { $(
+    ($($name4:ident $name6:ident = $body:ident($($arg:expr)?);)+) => { $(
         #[classifier]
         fn $name4(ctx: TcContext) -> i32 {
-            $body::<V4>(&ctx)
+            $body::<V4>(&ctx $(, $arg)?)
         }
 
         #[classifier]
         fn $name6(ctx: TcContext) -> i32 {
-            $body::<V6>(&ctx)
+            $body::<V6>(&ctx $(, $arg)?)
         }
     )+ };
 }
 
 programs! {
-    floor_tc_fwd4 floor_tc_fwd6 = forward;
-    floor_tc_reply4 floor_tc_reply6 = reply;
-    floor_tc_new4 floor_tc_new6 = new_flow;
+    floor_tc_fwd4 floor_tc_fwd6 = forward();
+    floor_tc_reply4 floor_tc_reply6 = reply();
+    floor_snat_in4 floor_snat_in6 = snat_in();
+    floor_snat_out4 floor_snat_out6 = snat_out();
+    floor_sreply_in4 floor_sreply_in6 = snat_reply_in();
+    floor_sreply_out4 floor_sreply_out6 = snat_reply_out();
+    floor_tc_new4 floor_tc_new6 = new_flow(false);
+    floor_tc_new_np4 floor_tc_new_np6 = new_flow(true);
 }

@@ -7,6 +7,7 @@ use aya_ebpf::{
 };
 use shunt_common::{
     family::{Family, V4, V6, Words6},
+    hash,
     layout::{Flow, FlowKey, Frontend, FrontendKey, Slot, SnatSlot, TCP},
 };
 
@@ -214,6 +215,21 @@ impl<A: Copy> Seen<A> {
             reserved2: 0,
         }
     }
+}
+
+/// The entry of a translated source port. The range begins at 10240 with 13 ways, as it does by default.
+#[inline(always)]
+pub(crate) fn snat_slot<F: Wire>(
+    port: u16,
+    backend: F::Words,
+    backend_port: u16,
+) -> Option<&'static SnatSlot<F::Words>> {
+    const FIRST: u16 = 10_240;
+    const WAYS: u32 = 13;
+    let way = hash::pick(hash::side::<F>(backend, u16::from_be(backend_port), TCP) as u32, WAYS);
+    let index = u32::from(u16::from_be(port).wrapping_sub(FIRST)) * WAYS + way;
+    let slot = value::<_, SnatSlot<F::Words>>(F::SNAT.get_ptr_mut(index))?;
+    (slot.backend == backend).then_some(slot)
 }
 
 /// The one's complement difference of the pseudo-header.

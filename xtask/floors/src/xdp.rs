@@ -10,10 +10,10 @@ use aya_ebpf::{
 use shunt_common::{
     family::{V4, V6, Words6},
     hash,
-    layout::{Flow, FlowKey, FrontendKey, SCOPE_EXTERNAL, Slot, SnatSlot, TCP},
+    layout::{Flow, FlowKey, FrontendKey, SCOPE_EXTERNAL, Slot, TCP},
 };
 
-use crate::wire::{L3, Seen, Wire, bytes, get, parse, rewrite, set, value};
+use crate::wire::{L3, Seen, Wire, bytes, get, parse, rewrite, set, snat_slot, value};
 
 /// The kernel's `struct bpf_fib_lookup`, without its unions.
 #[repr(C)]
@@ -111,22 +111,15 @@ fn local<F: Wire>(ctx: &XdpContext) -> u32 {
     XDP_PASS
 }
 
-/// A reply to a translated source: one array entry. The range begins at 10240 with 13 ways, as it does by default.
+/// A reply to a translated source: one array entry.
 #[inline(always)]
 fn reply<F: Wire>(ctx: &XdpContext) -> u32 {
-    const FIRST: u16 = 10_240;
-    const WAYS: u32 = 13;
     let Some(old) = parse::<F>(ctx.data(), ctx.data_end()) else {
         return XDP_ABORTED;
     };
-    let way = hash::pick(hash::side::<F>(old.src, u16::from_be(old.src_port), TCP) as u32, WAYS);
-    let index = u32::from(u16::from_be(old.dst_port).wrapping_sub(FIRST)) * WAYS + way;
-    let Some(slot) = value::<_, SnatSlot<F::Words>>(F::SNAT.get_ptr_mut(index)) else {
+    let Some(slot) = snat_slot::<F>(old.dst_port, old.src, old.src_port) else {
         return XDP_ABORTED;
     };
-    if slot.backend != old.src {
-        return XDP_ABORTED;
-    }
     let new = Seen {
         src: slot.frontend,
         dst: slot.client,
