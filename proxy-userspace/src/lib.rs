@@ -10,8 +10,9 @@
 //! - [`datapath`]: loading, pinning and attaching the BPF programs; typed access to the maps.
 //! - [`gc`]: flows that have ended or fallen silent leave the connection tables.
 //! - [`healthcheck`]: what load balancers ask on `healthCheckNodePort`; [`health`]: whether this agent does its work.
-//! - [`cli`]: one file per verb.
+//! - [`config`]: what the agent is told to do. [`cli`]: one file per verb.
 pub mod cli;
+pub mod config;
 pub mod datapath;
 pub mod gc;
 pub mod health;

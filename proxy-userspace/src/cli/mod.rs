@@ -17,7 +17,10 @@ use comfy_table::{Table, presets::NOTHING};
 use rustix::fs::statfs;
 use serde::Serialize;
 
-use crate::datapath::maps::{MapError, Maps, name_str};
+use crate::{
+    config::{DEFAULT_BPF_ROOT, flags::RunArgs},
+    datapath::maps::{MapError, Maps, name_str},
+};
 
 pub mod backends;
 pub mod check;
@@ -26,9 +29,6 @@ pub mod conntrack;
 pub mod run;
 pub mod services;
 pub mod status;
-
-/// Where everything is pinned unless said otherwise.
-pub const DEFAULT_BPF_ROOT: &str = "/sys/fs/bpf/shunt";
 
 /// An eBPF and XDP load balancer for Kubernetes Services: replaces kube-proxy on a node.
 #[derive(Debug, Parser)]
@@ -41,7 +41,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Verb {
     /// Run the agent.
-    Run(Box<run::RunArgs>),
+    Run(Box<RunArgs>),
     /// Try out what this kernel has; exit 1 when something required is missing.
     Check {
         #[command(flatten)]

@@ -11,15 +11,11 @@ use std::{
     future::pending,
     io::{self, IsTerminal},
     net::IpAddr,
-    ops::RangeInclusive,
-    path::PathBuf,
-    str::FromStr,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use anyhow::Context;
-use clap::{Args, ValueEnum};
 use ipnet::IpNet;
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -29,10 +25,10 @@ use tokio::{
 use tracing::{debug, info, warn};
 use tracing_subscriber::EnvFilter;
 
-use super::{DEFAULT_BPF_ROOT, default_cgroup_root, print};
+use super::{default_cgroup_root, print};
 use crate::{
+    config::{Settings, flags::RunArgs},
     datapath::{
-        Capacities,
         attach::{Attacher, XdpMode},
         capability,
         devices::{self, DevicePatterns, DeviceWatcher, Glob},
@@ -48,7 +44,7 @@ use crate::{
     source::{kubernetes, manifests},
     sync::{
         Syncer,
-        node::{self, NodeSettings, SNAT_PORTS},
+        node::{self, NodeSettings},
         slots,
     },
 };
@@ -60,141 +56,12 @@ const MAX_RETRY: Duration = Duration::from_secs(30);
 /// The source is named in the log when it has not told everything after so long.
 const SLOW_SOURCE: Duration = Duration::from_secs(10);
 
-/// Where missing cluster IPs come from, if nobody says otherwise: kubeadm's range, and one like it.
-const SERVICE_CIDRS: [&str; 2] = ["10.96.0.0/12", "fd00:10:96::/112"];
-
-/// `shunt run`.
-#[derive(Clone, Debug, Args)]
-pub struct RunArgs {
-    /// Connect to the API server as this file says [default: the pod's service account].
-    #[arg(long, value_name = "FILE", conflicts_with = "manifests")]
-    kubeconfig: Option<PathBuf>,
-    /// Files and folders of Kubernetes YAML to serve instead of a cluster; changes are followed.
-    #[arg(long, value_name = "PATH", num_args = 1..)]
-    manifests: Vec<PathBuf>,
-    /// From a cluster: serve only what has this value in the label service.kubernetes.io/service-proxy-name, so that
-    /// kube-proxy may go on beside it [default: what is without the label].
-    #[arg(long, value_name = "NAME", conflicts_with = "manifests")]
-    service_proxy_name: Option<String>,
-    /// Name of this node's Node object [default: the host name].
-    #[arg(long, value_name = "NAME")]
-    node_name: Option<String>,
-    /// This node's addresses, at most one per family is used as source [default: those of the Node object, else those of the
-    /// device with the default route].
-    #[arg(long, value_name = "IP", num_args = 1.., value_delimiter = ',')]
-    node_ip: Vec<IpAddr>,
-    /// Devices that lead out of the node; `*` stands for anything [default: those with the default route or a node address].
-    #[arg(long, value_name = "PATTERN", num_args = 1.., value_delimiter = ',')]
-    devices: Vec<String>,
-    /// Devices that lead to pods [default: found by their kind and name].
-    #[arg(long, value_name = "PATTERN", num_args = 1.., value_delimiter = ',')]
-    pod_devices: Vec<String>,
-    /// The cgroup2 directory whose processes the socket programs serve [default: where the system has it mounted].
-    #[arg(long, value_name = "DIR")]
-    cgroup_root: Option<PathBuf>,
-    /// The folder in a bpf file system to pin everything in; one agent per folder.
-    #[arg(long, value_name = "DIR", default_value = DEFAULT_BPF_ROOT)]
-    bpf_root: PathBuf,
-    /// XDP on node devices.
-    #[arg(long, value_enum, default_value_t = XdpMode::Auto)]
-    xdp: XdpMode,
-    /// Translate at connect and sendmsg, before there is a packet.
-    #[arg(long, value_enum, default_value_t = Switch::On)]
-    socket_lb: Switch,
-    /// At tc, hand packets of Services straight to the pod or to the next hop. Faster, but they then skip this node's
-    /// netfilter (network policies in iptables or nftables, its conntrack and counters), its IPsec, and the tc programs
-    /// of others on the way to a pod.
-    #[arg(long, value_enum, default_value_t = Switch::Off)]
-    fast_path: Switch,
-    /// Networks of cluster IPs: packets to addresses there that no Service has are dropped. With --manifests missing cluster IPs
-    /// come from here, and the first decides the default family; with a cluster the default means none.
-    #[arg(long, value_name = "CIDR", num_args = 1.., value_delimiter = ',', default_values = SERVICE_CIDRS)]
-    service_cidr: Vec<IpNet>,
-    /// Answer pings of Services' addresses that have a backend.
-    #[arg(long, value_enum, default_value_t = Switch::On)]
-    answer_ping: Switch,
-    /// With --manifests: networks that missing load balancer IPs come from [default: none, such Services stay pending].
-    #[arg(long, value_name = "CIDR", num_args = 1.., value_delimiter = ',')]
-    load_balancer_cidr: Vec<IpNet>,
-    /// With --manifests: ports that missing node ports come from.
-    #[arg(long, value_name = "FIRST-LAST", default_value = "30000-32767")]
-    service_node_port_range: PortRange,
-    /// Networks of the cluster's pods: their packets are internal clients' wherever they come in.
-    #[arg(long, value_name = "CIDR", num_args = 1.., value_delimiter = ',')]
-    cluster_cidr: Vec<IpNet>,
-    /// Node addresses that node ports and healthCheckNodePort answer on: networks, or `primary` [default: all].
-    #[arg(long, value_name = "CIDR|primary", num_args = 1.., value_delimiter = ',')]
-    nodeport_addresses: Vec<String>,
-    /// Source ports of translated packets.
-    #[arg(long, value_name = "FIRST-LAST", default_value_t = PortRange(SNAT_PORTS))]
-    snat_ports: PortRange,
-    #[command(flatten)]
-    capacities: CapacityArgs,
-}
-
-/// `--max-*`.
-#[derive(Clone, Debug, Args)]
-struct CapacityArgs {
-    /// Frontend entries per family: two per address, port and protocol.
-    #[arg(long, value_name = "N", default_value_t = Capacities::default().frontends)]
-    max_frontends: u32,
-    /// Slots per family: backends of all frontends, and Maglev tables.
-    #[arg(long, value_name = "N", default_value_t = Capacities::default().slots)]
-    max_slots: u32,
-    /// Backends, counted per Service port.
-    #[arg(long, value_name = "N", default_value_t = Capacities::default().backends)]
-    max_backends: u32,
-    /// Answered flows per family; the longest silent one makes room.
-    #[arg(long, value_name = "N", default_value_t = Capacities::default().flows)]
-    max_flows: u32,
-    /// Flows without an answer yet, per family.
-    #[arg(long, value_name = "N", default_value_t = Capacities::default().new_flows)]
-    max_new_flows: u32,
-    /// Translated source ports per family: the ports of --snat-ports times flows that may share one.
-    #[arg(long, value_name = "N", default_value_t = Capacities::default().snat)]
-    max_snat: u32,
-    /// Clients that backends are kept for (sessionAffinity), per family; the longest unheard makes room.
-    #[arg(long, value_name = "N", default_value_t = Capacities::default().affinity)]
-    max_affinity: u32,
-    /// Connected sockets whose frontend is remembered.
-    #[arg(long, value_name = "N", default_value_t = Capacities::default().sockets)]
-    max_sockets: u32,
-}
-
-/// `on` or `off`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Switch {
-    On,
-    Off,
-}
-
-/// `FIRST-LAST`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct PortRange(RangeInclusive<u16>);
-
-impl FromStr for PortRange {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let parse = |(first, last): (&str, &str)| Some((first.parse().ok()?, last.parse().ok()?));
-        match text.split_once('-').and_then(parse) {
-            Some((first, last)) if 0 < first && first <= last => Ok(Self(first..=last)),
-            _ => Err("give FIRST-LAST, both from 1 to 65535, FIRST not above LAST".into()),
-        }
-    }
-}
-
-impl std::fmt::Display for PortRange {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}-{}", self.0.start(), self.0.end())
-    }
-}
-
 /// Runs the agent until a signal ends it.
 ///
 /// # Errors
 /// One line with the cause: what cannot be loaded, attached or read at the start.
 pub fn run(args: RunArgs) -> anyhow::Result<()> {
+    let settings = args.settings()?;
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -206,10 +73,10 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("cannot start threads")?
-        .block_on(agent(args))
+        .block_on(agent(settings))
 }
 
-async fn agent(args: RunArgs) -> anyhow::Result<()> {
+async fn agent(settings: Settings) -> anyhow::Result<()> {
     let begin = Instant::now();
     // From here on a signal ends the agent in order, also in the middle of the start.
     let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
@@ -225,13 +92,13 @@ async fn agent(args: RunArgs) -> anyhow::Result<()> {
             info!("{name}: the agent ends, the datapath goes on");
             Ok(())
         }
-        result = serve(args, begin) => result,
+        result = serve(settings, begin) => result,
     }
 }
 
 /// Everything, until it fails.
-async fn serve(args: RunArgs, begin: Instant) -> anyhow::Result<()> {
-    let node_name = node_name(&args)?;
+async fn serve(settings: Settings, begin: Instant) -> anyhow::Result<()> {
+    let node_name = node_name(&settings)?;
     let missing = capability::missing();
     anyhow::ensure!(
         missing.is_empty(),
@@ -239,26 +106,26 @@ async fn serve(args: RunArgs, begin: Instant) -> anyhow::Result<()> {
         missing.join(", ")
     );
     let datapath = load::load(&LoadConfig {
-        bpf_root: args.bpf_root.clone(),
-        capacities: capacities(&args.capacities),
-        socket_lb: args.socket_lb == Switch::On,
-        xdp: args.xdp != XdpMode::Off,
-        fast_path: args.fast_path == Switch::On,
+        bpf_root: settings.bpf_root.clone(),
+        capacities: settings.capacities,
+        socket_lb: settings.socket_lb,
+        xdp: settings.xdp != XdpMode::Off,
+        fast_path: settings.fast_path,
     })?;
-    let maps = Arc::new(Maps::open(&args.bpf_root)?);
+    let maps = Arc::new(Maps::open(&settings.bpf_root)?);
     let syncer = Syncer::new(maps.clone())?;
     info!(
         "programs loaded, maps read back: {} Services from before",
         syncer.counts().0
     );
     // Settings that cannot be should end the agent before it waits for a source.
-    node::config(&node_settings(&args, &[]), maps.v4.snat.capacity())?;
+    node::config(&node_settings(&settings, &[]), maps.v4.snat.capacity())?;
 
-    let (mut source, mut events) = spawn_source(&args, &node_name);
+    let (mut source, mut events) = spawn_source(&settings, &node_name);
     let configured = NodeFacts {
         name: node_name.as_str().into(),
         zone: None,
-        addresses: args.node_ip.iter().copied().collect(),
+        addresses: settings.node_ips.iter().copied().collect(),
     };
     let (walks_tx, mut walks) = mpsc::channel::<Walk>(1);
     let report = move |walk| drop(walks_tx.blocking_send(walk));
@@ -273,7 +140,7 @@ async fn serve(args: RunArgs, begin: Instant) -> anyhow::Result<()> {
         errors: HashMap::new(),
         live: None,
         checks: HealthChecks::new(health.clone()),
-        args,
+        settings,
         datapath,
     };
     let mut retry = slots::GRACE;
@@ -313,7 +180,7 @@ async fn serve(args: RunArgs, begin: Instant) -> anyhow::Result<()> {
             }
             () = &mut slow, if agent.live.is_none() && !slow.is_elapsed() => {
                 warn!("{} has not told everything after {SLOW_SOURCE:?}: waiting; what an earlier agent attached goes on",
-                    if agent.args.manifests.is_empty() { "the API server" } else { "--manifests" });
+                    if agent.settings.manifests.is_empty() { "the API server" } else { "--manifests" });
             }
         }
     }
@@ -326,7 +193,7 @@ fn source_ended(result: Result<anyhow::Result<()>, tokio::task::JoinError>) -> a
 
 /// The agent's state between events.
 struct Agent {
-    args: RunArgs,
+    settings: Settings,
     datapath: Datapath,
     model: Model,
     syncer: Syncer,
@@ -443,7 +310,7 @@ impl Agent {
 
     /// Writes this node's addresses into the configuration and (again) attaches to its devices, when they have changed.
     async fn follow_node(&mut self) -> anyhow::Result<()> {
-        let addresses = node_addresses(&self.args, self.model.node())?;
+        let addresses = node_addresses(&self.settings, self.model.node())?;
         if self.live.as_ref().is_some_and(|live| live.addresses == addresses) {
             return Ok(());
         }
@@ -451,12 +318,13 @@ impl Agent {
             warn!("this node has no address: translated packets have no source; give --node-ip");
         }
         let maps = self.syncer.maps().clone();
-        let mut config = node::config(&node_settings(&self.args, &addresses), maps.v4.snat.capacity())?;
+        let mut config = node::config(&node_settings(&self.settings, &addresses), maps.v4.snat.capacity())?;
         self.syncer.cover(&mut config);
         if maps.set_config(&config)? {
             info!("node addresses: {addresses:?}");
         }
-        let policy = NodePortAddresses::parse(&self.args.nodeport_addresses, &addresses).map_err(anyhow::Error::msg)?;
+        let policy =
+            NodePortAddresses::parse(&self.settings.nodeport_addresses, &addresses).map_err(anyhow::Error::msg)?;
         let (admitted, _) = netns::watch_addresses(policy).context("cannot follow this node's addresses")?;
         node::set_addresses(&maps, &admitted.borrow())?;
         self.admit_health_checks(&admitted.borrow());
@@ -466,13 +334,13 @@ impl Agent {
             old.devices.task.abort();
             let _ = (&mut old.devices.task).await;
         }
-        let mut attacher = Attacher::new(&self.datapath, self.args.xdp).context("cannot attach programs")?;
-        let cgroup_root = self.args.cgroup_root.clone().unwrap_or_else(default_cgroup_root);
+        let mut attacher = Attacher::new(&self.datapath, self.settings.xdp).context("cannot attach programs")?;
+        let cgroup_root = self.settings.cgroup_root.clone().unwrap_or_else(default_cgroup_root);
         attacher.attach_cgroup(&cgroup_root)?;
         let globs = |patterns: &[String]| patterns.iter().map(|pattern| Glob::new(pattern)).collect();
         let patterns = DevicePatterns {
-            devices: globs(&self.args.devices),
-            pod_devices: globs(&self.args.pod_devices),
+            devices: globs(&self.settings.devices),
+            pod_devices: globs(&self.settings.pod_devices),
             node_ips: addresses.iter().copied().collect(),
         };
         self.live = Some(Live {
@@ -496,7 +364,7 @@ impl Agent {
 
     /// Health checks are answered where node ports are, but on loopback addresses too when nothing is said.
     fn admit_health_checks(&self, admitted: &BTreeSet<IpAddr>) {
-        let restricted = !self.args.nodeport_addresses.is_empty();
+        let restricted = !self.settings.nodeport_addresses.is_empty();
         self.checks.admit(restricted.then(|| admitted.clone()));
     }
 
@@ -511,22 +379,9 @@ impl Agent {
     }
 }
 
-fn capacities(args: &CapacityArgs) -> Capacities {
-    Capacities {
-        frontends: args.max_frontends,
-        slots: args.max_slots,
-        backends: args.max_backends,
-        flows: args.max_flows,
-        new_flows: args.max_new_flows,
-        snat: args.max_snat,
-        affinity: args.max_affinity,
-        sockets: args.max_sockets,
-    }
-}
-
 /// The Node's name: as given, or the host name in lower case, as a kubelet takes it.
-fn node_name(args: &RunArgs) -> anyhow::Result<String> {
-    if let Some(name) = &args.node_name {
+fn node_name(settings: &Settings) -> anyhow::Result<String> {
+    if let Some(name) = &settings.node_name {
         return Ok(name.clone());
     }
     let host = rustix::system::uname();
@@ -539,22 +394,22 @@ fn node_name(args: &RunArgs) -> anyhow::Result<String> {
 
 type Source = (JoinHandle<anyhow::Result<()>>, mpsc::Receiver<Vec<Event>>);
 
-fn spawn_source(args: &RunArgs, node_name: &str) -> Source {
+fn spawn_source(settings: &Settings, node_name: &str) -> Source {
     let (tx, rx) = mpsc::channel(QUEUE);
     let node_name = node_name.to_owned();
-    let task = if args.manifests.is_empty() {
+    let task = if settings.manifests.is_empty() {
         let config = kubernetes::Config {
-            kubeconfig: args.kubeconfig.clone(),
+            kubeconfig: settings.kubeconfig.clone(),
             node_name,
-            proxy_name: args.service_proxy_name.clone(),
+            proxy_name: settings.service_proxy_name.clone(),
         };
         tokio::spawn(kubernetes::Kubernetes::new(config).run(tx))
     } else {
         let config = manifests::Config {
-            paths: args.manifests.clone(),
-            service_cidrs: args.service_cidr.clone(),
-            node_ports: args.service_node_port_range.0.clone(),
-            load_balancer_cidrs: args.load_balancer_cidr.clone(),
+            paths: settings.manifests.clone(),
+            service_cidrs: settings.service_cidrs(),
+            node_ports: settings.service_node_port_range.0.clone(),
+            load_balancer_cidrs: settings.load_balancer_cidrs.clone(),
             node_name,
         };
         tokio::spawn(manifests::Manifests::new(config).run(tx))
@@ -562,9 +417,9 @@ fn spawn_source(args: &RunArgs, node_name: &str) -> Source {
     (task, rx)
 }
 
-fn node_settings(args: &RunArgs, addresses: &[IpAddr]) -> NodeSettings {
+fn node_settings(settings: &Settings, addresses: &[IpAddr]) -> NodeSettings {
     // Without networks that say otherwise, the node's own processes reach node ports on loopback too (SPEC F2).
-    let networks: Vec<IpNet> = args
+    let networks: Vec<IpNet> = settings
         .nodeport_addresses
         .iter()
         .filter_map(|text| text.parse().ok())
@@ -574,18 +429,12 @@ fn node_settings(args: &RunArgs, addresses: &[IpAddr]) -> NodeSettings {
             .iter()
             .any(|address| network.contains(address))
     };
-    // A cluster's range is its own affair; the default is one that this agent gives addresses from.
-    let is_default = || args.service_cidr.iter().map(ToString::to_string).eq(SERVICE_CIDRS);
-    let service_cidrs = match args.manifests.is_empty() && is_default() {
-        true => Vec::new(),
-        false => args.service_cidr.clone(),
-    };
     NodeSettings {
         addresses: addresses.to_vec(),
-        cluster_cidrs: args.cluster_cidr.clone(),
-        service_cidrs,
-        answer_ping: args.answer_ping == Switch::On,
-        snat_ports: args.snat_ports.0.clone(),
+        cluster_cidrs: settings.cluster_cidrs.clone(),
+        service_cidrs: settings.service_cidrs(),
+        answer_ping: settings.answer_ping,
+        snat_ports: settings.snat_ports.0.clone(),
         loopback: networks.is_empty() || networks.iter().any(is_loopback),
         host_netns: netns::cookie(),
     }
@@ -593,9 +442,9 @@ fn node_settings(args: &RunArgs, addresses: &[IpAddr]) -> NodeSettings {
 
 /// This node's addresses, best first: as given; else the Node object's, those that a device here has before others (an
 /// external IP often lies on a gateway); else those of the device with the default route; else any.
-fn node_addresses(args: &RunArgs, node: &NodeFacts) -> anyhow::Result<Vec<IpAddr>> {
-    if !args.node_ip.is_empty() {
-        return Ok(args.node_ip.clone());
+fn node_addresses(settings: &Settings, node: &NodeFacts) -> anyhow::Result<Vec<IpAddr>> {
+    if !settings.node_ips.is_empty() {
+        return Ok(settings.node_ips.clone());
     }
     let mut devices = devices::list().context("cannot list the devices")?;
     devices.retain(|device| !device.loopback);

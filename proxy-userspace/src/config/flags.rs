@@ -1,0 +1,217 @@
+//! The flags of `shunt run`. None has a default here, so that what is not given leaves a file's word alone; `--help` tells
+//! those of [`Settings`].
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+};
+
+use clap::{Args, ValueEnum};
+use ipnet::IpNet;
+
+use super::{HEALTHZ_PORT, METRICS_PORT, PortRange, Settings, bind_address};
+use crate::datapath::attach::XdpMode;
+
+/// `shunt run`.
+#[derive(Clone, Debug, Args)]
+pub struct RunArgs {
+    /// Connect to the API server as this file says [default: the pod's service account].
+    #[arg(long, value_name = "FILE", conflicts_with = "manifests")]
+    kubeconfig: Option<PathBuf>,
+    /// Files and folders of Kubernetes YAML to serve instead of a cluster; changes are followed.
+    #[arg(long, value_name = "PATH", num_args = 1..)]
+    manifests: Vec<PathBuf>,
+    /// From a cluster: serve only what has this value in the label service.kubernetes.io/service-proxy-name, so that
+    /// kube-proxy may go on beside it [default: what is without the label].
+    #[arg(long, value_name = "NAME", conflicts_with = "manifests")]
+    service_proxy_name: Option<String>,
+    /// Name of this node's Node object [default: the host name].
+    #[arg(long, value_name = "NAME")]
+    node_name: Option<String>,
+    /// This node's addresses, at most one per family is used as source [default: those of the Node object, else those of the
+    /// device with the default route].
+    #[arg(long, value_name = "IP", num_args = 1.., value_delimiter = ',')]
+    node_ip: Vec<IpAddr>,
+    /// Devices that lead out of the node; `*` stands for anything [default: those with the default route or a node address].
+    #[arg(long, value_name = "PATTERN", num_args = 1.., value_delimiter = ',')]
+    devices: Vec<String>,
+    /// Devices that lead to pods [default: found by their kind and name].
+    #[arg(long, value_name = "PATTERN", num_args = 1.., value_delimiter = ',')]
+    pod_devices: Vec<String>,
+    /// The cgroup2 directory whose processes the socket programs serve [default: where the system has it mounted].
+    #[arg(long, value_name = "DIR")]
+    cgroup_root: Option<PathBuf>,
+    /// The folder in a bpf file system to pin everything in; one agent per folder [default: /sys/fs/bpf/shunt].
+    #[arg(long, value_name = "DIR")]
+    bpf_root: Option<PathBuf>,
+    /// XDP on node devices [default: auto].
+    #[arg(long, value_enum)]
+    xdp: Option<XdpMode>,
+    /// Translate at connect and sendmsg, before there is a packet [default: on].
+    #[arg(long, value_enum)]
+    socket_lb: Option<Switch>,
+    /// At tc, hand packets of Services straight to the pod or to the next hop. Faster, but they then skip this node's
+    /// netfilter (network policies in iptables or nftables, its conntrack and counters), its IPsec, and the tc programs
+    /// of others on the way to a pod [default: off].
+    #[arg(long, value_enum)]
+    fast_path: Option<Switch>,
+    /// Networks of cluster IPs: packets to addresses there that no Service has are dropped. With --manifests missing cluster IPs
+    /// come from here, and the first decides the default family [default: none with a cluster; with --manifests
+    /// 10.96.0.0/12,fd00:10:96::/112].
+    #[arg(long, value_name = "CIDR", num_args = 1.., value_delimiter = ',')]
+    service_cidr: Vec<IpNet>,
+    /// Answer pings of Services' addresses that have a backend [default: on].
+    #[arg(long, value_enum)]
+    answer_ping: Option<Switch>,
+    /// With --manifests: networks that missing load balancer IPs come from [default: none, such Services stay pending].
+    #[arg(long, value_name = "CIDR", num_args = 1.., value_delimiter = ',')]
+    load_balancer_cidr: Vec<IpNet>,
+    /// With --manifests: ports that missing node ports come from [default: 30000-32767].
+    #[arg(long, value_name = "FIRST-LAST")]
+    service_node_port_range: Option<PortRange>,
+    /// Networks of the cluster's pods: their packets are internal clients' wherever they come in.
+    #[arg(long, value_name = "CIDR", num_args = 1.., value_delimiter = ',')]
+    cluster_cidr: Vec<IpNet>,
+    /// Node addresses that node ports and healthCheckNodePort answer on: networks, or `primary` [default: all].
+    #[arg(long, value_name = "CIDR|primary", num_args = 1.., value_delimiter = ',')]
+    nodeport_addresses: Vec<String>,
+    /// Source ports of translated packets [default: 10240-29999].
+    #[arg(long, value_name = "FIRST-LAST")]
+    snat_ports: Option<PortRange>,
+    /// Where /healthz and /livez are served; empty: nowhere [default: 0.0.0.0:10256].
+    #[arg(long, value_name = "IP:PORT", value_parser = healthz_address)]
+    healthz_bind_address: Option<Listen>,
+    /// Where /metrics is served; empty: nowhere [default: 127.0.0.1:10249].
+    #[arg(long, value_name = "IP:PORT", value_parser = metrics_address)]
+    metrics_bind_address: Option<Listen>,
+    #[command(flatten)]
+    capacities: CapacityArgs,
+}
+
+/// `--max-*`.
+#[derive(Clone, Debug, Args)]
+struct CapacityArgs {
+    /// Frontend entries per family: two per address, port and protocol [default: 65536].
+    #[arg(long, value_name = "N")]
+    max_frontends: Option<u32>,
+    /// Slots per family: backends of all frontends, and Maglev tables [default: 524288].
+    #[arg(long, value_name = "N")]
+    max_slots: Option<u32>,
+    /// Backends, counted per Service port [default: 131072].
+    #[arg(long, value_name = "N")]
+    max_backends: Option<u32>,
+    /// Answered flows per family; the longest silent one makes room [default: 524288].
+    #[arg(long, value_name = "N")]
+    max_flows: Option<u32>,
+    /// Flows without an answer yet, per family [default: 65536].
+    #[arg(long, value_name = "N")]
+    max_new_flows: Option<u32>,
+    /// Translated source ports per family: the ports of --snat-ports times flows that may share one [default: 262144].
+    #[arg(long, value_name = "N")]
+    max_snat: Option<u32>,
+    /// Clients that backends are kept for (sessionAffinity), per family; the longest unheard makes room [default: 65536].
+    #[arg(long, value_name = "N")]
+    max_affinity: Option<u32>,
+    /// Connected sockets whose frontend is remembered [default: 131072].
+    #[arg(long, value_name = "N")]
+    max_sockets: Option<u32>,
+}
+
+/// `on` or `off`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Switch {
+    On,
+    Off,
+}
+
+/// A server's address, or that there is to be none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Listen(Option<SocketAddr>);
+
+fn healthz_address(text: &str) -> Result<Listen, String> {
+    bind_address(text, HEALTHZ_PORT).map(Listen)
+}
+
+fn metrics_address(text: &str) -> Result<Listen, String> {
+    bind_address(text, METRICS_PORT).map(Listen)
+}
+
+impl RunArgs {
+    /// What the agent is to do.
+    ///
+    /// # Errors
+    /// One line that names what cannot be.
+    pub fn settings(self) -> anyhow::Result<Settings> {
+        let mut settings = Settings::default();
+        self.write(&mut settings);
+        Ok(settings)
+    }
+
+    /// Writes what was given.
+    fn write(self, to: &mut Settings) {
+        if self.kubeconfig.is_some() {
+            to.manifests.clear();
+        }
+        if !self.manifests.is_empty() {
+            to.kubeconfig = None;
+            to.service_proxy_name = None;
+        }
+        let is_on = |switch: Option<Switch>| switch.map(|switch| switch == Switch::On);
+        set_option(&mut to.kubeconfig, self.kubeconfig);
+        set_list(&mut to.manifests, self.manifests);
+        set_option(&mut to.service_proxy_name, self.service_proxy_name);
+        set_option(&mut to.node_name, self.node_name);
+        set_list(&mut to.node_ips, self.node_ip);
+        set_list(&mut to.devices, self.devices);
+        set_list(&mut to.pod_devices, self.pod_devices);
+        set_option(&mut to.cgroup_root, self.cgroup_root);
+        set(&mut to.bpf_root, self.bpf_root);
+        set(&mut to.xdp, self.xdp);
+        set(&mut to.socket_lb, is_on(self.socket_lb));
+        set(&mut to.fast_path, is_on(self.fast_path));
+        set_list(&mut to.service_cidrs, self.service_cidr);
+        set(&mut to.answer_ping, is_on(self.answer_ping));
+        set_list(&mut to.load_balancer_cidrs, self.load_balancer_cidr);
+        set(&mut to.service_node_port_range, self.service_node_port_range);
+        set_list(&mut to.cluster_cidrs, self.cluster_cidr);
+        set_list(&mut to.nodeport_addresses, self.nodeport_addresses);
+        set(&mut to.snat_ports, self.snat_ports);
+        set(
+            &mut to.healthz_bind_address,
+            self.healthz_bind_address.map(|listen| listen.0),
+        );
+        set(
+            &mut to.metrics_bind_address,
+            self.metrics_bind_address.map(|listen| listen.0),
+        );
+        set(&mut to.capacities.frontends, self.capacities.max_frontends);
+        set(&mut to.capacities.slots, self.capacities.max_slots);
+        set(&mut to.capacities.backends, self.capacities.max_backends);
+        set(&mut to.capacities.flows, self.capacities.max_flows);
+        set(&mut to.capacities.new_flows, self.capacities.max_new_flows);
+        set(&mut to.capacities.snat, self.capacities.max_snat);
+        set(&mut to.capacities.affinity, self.capacities.max_affinity);
+        set(&mut to.capacities.sockets, self.capacities.max_sockets);
+    }
+}
+
+/// Takes a value over that was given.
+pub(super) fn set<T>(to: &mut T, given: Option<T>) {
+    if let Some(value) = given {
+        *to = value;
+    }
+}
+
+/// The same for a setting that may be none.
+pub(super) fn set_option<T>(to: &mut Option<T>, given: Option<T>) {
+    if given.is_some() {
+        *to = given;
+    }
+}
+
+/// The same for a list, where none given is none at all.
+pub(super) fn set_list<T>(to: &mut Vec<T>, given: Vec<T>) {
+    if !given.is_empty() {
+        *to = given;
+    }
+}
