@@ -7,39 +7,25 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
-    convert::Infallible,
-    io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::{
         Arc, PoisonError, RwLock,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
 };
 
-use hyper::{Request, Response, StatusCode, body::Incoming, header, server::conn::http1, service::service_fn};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper::{Response, StatusCode};
 use serde::Serialize;
-use socket2::{Domain, Socket, Type};
-use tokio::{net::TcpListener, sync::Semaphore, task::JoinHandle};
-use tracing::{debug, info, warn};
+use tokio::task::JoinHandle;
 
 use crate::{
     health::Health,
+    http::{self, Listening},
     object::{EndpointSlice, NodeFacts, ObjectName, Service},
 };
 
 /// kube-proxy's name for the number of ready local endpoints, which load balancers may weigh nodes by.
 const WEIGHT: &str = "x-load-balancing-endpoint-weight";
-/// From one attempt to listen to the next; the first failure may be a listener that is just being closed.
-const RETRY: Duration = Duration::from_millis(500);
-/// A request's headers must be there by then.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
-/// Connections of one listener at once: others wait.
-const MAX_CONNECTIONS: usize = 64;
-/// Connections that wait to be accepted.
-const BACKLOG: i32 = 128;
-
 /// What is asked for one Service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Check {
@@ -156,81 +142,23 @@ impl HealthChecks {
 
 /// Listens as soon as it can, and answers.
 async fn serve(state: State, port: u16, v6: bool) {
-    let address = match v6 {
-        false => SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)),
-        true => SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)),
+    let unspecified: IpAddr = match v6 {
+        false => Ipv4Addr::UNSPECIFIED.into(),
+        true => Ipv6Addr::UNSPECIFIED.into(),
     };
-    let mut failures = 0;
-    let listener = loop {
-        match listen(address) {
-            Ok(listener) => break listener,
-            Err(error) => {
-                failures += 1;
-                if failures == 2 {
-                    warn!(
-                        "Service {}: spec.healthCheckNodePort: cannot listen on {address}: {error}; load balancers cannot \
-                         see this node's endpoints; free the port or choose another, it is tried again",
-                        state.service
-                    );
-                }
-            }
-        }
-        tokio::time::sleep(RETRY).await;
+    let listening = Listening {
+        subject: format!("Service {}: spec.healthCheckNodePort", state.service),
+        address: SocketAddr::new(unspecified, port),
+        both_families: false,
+        consequence: "load balancers cannot see this node's endpoints",
     };
-    if failures >= 2 {
-        info!("Service {}: listening on {address} now", state.service);
-    }
     let state = Arc::new(state);
-    let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    // Ends the connections too when the listener goes.
-    let mut connections = tokio::task::JoinSet::new();
-    loop {
-        while connections.try_join_next().is_some() {}
-        let Ok(permit) = room.clone().acquire_owned().await else {
-            return;
-        };
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                debug!("Service {}: {address}: {error}", state.service);
-                // No more files: some may be closed by then.
-                tokio::time::sleep(RETRY).await;
-                continue;
-            }
-        };
-        if !stream.local_addr().is_ok_and(|address| state.is_admitted(address.ip())) {
-            continue;
-        }
-        let state = state.clone();
-        connections.spawn(async move {
-            let answer = service_fn(move |_: Request<Incoming>| {
-                let response = answer(&state);
-                async move { Ok::<_, Infallible>(response) }
-            });
-            let served = http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(HEADER_TIMEOUT)
-                // One answer is all that is asked for, and a connection that stays would keep its place.
-                .keep_alive(false)
-                .serve_connection(TokioIo::new(stream), answer);
-            if let Err(error) = served.await {
-                debug!("health check: {error}");
-            }
-            drop(permit);
-        });
-    }
-}
-
-fn listen(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), None)?;
-    if address.is_ipv6() {
-        socket.set_only_v6(true)?;
-    }
-    // Connections of an earlier listener may still be in TIME_WAIT.
-    socket.set_reuse_address(true)?;
-    socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
-    TcpListener::from_std(socket.into())
+    let admitted = state.clone();
+    let answer = move |_| {
+        let response = answer(&state);
+        async move { response }
+    };
+    http::serve(listening, move |address| admitted.is_admitted(address), answer).await;
 }
 
 #[derive(Serialize)]
@@ -265,21 +193,12 @@ fn answer(state: &State) -> Response<String> {
     // Neither maps with odd keys nor a writer that fails.
     let written = body.serialize(&mut serde_json::Serializer::with_formatter(&mut text, tabs));
     debug_assert!(written.is_ok());
-    let mut response = Response::new(String::from_utf8_lossy(&text).into_owned());
-    *response.status_mut() = match local > 0 && healthy {
+    let status = match local > 0 && healthy {
         true => StatusCode::OK,
         false => StatusCode::SERVICE_UNAVAILABLE,
     };
-    let headers = response.headers_mut();
-    headers.insert(
-        header::CONTENT_TYPE,
-        header::HeaderValue::from_static("application/json"),
-    );
-    headers.insert(
-        header::X_CONTENT_TYPE_OPTIONS,
-        header::HeaderValue::from_static("nosniff"),
-    );
-    headers.insert(WEIGHT, local.into());
+    let mut response = http::response(status, "application/json", String::from_utf8_lossy(&text).into_owned());
+    response.headers_mut().insert(WEIGHT, local.into());
     response
 }
 
@@ -370,7 +289,7 @@ mod tests {
             admitted: Admitted::default(),
         };
         assert_eq!(answer(&state).status(), 503, "the agent is not healthy yet");
-        health.set(true);
+        health.goes_live();
         let response = answer(&state);
         assert_eq!(response.status(), 200);
         assert_eq!(response.headers()["content-type"], "application/json");

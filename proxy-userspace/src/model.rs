@@ -132,6 +132,7 @@ impl Model {
                 }
             }
             Event::Node(facts) => self.set_node(facts, &mut touched),
+            Event::NodeGone => self.node.leaves = true,
             Event::Complete => {
                 self.complete = true;
                 self.report_lost_claims();
@@ -269,9 +270,14 @@ impl Model {
             name: self.configured.name.clone(),
             zone: facts.zone.or_else(|| self.configured.zone.clone()),
             addresses,
+            leaves: self.node.leaves,
         };
-        if node != self.node {
-            self.node = node;
+        let plans_change = node != self.node;
+        self.node = NodeFacts {
+            leaves: facts.leaves,
+            ..node
+        };
+        if plans_change {
             touched.extend(self.services.keys().cloned());
         }
     }

@@ -153,6 +153,9 @@ pub struct NodeFacts {
     pub zone: Option<Arc<str>>,
     /// The Node's addresses: an endpoint with one of these is local whatever its `nodeName` says.
     pub addresses: BTreeSet<IpAddr>,
+    /// Whether the Node is being taken out of the cluster: gone, with a `deletionTimestamp`, or with the cluster autoscaler's
+    /// taint. Load balancers should send nothing new here; plans do not depend on it.
+    pub leaves: bool,
 }
 
 impl NodeFacts {
@@ -176,6 +179,8 @@ pub enum Event {
     SliceGone(ObjectName),
     /// The own Node's facts changed.
     Node(NodeFacts),
+    /// The cluster has no such Node (any more). Its other facts stay: the machine is still there, and so are its addresses.
+    NodeGone,
     /// The source has now yielded everything there is: what was not named since its start (or since the last
     /// `Complete`-less restart of a list) does not exist. Nothing is pruned from the maps before the first one.
     Complete,

@@ -20,13 +20,14 @@ use ipnet::IpNet;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{mpsc, watch},
-    task::JoinHandle,
+    task::{JoinHandle, JoinSet},
 };
 use tracing::{debug, info, warn};
 use tracing_subscriber::EnvFilter;
 
 use super::{default_cgroup_root, print};
 use crate::{
+    admin,
     config::{Settings, flags::RunArgs},
     datapath::{
         attach::{Attacher, XdpMode},
@@ -41,7 +42,7 @@ use crate::{
     healthcheck::HealthChecks,
     model::Model,
     object::{Event, NodeFacts, ObjectName},
-    source::{kubernetes, manifests},
+    source::{kubernetes, manifests, queue::Queue},
     sync::{
         Syncer,
         node::{self, NodeSettings},
@@ -121,18 +122,28 @@ async fn serve(settings: Settings, begin: Instant) -> anyhow::Result<()> {
     // Settings that cannot be should end the agent before it waits for a source.
     node::config(&node_settings(&settings, &[]), maps.v4.snat.capacity())?;
 
-    let (mut source, mut events) = spawn_source(&settings, &node_name);
+    let health = Health::default();
+    if syncer.counts().0 > 0 {
+        health.takes_over();
+    }
+    // End with this value.
+    let mut servers = JoinSet::new();
+    if let Some(address) = settings.healthz_bind_address {
+        servers.spawn(admin::serve_health(address, health.clone()));
+    }
+
+    let (mut source, mut events) = spawn_source(&settings, &node_name, health.clone());
     let configured = NodeFacts {
         name: node_name.as_str().into(),
         zone: None,
         addresses: settings.node_ips.iter().copied().collect(),
+        leaves: false,
     };
     let (walks_tx, mut walks) = mpsc::channel::<Walk>(1);
     let report = move |walk| drop(walks_tx.blocking_send(walk));
     let _collector =
         Collector::spawn(maps, Timeouts::default(), gc::INTERVAL, report).context("cannot start a thread")?;
 
-    let health = Health::default();
     let mut agent = Agent {
         model: Model::new(configured),
         syncer,
@@ -156,8 +167,10 @@ async fn serve(settings: Settings, begin: Instant) -> anyhow::Result<()> {
                     if freed {
                         retry = slots::GRACE;
                     }
+                    health.set_node_leaves(agent.model.node().leaves);
+                    health.programmed();
                     if let (false, Some(live)) = (was_live, &agent.live) {
-                        health.set(true);
+                        health.goes_live();
                         let (services, backends) = agent.syncer.counts();
                         debug!("node addresses: {:?}", live.addresses);
                         print(&format!("ready: {services} services, {backends} backends, took {:.1?}", begin.elapsed()))?;
@@ -394,8 +407,9 @@ fn node_name(settings: &Settings) -> anyhow::Result<String> {
 
 type Source = (JoinHandle<anyhow::Result<()>>, mpsc::Receiver<Vec<Event>>);
 
-fn spawn_source(settings: &Settings, node_name: &str) -> Source {
+fn spawn_source(settings: &Settings, node_name: &str, health: Health) -> Source {
     let (tx, rx) = mpsc::channel(QUEUE);
+    let tx = Queue::new(tx, health);
     let node_name = node_name.to_owned();
     let task = if settings.manifests.is_empty() {
         let config = kubernetes::Config {

@@ -78,7 +78,8 @@ pub struct RunArgs {
     /// Source ports of translated packets [default: 10240-29999].
     #[arg(long, value_name = "FIRST-LAST")]
     snat_ports: Option<PortRange>,
-    /// Where /healthz and /livez are served; empty: nowhere [default: 0.0.0.0:10256].
+    /// Where /healthz, /livez and /readyz are served; 0.0.0.0 means all addresses of both families, empty nowhere [default:
+    /// 0.0.0.0:10256].
     #[arg(long, value_name = "IP:PORT", value_parser = healthz_address)]
     healthz_bind_address: Option<Listen>,
     /// Where /metrics is served; empty: nowhere [default: 127.0.0.1:10249].

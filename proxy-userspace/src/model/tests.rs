@@ -297,11 +297,13 @@ fn a_node_object_adds_to_what_was_configured() {
         name: "node-a".into(),
         zone: None,
         addresses: BTreeSet::from(["192.0.2.1".parse().unwrap()]),
+        leaves: false,
     });
     model.apply(Event::Node(NodeFacts {
         name: "node-a".into(),
         zone: Some("z".into()),
         addresses: BTreeSet::from(["192.0.2.2".parse().unwrap()]),
+        leaves: false,
     }));
     assert_eq!(
         (model.node().zone.as_deref(), model.node().addresses.len()),

@@ -30,6 +30,8 @@ pub const LABEL_HEADLESS: &str = "service.kubernetes.io/headless";
 pub const LABEL_SERVICE: &str = "kubernetes.io/service-name";
 /// Label of a Node that names its zone.
 pub const LABEL_ZONE: &str = "topology.kubernetes.io/zone";
+/// Taint of a Node that the cluster autoscaler is about to delete (KEP 3836).
+pub const TAINT_TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
 
 /// Seconds that `sessionAffinity: ClientIP` lasts unless said otherwise (API reference, `ClientIPConfig`).
 pub const DEFAULT_AFFINITY_SECS: u32 = 10_800;
@@ -732,5 +734,12 @@ pub fn node(node: &Node) -> NodeFacts {
             .filter_map(|address| address.address.parse::<IpAddr>().ok())
             .map(|ip| ip.to_canonical())
             .collect(),
+        leaves: node.metadata.deletion_timestamp.is_some()
+            || node
+                .spec
+                .iter()
+                .filter_map(|spec| spec.taints.as_ref())
+                .flatten()
+                .any(|taint| taint.key == TAINT_TO_BE_DELETED),
     }
 }

@@ -35,7 +35,7 @@ use connection::Connection;
 use failure::Failure;
 use follow::{Follower, Selection, Told};
 
-use super::convert;
+use super::{convert, queue::Queue};
 use crate::object::{self, Event, NodeFacts, ObjectName, Problem};
 
 /// Events that are sent at once when they are there.
@@ -75,7 +75,8 @@ impl Kubernetes {
     ///
     /// # Errors
     /// A configuration that cannot be used: no such kubeconfig, not in a cluster, no node name.
-    pub async fn run(self, tx: mpsc::Sender<Vec<Event>>) -> anyhow::Result<()> {
+    pub async fn run(self, tx: impl Into<Queue>) -> anyhow::Result<()> {
+        let tx: Queue = tx.into();
         let Config {
             kubeconfig,
             node_name,
@@ -133,7 +134,7 @@ impl Kubernetes {
                 followers.spawn(async move { tracing::warn!("{}", missing_node(&client, &node_name).await) });
             }
             let events = state.take_events();
-            if !events.is_empty() && tx.send(events).await.is_err() {
+            if !events.is_empty() && !tx.send(events).await {
                 return Ok(());
             }
         }
@@ -290,14 +291,16 @@ impl State {
                 self.slices.apply(told, yields, problems);
             }
             Change::Node(told) => {
-                // A Node that is gone leaves its facts: the machine is still there, and so are its addresses.
-                let yields = |node: Result<_, ObjectName>| events.extend(node.ok().map(Event::Node));
+                let yields = |node: Result<_, ObjectName>| events.push(node.map_or(Event::NodeGone, Event::Node));
                 self.nodes.apply(told, yields, problems);
             }
         }
         if !self.complete && self.services.complete && self.slices.complete && self.nodes.complete {
             self.complete = true;
             self.node_is_missing = self.nodes.objects.is_empty();
+            if self.node_is_missing {
+                self.events.push(Event::NodeGone);
+            }
             self.events.push(Event::Complete);
         }
     }

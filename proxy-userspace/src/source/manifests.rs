@@ -26,6 +26,7 @@ use super::{
     allocate::{Pool, Range, to_ip, to_number},
     convert::{self, PodFacts},
     files::{self, Files},
+    queue::Queue,
     yaml::{self, Object},
 };
 use crate::object::{
@@ -71,7 +72,8 @@ impl Manifests {
     ///
     /// # Errors
     /// A path that does not exist or cannot be read at the start. Later on that is a warning.
-    pub async fn run(self, tx: mpsc::Sender<Vec<Event>>) -> anyhow::Result<()> {
+    pub async fn run(self, tx: impl Into<Queue>) -> anyhow::Result<()> {
+        let tx: Queue = tx.into();
         for path in &self.config.paths {
             std::fs::metadata(path)
                 .with_context(|| format!("--manifests {}: give a file or folder that can be read", path.display()))?;
@@ -90,7 +92,7 @@ impl Manifests {
             for problem in problems {
                 tracing::warn!("{problem}");
             }
-            if !events.is_empty() && tx.send(events).await.is_err() {
+            if !events.is_empty() && !tx.send(events).await {
                 return Ok(());
             }
             loop {

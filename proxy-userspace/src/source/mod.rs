@@ -8,4 +8,5 @@ pub mod convert;
 mod files;
 pub mod kubernetes;
 pub mod manifests;
+pub mod queue;
 mod yaml;

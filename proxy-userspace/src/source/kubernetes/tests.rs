@@ -463,7 +463,11 @@ async fn node_facts_follow_the_node() {
     assert_eq!(agent.model.node().zone.as_deref(), Some("zone-b"));
     assert_eq!(agent.model.node().addresses.len(), 1);
     server.delete(Kind::Nodes, "", "node-a");
-    agent.silence().await;
+    agent.until("the end", |model| model.node().leaves).await;
+    assert!(
+        agent.model.node().addresses.contains(&new),
+        "the machine is still there"
+    );
 }
 
 #[tokio::test]

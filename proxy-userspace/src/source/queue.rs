@@ -1,0 +1,37 @@
+//! The way from a source to the agent.
+
+use tokio::sync::mpsc;
+
+use crate::{health::Health, object::Event};
+
+/// Batches of events that wait to be brought into the maps; notes since when they do.
+#[derive(Clone, Debug)]
+pub struct Queue {
+    sender: mpsc::Sender<Vec<Event>>,
+    health: Health,
+}
+
+impl Queue {
+    /// Sends to the channel's receiver, which says [`Health::programmed`] after every batch.
+    pub fn new(sender: mpsc::Sender<Vec<Event>>, health: Health) -> Self {
+        Self { sender, health }
+    }
+
+    /// Queues a batch as soon as there is room; says whether anybody will take it out.
+    pub async fn send(&self, events: Vec<Event>) -> bool {
+        self.health.queued();
+        self.sender.send(events).await.is_ok()
+    }
+
+    /// Waits until nobody takes anything out any more.
+    pub async fn closed(&self) {
+        self.sender.closed().await;
+    }
+}
+
+impl From<mpsc::Sender<Vec<Event>>> for Queue {
+    /// For those who do not ask how long a batch has waited.
+    fn from(sender: mpsc::Sender<Vec<Event>>) -> Self {
+        Self::new(sender, Health::default())
+    }
+}
