@@ -27,30 +27,24 @@ use crate::{
     odd::Odd,
     packet::{ACK, FIN, RST, SYN, Tuple},
     reset, snat,
+    timeouts::is_closed,
 };
 
-/// Ticks ([`TICK_NS`]) after which a source port whose connection is closed may serve another: as long as the backend may
-/// keep it in TIME_WAIT (60 s in Linux), where it could take the new connection's SYN for an old packet.
-const TIME_WAIT_TICKS: u32 = 57;
-/// The same when no other port is left.
+/// Ticks ([`TICK_NS`]) after which a source port may serve another connection, when its own is closed or was never answered
+/// and no other port is left; else the node's [`Timeouts`] say when.
 const HURRY_TICKS: u32 = 2;
-/// The same for a flow that was never answered.
-const UNANSWERED_TICKS: u32 = 20;
-/// The same for UDP: nf_conntrack's stream time-out of 120 s and a margin.
-const UDP_TICKS: u32 = 180;
-/// The same for TCP: kube-proxy's default `tcpEstablishedTimeout`, 24 h.
-const TCP_TICKS: u32 = 80_500;
 
 /// Longest step of the search for a source port.
 const MAX_STEP: u32 = 1023;
 /// Epochs ([`Flow::epoch`]) without an answer after which a backend that is no endpoint any more counts as gone for good.
 const SILENT_EPOCHS: u16 = 2;
 
-/// Rounds of the search for a source port: a closer look at one, then a quick look at some more.
-const MAX_CANDIDATES: u32 = 4;
-
-/// Both FINs.
-const FLOW_FINISHED: u16 = FLOW_CLIENT_FIN | FLOW_BACKEND_FIN;
+/// Rounds of the search for a source port: a closer look at one, then a quick look at [`snat::MAX_TRIES`] more.
+const ROUNDS: u32 = 4;
+/// Most ports of a range that is searched wholly, by all rounds but the last.
+const MAX_WHOLE: u32 = (ROUNDS - 1) * snat::MAX_TRIES;
+/// No offset into the SNAT range.
+const NO_OFFSET: u32 = u32::MAX;
 
 /// An entry in a map: alive while the program runs, and written by other CPUs at any time.
 pub struct Entry<'m, T> {
@@ -441,10 +435,15 @@ struct Search {
     offset: Opaque,
     /// Offset found.
     found: Opaque,
+    /// Offset of the port that can be taken in a hurry ([`HURRY_TICKS`]), and since when nobody used it.
+    oldest: Opaque,
+    oldest_seen: Opaque,
     /// [`SnatSlot::owner`] of the flow.
     owner: Opaque,
-    /// Ticks after which a closed connection's port may be taken.
-    closed_ticks: Opaque,
+    /// Ticks after which a slot is free.
+    limit: Opaque,
+    /// Whether no free port was found.
+    hurry: Opaque,
     /// A condition.
     flag: Opaque,
 }
@@ -774,25 +773,17 @@ fn client_state(tcp_flags: u8) -> u16 {
     state
 }
 
-#[inline(always)]
-fn is_closed(state: u16) -> bool {
-    state & FLOW_RESET != 0 || state & FLOW_FINISHED == FLOW_FINISHED
-}
-
 /// Whether nobody would miss the flow; `closed_ticks`: how long after both sides' FIN.
 #[inline(always)]
-fn is_over(state: u16, proto: u8, last_seen: u32, now: u32, closed_ticks: u32) -> bool {
-    let idle = now.wrapping_sub(last_seen);
+fn is_over(timeouts: &Timeouts, state: u16, proto: u8, last_seen: u32, now: u32, closed_ticks: u32) -> bool {
+    // Another CPU may have written a later tick than the one this decision began with.
+    let idle = now.saturating_sub(last_seen);
     let limit = if state & FLOW_RESET != 0 {
         0
     } else if is_closed(state) {
         closed_ticks
-    } else if state & FLOW_ANSWERED == 0 {
-        UNANSWERED_TICKS
-    } else if proto == TCP {
-        TCP_TICKS
     } else {
-        UDP_TICKS
+        timeouts.of(proto, state)
     };
     idle > limit
 }
@@ -900,18 +891,24 @@ fn unconfirmed<F: Family, M: Maps<F>>(
         tcp_flags,
         ..
     } = scratch.arrival;
+    let confirms = proto != TCP || tcp_flags & (SYN | ACK) == ACK;
     let flow = &mut scratch.flow;
     entry.copy_to(flow);
     if flow.state & FLOW_SNAT != 0
         && let Some(config) = maps.config()
-        && let Some((_, slot)) = snat_slot(maps, config, flow.snat_port, flow.backend, flow.backend_port, proto)
+        && let Some((entry, slot)) = snat_slot(maps, config, flow.snat_port, flow.backend, flow.backend_port, proto)
     {
         // Replies of a translated source are seen in its slot only.
         flow.state |= slot.state & FLOW_ANSWERED;
+        if flow.state & FLOW_ANSWERED != 0 && confirms {
+            entry.note(maps, FLOW_CONFIRMED);
+        }
     }
-    let confirms = proto != TCP || tcp_flags & (SYN | ACK) == ACK;
-    if flow.state & FLOW_ANSWERED != 0 && confirms && maps.add_flow(&scratch.key, flow) {
-        maps.remove_new_flow(&scratch.key);
+    if flow.state & FLOW_ANSWERED != 0 && confirms {
+        flow.state |= FLOW_CONFIRMED;
+        if maps.add_flow(&scratch.key, flow) {
+            maps.remove_new_flow(&scratch.key);
+        }
     }
     true
 }
@@ -1106,7 +1103,7 @@ fn choose<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> O
     }
 
     *key = client_key::<F>(tuple);
-    let mut held = holder(maps, key, tuple, &slot, now);
+    let mut held = holder(maps, &config.timeouts, key, tuple, &slot, now);
     if port_is_lent(maps, config, tuple, &slot) {
         held = Holder::Other;
     }
@@ -1188,6 +1185,7 @@ enum Holder {
 #[inline(always)]
 fn holder<F: Family, M: Maps<F>>(
     maps: &M,
+    timeouts: &Timeouts,
     key: &FlowKey<F::Words>,
     tuple: &Tuple<F::Words>,
     backend: &Slot<F::Words>,
@@ -1203,8 +1201,8 @@ fn holder<F: Family, M: Maps<F>>(
     // The same frontend: only a connection that is opened anew comes here, and the client knows what it does. Another:
     // the backend must not take its first packet for one of the connection that was.
     let remembered = flow.backend == backend.addr && flow.backend_port == backend.port;
-    let closed_ticks = if remembered { TIME_WAIT_TICKS } else { 0 };
-    if same || is_over(flow.state, tuple.proto, flow.last_seen, now, closed_ticks) {
+    let closed_ticks = if remembered { timeouts.time_wait } else { 0 };
+    if same || is_over(timeouts, flow.state, tuple.proto, flow.last_seen, now, closed_ticks) {
         Holder::Over
     } else {
         Holder::Other
@@ -1247,20 +1245,37 @@ fn scope_of<F: Family>(config: &Config, client: F::Words) -> u8 {
 
 /// Finds a source port towards the flow's backend: the client's own if it is in the range and free, else one from a
 /// place that depends on the flow alone, so that a flow whose entry was evicted finds its port again.
+///
+/// Among the ports looked at (all of a range of up to [`MAX_WHOLE`], else as many, and some more that depend on the time, so
+/// that a client's retransmission looks at others), the first is taken that is free: never used, or whose flow is over by the
+/// node's [`Timeouts`]. When there is none, that which has been closed, or has waited for a first answer, for the longest
+/// time, of [`HURRY_TICKS`] at least. Never the port of an open flow.
 #[inline(always)]
 fn translate_source<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
     first_port(maps, scratch);
-    for _ in 0..MAX_CANDIDATES {
+    for round in 1..=ROUNDS {
         let taken = take_port(maps, scratch);
         if scratch.search.flag.hide(taken) {
             return true;
         }
-        let found = next_port(maps, scratch);
-        if !scratch.search.flag.hide(found) {
-            scratch.search.closed_ticks.set(HURRY_TICKS);
+        if round == ROUNDS {
+            scatter(maps, scratch);
         }
+        next_port(maps, scratch);
     }
-    false
+    let taken = take_port(maps, scratch);
+    if scratch.search.flag.hide(taken) {
+        return true;
+    }
+    let Search {
+        offset, oldest, hurry, ..
+    } = &mut scratch.search;
+    if oldest.get() == NO_OFFSET {
+        return false;
+    }
+    hurry.set(1);
+    offset.set(oldest.get());
+    take_port(maps, scratch)
 }
 
 /// Sets where the search for a source port begins.
@@ -1271,12 +1286,24 @@ fn first_port<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) 
     let owner = hash::flow::<F>(tuple.src, tuple.src_port, tuple.dst, tuple.dst_port, tuple.proto);
     let search = &mut scratch.search;
     search.owner.set(owner);
-    search.closed_ticks.set(TIME_WAIT_TICKS);
+    search.hurry.set(0);
+    search.oldest.set(NO_OFFSET);
     search.offset.set(if snat::in_range(config, tuple.src_port) {
         u32::from(tuple.src_port.wrapping_sub(config.snat_first))
     } else {
         hash::pick(owner.rotate_left(16), u32::from(config.snat_ports))
     });
+}
+
+/// Moves the search to a place that changes with every tick, in a range that it cannot look at wholly.
+#[inline(never)]
+fn scatter<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
+    let Some(config) = maps.config() else { return };
+    let ports = u32::from(config.snat_ports);
+    if ports > MAX_WHOLE {
+        let place = (scratch.search.owner.get() ^ scratch.flow.last_seen).wrapping_mul(0x9e37_79b1);
+        scratch.search.offset.set(hash::pick(place, ports));
+    }
 }
 
 /// Takes the port that the search stands at, if it is the flow's own or free.
@@ -1300,9 +1327,10 @@ fn take_port<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -
     let slot = entry.read();
     if !search
         .flag
-        .hide(is_own(&slot, flow, tuple.src, tuple.src_port, search.owner.get()))
+        .hide(slot.owner == search.owner.get() && is_own(&slot, flow, tuple.src, tuple.src_port))
     {
-        if !search.flag.hide(is_free(&slot, now, search.closed_ticks.get())) {
+        let hurry = search.hurry.get() != 0;
+        if !is_free(config, &slot, now, hurry, &mut search.limit) {
             return false;
         }
         *reply = Tuple {
@@ -1350,59 +1378,84 @@ fn take_port<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -
     true
 }
 
-/// Moves the search to the next port whose slot is the flow's own or free, among [`snat::MAX_TRIES`]. Every flow takes steps
-/// of its own length: neighbours in turn would all search the runs of taken ports that arise long before the range is full.
+/// Moves the search to the next port whose slot is the flow's own or free, among [`snat::MAX_TRIES`], or to the last of them.
 #[inline(never)]
-fn next_port<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
-    const NONE: u32 = u32::MAX;
-    let Some(config) = maps.config() else { return false };
+fn next_port<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
+    scratch.search.found.set(NO_OFFSET);
+    for _ in 0..snat::MAX_TRIES {
+        look(maps, scratch);
+    }
+    let search = &mut scratch.search;
+    let found = search.found.get();
+    if found != NO_OFFSET {
+        search.offset.set(found);
+    }
+}
+
+/// One step of the search, and a look at the slot there. Every flow takes steps of its own length: neighbours in turn would all
+/// search the runs of taken ports that arise long before a large range is full.
+#[inline(never)]
+fn look<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
+    let Some(config) = maps.config() else { return };
     let Scratch {
         arrival, flow, search, ..
     } = scratch;
     let tuple = &arrival.tuple;
-    search.found.set(NONE);
     let ports = u32::from(config.snat_ports);
     // Short ones: a long one could come back to where it began after a few.
-    let step = 1 + hash::pick(search.owner.get(), ports.saturating_sub(1).min(MAX_STEP));
-    for _ in 0..snat::MAX_TRIES {
-        let next = search.offset.get().wrapping_add(step);
-        search
-            .offset
-            .set(if next >= ports { next.wrapping_sub(ports) } else { next });
-        let port = config.snat_first.wrapping_add(search.offset.get() as u16);
-        let index = snat::index::<F>(config, port, flow.backend, flow.backend_port, tuple.proto);
-        let Some(entry) = maps.snat(index) else { return false };
-        let slot = entry.read();
-        let usable = is_own(&slot, flow, tuple.src, tuple.src_port, search.owner.get())
-            | is_free(&slot, flow.last_seen, search.closed_ticks.get());
-        if search.flag.hide(usable) && search.found.get() == NONE {
+    let mut step = 1;
+    if ports > MAX_WHOLE {
+        step += hash::pick(search.owner.get(), (ports - 1).min(MAX_STEP));
+    }
+    let next = search.offset.get().wrapping_add(step);
+    search
+        .offset
+        .set(if next >= ports { next.wrapping_sub(ports) } else { next });
+    let port = config.snat_first.wrapping_add(search.offset.get() as u16);
+    let index = snat::index::<F>(config, port, flow.backend, flow.backend_port, tuple.proto);
+    let Some(entry) = maps.snat(index) else { return };
+    let slot = entry.read();
+    let own = slot.owner == search.owner.get();
+    let own = search.flag.hide(own) && is_own(&slot, flow, tuple.src, tuple.src_port);
+    let own = search.flag.hide(own);
+    if own || is_free(config, &slot, flow.last_seen, false, &mut search.limit) {
+        if search.found.get() == NO_OFFSET {
             search.found.set(search.offset.get());
         }
+    } else if is_free(config, &slot, flow.last_seen, true, &mut search.limit)
+        && (search.oldest.get() == NO_OFFSET || slot.last_seen < search.oldest_seen.get())
+    {
+        search.oldest.set(search.offset.get());
+        search.oldest_seen.set(slot.last_seen);
     }
-    if search.found.get() == NONE {
-        return false;
-    }
-    search.offset.set(search.found.get());
-    true
 }
 
-/// Whether nobody would miss what a slot holds.
+/// Whether nobody would miss what a slot holds; in a hurry, nobody but a client that was never answered, or a backend that has
+/// the port in TIME_WAIT. `limit` is lent.
 #[inline(always)]
-fn is_free<A: Copy>(slot: &SnatSlot<A>, now: u32, closed_ticks: u32) -> bool {
-    // Towards the end of the range a client that was never answered is not waited for: a SYN flood must not use it up.
-    let given_up = (closed_ticks == HURRY_TICKS)
-        & (slot.state & FLOW_ANSWERED == 0)
-        & (now.wrapping_sub(slot.last_seen) > HURRY_TICKS);
-    (slot.last_seen == 0) | given_up | is_over(slot.state, slot.proto, slot.last_seen, now, closed_ticks)
+fn is_free<A: Copy>(config: &Config, slot: &SnatSlot<A>, now: u32, hurry: bool, limit: &mut Opaque) -> bool {
+    let timeouts = &config.timeouts;
+    limit.set(if slot.last_seen == 0 {
+        return true;
+    } else if slot.state & FLOW_RESET != 0 {
+        0
+    } else if is_closed(slot.state) {
+        if hurry { HURRY_TICKS } else { timeouts.time_wait }
+    } else if hurry && slot.state & FLOW_ANSWERED == 0 {
+        // A SYN flood must not use the range up.
+        HURRY_TICKS
+    } else {
+        timeouts.of(slot.proto, slot.state)
+    });
+    now.saturating_sub(slot.last_seen) > limit.get()
 }
 
-/// Whether a slot is what an evicted entry of this very flow left behind.
+/// Whether a slot with the flow's [`SnatSlot::owner`] is what an evicted entry of this very flow left behind.
 #[inline(always)]
-fn is_own<A: Copy + Eq>(slot: &SnatSlot<A>, flow: &Flow<A>, client: A, client_port: u16, owner: u32) -> bool {
-    (slot.owner == owner)
-        & (slot.client == client)
-        & (slot.client_port == client_port)
-        & (slot.backend == flow.backend)
-        & (slot.backend_port == flow.backend_port)
-        & (slot.last_seen != 0)
+fn is_own<A: Copy + Eq>(slot: &SnatSlot<A>, flow: &Flow<A>, client: A, client_port: u16) -> bool {
+    slot.client == client
+        && slot.client_port == client_port
+        && slot.backend == flow.backend
+        && slot.backend_port == flow.backend_port
+        && slot.last_seen != 0
 }

@@ -20,7 +20,7 @@ pub mod names {
     pub const FLOWS: [&str; 2] = ["flows4", "flows6"];
     /// `LRU_HASH` [`FlowKey`](super::FlowKey) → [`Flow`](super::Flow): flows not yet answered (a SYN flood fills this).
     pub const NEW_FLOWS: [&str; 2] = ["new_flows4", "new_flows6"];
-    /// `ARRAY` index by port and backend → [`SnatSlot`](super::SnatSlot).
+    /// `ARRAY`, memory-mappable: index by port and backend → [`SnatSlot`](super::SnatSlot).
     pub const SNAT: [&str; 2] = ["snat4", "snat6"];
     /// `HASH` address → `u32` flags: the node addresses that node ports answer on.
     pub const NODE_ADDRS: [&str; 2] = ["node_addrs4", "node_addrs6"];
@@ -208,6 +208,8 @@ pub const FLOW_SUPERSEDED: u16 = 1 << 7;
 
 /// [`Flow::state`]: the backend is no endpoint any more ([`BACKEND_GONE`]), and has not answered since the client sent last.
 pub const FLOW_ASKED: u16 = 1 << 8;
+/// [`Flow::state`]: the backend has answered and the client has sent again: a handshake is complete, datagrams are a stream.
+pub const FLOW_CONFIRMED: u16 = 1 << 9;
 
 /// One flow: what its packets carry on either side of this node.
 ///
@@ -431,6 +433,29 @@ pub struct FamilyConfig<A> {
     pub service_cidrs: [Prefix<A>; MAX_SERVICE_CIDRS],
 }
 
+/// How long a flow may be silent before nobody misses it, in ticks ([`TICK_NS`]); see [`crate::timeouts`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeouts {
+    /// TCP, both sides have spoken.
+    pub tcp_established: u32,
+    /// TCP, one side has sent FIN.
+    pub tcp_close_wait: u32,
+    /// TCP and SCTP, not answered.
+    pub tcp_unanswered: u32,
+    /// TCP, both sides have sent FIN or one RST: long enough for retransmissions of the last segments.
+    pub closed: u32,
+    /// TCP, both sides have sent FIN: how long the backend may keep the client's port in TIME_WAIT, where it could take a new
+    /// connection's SYN for an old packet.
+    pub time_wait: u32,
+    /// UDP, until the client has sent again after an answer.
+    pub udp: u32,
+    /// UDP, from then on.
+    pub udp_stream: u32,
+    /// SCTP, answered.
+    pub sctp_established: u32,
+}
+
 /// What the programs must know of this node. One entry, replaced as a whole by the agent.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -445,6 +470,8 @@ pub struct Config {
     pub snat_ways: u32,
     /// `CONFIG_*` bits.
     pub flags: u32,
+    /// When flows are over.
+    pub timeouts: Timeouts,
     /// IPv4.
     pub v4: FamilyConfig<[u8; 4]>,
     /// IPv6.
@@ -511,7 +538,8 @@ no_padding!(
     SocketPeers = SOCKET_PEERS * 40 + 4,
     FamilyConfig<[u8; 4]> = 4 + MAX_CLUSTER_CIDRS * 8 + 2 * 4 + 8 + MAX_SERVICE_CIDRS * 8,
     FamilyConfig<[u8; 16]> = 16 + MAX_CLUSTER_CIDRS * 32 + 2 * 4 + 32 + MAX_SERVICE_CIDRS * 32,
-    Config = 8 + 2 + 2 + 4 + 4 + 84 + 312,
+    Timeouts = 8 * 4,
+    Config = 8 + 2 + 2 + 4 + 4 + 8 * 4 + 84 + 312,
 );
 
 #[cfg(feature = "user")]

@@ -34,3 +34,4 @@ pub mod odd;
 pub mod packet;
 pub mod reset;
 pub mod snat;
+pub mod timeouts;

@@ -2,8 +2,9 @@
 
 use crate::{family::Family, hash, layout::Config};
 
-/// Most ports tried for one new flow before it is dropped as [`SnatExhausted`](crate::event::Event::SnatExhausted).
-pub const MAX_TRIES: u32 = 6;
+/// Most ports looked at in one of four rounds before a new flow is dropped as
+/// [`SnatExhausted`](crate::event::Event::SnatExhausted).
+pub const MAX_TRIES: u32 = 12;
 
 /// Number of `snat` entries that a configuration uses: its range times its ways.
 pub fn entries(config: &Config) -> u32 {

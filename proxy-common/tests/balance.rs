@@ -689,3 +689,103 @@ proptest! {
         round_trip::<V4>(client, port, frontend, backend, proto, case);
     }
 }
+
+/// A node with eight source ports towards its remote backend.
+fn node_with_few_ports(proto: u8) -> Node<V4> {
+    let node = Node::new(Config {
+        snat_ports: 8,
+        snat_ways: 1,
+        ..config()
+    });
+    node.serve(ip(10, 96, 0, 1), 80, proto, &[REMOTE]);
+    node
+}
+
+fn outsider(client: u8, proto: u8) -> Tuple<u32> {
+    Tuple {
+        proto,
+        ..to(ip(203, 0, 113, client), 40_000, ip(10, 96, 0, 1), 80)
+    }
+}
+
+/// Opens a flow and has it answered. The source port that it got, if any.
+fn open_from_outside(node: &Node<V4>, client: u8, proto: u8) -> Option<u16> {
+    let dialled = outsider(client, proto);
+    let Verdict::Translate(to) = node.arrive(dialled, SYN, From::Network, true) else {
+        return None;
+    };
+    node.translated(back(to.tuple), SYN | ACK, From::Network, true);
+    assert_eq!(node.translated(dialled, ACK, From::Network, true).tuple, to.tuple);
+    Some(to.tuple.src_port)
+}
+
+#[test]
+fn the_port_that_was_closed_first_is_used_again_first() {
+    let node = node_with_few_ports(TCP);
+    let ports: Vec<u16> = (1..=8)
+        .map(|client| open_from_outside(&node, client, TCP).unwrap())
+        .collect();
+    assert_eq!(open_from_outside(&node, 9, TCP), None);
+    let close = |client: u8| {
+        let dialled = outsider(client, TCP);
+        let sent = node.translated(dialled, FIN | ACK, From::Network, true).tuple;
+        node.translated(back(sent), FIN | ACK, From::Network, true);
+    };
+    let tick = |ticks| node.now.set(node.now.get() + ticks);
+    close(5);
+    tick(1);
+    close(2);
+    tick(1);
+    close(7);
+    assert_eq!(open_from_outside(&node, 9, TCP), None, "the backend may still send");
+    tick(3);
+    for (client, closed) in [(10, 5), (11, 2), (12, 7)] {
+        assert_eq!(open_from_outside(&node, client, TCP), Some(ports[closed - 1]));
+    }
+    tick(1000);
+    assert_eq!(
+        open_from_outside(&node, 13, TCP),
+        None,
+        "an open connection may be silent for long"
+    );
+    for client in [1, 3, 4, 6, 8, 10, 11, 12] {
+        node.translated(outsider(client, TCP), ACK, From::Network, true);
+    }
+}
+
+#[test]
+fn a_connection_that_another_cpu_saw_later_is_not_taken_for_an_idle_one() {
+    let node = node_with_few_ports(TCP);
+    for client in 1..=8 {
+        open_from_outside(&node, client, TCP).unwrap();
+    }
+    node.now.set(node.now.get() - 1);
+    assert_eq!(open_from_outside(&node, 9, TCP), None);
+}
+
+#[test]
+fn datagrams_answered_once_keep_their_port_for_a_shorter_time_than_streams() {
+    let node = node_with_few_ports(UDP);
+    let timeouts = node.config.timeouts;
+    for client in 1..=8 {
+        let dialled = outsider(client, UDP);
+        let sent = node.translated(dialled, 0, From::Network, true).tuple;
+        node.translated(back(sent), 0, From::Network, true);
+        if client > 2 {
+            node.translated(dialled, 0, From::Network, true);
+        }
+    }
+    let open = |client| {
+        matches!(
+            node.arrive(outsider(client, UDP), 0, From::Network, true),
+            Verdict::Translate(_)
+        )
+    };
+    let start = node.now.get();
+    node.now.set(start + timeouts.udp);
+    assert!(!open(9));
+    node.now.set(start + timeouts.udp + 1);
+    assert!(open(9) && open(10) && !open(11));
+    node.now.set(start + timeouts.udp_stream + 1);
+    assert!(open(11));
+}

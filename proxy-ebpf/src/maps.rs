@@ -29,7 +29,7 @@ type Frontends<A> = HashMap<FrontendKey<A>, Frontend, 65_536>;
 type Slots<A> = Array<Slot<A>, 524_288, MMAPABLE>;
 type Flows<A> = LruHashMap<FlowKey<A>, Flow<A>, 524_288>;
 type NewFlows<A> = LruHashMap<FlowKey<A>, Flow<A>, 65_536>;
-type Snat<A> = Array<SnatSlot<A>, 262_144>;
+type Snat<A> = Array<SnatSlot<A>, 262_144, MMAPABLE>;
 type NodeAddrs<A> = HashMap<A, u32, 1024>;
 type AffinityMap<A> = LruHashMap<AffinityKey<A>, Affinity, 65_536>;
 // Most clusters have few Services with affinity or source ranges: no memory for entries that are not there.

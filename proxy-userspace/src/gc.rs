@@ -15,9 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use shunt_common::layout::{
-    Config, FLOW_ANSWERED, FLOW_BACKEND_FIN, FLOW_CLIENT_FIN, FLOW_RESET, SnatSlot, TCP, TICK_NS, UDP,
-};
+use shunt_common::layout::{Config, TICK_NS, Timeouts};
 use tracing::{debug, warn};
 
 use crate::{
@@ -30,60 +28,8 @@ pub const INTERVAL: Duration = Duration::from_secs(10);
 /// Pause after each batch of 2048 entries: a table of 524,288 is walked in about a second.
 const PAUSE: Duration = Duration::from_millis(2);
 
-/// How long a flow may be silent, by what it is: names and meanings of nf_conntrack's and kube-proxy's settings.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Timeouts {
-    /// TCP, both sides have spoken: kube-proxy's `conntrack.tcpEstablishedTimeout`.
-    pub tcp_established: Duration,
-    /// TCP, one side has sent FIN: kube-proxy's `conntrack.tcpCloseWaitTimeout`.
-    pub tcp_close_wait: Duration,
-    /// TCP, not answered: `nf_conntrack_tcp_timeout_syn_recv`.
-    pub tcp_unanswered: Duration,
-    /// TCP, both FINs or a RST seen: long enough for retransmissions of the last segments.
-    pub closed: Duration,
-    /// UDP, not answered: `nf_conntrack_udp_timeout`.
-    pub udp_unanswered: Duration,
-    /// UDP, answered: `nf_conntrack_udp_timeout_stream` with a margin.
-    pub udp_stream: Duration,
-    /// SCTP, answered: `nf_conntrack_sctp_timeout_established`, seven heartbeats.
-    pub sctp_established: Duration,
-}
-
-impl Default for Timeouts {
-    fn default() -> Self {
-        Self {
-            tcp_established: Duration::from_secs(24 * 60 * 60),
-            tcp_close_wait: Duration::from_secs(60 * 60),
-            tcp_unanswered: Duration::from_secs(60),
-            closed: Duration::from_secs(10),
-            udp_unanswered: Duration::from_secs(30),
-            udp_stream: Duration::from_secs(180),
-            sctp_established: Duration::from_secs(210),
-        }
-    }
-}
-
-impl Timeouts {
-    /// How long a flow of this protocol in this state may be silent.
-    pub fn of(&self, proto: u8, state: u16) -> Duration {
-        let fins = state & (FLOW_CLIENT_FIN | FLOW_BACKEND_FIN);
-        match (proto, state & FLOW_ANSWERED != 0) {
-            _ if state & FLOW_RESET != 0 || fins == FLOW_CLIENT_FIN | FLOW_BACKEND_FIN => self.closed,
-            (TCP, true) if fins != 0 => self.tcp_close_wait,
-            (TCP, true) => self.tcp_established,
-            (UDP, true) => self.udp_stream,
-            (_, true) => self.sctp_established,
-            (UDP, false) => self.udp_unanswered,
-            (_, false) => self.tcp_unanswered,
-        }
-    }
-
-    /// Whether a flow of this protocol in this state, last seen at `last_seen`, is over at `now` (both in ticks).
-    pub fn is_over(&self, proto: u8, state: u16, last_seen: u32, now: u32) -> bool {
-        // A program may have written a later tick than the one this walk began with.
-        idle(last_seen, now) > self.of(proto, state)
-    }
-}
+/// Translated source ports looked at before each pause.
+const PORTS: u32 = 16_384;
 
 /// How long ago something was seen.
 pub fn idle(last_seen: u32, now: u32) -> Duration {
@@ -110,27 +56,30 @@ pub struct Walk {
     pub referenced: IdSet,
 }
 
-/// Walks all flows once. `pause` is called after every batch; it says whether to go on.
+/// Walks all flows once, with the time-outs that the programs go by. `pause` is called after every batch; it says whether to go on.
 ///
 /// # Errors
 /// The kernel's.
-pub fn collect(maps: &Maps, timeouts: &Timeouts, mut pause: impl FnMut() -> bool) -> Result<Option<Walk>> {
+pub fn collect(maps: &Maps, mut pause: impl FnMut() -> bool) -> Result<Option<Walk>> {
     let mut walk = Walk {
         started: Instant::now(),
         flows: 0,
         deleted: 0,
         referenced: IdSet::default(),
     };
-    let config = maps.config()?;
-    let done = collect_family(&maps.v4, &config, timeouts, &mut walk, &mut pause)?
-        && collect_family(&maps.v6, &config, timeouts, &mut walk, &mut pause)?;
+    let mut config = maps.config()?;
+    if config.timeouts.udp == 0 {
+        // No agent of this layout has written its configuration yet.
+        config.timeouts = Timeouts::default();
+    }
+    let done = collect_family(&maps.v4, &config, &mut walk, &mut pause)?
+        && collect_family(&maps.v6, &config, &mut walk, &mut pause)?;
     Ok(done.then_some(walk))
 }
 
 fn collect_family<F: MapFamily>(
     maps: &PerFamily<F>,
     config: &Config,
-    timeouts: &Timeouts,
     walk: &mut Walk,
     pause: &mut impl FnMut() -> bool,
 ) -> Result<bool> {
@@ -141,9 +90,9 @@ fn collect_family<F: MapFamily>(
             let mut over = Vec::new();
             for (key, flow) in keys.iter().zip(flows) {
                 walk.referenced.insert(flow.backend_id);
-                if timeouts.is_over(key.proto, flow.state, flow.last_seen, now) {
+                // A program may have written a later tick than `now`.
+                if now.saturating_sub(flow.last_seen) > config.timeouts.of(key.proto, flow.state) {
                     over.push(*key);
-                    maps.release_snat(config, key, flow)?;
                 }
             }
             let deleted = map.delete_all(&over)? as u64;
@@ -156,16 +105,24 @@ fn collect_family<F: MapFamily>(
             return Ok(false);
         }
     }
-    maps.snat.for_each_batch(|_, slots| {
-        let in_use = |slot: &&SnatSlot<F::Addr>| slot.last_seen != 0;
-        slots
-            .iter()
-            .filter(in_use)
-            .for_each(|slot| walk.referenced.insert(slot.backend_id));
-        go_on = go_on && pause();
-        Ok(())
-    })?;
-    Ok(go_on)
+    // A port outlasts its flow for as long as the backend may keep it in TIME_WAIT.
+    let mut now = now();
+    for index in 0..maps.snat.capacity() {
+        if index % PORTS == PORTS - 1 {
+            if !pause() {
+                return Ok(false);
+            }
+            now = self::now();
+        }
+        let Some(slot) = maps.snat.get(index).filter(|slot| slot.last_seen != 0) else {
+            continue;
+        };
+        walk.referenced.insert(slot.backend_id);
+        if now.saturating_sub(slot.last_seen) > config.timeouts.of_port(slot.proto, slot.state) {
+            maps.snat.release(index, slot.last_seen);
+        }
+    }
+    Ok(true)
 }
 
 /// The thread that collects. It ends when this is dropped.
@@ -182,7 +139,6 @@ impl Collector {
     /// When no thread can be made.
     pub fn spawn(
         maps: Arc<Maps>,
-        timeouts: Timeouts,
         interval: Duration,
         mut report: impl FnMut(Walk) + Send + 'static,
     ) -> std::io::Result<Self> {
@@ -191,7 +147,7 @@ impl Collector {
         let thread = thread::Builder::new().name("flow-collector".into()).spawn(move || {
             let mut failed = false;
             while goes_on(interval) {
-                match collect(&maps, &timeouts, || goes_on(PAUSE)) {
+                match collect(&maps, || goes_on(PAUSE)) {
                     Ok(Some(walk)) => {
                         failed = false;
                         debug!(
@@ -231,45 +187,13 @@ impl Drop for Collector {
 mod tests {
     use shunt_common::{
         family::{Family, V4, V6},
-        layout::{FLOW_SNAT, Flow, FlowKey, SCTP},
-        snat,
+        layout::{
+            FLOW_ANSWERED, FLOW_BACKEND_FIN, FLOW_CLIENT_FIN, FLOW_RESET, FLOW_SNAT, Flow, FlowKey, SnatSlot, TCP,
+        },
     };
 
     use super::*;
     use crate::datapath::maps::testing::{Capacities, Root};
-
-    fn seconds(s: u64) -> Duration {
-        Duration::from_secs(s)
-    }
-
-    #[test]
-    fn how_long_a_flow_may_be_silent() {
-        let timeouts = Timeouts::default();
-        let both = FLOW_CLIENT_FIN | FLOW_BACKEND_FIN;
-        for (proto, state, limit) in [
-            (TCP, 0, 60),
-            (TCP, FLOW_ANSWERED, 86_400),
-            (TCP, FLOW_ANSWERED | FLOW_CLIENT_FIN, 3600),
-            (TCP, FLOW_ANSWERED | FLOW_BACKEND_FIN, 3600),
-            (TCP, FLOW_ANSWERED | both, 10),
-            (TCP, FLOW_RESET, 10),
-            (TCP, FLOW_ANSWERED | FLOW_RESET, 10),
-            (UDP, 0, 30),
-            (UDP, FLOW_ANSWERED, 180),
-            (SCTP, 0, 60),
-            (SCTP, FLOW_ANSWERED, 210),
-        ] {
-            assert_eq!(
-                timeouts.of(proto, state),
-                seconds(limit),
-                "protocol {proto}, state {state:#b}"
-            );
-        }
-        // A tick is 1.07 s.
-        assert!(!timeouts.is_over(UDP, 0, 1000, 1000 + 27));
-        assert!(timeouts.is_over(UDP, 0, 1000, 1000 + 28));
-        assert!(!timeouts.is_over(UDP, 0, 1001, 1000), "seen after the walk began");
-    }
 
     fn flow<F: Family>(n: u16, state: u16, age: u32, backend_id: u32) -> (FlowKey<F::Addr>, Flow<F::Addr>) {
         let none = F::bytes(F::UNSPECIFIED);
@@ -315,9 +239,7 @@ mod tests {
         insert(1, 6, FLOW_ANSWERED | FLOW_RESET, 15, 16);
         insert(1, 7, FLOW_ANSWERED | FLOW_CLIENT_FIN, 15, 17);
 
-        let walk = collect(&maps, &Timeouts::default(), || true)
-            .unwrap()
-            .expect("a whole walk");
+        let walk = collect(&maps, || true).unwrap().expect("a whole walk");
         let left = |table: usize| {
             let entries = maps_of.flow_maps()[table].entries().unwrap();
             let mut left: Vec<u16> = entries.iter().map(|(key, _)| key.client_port).collect();
@@ -329,9 +251,7 @@ mod tests {
         assert_eq!((walk.flows, walk.deleted), (4, 3));
         assert!((11..=17).all(|id| walk.referenced.contains(id)));
         assert!(!walk.referenced.contains(18));
-        let walk = collect(&maps, &Timeouts::default(), || true)
-            .unwrap()
-            .expect("a whole walk");
+        let walk = collect(&maps, || true).unwrap().expect("a whole walk");
         assert!(!walk.referenced.contains(12), "no flow names it any more");
     }
 
@@ -342,49 +262,58 @@ mod tests {
     }
 
     #[test]
-    fn a_source_port_goes_with_its_flow_unless_another_has_it_and_counts_as_a_reference() {
+    fn a_source_port_goes_by_its_own_age_and_counts_as_a_reference() {
         let root = Root::new(Capacities::default());
         let maps = root.maps();
-        let config = Config {
-            snat_first: 10_240,
-            snat_ports: 512,
-            snat_ways: 2,
-            ..Default::default()
-        };
-        maps.set_config(&config).unwrap();
-        let place = |n: u16, owner: u16| {
-            let (key, mut flow) = flow::<V4>(n, FLOW_RESET | FLOW_SNAT, 20, u32::from(n));
-            flow.snat_port = 10_240 + n;
-            let index = snat::index::<V4>(&config, flow.snat_port, V4::words(flow.backend), 8080, TCP);
+        let closed = FLOW_ANSWERED | FLOW_CLIENT_FIN | FLOW_BACKEND_FIN;
+        let place = |index: u16, state, age| {
+            let (key, flow) = flow::<V4>(index, state | FLOW_SNAT, age, u32::from(index));
             let slot = SnatSlot {
                 client: key.client,
                 frontend: flow.frontend,
                 backend: flow.backend,
                 snat: flow.snat,
-                client_port: owner,
+                client_port: key.client_port,
                 frontend_port: 80,
                 backend_port: 8080,
-                state: 0,
-                last_seen: now(),
-                backend_id: u32::from(owner),
+                state,
+                last_seen: flow.last_seen,
+                backend_id: u32::from(index),
                 proto: TCP,
                 reserved: 0,
                 epoch: 0,
                 owner: 0,
             };
-            maps.v4.snat.set(&index, &slot).unwrap();
+            maps.v4.snat.set(index.into(), slot);
             maps.v4.flows.set(&key, &flow).unwrap();
-            index
         };
-        let (own, others) = (place(1, 1), place(2, 77));
-        let last_seen = |index: u32| maps.v4.snat.get(&index).unwrap().unwrap().last_seen;
-        let walk = collect(&maps, &Timeouts::default(), || true)
-            .unwrap()
-            .expect("a whole walk");
-        assert_eq!(walk.deleted, 2);
-        assert_eq!(last_seen(own), 0);
-        assert_ne!(last_seen(others), 0);
-        assert!(walk.referenced.contains(77));
+        place(1, FLOW_ANSWERED, 3000);
+        place(2, closed, 50);
+        place(3, closed, 60);
+        place(4, FLOW_ANSWERED | FLOW_RESET, 20);
+        let walk = collect(&maps, || true).unwrap().expect("a whole walk");
+        assert_eq!(walk.deleted, 3);
+        let in_use = |index: u32| maps.v4.snat.get(index).unwrap().last_seen != 0;
+        assert_eq!([1, 2, 3, 4].map(in_use), [true, true, false, false]);
+        let walk = collect(&maps, || true).unwrap().expect("a whole walk");
+        assert_eq!(
+            [1, 2, 3, 4].map(|id| walk.referenced.contains(id)),
+            [true, true, false, false]
+        );
+    }
+
+    #[test]
+    fn the_time_outs_are_those_of_the_programs() {
+        let root = Root::new(Capacities::default());
+        let maps = root.maps();
+        let (key, flow) = flow::<V4>(1, FLOW_ANSWERED, 100, 1);
+        maps.v4.flows.set(&key, &flow).unwrap();
+        let deleted = || collect(&maps, || true).unwrap().expect("a whole walk").deleted;
+        assert_eq!(deleted(), 0);
+        let mut config = Config::default();
+        config.timeouts.tcp_established = 99;
+        maps.set_config(&config).unwrap();
+        assert_eq!(deleted(), 1);
     }
 
     /// Walking must not save old entries from eviction: after thirty walks, new flows evict what the programs used last
@@ -402,7 +331,7 @@ mod tests {
                 maps.v4.flows.set(&key, &flow).unwrap();
             }
             for _ in 0..walks {
-                collect(&maps, &Timeouts::default(), || true).unwrap();
+                collect(&maps, || true).unwrap();
             }
             for n in 10_000..16_000 {
                 let (key, flow) = flow::<V4>(n, FLOW_ANSWERED, 0, 1);
@@ -424,11 +353,11 @@ mod tests {
         let (tx, rx) = mpsc::channel();
         let report = move |walk: Walk| tx.send(walk.flows).unwrap_or_default();
         let maps = Arc::new(root.maps());
-        let collector = Collector::spawn(maps.clone(), Timeouts::default(), Duration::from_millis(10), report).unwrap();
-        assert_eq!(rx.recv_timeout(seconds(5)), Ok(0));
+        let collector = Collector::spawn(maps.clone(), Duration::from_millis(10), report).unwrap();
+        assert_eq!(rx.recv_timeout(Duration::from_secs(5)), Ok(0));
         drop(collector);
         let begin = Instant::now();
-        drop(Collector::spawn(maps, Timeouts::default(), seconds(3600), |_| ()).unwrap());
-        assert!(begin.elapsed() < seconds(5));
+        drop(Collector::spawn(maps, Duration::from_secs(3600), |_| ()).unwrap());
+        assert!(begin.elapsed() < Duration::from_secs(5));
     }
 }

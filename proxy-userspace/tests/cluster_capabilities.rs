@@ -139,7 +139,7 @@ fn the_daemonsets_capabilities_are_enough() {
     agents[0].stop().unwrap();
     let output = agents[0].cli(&["cleanup"]).unwrap();
     assert!(output.status.success(), "{output:?}");
-    assert!(!agents[0].bpf_root().join("v2").exists());
+    assert!(!agents[0].bpf_root().join("v3").exists());
 }
 
 /// None of the DaemonSet's capabilities is there for nothing, and an agent that lacks one ends with one line about it.

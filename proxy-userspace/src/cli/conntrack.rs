@@ -196,7 +196,7 @@ pub fn flush(maps: &Maps, filter: &Filter) -> Result<u64, MapError> {
                     .filter(|(key, flow)| filter.admits::<F>(key, flow))
                 {
                     doomed.push(*key);
-                    of.release_snat(&config, key, flow)?;
+                    of.release_snat(&config, key, flow);
                 }
                 deleted += map.delete_all(&doomed)? as u64;
                 Ok(())

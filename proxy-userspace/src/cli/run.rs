@@ -37,7 +37,7 @@ use crate::{
         maps::{Maps, settings},
         netns::{self, NodePortAddresses},
     },
-    gc::{self, Collector, Timeouts, Walk},
+    gc::{self, Collector, Walk},
     health::Health,
     healthcheck::HealthChecks,
     model::Model,
@@ -141,8 +141,7 @@ async fn serve(settings: Settings, begin: Instant) -> anyhow::Result<()> {
     };
     let (walks_tx, mut walks) = mpsc::channel::<Walk>(1);
     let report = move |walk| drop(walks_tx.blocking_send(walk));
-    let _collector =
-        Collector::spawn(maps, Timeouts::default(), gc::INTERVAL, report).context("cannot start a thread")?;
+    let _collector = Collector::spawn(maps, gc::INTERVAL, report).context("cannot start a thread")?;
 
     let mut agent = Agent {
         model: Model::new(configured),
@@ -449,6 +448,7 @@ fn node_settings(settings: &Settings, addresses: &[IpAddr]) -> NodeSettings {
         service_cidrs: settings.service_cidrs(),
         answer_ping: settings.answer_ping,
         snat_ports: settings.snat_ports.0.clone(),
+        timeouts: settings.conntrack.ticks(),
         loopback: networks.is_empty() || networks.iter().any(is_loopback),
         host_netns: netns::cookie(),
     }

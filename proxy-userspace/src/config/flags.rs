@@ -4,12 +4,13 @@
 use std::{
     net::{IpAddr, SocketAddr},
     path::PathBuf,
+    time::Duration,
 };
 
 use clap::{Args, ValueEnum};
 use ipnet::IpNet;
 
-use super::{HEALTHZ_PORT, METRICS_PORT, PortRange, Settings, bind_address};
+use super::{HEALTHZ_PORT, METRICS_PORT, PortRange, Settings, bind_address, conntrack};
 use crate::datapath::attach::XdpMode;
 
 /// `shunt run`.
@@ -86,7 +87,29 @@ pub struct RunArgs {
     #[arg(long, value_name = "IP:PORT", value_parser = metrics_address)]
     metrics_bind_address: Option<Listen>,
     #[command(flatten)]
+    conntrack: ConntrackArgs,
+    #[command(flatten)]
     capacities: CapacityArgs,
+}
+
+/// `--conntrack-*`: names and defaults of kube-proxy's flags
+/// (<https://kubernetes.io/docs/reference/command-line-tools-reference/kube-proxy/>); where those leave the kernel's time-outs
+/// alone, the kernel's defaults.
+#[derive(Clone, Debug, Args)]
+struct ConntrackArgs {
+    /// How long an open TCP connection may be silent before it is forgotten; it finds its backend again while the Service's
+    /// backends stay the same [default: 24h].
+    #[arg(long, value_name = "DURATION", value_parser = conntrack::parse)]
+    conntrack_tcp_timeout_established: Option<Duration>,
+    /// The same when one side has sent FIN [default: 1h].
+    #[arg(long, value_name = "DURATION", value_parser = conntrack::parse)]
+    conntrack_tcp_timeout_close_wait: Option<Duration>,
+    /// The same for UDP, until the client has sent again after an answer [default: 30s].
+    #[arg(long, value_name = "DURATION", value_parser = conntrack::parse)]
+    conntrack_udp_timeout: Option<Duration>,
+    /// The same for UDP from then on [default: 2m].
+    #[arg(long, value_name = "DURATION", value_parser = conntrack::parse)]
+    conntrack_udp_timeout_stream: Option<Duration>,
 }
 
 /// `--max-*`.
@@ -145,6 +168,7 @@ impl RunArgs {
     pub fn settings(self) -> anyhow::Result<Settings> {
         let mut settings = Settings::default();
         self.write(&mut settings);
+        settings.conntrack.check()?;
         Ok(settings)
     }
 
@@ -184,6 +208,19 @@ impl RunArgs {
         set(
             &mut to.metrics_bind_address,
             self.metrics_bind_address.map(|listen| listen.0),
+        );
+        set(
+            &mut to.conntrack.tcp_established,
+            self.conntrack.conntrack_tcp_timeout_established,
+        );
+        set(
+            &mut to.conntrack.tcp_close_wait,
+            self.conntrack.conntrack_tcp_timeout_close_wait,
+        );
+        set(&mut to.conntrack.udp, self.conntrack.conntrack_udp_timeout);
+        set(
+            &mut to.conntrack.udp_stream,
+            self.conntrack.conntrack_udp_timeout_stream,
         );
         set(&mut to.capacities.frontends, self.capacities.max_frontends);
         set(&mut to.capacities.slots, self.capacities.max_slots);

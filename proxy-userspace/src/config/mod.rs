@@ -13,11 +13,13 @@ use std::{
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
+use self::conntrack::Conntrack;
 use crate::{
     datapath::{Capacities, attach::XdpMode},
     sync::node::SNAT_PORTS,
 };
 
+pub mod conntrack;
 pub mod flags;
 
 /// Where everything is pinned unless said otherwise.
@@ -77,6 +79,8 @@ pub struct Settings {
     pub nodeport_addresses: Vec<String>,
     /// `--snat-ports`.
     pub snat_ports: PortRange,
+    /// `--conntrack-*`.
+    pub conntrack: Conntrack,
     /// `--max-*`.
     pub capacities: Capacities,
     /// `--healthz-bind-address`; `None`: no such server.
@@ -107,6 +111,7 @@ impl Default for Settings {
             cluster_cidrs: Vec::new(),
             nodeport_addresses: Vec::new(),
             snat_ports: PortRange(SNAT_PORTS),
+            conntrack: Conntrack::default(),
             capacities: Capacities::default(),
             healthz_bind_address: Some((Ipv4Addr::UNSPECIFIED, HEALTHZ_PORT).into()),
             metrics_bind_address: Some((Ipv4Addr::LOCALHOST, METRICS_PORT).into()),

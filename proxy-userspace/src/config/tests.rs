@@ -35,7 +35,7 @@ fn the_help_tells_the_defaults() {
             told.push(flag);
         }
     }
-    assert_eq!(told.len(), 17, "{told:?}");
+    assert_eq!(told.len(), 21, "{told:?}");
     for (flag, other) in [
         ("xdp", "off"),
         ("snat-ports", "1-2"),

@@ -436,6 +436,20 @@ impl Array<u64> {
     }
 }
 
+impl<A: Octets> Array<SnatSlot<A>> {
+    /// Gives a translated source port back that was last used at `seen`, unless a program was first to claim it.
+    pub fn release(&self, index: u32, seen: u32) -> bool {
+        // 0 is "never used", which every new flow may claim.
+        let released = self
+            .memory
+            .last_seen(index)
+            .compare_exchange(seen, 0, Ordering::AcqRel, Ordering::Relaxed)
+            .is_ok();
+        self.writes.fetch_add(released.into(), Ordering::Relaxed);
+        released
+    }
+}
+
 /// A connection table of one family.
 pub type FlowMap<F> = Map<FlowKey<<F as Family>::Addr>, Flow<<F as Family>::Addr>>;
 
@@ -450,7 +464,7 @@ pub struct PerFamily<F: MapFamily> {
     /// Flows not yet answered.
     pub new_flows: FlowMap<F>,
     /// Owners of translated source ports.
-    pub snat: Map<u32, SnatSlot<F::Addr>>,
+    pub snat: Array<SnatSlot<F::Addr>>,
     /// Addresses that node ports answer on.
     pub node_addrs: Map<F::Addr, u32>,
     /// Backends that are kept for clients.
@@ -471,7 +485,7 @@ impl<F: MapFamily> PerFamily<F> {
             slots: Array::open(root, names::SLOTS[i], settings::MAX_SLOTS)?,
             flows: Map::open(root, names::FLOWS[i], settings::MAX_FLOWS)?,
             new_flows: Map::open(root, names::NEW_FLOWS[i], settings::MAX_NEW_FLOWS)?,
-            snat: Map::open(root, names::SNAT[i], settings::MAX_SNAT)?,
+            snat: Array::open(root, names::SNAT[i], settings::MAX_SNAT)?,
             node_addrs: Map::open(root, names::NODE_ADDRS[i], settings::NODEPORT_ADDRESSES)?,
             affinity: Map::open(root, names::AFFINITY[i], settings::MAX_AFFINITY)?,
             members: Map::open(root, names::MEMBERS[i], settings::MAX_BACKENDS)?,
@@ -486,12 +500,9 @@ impl<F: MapFamily> PerFamily<F> {
     }
 
     /// Gives back the translated source port of a flow that is being deleted, unless another flow owns it by now.
-    ///
-    /// # Errors
-    /// The kernel's.
-    pub fn release_snat(&self, config: &Config, key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>) -> Result<()> {
+    pub fn release_snat(&self, config: &Config, key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>) {
         if flow.state & FLOW_SNAT == 0 {
-            return Ok(());
+            return;
         }
         let index = snat::index::<F>(
             config,
@@ -500,9 +511,7 @@ impl<F: MapFamily> PerFamily<F> {
             flow.backend_port,
             key.proto,
         );
-        let Some(slot) = self.snat.get(&index)? else {
-            return Ok(());
-        };
+        let Some(slot) = self.snat.get(index) else { return };
         let owned = slot.client == key.client
             && slot.client_port == key.client_port
             && slot.proto == key.proto
@@ -511,17 +520,8 @@ impl<F: MapFamily> PerFamily<F> {
             && slot.backend == flow.backend
             && slot.backend_port == flow.backend_port;
         if owned {
-            // `last_seen` 0 is "never used", which every new flow may claim.
-            self.snat.set(
-                &index,
-                &SnatSlot {
-                    last_seen: 0,
-                    state: 0,
-                    ..slot
-                },
-            )?;
+            self.snat.release(index, slot.last_seen);
         }
-        Ok(())
     }
 
     fn writes(&self) -> u64 {
@@ -695,7 +695,13 @@ impl Maps {
             });
             usage.push(of(&maps.new_flows, |_| true)?);
             usage.push(of(&maps.flows, |_| true)?);
-            usage.push(of(&maps.snat, |slot| slot.last_seen != 0)?);
+            let in_use = |&index: &u32| maps.snat.get(index).is_some_and(|slot| slot.last_seen != 0);
+            usage.push(Usage {
+                map: maps.snat.name,
+                entries: (0..maps.snat.capacity()).filter(in_use).count() as u64,
+                capacity: maps.snat.capacity(),
+                setting: maps.snat.setting,
+            });
             usage.push(of(&maps.node_addrs, |_| true)?);
             usage.push(of(&maps.affinity, |_| true)?);
             usage.push(of(&maps.members, |_| true)?);
@@ -794,7 +800,7 @@ pub(crate) mod testing {
             self.make::<u32, Slot<F::Addr>>(names::SLOTS[i], ARRAY, capacities.slots, sys::BPF_F_MMAPABLE);
             self.make::<FlowKey<F::Addr>, Flow<F::Addr>>(names::FLOWS[i], LRU_HASH, capacities.flows, 0);
             self.make::<FlowKey<F::Addr>, Flow<F::Addr>>(names::NEW_FLOWS[i], LRU_HASH, capacities.flows, 0);
-            self.make::<u32, SnatSlot<F::Addr>>(names::SNAT[i], ARRAY, 1024, 0);
+            self.make::<u32, SnatSlot<F::Addr>>(names::SNAT[i], ARRAY, 1024, sys::BPF_F_MMAPABLE);
             self.make::<F::Addr, u32>(names::NODE_ADDRS[i], HASH, 64, 0);
             self.make::<F::Addr, u32>(names::ADDRESSES[i], HASH, capacities.frontends, 0);
         }

@@ -11,10 +11,11 @@ use std::{
     },
     path::Path,
     ptr::{self, NonNull},
-    sync::atomic::AtomicU64,
+    sync::atomic::{AtomicU32, AtomicU64},
 };
 
 use aya::Pod;
+use shunt_common::layout::{Octets, SnatSlot};
 
 /// Commands of bpf(2): `enum bpf_cmd` of `linux/bpf.h`.
 #[derive(Clone, Copy)]
@@ -464,6 +465,14 @@ impl<T: Pod> MappedArray<T> {
     pub fn set(&self, index: u32, value: T) {
         // SAFETY: valid and aligned (see `at`).
         unsafe { self.at(index).write_volatile(value) }
+    }
+}
+
+impl<A: Octets> MappedArray<SnatSlot<A>> {
+    /// When a slot's flow was last seen, as an atomic: programs claim slots by it.
+    pub fn last_seen(&self, index: u32) -> &AtomicU32 {
+        // SAFETY: valid and alive as long as the mapping (see `at`), an aligned field; all writers use atomics to claim it.
+        unsafe { AtomicU32::from_ptr(&raw mut (*self.at(index)).last_seen) }
     }
 }
 

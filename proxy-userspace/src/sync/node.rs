@@ -5,6 +5,7 @@ use std::{collections::BTreeSet, net::IpAddr, ops::RangeInclusive};
 use ipnet::IpNet;
 use shunt_common::layout::{
     CONFIG_ANSWER_PING, CONFIG_NODEPORT_LOOPBACK, Config, MAX_CLUSTER_CIDRS, MAX_SERVICE_CIDRS, Octets, Prefix,
+    Timeouts,
 };
 
 use super::addresses;
@@ -28,6 +29,8 @@ pub struct NodeSettings {
     pub answer_ping: bool,
     /// `--snat-ports`.
     pub snat_ports: RangeInclusive<u16>,
+    /// When flows are over.
+    pub timeouts: Timeouts,
     /// Whether node ports answer on loopback addresses, to processes in the node's own namespace.
     pub loopback: bool,
     /// `SO_NETNS_COOKIE` of the node's network namespace.
@@ -93,6 +96,7 @@ pub fn config(settings: &NodeSettings, snat_entries: u32) -> Result<Config, Node
         snat_ways: ways,
         flags: if settings.loopback { CONFIG_NODEPORT_LOOPBACK } else { 0 }
             | if settings.answer_ping { CONFIG_ANSWER_PING } else { 0 },
+        timeouts: settings.timeouts,
         ..Default::default()
     };
     family::<shunt_common::family::V4>(settings, &mut config)?;
@@ -185,6 +189,7 @@ mod tests {
             service_cidrs: ["10.96.0.0/12", "fd96::/112"].map(|c| c.parse().unwrap()).into(),
             answer_ping: true,
             snat_ports: SNAT_PORTS,
+            timeouts: Timeouts::default(),
             loopback: true,
             host_netns: 7,
         }

@@ -74,6 +74,7 @@ impl Loaded {
             service_cidrs: ["10.96.0.0/16", "fd96::/112"].map(|net| net.parse().unwrap()).into(),
             answer_ping: true,
             snat_ports: 10_240..=29_999,
+            timeouts: Default::default(),
             loopback: false,
             host_netns: 0,
         };

@@ -139,6 +139,7 @@ impl World {
             service_cidrs: Vec::new(),
             answer_ping: true,
             snat_ports: 10_240..=29_999,
+            timeouts: Default::default(),
             loopback: false,
             host_netns: 0,
         };

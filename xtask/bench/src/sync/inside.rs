@@ -49,6 +49,7 @@ fn in_namespace(lab: &Lab, services: u32, changes: u32) -> Result<Vec<Line>> {
         service_cidrs: Vec::new(),
         answer_ping: true,
         snat_ports: 10_240..=29_999,
+        timeouts: Default::default(),
         loopback: false,
         host_netns: 0,
     };

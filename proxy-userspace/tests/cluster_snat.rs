@@ -1,0 +1,137 @@
+//! What becomes of flows when the source ports towards a backend are used up. Needs root.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    thread,
+    time::{Duration, Instant},
+};
+
+use shunt_lab::{Agent, AgentOptions, Client, Conn, Dial, DialError, Lab, PodSpec, Port, Proto};
+use tempfile::TempDir;
+
+const APP: u16 = 8080;
+const NODE_PORT: u16 = 30080;
+/// Source ports per backend.
+const PORTS: usize = 16;
+/// Of their flows, those that end.
+const ENDED: usize = 4;
+
+/// A node port of `node-a` whose only backend is on `node-b`.
+fn start(xdp: &str) -> (Lab, Agent, TempDir) {
+    let lab = Lab::new().unwrap();
+    lab.add_pod(&PodSpec::new("web", "node-b", &[Port::tcp(APP), Port::udp(APP)]))
+        .unwrap();
+    let manifests = TempDir::new().unwrap();
+    let port = |proto: &str| {
+        format!("{{ name: {proto}, protocol: {proto}, port: 80, targetPort: {APP}, nodePort: {NODE_PORT} }}")
+    };
+    let mut documents = vec![format!(
+        "apiVersion: v1\nkind: Service\nmetadata: {{ name: web }}\nspec:\n  type: NodePort\n  clusterIP: 10.96.0.1\n  \
+         clusterIPs: [10.96.0.1, 'fd96::1']\n  ipFamilyPolicy: RequireDualStack\n  ipFamilies: [IPv4, IPv6]\n  \
+         ports: [{}, {}]\n",
+        port("TCP"),
+        port("UDP"),
+    )];
+    for ip in lab.ips("web").unwrap() {
+        let family = if ip.is_ipv4() { "IPv4" } else { "IPv6" };
+        documents.push(format!(
+            "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{ name: web-{}, labels: {{ \
+             kubernetes.io/service-name: web }} }}\naddressType: {family}\nports: [{{ name: TCP, protocol: TCP, port: {APP} }}, \
+             {{ name: UDP, protocol: UDP, port: {APP} }}]\nendpoints: [{{ addresses: ['{ip}'], nodeName: node-b }}]\n",
+            family.to_lowercase(),
+        ));
+    }
+    fs::write(manifests.path().join("web.yaml"), documents.join("---\n")).unwrap();
+    let options = AgentOptions::manifests(manifests.path())
+        .xdp(xdp)
+        .args(&["--snat-ports", &format!("20000-{}", 20_000 + PORTS - 1)])
+        .args(&["--conntrack-udp-timeout=5s", "--conntrack-udp-timeout-stream=5s"])
+        .shunt(env!("CARGO_BIN_EXE_shunt"));
+    let agent = lab.start_agent("node-a", &options).unwrap();
+    (lab, agent, manifests)
+}
+
+fn exhausted(agent: &Agent) -> u64 {
+    agent.json(&["status"]).unwrap()["events"]["snat_exhausted"]
+        .as_u64()
+        .unwrap()
+}
+
+/// A flow that was answered and confirmed.
+fn open(client: &Client, proto: Proto, to: SocketAddr) -> Result<Conn, DialError> {
+    // Shorter than the client's first retransmission.
+    let dial = Dial {
+        timeout: Duration::from_millis(800),
+        ..Dial::default()
+    };
+    let conn = client.open(proto, to, &dial)?;
+    conn.ask_within("first", dial.timeout)?;
+    conn.ask_within("second", dial.timeout)?;
+    Ok(conn)
+}
+
+fn all_answer(conns: &[Conn], what: &str) {
+    for conn in conns {
+        conn.ask("still there?")
+            .unwrap_or_else(|error| panic!("{what}: {error}"));
+    }
+}
+
+fn source_ports_run_out(client: &Client, proto: Proto, to: SocketAddr) {
+    let what = format!("{proto} {to}");
+    let mut conns: Vec<Conn> = (0..PORTS).map(|_| open(client, proto, to).unwrap()).collect();
+    for _ in 0..3 {
+        assert!(
+            open(client, proto, to).unwrap_err().is_timeout(),
+            "{what}: no port is left"
+        );
+    }
+    all_answer(&conns, &what);
+
+    // TCP: closed. UDP: so silent that it is over, once the others have spoken for longer than the time-out.
+    let ended = conns.split_off(PORTS - ENDED);
+    let kept = (proto == Proto::Udp).then_some(ended);
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(10) {
+        all_answer(&conns, &what);
+        thread::sleep(Duration::from_millis(500));
+    }
+    for _ in 0..ENDED {
+        conns.push(open(client, proto, to).unwrap_or_else(|error| panic!("{what}: a port is free again: {error}")));
+    }
+    assert!(
+        open(client, proto, to).unwrap_err().is_timeout(),
+        "{what}: no port is left again"
+    );
+    all_answer(&conns, &what);
+    drop(kept);
+}
+
+/// An open flow never loses its source port; a new one is dropped and counted when there is none, and gets that of a flow that
+/// is closed or idle.
+fn source_ports_of_open_flows_are_safe(xdp: &str) {
+    let (lab, agent, _manifests) = start(xdp);
+    let before = exhausted(&agent);
+    thread::scope(|scope| {
+        for node in lab.node_ips("node-a").unwrap() {
+            for proto in [Proto::Tcp, Proto::Udp] {
+                let client = lab.client("client", shunt_lab::Sockets::Unhooked).unwrap();
+                scope.spawn(move || source_ports_run_out(&client, proto, SocketAddr::new(node, NODE_PORT)));
+            }
+        }
+    });
+    // Four refusals by family and protocol, at least as many packets.
+    let dropped = exhausted(&agent) - before;
+    assert!(dropped >= 16, "{dropped} were counted");
+}
+
+#[test]
+fn source_ports_of_open_flows_are_safe_with_xdp() {
+    source_ports_of_open_flows_are_safe("native");
+}
+
+#[test]
+fn source_ports_of_open_flows_are_safe_without_xdp() {
+    source_ports_of_open_flows_are_safe("off");
+}
