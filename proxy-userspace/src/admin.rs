@@ -3,7 +3,11 @@
 //! On the healthz address: `/healthz` tells load balancers whether to send new connections to this node, so it fails while the
 //! Node is being taken out of the cluster too; `/livez` tells the kubelet whether the agent does its work, whatever becomes of
 //! the Node; `/readyz` (not kube-proxy's) whether this very agent's datapath is live, so that a rolling update does not go on to
-//! the next node before. Methods make no difference, as with kube-proxy.
+//! the next node before.
+//!
+//! On the metrics address: `/metrics`, `/proxyMode`, and a `/healthz` that says no more than that somebody answers.
+//!
+//! Methods make no difference, as with kube-proxy. Both addresses speak HTTP without asking who is there.
 
 use std::{
     net::SocketAddr,
@@ -16,6 +20,7 @@ use k8s_openapi::jiff::Timestamp;
 use crate::{
     health::Health,
     http::{self, Listening},
+    metrics::{self, Exporter, Metrics},
 };
 
 /// Go's `http.NotFound`.
@@ -24,7 +29,7 @@ const NOT_FOUND: &str = "404 page not found\n";
 const PLAIN: &str = "text/plain; charset=utf-8";
 
 /// Answers health checks until it is dropped.
-pub async fn serve_health(address: SocketAddr, health: Health) {
+pub async fn serve_health(address: SocketAddr, health: Health, metrics: Metrics) {
     let listening = Listening {
         subject: "--healthz-bind-address".to_owned(),
         address,
@@ -32,10 +37,44 @@ pub async fn serve_health(address: SocketAddr, health: Health) {
         consequence: "load balancers and probes take this node for dead",
     };
     let answer = move |request: hyper::Request<_>| {
-        let response = answer_health(request.uri().path(), &health);
+        let path = request.uri().path();
+        let response = answer_health(path, &health);
+        match path {
+            "/healthz" => metrics.answered_healthz(response.status().as_u16()),
+            "/livez" => metrics.answered_livez(response.status().as_u16()),
+            _ => {}
+        }
         async move { response }
     };
     http::serve(listening, |_| true, answer).await;
+}
+
+/// Answers scrapes until it is dropped.
+pub async fn serve_metrics(address: SocketAddr, exporter: Exporter) {
+    let listening = Listening {
+        subject: "--metrics-bind-address".to_owned(),
+        address,
+        both_families: true,
+        consequence: "nobody can read this agent's metrics",
+    };
+    let answer = move |request: hyper::Request<_>| {
+        let (path, exporter) = (request.uri().path().to_owned(), exporter.clone());
+        async move { answer_metrics(&path, exporter).await }
+    };
+    http::serve(listening, |_| true, answer).await;
+}
+
+async fn answer_metrics(path: &str, exporter: Exporter) -> Response<String> {
+    match path {
+        // Maps of millions of entries take a while; programming goes on meanwhile.
+        "/metrics" => match tokio::task::spawn_blocking(move || exporter.scrape()).await {
+            Ok(text) => http::response(StatusCode::OK, metrics::CONTENT_TYPE, text),
+            Err(error) => http::response(StatusCode::INTERNAL_SERVER_ERROR, PLAIN, format!("{error}\n")),
+        },
+        "/healthz" => http::response(StatusCode::OK, PLAIN, "ok".to_owned()),
+        "/proxyMode" => http::response(StatusCode::OK, PLAIN, "shunt".to_owned()),
+        _ => http::response(StatusCode::NOT_FOUND, PLAIN, NOT_FOUND.to_owned()),
+    }
 }
 
 fn answer_health(path: &str, health: &Health) -> Response<String> {

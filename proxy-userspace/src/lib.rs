@@ -10,7 +10,7 @@
 //! - [`datapath`]: loading, pinning and attaching the BPF programs; typed access to the maps.
 //! - [`gc`]: flows that have ended or fallen silent leave the connection tables.
 //! - [`healthcheck`]: what load balancers ask on `healthCheckNodePort`; [`health`]: whether this agent does its work.
-//! - [`admin`]: `/healthz` and `/livez`, over the servers of [`http`].
+//! - [`admin`]: `/healthz`, `/livez` and `/metrics`, over the servers of [`http`]; [`metrics`]: what is counted and measured.
 //! - [`config`]: what the agent is told to do. [`cli`]: one file per verb.
 pub mod admin;
 pub mod cli;
@@ -20,6 +20,7 @@ pub mod gc;
 pub mod health;
 pub mod healthcheck;
 pub mod http;
+pub mod metrics;
 pub mod model;
 pub mod object;
 pub mod plan;

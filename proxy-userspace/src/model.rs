@@ -17,7 +17,7 @@ use std::{
 
 use crate::{
     healthcheck::{self, Check},
-    object::{EndpointSlice, Event, NodeFacts, ObjectName, Problem, Protocol, Service},
+    object::{EndpointSlice, Event, NodeFacts, ObjectName, Problem, Protocol, Service, TrafficPolicy},
     plan::{Excluded, FrontendAddress, FrontendKind, ServicePlan, addresses, plan},
 };
 
@@ -133,6 +133,7 @@ impl Model {
             }
             Event::Node(facts) => self.set_node(facts, &mut touched),
             Event::NodeGone => self.node.leaves = true,
+            Event::Triggered(_) => {}
             Event::Complete => {
                 self.complete = true;
                 self.report_lost_claims();
@@ -158,6 +159,31 @@ impl Model {
     /// What to answer on a Service's `healthCheckNodePort`; `None` when it has none or is gone.
     pub fn health_check(&self, name: &ObjectName) -> Option<Check> {
         healthcheck::check(self.services.get(name)?, self.slices(name), &self.node)
+    }
+
+    /// Whether endpoints of a Service are all on other nodes although `internalTrafficPolicy` or `externalTrafficPolicy` wants
+    /// those of this one.
+    pub fn lacks_local_endpoints(&self, name: &ObjectName) -> [bool; 2] {
+        let Some(service) = self.services.get(name) else {
+            return [false; 2];
+        };
+        let is_external = !service.external_ips.is_empty()
+            || !service.load_balancer_ips.is_empty()
+            || service.ports.iter().any(|port| port.node_port.is_some());
+        let wants = [
+            service.internal_policy == TrafficPolicy::Local,
+            service.external_policy == TrafficPolicy::Local && is_external,
+        ];
+        if wants == [false; 2] {
+            return wants;
+        }
+        let usable = || {
+            self.slices(name)
+                .flat_map(|slice| &slice.endpoints)
+                .filter(|endpoint| endpoint.ready || endpoint.serving || service.publish_not_ready)
+        };
+        let elsewhere = usable().next().is_some() && !usable().any(|endpoint| self.node.is_local(endpoint));
+        wants.map(|wants| wants && elsewhere)
     }
 
     /// Whether the source has told everything there is, once.

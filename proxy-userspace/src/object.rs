@@ -1,6 +1,6 @@
 //! The few fields of Kubernetes objects that shunt keeps: what every source yields and the model stores.
 
-use std::{collections::BTreeSet, fmt, net::IpAddr, path::PathBuf, sync::Arc};
+use std::{collections::BTreeSet, fmt, net::IpAddr, path::PathBuf, sync::Arc, time::SystemTime};
 
 /// `namespace/name`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -181,9 +181,21 @@ pub enum Event {
     Node(NodeFacts),
     /// The cluster has no such Node (any more). Its other facts stay: the machine is still there, and so are its addresses.
     NodeGone,
+    /// Of a change in this batch the cluster says that it happened then.
+    Triggered(SystemTime),
     /// The source has now yielded everything there is: what was not named since its start (or since the last
     /// `Complete`-less restart of a list) does not exist. Nothing is pruned from the maps before the first one.
     Complete,
+}
+
+impl Event {
+    /// When the change happened, as [`Self::Triggered`] has it.
+    pub fn triggered(&self) -> Option<SystemTime> {
+        match self {
+            Self::Triggered(time) => Some(*time),
+            _ => None,
+        }
+    }
 }
 
 /// Something in an object that cannot be served as it is written. Prints as one line; everything else goes on.

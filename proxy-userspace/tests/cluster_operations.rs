@@ -1,4 +1,4 @@
-//! What an operator sees of an agent that follows an API server: health (SPEC A2). Needs root.
+//! What an operator sees of an agent that follows an API server: health and metrics (SPEC A2). Needs root.
 
 use std::{
     io::{Read, Write},
@@ -7,16 +7,19 @@ use std::{
     time::{Duration, Instant},
 };
 
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 use shunt_apiserver::{ApiServer, Kind};
-use shunt_lab::{Agent, AgentOptions, Lab};
+use shunt_lab::{Agent, AgentOptions, Lab, PodSpec, Port, Sockets};
 
 /// The fabric, as seen from the nodes.
 const SERVER: &str = "192.168.50.1:6443";
 /// Longest wait for something that should come at once.
 const PATIENCE: Duration = Duration::from_secs(20);
 const HEALTHZ: u16 = 10_256;
+const METRICS: u16 = 10_249;
 const NODE: &str = "node-a";
+const APP: u16 = 8080;
 
 struct World {
     agent: Agent,
@@ -62,6 +65,58 @@ impl World {
         })
     }
 
+    fn scrape(&self) -> Scrape {
+        let (status, head, body) = self.get(Ipv4Addr::LOCALHOST, METRICS, "/metrics").unwrap();
+        assert_eq!(status, 200);
+        assert!(
+            head.contains("\r\ncontent-type: application/openmetrics-text; version=1.0.0"),
+            "{head}"
+        );
+        assert!(body.ends_with("# EOF\n"), "{body}");
+        Scrape(body)
+    }
+
+    /// A Service of both families in front of one pod, `web-1` on the node; its cluster IPs.
+    fn serve_web(&self, spec: Value) -> Vec<IpAddr> {
+        let pod = PodSpec::new("web-1", NODE, &[Port::tcp(APP), Port::udp(APP)]);
+        self.lab.add_pod(&pod).unwrap();
+        self.lab.add_pod(&PodSpec::new("client-1", NODE, &[])).unwrap();
+        let mut service = json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": { "name": "web", "namespace": "default" },
+            "spec": {
+                "ipFamilyPolicy": "PreferDualStack",
+                "ports": [{ "name": "t", "port": 80 }, { "name": "u", "protocol": "UDP", "port": 53 }],
+            },
+        });
+        for (field, value) in spec.as_object().unwrap() {
+            service["spec"][field] = value.clone();
+        }
+        self.api.apply(service);
+        self.set_endpoint(NODE, &Timestamp::now().to_string());
+        let service = self.api.get(Kind::Services, "default", "web").unwrap();
+        let ips = service["spec"]["clusterIPs"].as_array().unwrap().iter();
+        ips.map(|ip| ip.as_str().unwrap().parse().unwrap()).collect()
+    }
+
+    /// Puts `web-1` behind the Service, and says where it is and when that was.
+    fn set_endpoint(&self, node: &str, time: &str) {
+        for (family, ip) in ["IPv4", "IPv6"].iter().zip(self.lab.ips("web-1").unwrap()) {
+            self.api.apply(json!({
+                "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": family,
+                "metadata": {
+                    "name": format!("web-{}", family.to_lowercase()), "namespace": "default",
+                    "labels": { "kubernetes.io/service-name": "web" },
+                    "annotations": { "endpoints.kubernetes.io/last-change-trigger-time": time },
+                },
+                "ports": [
+                    { "name": "t", "protocol": "TCP", "port": APP },
+                    { "name": "u", "protocol": "UDP", "port": APP },
+                ],
+                "endpoints": [{ "addresses": [ip], "nodeName": node }],
+            }));
+        }
+    }
+
     fn status(&self, path: &str) -> Option<u16> {
         Some(self.get(Ipv4Addr::LOCALHOST, HEALTHZ, path)?.0)
     }
@@ -77,6 +132,35 @@ impl World {
             );
             thread::sleep(Duration::from_millis(20));
         }
+    }
+}
+
+/// What `/metrics` says.
+struct Scrape(String);
+
+impl Scrape {
+    /// The value of a sample; 0 when there is none.
+    fn value(&self, sample: &str) -> f64 {
+        let line = self
+            .0
+            .lines()
+            .find_map(|line| line.strip_prefix(sample)?.strip_prefix(' '));
+        line.map_or(0.0, |value| value.parse().unwrap())
+    }
+
+    /// The sum of all samples that begin so.
+    fn sum(&self, prefix: &str) -> f64 {
+        let of = self.0.lines().filter(|line| line.starts_with(prefix));
+        of.map(|line| line.rsplit_once(' ').unwrap().1.parse::<f64>().unwrap())
+            .sum()
+    }
+}
+
+fn wait_until(what: &str, holds: impl Fn() -> bool) {
+    let began = Instant::now();
+    while !holds() {
+        assert!(began.elapsed() < PATIENCE, "{what}");
+        thread::sleep(Duration::from_millis(50));
     }
 }
 
@@ -184,4 +268,145 @@ fn a_port_in_use_is_said_once_and_tried_again() {
         .agent
         .wait_for("--healthz-bind-address: listening on 0.0.0.0:10256 now", PATIENCE)
         .unwrap();
+}
+
+/// A2: connections that were made are counted for their Service, by hook, IPv4 and IPv6, TCP and UDP, and a pod that is
+/// replaced does not take its count with it.
+#[test]
+fn flows_of_a_service_are_counted() {
+    let world = World::start(&[]);
+    let ips = world.serve_web(json!({ "type": "NodePort" }));
+    assert_eq!(ips.len(), 2);
+    let hooked = world.lab.client("client-1", Sockets::Hooked).unwrap();
+    let packets = world.lab.client("client-1", Sockets::Unhooked).unwrap();
+    wait_until("a backend", || hooked.tcp(SocketAddr::new(ips[1], 80)).is_ok());
+    wait_until("a backend", || hooked.tcp(SocketAddr::new(ips[0], 80)).is_ok());
+    let sample = |port: u16, protocol: &str, hook: &str| {
+        format!(
+            "shunt_service_flows_total{{namespace=\"default\",service=\"web\",port=\"{port}\",protocol=\"{protocol}\",hook=\"{hook}\"}}"
+        )
+    };
+    let before = world.scrape();
+    for &ip in &ips {
+        for _ in 0..3 {
+            hooked.tcp(SocketAddr::new(ip, 80)).unwrap();
+        }
+        for _ in 0..2 {
+            packets.tcp(SocketAddr::new(ip, 80)).unwrap();
+        }
+        packets.udp(SocketAddr::new(ip, 53)).unwrap();
+    }
+    let after = world.scrape();
+    let more = |port, protocol: &str, hook: &str| {
+        let sample = sample(port, protocol, hook);
+        after.value(&sample) - before.value(&sample)
+    };
+    assert_eq!(more(80, "TCP", "socket"), 6.0, "{}", after.0);
+    assert_eq!(more(80, "TCP", "tc"), 4.0, "{}", after.0);
+    assert_eq!(more(53, "UDP", "tc"), 2.0, "{}", after.0);
+    for family in ["IPv4", "IPv6"] {
+        assert!(after.sum(&format!("shunt_conntrack_entries{{family=\"{family}\"")) > 0.0);
+    }
+    assert!(after.value("shunt_map_entries{map=\"frontends4\"}") >= 4.0);
+    assert!(after.value("shunt_map_capacity{map=\"flows6\"}") > 1000.0);
+    let tc = "shunt_events_total{event=\"tc_flow\"}";
+    assert_eq!(after.value(tc) - before.value(tc), 6.0);
+
+    // All endpoints leave: what was counted stays.
+    world.api.delete(Kind::EndpointSlices, "default", "web-ipv4");
+    world.api.delete(Kind::EndpointSlices, "default", "web-ipv6");
+    let refused = "shunt_events_total{event=\"no_backend\"}";
+    wait_until("a refusal", || {
+        ips.iter().all(|&ip| hooked.tcp(SocketAddr::new(ip, 80)).is_err()) && world.scrape().value(refused) >= 2.0
+    });
+    let later = world.scrape();
+    assert_eq!(
+        later.value(&sample(80, "TCP", "tc")),
+        after.value(&sample(80, "TCP", "tc"))
+    );
+    world.api.delete(Kind::Services, "default", "web");
+    wait_until("no samples of a Service that is gone", || {
+        !world.scrape().0.contains("service=\"web\"")
+    });
+}
+
+/// A2: what kube-proxy's dashboards and alerts ask for is there by kube-proxy's names, with its buckets, and is true.
+#[test]
+fn kube_proxys_metrics_are_there() {
+    let world = World::start(&[]);
+    world.serve_web(json!({ "internalTrafficPolicy": "Local" }));
+    let count = "kubeproxy_network_programming_duration_seconds_count";
+    wait_until("programming latency", || world.scrape().value(count) >= 2.0);
+    let scrape = world.scrape();
+    assert_eq!(scrape.value("kubeproxy_sync_proxy_rules_endpoint_changes_total"), 2.0);
+    assert_eq!(scrape.value("kubeproxy_sync_proxy_rules_endpoint_changes_pending"), 0.0);
+    assert_eq!(scrape.value("kubeproxy_sync_proxy_rules_service_changes_total"), 1.0);
+    assert_eq!(scrape.value("kubeproxy_sync_proxy_rules_service_changes_pending"), 0.0);
+    for (name, buckets, first, last) in [
+        ("sync_proxy_rules_duration_seconds", 15, "0.001", "16.384"),
+        ("network_programming_duration_seconds", 80, "0.25", "300.0"),
+    ] {
+        let bucket = |bound: &str| format!("kubeproxy_{name}_bucket{{le=\"{bound}\"}}");
+        assert_eq!(
+            scrape.0.matches(&format!("kubeproxy_{name}_bucket")).count(),
+            buckets + 1,
+            "{name}"
+        );
+        for bound in [first, last, "+Inf"] {
+            assert!(scrape.0.contains(&bucket(bound)), "{}", bucket(bound));
+        }
+        let count = scrape.value(&format!("kubeproxy_{name}_count"));
+        assert!(count >= 2.0);
+        assert_eq!(scrape.value(&bucket(last)), count, "within seconds");
+    }
+    let now = Timestamp::now().as_second() as f64;
+    for name in ["last_queued_timestamp_seconds", "last_timestamp_seconds"] {
+        let time = scrape.value(&format!("kubeproxy_sync_proxy_rules_{name}"));
+        assert!((now - time).abs() < 60.0, "{name}: {time}");
+    }
+
+    // A pod on another node is no local endpoint, and a change of a minute ago took a minute.
+    let policy = "kubeproxy_sync_proxy_rules_no_local_endpoints_total{traffic_policy=\"internal\"}";
+    assert_eq!(scrape.value(policy), 0.0);
+    let long_ago = Timestamp::now() - SignedDuration::from_secs(90);
+    world.set_endpoint("node-b", &long_ago.to_string());
+    wait_until("no local endpoint", || world.scrape().value(policy) == 1.0);
+    wait_until("two more", || world.scrape().value(count) == scrape.value(count) + 2.0);
+    let sum = "kubeproxy_network_programming_duration_seconds_sum";
+    let more = world.scrape().value(sum) - scrape.value(sum);
+    assert!((180.0..240.0).contains(&more), "{more}");
+
+    // The same objects with another time of change: nothing was programmed.
+    world.set_endpoint("node-b", &Timestamp::now().to_string());
+    world.wait_for_status("/healthz", Some(200));
+    assert_eq!(world.scrape().value(count), scrape.value(count) + 2.0);
+    world.status("/livez");
+    let scrape = world.scrape();
+    assert!(scrape.value("kubeproxy_proxy_healthz_total{code=\"200\"}") >= 1.0);
+    assert!(scrape.value("kubeproxy_proxy_livez_total{code=\"200\"}") >= 1.0);
+    assert!(
+        scrape.value(&format!(
+            "rest_client_requests_total{{code=\"200\",method=\"GET\",host=\"{SERVER}\"}}"
+        )) >= 3.0
+    );
+    assert_eq!(scrape.value("shunt_agent_live"), 1.0);
+    assert!(scrape.value("process_resident_memory_bytes") > 1e6);
+    assert!(scrape.value("process_cpu_seconds_total") > 0.0);
+    assert!((now - scrape.value("process_start_time_seconds")).abs() < 120.0);
+    assert!(
+        scrape
+            .0
+            .contains(concat!("shunt_build_info{version=\"", env!("CARGO_PKG_VERSION"), "\""))
+    );
+
+    let text = |path| {
+        world
+            .get(Ipv4Addr::LOCALHOST, METRICS, path)
+            .map(|(status, _, body)| (status, body))
+    };
+    assert_eq!(text("/healthz"), Some((200, "ok".to_owned())));
+    assert_eq!(text("/proxyMode"), Some((200, "shunt".to_owned())));
+    assert_eq!(text("/debug/pprof/").unwrap().0, 404);
+    let [node_ip, _] = world.lab.node_ips(NODE).unwrap();
+    assert!(world.get(node_ip, METRICS, "/metrics").is_none(), "on loopback only");
 }

@@ -7,12 +7,12 @@
 //! The agent ends at SIGTERM or SIGINT and leaves the datapath attached: `shunt cleanup` takes that away.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet},
     future::pending,
     io::{self, IsTerminal},
     net::IpAddr,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::Context;
@@ -40,6 +40,7 @@ use crate::{
     gc::{self, Collector, Walk},
     health::Health,
     healthcheck::HealthChecks,
+    metrics::{self, Exporter, Metrics},
     model::Model,
     object::{Event, NodeFacts, ObjectName},
     source::{kubernetes, manifests, queue::Queue},
@@ -123,16 +124,22 @@ async fn serve(settings: Settings, begin: Instant) -> anyhow::Result<()> {
     node::config(&node_settings(&settings, &[]), maps.v4.snat.capacity())?;
 
     let health = Health::default();
+    let metrics = Metrics::default();
     if syncer.counts().0 > 0 {
         health.takes_over();
     }
     // End with this value.
     let mut servers = JoinSet::new();
     if let Some(address) = settings.healthz_bind_address {
-        servers.spawn(admin::serve_health(address, health.clone()));
+        servers.spawn(admin::serve_health(address, health.clone(), metrics.clone()));
+    }
+    if let Some(address) = settings.metrics_bind_address {
+        let exporter = Exporter::new(&metrics, health.clone(), maps.clone());
+        servers.spawn(admin::serve_metrics(address, exporter));
     }
 
-    let (mut source, mut events) = spawn_source(&settings, &node_name, health.clone());
+    let (tx, mut events) = mpsc::channel(QUEUE);
+    let mut source = spawn_source(&settings, &node_name, Queue::new(tx, health.clone(), metrics.clone()));
     let configured = NodeFacts {
         name: node_name.as_str().into(),
         zone: None,
@@ -149,6 +156,8 @@ async fn serve(settings: Settings, begin: Instant) -> anyhow::Result<()> {
         pending: BTreeSet::new(),
         errors: HashMap::new(),
         live: None,
+        lack_local: Default::default(),
+        metrics: metrics.clone(),
         checks: HealthChecks::new(health.clone()),
         settings,
         datapath,
@@ -162,12 +171,20 @@ async fn serve(settings: Settings, begin: Instant) -> anyhow::Result<()> {
             batch = events.recv() => match batch {
                 Some(batch) => {
                     let was_live = agent.live.is_some();
+                    let changes = metrics::count_changes(&batch);
+                    let triggers: Vec<SystemTime> = batch.iter().filter_map(Event::triggered).collect();
+                    let began = Instant::now();
                     let freed = agent.take(batch).await?;
                     if freed {
                         retry = slots::GRACE;
                     }
                     health.set_node_leaves(agent.model.node().leaves);
                     health.programmed();
+                    metrics.programmed(changes, began.elapsed().as_secs_f64());
+                    for time in triggers {
+                        // The clocks of two machines may differ.
+                        metrics.network_programmed(time.elapsed().unwrap_or_default().as_secs_f64());
+                    }
                     if let (false, Some(live)) = (was_live, &agent.live) {
                         health.goes_live();
                         let (services, backends) = agent.syncer.counts();
@@ -215,6 +232,9 @@ struct Agent {
     errors: HashMap<ObjectName, String>,
     /// `None` until the source has told everything.
     live: Option<Live>,
+    metrics: Metrics,
+    /// Services whose endpoints are all elsewhere, by internal and external traffic policy `Local`.
+    lack_local: [HashSet<ObjectName>; 2],
     checks: HealthChecks,
 }
 
@@ -245,6 +265,7 @@ impl Agent {
         }
         for problem in self.model.take_problems() {
             warn!("{problem}");
+            self.metrics.problem(&problem.kind);
         }
         if !self.model.is_complete() {
             return Ok(false);
@@ -277,15 +298,25 @@ impl Agent {
                 self.bring(name);
             }
         }
+        self.metrics
+            .set_no_local_endpoints(self.lack_local.each_ref().map(HashSet::len));
+        self.metrics.set_unprogrammed(self.syncer.failed().len());
         freed
     }
 
     fn bring(&mut self, name: &ObjectName) -> bool {
         self.checks.set(name, self.model.health_check(name).as_ref());
+        for (lacking, lacks) in self.lack_local.iter_mut().zip(self.model.lacks_local_endpoints(name)) {
+            match lacks {
+                true => drop(lacking.insert(name.clone())),
+                false => drop(lacking.remove(name)),
+            }
+        }
         match self.syncer.apply(&self.model.plan(name)) {
             Ok(applied) => {
                 for warning in &applied.warnings {
                     warn!("Service {name}: {warning}");
+                    self.metrics.problem("Service");
                 }
                 if self.errors.remove(name).is_some() {
                     info!("Service {name}: wholly in the maps now");
@@ -297,6 +328,7 @@ impl Agent {
                 let text = error.to_string();
                 if self.errors.get(name) != Some(&text) {
                     warn!("{text}");
+                    self.metrics.problem("Service");
                     self.errors.insert(name.clone(), text);
                 }
                 false
@@ -404,13 +436,9 @@ fn node_name(settings: &Settings) -> anyhow::Result<String> {
     Ok(name.trim().to_lowercase())
 }
 
-type Source = (JoinHandle<anyhow::Result<()>>, mpsc::Receiver<Vec<Event>>);
-
-fn spawn_source(settings: &Settings, node_name: &str, health: Health) -> Source {
-    let (tx, rx) = mpsc::channel(QUEUE);
-    let tx = Queue::new(tx, health);
+fn spawn_source(settings: &Settings, node_name: &str, tx: Queue) -> JoinHandle<anyhow::Result<()>> {
     let node_name = node_name.to_owned();
-    let task = if settings.manifests.is_empty() {
+    if settings.manifests.is_empty() {
         let config = kubernetes::Config {
             kubeconfig: settings.kubeconfig.clone(),
             node_name,
@@ -426,8 +454,7 @@ fn spawn_source(settings: &Settings, node_name: &str, health: Health) -> Source 
             node_name,
         };
         tokio::spawn(manifests::Manifests::new(config).run(tx))
-    };
-    (task, rx)
+    }
 }
 
 fn node_settings(settings: &Settings, addresses: &[IpAddr]) -> NodeSettings {

@@ -9,6 +9,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     sync::Arc,
+    time::SystemTime,
 };
 
 use ipnet::IpNet;
@@ -18,6 +19,7 @@ use k8s_openapi::{
         discovery::v1::EndpointSlice,
     },
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
+    jiff::Timestamp,
 };
 
 use crate::object::{self, NodeFacts, ObjectName, Problem, Protocol, ServicePort, TrafficPolicy};
@@ -30,6 +32,8 @@ pub const LABEL_HEADLESS: &str = "service.kubernetes.io/headless";
 pub const LABEL_SERVICE: &str = "kubernetes.io/service-name";
 /// Label of a Node that names its zone.
 pub const LABEL_ZONE: &str = "topology.kubernetes.io/zone";
+/// Annotation of a slice: RFC 3339 time of what changed it.
+pub const ANNOTATION_TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 /// Taint of a Node that the cluster autoscaler is about to delete (KEP 3836).
 pub const TAINT_TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
 
@@ -79,6 +83,12 @@ fn left_alone(meta: &ObjectMeta) -> bool {
     meta.labels
         .as_ref()
         .is_some_and(|labels| labels.contains_key(LABEL_SERVICE_PROXY) || labels.contains_key(LABEL_HEADLESS))
+}
+
+/// When the change of a pod or Service happened that an EndpointSlice tells of, as the endpoint slice controller notes it.
+pub fn triggered(meta: &ObjectMeta) -> Option<SystemTime> {
+    let text = meta.annotations.as_ref()?.get(ANNOTATION_TRIGGER_TIME)?;
+    Some(text.parse::<Timestamp>().ok()?.into())
 }
 
 /// Turns the label [`LABEL_SERVICE_PROXY`] into what [`service`] and [`slice`] look at, when this proxy has a name itself: its

@@ -10,7 +10,7 @@ use std::{
     hash::{Hash, Hasher},
     path::PathBuf,
     sync::Arc,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use k8s_openapi::{
@@ -86,7 +86,7 @@ impl Kubernetes {
             !node_name.is_empty(),
             "the own Node has no name: give --node-name (in a pod: from spec.nodeName)"
         );
-        let connection = Arc::new(Connection::new(kubeconfig.as_deref()).await?);
+        let connection = Arc::new(Connection::new(kubeconfig.as_deref(), tx.metrics().clone()).await?);
         let ours = match &proxy_name {
             None => format!("!{},!{}", convert::LABEL_HEADLESS, convert::LABEL_SERVICE_PROXY),
             Some(name) => format!("!{},{}={name}", convert::LABEL_HEADLESS, convert::LABEL_SERVICE_PROXY),
@@ -127,6 +127,7 @@ impl Kubernetes {
             }
             for problem in state.problems.drain(..) {
                 tracing::warn!("{problem}");
+                tx.metrics().problem(&problem.kind);
             }
             if std::mem::take(&mut state.node_is_missing) {
                 // Not here: the lists go on meanwhile.
@@ -252,6 +253,8 @@ struct Slim<T> {
     /// `None`: nothing to yield of it, as if it were not there.
     value: Option<T>,
     problems: Vec<Problem>,
+    /// When what happened that the object tells of, if it says so.
+    triggered: Option<SystemTime>,
 }
 
 fn slim<K, T>(mut raw: K, proxy_name: Option<&str>, convert: impl FnOnce(&K, &mut Vec<Problem>) -> Option<T>) -> Slim<T>
@@ -271,6 +274,7 @@ where
         ),
         value,
         problems,
+        triggered: convert::triggered(meta),
     }
 }
 
@@ -287,8 +291,17 @@ impl State {
                 self.services.apply(told, yields, problems);
             }
             Change::Slice(told) => {
+                let before = events.len();
                 let yields = |slice: Result<_, _>| events.push(slice.map_or_else(Event::SliceGone, Event::Slice));
+                // Of a list nobody knows how long its objects were there.
+                let triggered = match &told {
+                    Told::Changed(slice) if self.complete => slice.triggered,
+                    _ => None,
+                };
                 self.slices.apply(told, yields, problems);
+                if let (true, Some(time)) = (events.len() > before, triggered) {
+                    events.push(Event::Triggered(time));
+                }
             }
             Change::Node(told) => {
                 let yields = |node: Result<_, ObjectName>| events.push(node.map_or(Event::NodeGone, Event::Node));

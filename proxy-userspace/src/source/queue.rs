@@ -2,24 +2,35 @@
 
 use tokio::sync::mpsc;
 
-use crate::{health::Health, object::Event};
+use crate::{health::Health, metrics::Metrics, object::Event};
 
 /// Batches of events that wait to be brought into the maps; notes since when they do.
 #[derive(Clone, Debug)]
 pub struct Queue {
     sender: mpsc::Sender<Vec<Event>>,
     health: Health,
+    metrics: Metrics,
 }
 
 impl Queue {
-    /// Sends to the channel's receiver, which says [`Health::programmed`] after every batch.
-    pub fn new(sender: mpsc::Sender<Vec<Event>>, health: Health) -> Self {
-        Self { sender, health }
+    /// Sends to the channel's receiver, which says [`Health::programmed`] and [`Metrics::programmed`] after every batch.
+    pub fn new(sender: mpsc::Sender<Vec<Event>>, health: Health, metrics: Metrics) -> Self {
+        Self {
+            sender,
+            health,
+            metrics,
+        }
+    }
+
+    /// Where the agent counts.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
     }
 
     /// Queues a batch as soon as there is room; says whether anybody will take it out.
     pub async fn send(&self, events: Vec<Event>) -> bool {
         self.health.queued();
+        self.metrics.queued(&events);
         self.sender.send(events).await.is_ok()
     }
 
@@ -32,6 +43,6 @@ impl Queue {
 impl From<mpsc::Sender<Vec<Event>>> for Queue {
     /// For those who do not ask how long a batch has waited.
     fn from(sender: mpsc::Sender<Vec<Event>>) -> Self {
-        Self::new(sender, Health::default())
+        Self::new(sender, Health::default(), Metrics::default())
     }
 }

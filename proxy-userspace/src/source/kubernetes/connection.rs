@@ -12,6 +12,7 @@ use kube::{
 use tokio::time::timeout;
 
 use super::failure::{Failure, Status};
+use crate::metrics::Metrics;
 
 /// How long an answer may take until its first byte. The server itself gives up after a minute.
 const ANSWER: Duration = Duration::from_secs(60);
@@ -26,6 +27,7 @@ pub(super) struct Connection {
     current: std::sync::RwLock<(Client, String)>,
     /// Rings when the server answers.
     answers: tokio::sync::Notify,
+    metrics: Metrics,
 }
 
 impl Connection {
@@ -33,11 +35,12 @@ impl Connection {
     ///
     /// # Errors
     /// A configuration that cannot be used.
-    pub(super) async fn new(kubeconfig: Option<&Path>) -> anyhow::Result<Self> {
+    pub(super) async fn new(kubeconfig: Option<&Path>, metrics: Metrics) -> anyhow::Result<Self> {
         Ok(Self {
             kubeconfig: kubeconfig.map(Path::to_owned),
             current: std::sync::RwLock::new(read(kubeconfig).await?),
             answers: tokio::sync::Notify::new(),
+            metrics,
         })
     }
 
@@ -79,8 +82,14 @@ impl Connection {
             cause,
         };
         let client = self.client();
-        let answer = timeout(ANSWER, client.send(request.map(Body::from)))
-            .await
+        let method = request.method().clone();
+        let answer = timeout(ANSWER, client.send(request.map(Body::from))).await;
+        let code = answer.as_ref().ok().and_then(|answer| answer.as_ref().ok());
+        let code = code.map(|answer| answer.status().as_u16());
+        let server = self.server();
+        let host = server.split_once("://").map_or(&*server, |(_, host)| host);
+        self.metrics.requested(method.as_str(), host, code);
+        let answer = answer
             .map_err(|_| unreachable(format!("no answer within {ANSWER:?}")))?
             .map_err(|error| unreachable(root_cause(&error)))?;
         if answer.status().is_success() {

@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 use shunt_apiserver::{ApiServer, Gone, Kind, Refusal, Streaming};
 
 use super::*;
+use crate::metrics::Metrics;
 use crate::model::Model;
 
 /// A change that the server tells at once is here at once; this is for those that take attempts.
@@ -474,7 +475,9 @@ async fn node_facts_follow_the_node() {
 async fn a_node_that_is_not_there_is_named_with_those_that_are() {
     let server = ApiServer::start().unwrap();
     server.apply_all((0..12).map(|number| node(&format!("node-{number:02}"))));
-    let connection = Connection::new(Some(&server.kubeconfig())).await.unwrap();
+    let connection = Connection::new(Some(&server.kubeconfig()), Metrics::default())
+        .await
+        .unwrap();
     let message = missing_node(&connection.client(), "node-a").await;
     let names: Vec<String> = (0..10).map(|number| format!("node-{number:02}")).collect();
     assert_eq!(
@@ -572,7 +575,9 @@ async fn a_configuration_that_cannot_be_used_is_named() {
 #[tokio::test]
 async fn failures_say_what_to_do() {
     let server = server();
-    let connection = Connection::new(Some(&server.kubeconfig())).await.unwrap();
+    let connection = Connection::new(Some(&server.kubeconfig()), Metrics::default())
+        .await
+        .unwrap();
     let ask = async || {
         let request = kube::core::Request::new("/api/v1/services");
         let answer = connection.send(request.list(&ListParams::default()).unwrap()).await;
@@ -605,7 +610,9 @@ async fn a_foreign_certificate_is_named() {
     // The other's authority.
     let ca = |server: &ApiServer| server.kubeconfig().with_file_name("ca.crt");
     std::fs::copy(ca(&other), ca(&server)).unwrap();
-    let connection = Connection::new(Some(&server.kubeconfig())).await.unwrap();
+    let connection = Connection::new(Some(&server.kubeconfig()), Metrics::default())
+        .await
+        .unwrap();
     let request = kube::core::Request::new("/api/v1/services");
     let answer = connection.send(request.list(&ListParams::default()).unwrap()).await;
     let (what, advice) = answer.unwrap_err().explain("services");

@@ -1,0 +1,180 @@
+//! What the maps and counters of the datapath hold, read at every scrape.
+
+use std::{
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric},
+    metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
+};
+use shunt_common::layout::names;
+
+use super::flows::{HOOKS, Totals};
+use crate::{
+    datapath::maps::{Maps, Usage},
+    health::Health,
+};
+
+/// The datapath of one agent.
+pub(super) struct Kernel {
+    maps: Arc<Maps>,
+    health: Health,
+    totals: Mutex<Totals>,
+}
+
+impl fmt::Debug for Kernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "maps under {}", self.maps.root().display())
+    }
+}
+
+impl Kernel {
+    pub(super) fn new(maps: Arc<Maps>, health: Health) -> Self {
+        Self {
+            maps,
+            health,
+            totals: Mutex::default(),
+        }
+    }
+
+    fn encode_health(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
+        let seconds = |time: Option<SystemTime>| {
+            let since = time.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+            ConstGauge::new(since.map_or(0.0, |since| since.as_secs_f64()))
+        };
+        let truth = |is: bool| ConstGauge::new(f64::from(u8::from(is)));
+        for (name, help, value) in [
+            (
+                "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds",
+                "When a change last came from the source, seconds since 1970.",
+                seconds(self.health.last_queued()),
+            ),
+            (
+                "kubeproxy_sync_proxy_rules_last_timestamp_seconds",
+                "When changes were last brought into the maps, seconds since 1970.",
+                seconds(self.health.last_programmed()),
+            ),
+            (
+                "shunt_agent_live",
+                "Whether the maps hold all there is and the programs are attached by this agent.",
+                truth(self.health.is_live()),
+            ),
+            (
+                "shunt_node_leaving",
+                "Whether the Node is being taken out of the cluster.",
+                truth(!self.health.node_stays()),
+            ),
+        ] {
+            value.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)?;
+        }
+        Ok(())
+    }
+
+    fn encode_maps(&self, encoder: &mut DescriptorEncoder, usage: &[Usage]) -> fmt::Result {
+        let entries = usage.iter().map(|usage| ([("map", usage.map)], usage.entries));
+        gauges(encoder, "shunt_map_entries", "Entries of a BPF map in use.", entries)?;
+        let capacities = usage
+            .iter()
+            .map(|usage| ([("map", usage.map)], u64::from(usage.capacity)));
+        gauges(
+            encoder,
+            "shunt_map_capacity",
+            "Most entries of a BPF map; a full connection table gives up its oldest.",
+            capacities,
+        )?;
+        let tables = [("unanswered", names::NEW_FLOWS), ("answered", names::FLOWS)];
+        let flows = tables.iter().flat_map(|&(table, maps)| {
+            ["IPv4", "IPv6"].into_iter().zip(maps).filter_map(move |(family, map)| {
+                let usage = usage.iter().find(|usage| usage.map == map)?;
+                Some(([("family", family), ("table", table)], usage.entries))
+            })
+        });
+        gauges(
+            encoder,
+            "shunt_conntrack_entries",
+            "Flows in the connection tables.",
+            flows,
+        )
+    }
+
+    /// New flows by Service port and hook; a Service that nobody has dialled yet has no sample.
+    fn encode_services(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
+        let mut totals = self.totals.lock().unwrap_or_else(PoisonError::into_inner);
+        let totals = match totals.read(&self.maps) {
+            Ok(totals) => totals,
+            Err(error) => {
+                tracing::warn!("metrics: {error}");
+                return Ok(());
+            }
+        };
+        let samples = totals.iter().flat_map(|(port, flows)| {
+            HOOKS.iter().zip(flows).map(move |(&hook, &flows)| {
+                let labels = [
+                    ("namespace", port.service.namespace.to_string()),
+                    ("service", port.service.name.to_string()),
+                    ("port", port.port.to_string()),
+                    ("protocol", port.protocol.to_string()),
+                    ("hook", hook.to_owned()),
+                ];
+                (labels, flows)
+            })
+        });
+        counters(
+            encoder,
+            "shunt_service_flows",
+            "New flows to backends of a Service port, by the hook that chose the backend.",
+            samples,
+        )
+    }
+}
+
+impl Collector for Kernel {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
+        self.encode_health(&mut encoder)?;
+        // What cannot be read leaves the rest.
+        match self.maps.usage() {
+            Ok(usage) => self.encode_maps(&mut encoder, &usage)?,
+            Err(error) => tracing::warn!("metrics: {error}"),
+        }
+        match self.maps.events() {
+            Ok(events) => {
+                let events = events.iter().map(|(event, n)| ([("event", event.name())], *n));
+                let help = "What the datapath counts, drops and refusals by their reason.";
+                counters(&mut encoder, "shunt_events", help, events)?;
+            }
+            Err(error) => tracing::warn!("metrics: {error}"),
+        }
+        self.encode_services(&mut encoder)
+    }
+}
+
+fn gauges<L: EncodeLabelSet>(
+    encoder: &mut DescriptorEncoder,
+    name: &str,
+    help: &str,
+    samples: impl Iterator<Item = (L, u64)>,
+) -> fmt::Result {
+    let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+    for (labels, value) in samples {
+        ConstGauge::new(value).encode(family.encode_family(&labels)?)?;
+    }
+    Ok(())
+}
+
+/// `name` without `_total`, which is added.
+fn counters<L: EncodeLabelSet>(
+    encoder: &mut DescriptorEncoder,
+    name: &str,
+    help: &str,
+    samples: impl Iterator<Item = (L, u64)>,
+) -> fmt::Result {
+    let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+    for (labels, value) in samples {
+        ConstCounter::new(value).encode(family.encode_family(&labels)?)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,274 @@
+//! What Prometheus scrapes: kube-proxy's metrics where the meaning is the same, and the datapath's own.
+//!
+//! The agent counts and times its own work in [`Metrics`], which costs it a few atomic additions. All else is read when somebody
+//! asks: the maps ([`kernel`]), what Services got ([`flows`]), and the process ([`process`]).
+//!
+//! kube-proxy's names: `pkg/proxy/metrics/metrics.go`. It calls a gauge `…_total` once, and so does this.
+
+pub mod flows;
+pub mod kernel;
+pub mod process;
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use prometheus_client::{
+    encoding::{EncodeLabelSet, text},
+    metrics::{
+        counter::Counter,
+        family::Family,
+        gauge::Gauge,
+        histogram::{Histogram, exponential_buckets, linear_buckets},
+        info::Info,
+    },
+    registry::Registry,
+};
+use shunt_common::layout::LAYOUT_VERSION;
+
+use crate::{datapath::maps::Maps, health::Health, object::Event};
+
+/// Media type of what [`Exporter::scrape`] returns.
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// `code` of an HTTP answer.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Code {
+    code: u16,
+}
+
+/// As client-go labels its requests.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Request {
+    code: String,
+    method: String,
+    host: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Policy {
+    traffic_policy: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Kind {
+    kind: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Build {
+    version: &'static str,
+    layout: u32,
+}
+
+/// Changes of objects of one kind.
+#[derive(Clone, Debug, Default)]
+struct Changes {
+    total: Counter,
+    pending: Gauge,
+}
+
+/// What the agent counts and times of its own work; clones share the values.
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    sync_duration: Histogram,
+    programming_duration: Histogram,
+    services: Changes,
+    endpoints: Changes,
+    no_local_endpoints: Family<Policy, Gauge>,
+    healthz: Family<Code, Counter>,
+    livez: Family<Code, Counter>,
+    requests: Family<Request, Counter>,
+    problems: Family<Kind, Counter>,
+    unprogrammed: Gauge,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        // kube-proxy's buckets.
+        let programming = linear_buckets(0.25, 0.25, 2)
+            .chain(linear_buckets(1.0, 1.0, 59))
+            .chain(linear_buckets(60.0, 5.0, 12))
+            .chain(linear_buckets(120.0, 30.0, 7));
+        Self {
+            sync_duration: Histogram::new(exponential_buckets(0.001, 2.0, 15)),
+            programming_duration: Histogram::new(programming),
+            services: Changes::default(),
+            endpoints: Changes::default(),
+            no_local_endpoints: Family::default(),
+            healthz: Family::default(),
+            livez: Family::default(),
+            requests: Family::default(),
+            problems: Family::default(),
+            unprogrammed: Gauge::default(),
+        }
+    }
+}
+
+/// How many changes a batch holds, of Services and of endpoint slices.
+pub fn count_changes(batch: &[Event]) -> (u64, u64) {
+    let services = |event: &&Event| matches!(event, Event::Service(_) | Event::ServiceGone(_));
+    let slices = |event: &&Event| matches!(event, Event::Slice(_) | Event::SliceGone(_));
+    let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
+    (
+        count(batch.iter().filter(services).count()),
+        count(batch.iter().filter(slices).count()),
+    )
+}
+
+impl Metrics {
+    /// A batch waits to be brought into the maps.
+    pub fn queued(&self, batch: &[Event]) {
+        let (services, endpoints) = count_changes(batch);
+        for (changes, n) in [(&self.services, services), (&self.endpoints, endpoints)] {
+            changes.total.inc_by(n);
+            changes.pending.inc_by(n.cast_signed());
+        }
+    }
+
+    /// So many changes of Services and slices are in the maps, which took so many seconds.
+    pub fn programmed(&self, (services, endpoints): (u64, u64), seconds: f64) {
+        self.services.pending.dec_by(services.cast_signed());
+        self.endpoints.pending.dec_by(endpoints.cast_signed());
+        self.sync_duration.observe(seconds);
+    }
+
+    /// So many seconds lay between a change in the cluster and its being in the maps.
+    pub fn network_programmed(&self, seconds: f64) {
+        self.programming_duration.observe(seconds);
+    }
+
+    /// So many Services with `internalTrafficPolicy` and with `externalTrafficPolicy: Local` have endpoints, and none here.
+    pub fn set_no_local_endpoints(&self, [internal, external]: [usize; 2]) {
+        for (traffic_policy, count) in [("internal", internal), ("external", external)] {
+            let count = i64::try_from(count).unwrap_or(i64::MAX);
+            self.no_local_endpoints
+                .get_or_create(&Policy { traffic_policy })
+                .set(count);
+        }
+    }
+
+    /// `/healthz` was answered.
+    pub fn answered_healthz(&self, code: u16) {
+        self.healthz.get_or_create(&Code { code }).inc();
+    }
+
+    /// `/livez` was answered.
+    pub fn answered_livez(&self, code: u16) {
+        self.livez.get_or_create(&Code { code }).inc();
+    }
+
+    /// The API server has answered a request; `<error>` in place of a code when it has not, as client-go has it.
+    pub fn requested(&self, method: &str, host: &str, code: Option<u16>) {
+        let labels = Request {
+            code: code.map_or_else(|| "<error>".to_owned(), |code| code.to_string()),
+            method: method.to_owned(),
+            host: host.to_owned(),
+        };
+        self.requests.get_or_create(&labels).inc();
+    }
+
+    /// Something in an object of this kind cannot be served.
+    pub fn problem(&self, kind: &str) {
+        let kind = kind.to_owned();
+        self.problems.get_or_create(&Kind { kind }).inc();
+    }
+
+    /// So many Services are not wholly in the maps.
+    pub fn set_unprogrammed(&self, services: usize) {
+        self.unprogrammed.set(i64::try_from(services).unwrap_or(i64::MAX));
+    }
+
+    fn register(&self, registry: &mut Registry) {
+        // Zeros say more than nothing.
+        self.set_no_local_endpoints([0, 0]);
+        for code in [200, 503] {
+            drop(self.healthz.get_or_create(&Code { code }));
+            drop(self.livez.get_or_create(&Code { code }));
+        }
+        for kind in ["Service", "EndpointSlice"] {
+            let kind = kind.to_owned();
+            drop(self.problems.get_or_create(&Kind { kind }));
+        }
+        let kube_proxy = registry.sub_registry_with_prefix("kubeproxy");
+        kube_proxy.register(
+            "sync_proxy_rules_duration_seconds",
+            "Time to bring a batch of changes into the maps",
+            self.sync_duration.clone(),
+        );
+        kube_proxy.register(
+            "network_programming_duration_seconds",
+            "Time from a change of a pod or Service to its being in the maps",
+            self.programming_duration.clone(),
+        );
+        for (name, what, changes) in [
+            ("service", "Services", &self.services),
+            ("endpoint", "endpoint slices", &self.endpoints),
+        ] {
+            kube_proxy.register(
+                format!("sync_proxy_rules_{name}_changes"),
+                format!("Changes of {what}"),
+                changes.total.clone(),
+            );
+            kube_proxy.register(
+                format!("sync_proxy_rules_{name}_changes_pending"),
+                format!("Changes of {what} that are not in the maps yet"),
+                changes.pending.clone(),
+            );
+        }
+        kube_proxy.register(
+            "sync_proxy_rules_no_local_endpoints_total",
+            "Services with a Local traffic policy that have endpoints, and none on this node",
+            self.no_local_endpoints.clone(),
+        );
+        kube_proxy.register("proxy_healthz", "Answers of /healthz", self.healthz.clone());
+        kube_proxy.register("proxy_livez", "Answers of /livez", self.livez.clone());
+        registry.register(
+            "rest_client_requests",
+            "Requests to the API server",
+            self.requests.clone(),
+        );
+        let own = registry.sub_registry_with_prefix("shunt");
+        own.register(
+            "object_problems",
+            "Fields of objects that could not be served as they are written",
+            self.problems.clone(),
+        );
+        own.register(
+            "unprogrammed_services",
+            "Services that are not wholly in the maps",
+            self.unprogrammed.clone(),
+        );
+        own.register(
+            "build",
+            "Version of the agent and of the layout of its maps",
+            Info::new(Build {
+                version: env!("CARGO_PKG_VERSION"),
+                layout: LAYOUT_VERSION,
+            }),
+        );
+    }
+}
+
+/// All metrics of an agent; clones share it.
+#[derive(Clone, Debug)]
+pub struct Exporter(Arc<Mutex<Registry>>);
+
+impl Exporter {
+    /// Of an agent that counts in `metrics` and programs `maps`.
+    pub fn new(metrics: &Metrics, health: Health, maps: Arc<Maps>) -> Self {
+        let mut registry = Registry::default();
+        metrics.register(&mut registry);
+        registry.register_collector(Box::new(kernel::Kernel::new(maps, health)));
+        registry.register_collector(Box::new(process::Process));
+        Self(Arc::new(Mutex::new(registry)))
+    }
+
+    /// Everything, as OpenMetrics has it ([`CONTENT_TYPE`]). Reads all maps, one scrape at a time: not for async threads.
+    pub fn scrape(&self) -> String {
+        let mut text = String::new();
+        let registry = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // Strings take whatever is written.
+        let written = text::encode(&mut text, &registry);
+        debug_assert!(written.is_ok());
+        text
+    }
+}
