@@ -26,3 +26,4 @@ pub mod object;
 pub mod plan;
 pub mod source;
 pub mod sync;
+mod yaml;

@@ -108,17 +108,19 @@ impl Node {
     }
 
     fn start(&self, more: &[&str]) -> Agent {
-        let mut command = self.command();
-        command
-            .args(["run", "--node-name", "node-a", "--manifests"])
-            .arg(self.manifests.path())
-            .arg("--bpf-root")
-            .arg(&self.bpf_root)
-            .arg("--cgroup-root")
-            .arg(&self.cgroup)
-            .args(["--max-flows", "1024", "--max-new-flows", "1024", "--max-snat", "20000"])
-            .args(more);
-        let mut child = command
+        let [manifests, bpf_root, cgroup] =
+            [self.manifests.path(), &self.bpf_root, &self.cgroup].map(|path| path.display().to_string());
+        let source = ["--node-name", "node-a", "--manifests", &manifests];
+        let places = ["--bpf-root", &bpf_root, "--cgroup-root", &cgroup];
+        let small = ["--max-flows", "1024", "--max-new-flows", "1024", "--max-snat", "20000"];
+        self.start_with(&[&source[..], &places, &small, more].concat())
+    }
+
+    fn start_with(&self, args: &[&str]) -> Agent {
+        let mut child = self
+            .command()
+            .arg("run")
+            .args(args)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
@@ -512,4 +514,169 @@ fn settings_that_cannot_be_end_the_agent_with_one_line() {
         );
         assert!(output.stdout.is_empty(), "{more:?}");
     }
+}
+
+const CONFIGURATION: &str = "\
+apiVersion: kubeproxy.config.k8s.io/v1alpha1
+kind: KubeProxyConfiguration
+bindAddress: 192.0.2.1
+hostnameOverride: node-a
+healthzBindAddress: 192.0.2.1:11256
+mode: nftables
+nodePortAddresses: [192.0.2.0/24]
+---
+apiVersion: shunt.dev/v1alpha1
+kind: ShuntConfiguration
+manifests: [MANIFESTS]
+bpfRoot: BPF_ROOT
+cgroupRoot: CGROUP
+capacities: {flows: 1024, newFlows: 1024, snat: 20000}
+xdp: off
+";
+
+#[test]
+fn a_configuration_file_is_all_that_an_agent_needs() {
+    let node = Node::new();
+    node.manifest("web.yaml", SERVICE);
+    node.manifest("pod1.yaml", &pod(1));
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("config.yaml");
+    let text = CONFIGURATION
+        .replace("MANIFESTS", &node.manifests.path().display().to_string())
+        .replace("BPF_ROOT", &node.bpf_root.display().to_string())
+        .replace("CGROUP", &node.cgroup.display().to_string());
+    fs::write(&config, text).unwrap();
+
+    let dump = |config: &Path| {
+        let output = node
+            .command()
+            .args(["run", "--dump-config", "--config"])
+            .arg(config)
+            .output()
+            .unwrap();
+        assert_eq!(
+            output.status.code(),
+            Some(0),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        (
+            String::from_utf8(output.stdout).unwrap(),
+            String::from_utf8(output.stderr).unwrap(),
+        )
+    };
+    let (dumped, warnings) = dump(&config);
+    let unused = "KubeProxyConfiguration: shunt has no use for mode: ignored";
+    assert!(
+        warnings.contains(unused) && warnings.trim().lines().count() == 1,
+        "{warnings}"
+    );
+    let again = folder.path().join("again.yaml");
+    fs::write(&again, &dumped).unwrap();
+    assert_eq!(dump(&again), (dumped, String::new()));
+
+    let agent = node.start_with(&["--config", &config.display().to_string()]);
+    agent.ready();
+    assert!(agent.log().contains(unused), "{}", agent.log());
+    assert_eq!(node.dial("10.96.0.10", 80).as_deref(), Some("pod1"));
+    assert_eq!(node.dial("192.0.2.1", 30080).as_deref(), Some("pod1"));
+    assert_eq!(
+        node.dial("2001:db8::1", 30080),
+        None,
+        "nodePortAddresses has no such address"
+    );
+    let healthz =
+        "exec 3<>/dev/tcp/192.0.2.1/11256; printf 'GET /healthz HTTP/1.0\\r\\n\\r\\n' >&3; grep -q '200 OK' <&3";
+    sh(&format!(
+        "nsenter --net=/run/netns/{} timeout 5 bash -ec \"{healthz}\"",
+        node.name
+    ));
+    let status = node.json(&["status"]);
+    let links = status["links"].as_array().unwrap();
+    assert!(links.iter().all(|link| link["program"] != "xdp_node"), "{status}");
+}
+
+/// What cannot be ends the agent with one line that names it; what can heal is told once and tried again.
+#[test]
+fn a_configuration_that_cannot_be_is_told_in_one_line() {
+    let node = Node::new();
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("config.yaml");
+    let file = config.display().to_string();
+    let ours = "apiVersion: shunt.dev/v1alpha1\nkind: ShuntConfiguration\n";
+    let theirs = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n";
+    for (text, wanted) in [
+        (
+            None,
+            format!("--config {file}: cannot be read: No such file or directory"),
+        ),
+        (
+            Some(format!("{theirs}clusterCIDR: 10.244.0.0\n")),
+            format!("{file}:3: KubeProxyConfiguration: clusterCIDR: `10.244.0.0`"),
+        ),
+        (
+            Some(format!("{ours}snatPorts: 0-1\n")),
+            format!("{file}:3: ShuntConfiguration: snatPorts: `0-1`"),
+        ),
+        (
+            Some(format!("{ours}capacities: {{snat: 100}}\n")),
+            "--max-snat".to_owned(),
+        ),
+        (
+            Some(format!(
+                "{theirs}clientConnection: {{kubeconfig: /nonexistent/kubeconfig}}\n"
+            )),
+            "/nonexistent/kubeconfig".to_owned(),
+        ),
+        (Some(ours.to_owned()), "give --kubeconfig FILE".to_owned()),
+    ] {
+        match text {
+            Some(text) => fs::write(&config, text).unwrap(),
+            None => assert!(!config.exists()),
+        }
+        let mut command = node.command();
+        command.args(["run", "--config"]).arg(&config);
+        command
+            .arg("--bpf-root")
+            .arg(&node.bpf_root)
+            .arg("--cgroup-root")
+            .arg(&node.cgroup);
+        if wanted == "--max-snat" {
+            command.arg("--manifests").arg(node.manifests.path());
+        }
+        let output = command.output().expect("shunt");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        let errors: Vec<_> = stderr.lines().filter(|line| !line.contains(" INFO ")).collect();
+        assert_eq!(output.status.code(), Some(1), "{wanted}: {stderr}");
+        assert_eq!(errors.len(), 1, "{wanted}: {stderr}");
+        assert!(
+            errors[0].starts_with("shunt: ") && errors[0].contains(&wanted),
+            "{wanted}: {stderr}"
+        );
+    }
+}
+
+#[test]
+fn an_unknown_field_and_a_port_in_use_are_told_and_the_agent_serves() {
+    let node = Node::new();
+    node.manifest("web.yaml", SERVICE);
+    node.manifest("pod1.yaml", &pod(1));
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("config.yaml");
+    // A pod's server has the port.
+    let text = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nhealthzBindAdress: ''\nhealthzBindAddress: 10.244.0.1:8080\n";
+    fs::write(&config, text).unwrap();
+    let agent = node.start(&["--config", &config.display().to_string()]);
+    agent.ready();
+    assert_eq!(node.dial("10.96.0.10", 80).as_deref(), Some("pod1"));
+    let told = |words: &str| agent.log().lines().filter(|line| line.contains(words)).count();
+    assert_eq!(
+        told(":3: KubeProxyConfiguration: healthzBindAdress: no such field"),
+        1,
+        "{}",
+        agent.log()
+    );
+    node.until("the port is told", || told("cannot listen on 10.244.0.1:8080") > 0);
+    thread::sleep(Duration::from_secs(2));
+    assert_eq!(told("cannot listen on 10.244.0.1:8080"), 1, "{}", agent.log());
 }

@@ -63,13 +63,20 @@ const SLOW_SOURCE: Duration = Duration::from_secs(10);
 /// # Errors
 /// One line with the cause: what cannot be loaded, attached or read at the start.
 pub fn run(args: RunArgs) -> anyhow::Result<()> {
-    let settings = args.settings()?;
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr)
         .with_ansi(io::stderr().is_terminal())
         .init();
+    let dump = args.dump_config;
+    let (settings, warnings) = args.settings()?;
+    for warning in warnings {
+        warn!("{warning}");
+    }
+    if dump {
+        return print(&settings.dump()?);
+    }
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -476,17 +483,26 @@ fn node_settings(settings: &Settings, addresses: &[IpAddr]) -> NodeSettings {
         answer_ping: settings.answer_ping,
         snat_ports: settings.snat_ports.0.clone(),
         timeouts: settings.conntrack.ticks(),
-        loopback: networks.is_empty() || networks.iter().any(is_loopback),
+        loopback: settings.localhost_node_ports && (networks.is_empty() || networks.iter().any(is_loopback)),
         host_netns: netns::cookie(),
     }
 }
 
-/// This node's addresses, best first: as given; else the Node object's, those that a device here has before others (an
+/// This node's addresses, best first: as given; else `bindAddress` and the Node object's, those that a device here has before others (an
 /// external IP often lies on a gateway); else those of the device with the default route; else any.
 fn node_addresses(settings: &Settings, node: &NodeFacts) -> anyhow::Result<Vec<IpAddr>> {
     if !settings.node_ips.is_empty() {
         return Ok(settings.node_ips.clone());
     }
+    let mut addresses = found_addresses(node)?;
+    if let Some(address) = settings.bind_address {
+        addresses.retain(|other| *other != address);
+        addresses.insert(0, address);
+    }
+    Ok(addresses)
+}
+
+fn found_addresses(node: &NodeFacts) -> anyhow::Result<Vec<IpAddr>> {
     let mut devices = devices::list().context("cannot list the devices")?;
     devices.retain(|device| !device.loopback);
     devices.sort_by_key(|device| !device.default_route);

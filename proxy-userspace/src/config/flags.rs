@@ -1,21 +1,24 @@
 //! The flags of `shunt run`. None has a default here, so that what is not given leaves a file's word alone; `--help` tells
 //! those of [`Settings`].
 
-use std::{
-    net::{IpAddr, SocketAddr},
-    path::PathBuf,
-    time::Duration,
-};
+use std::{net::IpAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, ValueEnum};
 use ipnet::IpNet;
 
-use super::{HEALTHZ_PORT, METRICS_PORT, PortRange, Settings, bind_address, conntrack};
+use super::{HEALTHZ_PORT, METRICS_PORT, PortRange, Settings, conntrack, file, values::Listen};
 use crate::datapath::attach::XdpMode;
 
 /// `shunt run`.
 #[derive(Clone, Debug, Args)]
 pub struct RunArgs {
+    /// A file of YAML with a KubeProxyConfiguration (kubeproxy.config.k8s.io/v1alpha1) as clusters have it, a
+    /// ShuntConfiguration (shunt.dev/v1alpha1), or both; flags stand over it.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Print what flags, file and defaults come to, as such a file, and exit.
+    #[arg(long)]
+    pub dump_config: bool,
     /// Connect to the API server as this file says [default: the pod's service account].
     #[arg(long, value_name = "FILE", conflicts_with = "manifests")]
     kubeconfig: Option<PathBuf>,
@@ -81,11 +84,11 @@ pub struct RunArgs {
     snat_ports: Option<PortRange>,
     /// Where /healthz, /livez and /readyz are served; 0.0.0.0 means all addresses of both families, empty nowhere [default:
     /// 0.0.0.0:10256].
-    #[arg(long, value_name = "IP:PORT", value_parser = healthz_address)]
-    healthz_bind_address: Option<Listen>,
+    #[arg(long, value_name = "IP:PORT")]
+    healthz_bind_address: Option<Listen<HEALTHZ_PORT>>,
     /// Where /metrics is served; empty: nowhere [default: 127.0.0.1:10249].
-    #[arg(long, value_name = "IP:PORT", value_parser = metrics_address)]
-    metrics_bind_address: Option<Listen>,
+    #[arg(long, value_name = "IP:PORT")]
+    metrics_bind_address: Option<Listen<METRICS_PORT>>,
     #[command(flatten)]
     conntrack: ConntrackArgs,
     #[command(flatten)]
@@ -148,42 +151,30 @@ enum Switch {
     Off,
 }
 
-/// A server's address, or that there is to be none.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Listen(Option<SocketAddr>);
-
-fn healthz_address(text: &str) -> Result<Listen, String> {
-    bind_address(text, HEALTHZ_PORT).map(Listen)
-}
-
-fn metrics_address(text: &str) -> Result<Listen, String> {
-    bind_address(text, METRICS_PORT).map(Listen)
-}
-
 impl RunArgs {
-    /// What the agent is to do.
+    /// What the agent is to do, and warnings about the file, one line each.
     ///
     /// # Errors
     /// One line that names what cannot be.
-    pub fn settings(self) -> anyhow::Result<Settings> {
+    pub fn settings(self) -> anyhow::Result<(Settings, Vec<String>)> {
         let mut settings = Settings::default();
+        let warnings = match &self.config {
+            Some(path) => file::read(path, &mut settings)?,
+            None => Vec::new(),
+        };
         self.write(&mut settings);
         settings.conntrack.check()?;
-        Ok(settings)
+        Ok((settings, warnings))
     }
 
     /// Writes what was given.
     fn write(self, to: &mut Settings) {
-        if self.kubeconfig.is_some() {
+        if self.kubeconfig.is_some() || self.service_proxy_name.is_some() {
             to.manifests.clear();
         }
-        if !self.manifests.is_empty() {
-            to.kubeconfig = None;
-            to.service_proxy_name = None;
-        }
+        to.read_manifests(self.manifests);
         let is_on = |switch: Option<Switch>| switch.map(|switch| switch == Switch::On);
         set_option(&mut to.kubeconfig, self.kubeconfig);
-        set_list(&mut to.manifests, self.manifests);
         set_option(&mut to.service_proxy_name, self.service_proxy_name);
         set_option(&mut to.node_name, self.node_name);
         set_list(&mut to.node_ips, self.node_ip);

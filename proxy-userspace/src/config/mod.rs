@@ -1,14 +1,11 @@
 //! What the agent is told to do: [`Settings`], resolved once at the start.
 //!
-//! Flags ([`flags`]) stand over what a file says, and that over the defaults. Every layer writes what it names into the
-//! settings of the layer below, and nothing else.
+//! Flags ([`flags`]) stand over our own document in the file of `--config`, that over the document of kube-proxy's kind,
+//! and that over the defaults. Every layer writes what it names into the settings of the layer below, and nothing else.
 
 use std::{
-    fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    ops::RangeInclusive,
     path::PathBuf,
-    str::FromStr,
 };
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -20,7 +17,13 @@ use crate::{
 };
 
 pub mod conntrack;
+mod file;
 pub mod flags;
+mod kube_proxy;
+mod own;
+mod values;
+
+pub use values::PortRange;
 
 /// Where everything is pinned unless said otherwise.
 pub const DEFAULT_BPF_ROOT: &str = "/sys/fs/bpf/shunt";
@@ -51,6 +54,8 @@ pub struct Settings {
     pub node_name: Option<String>,
     /// `--node-ip`; empty: found out.
     pub node_ips: Vec<IpAddr>,
+    /// `bindAddress`: before the node's other addresses of its family.
+    pub bind_address: Option<IpAddr>,
     /// `--devices`; empty: found out.
     pub devices: Vec<String>,
     /// `--pod-devices`; empty: found out.
@@ -77,6 +82,8 @@ pub struct Settings {
     pub cluster_cidrs: Vec<IpNet>,
     /// `--nodeport-addresses`: networks, or `primary` alone; empty: all addresses.
     pub nodeport_addresses: Vec<String>,
+    /// `iptables.localhostNodePorts`: node ports may answer on loopback addresses too, to processes of the node.
+    pub localhost_node_ports: bool,
     /// `--snat-ports`.
     pub snat_ports: PortRange,
     /// `--conntrack-*`.
@@ -97,6 +104,7 @@ impl Default for Settings {
             service_proxy_name: None,
             node_name: None,
             node_ips: Vec::new(),
+            bind_address: None,
             devices: Vec::new(),
             pod_devices: Vec::new(),
             cgroup_root: None,
@@ -110,6 +118,7 @@ impl Default for Settings {
             service_node_port_range: PortRange(30_000..=32_767),
             cluster_cidrs: Vec::new(),
             nodeport_addresses: Vec::new(),
+            localhost_node_ports: true,
             snat_ports: PortRange(SNAT_PORTS),
             conntrack: Conntrack::default(),
             capacities: Capacities::default(),
@@ -120,6 +129,23 @@ impl Default for Settings {
 }
 
 impl Settings {
+    /// Takes manifests, if there are any, in place of a cluster.
+    fn read_manifests(&mut self, manifests: Vec<PathBuf>) {
+        if !manifests.is_empty() {
+            self.manifests = manifests;
+            self.kubeconfig = None;
+            self.service_proxy_name = None;
+        }
+    }
+
+    /// These settings as a file of `--config` that says the same.
+    ///
+    /// # Errors
+    /// When one cannot be written as YAML.
+    pub fn dump(&self) -> anyhow::Result<String> {
+        file::dump(self)
+    }
+
     /// Networks of cluster IPs. With manifests there are always some, since this agent gives addresses from them; a cluster's
     /// range is its own affair.
     pub fn service_cidrs(&self) -> Vec<IpNet> {
@@ -127,47 +153,6 @@ impl Settings {
             true => SERVICE_CIDRS.into(),
             false => self.service_cidrs.clone(),
         }
-    }
-}
-
-/// `FIRST-LAST`, not empty and without port 0.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PortRange(pub RangeInclusive<u16>);
-
-impl FromStr for PortRange {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let parse = |(first, last): (&str, &str)| Some((first.parse().ok()?, last.parse().ok()?));
-        match text.split_once('-').and_then(parse) {
-            Some((first, last)) if 0 < first && first <= last => Ok(Self(first..=last)),
-            _ => Err("give FIRST-LAST, both from 1 to 65535, FIRST not above LAST".into()),
-        }
-    }
-}
-
-impl fmt::Display for PortRange {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}-{}", self.0.start(), self.0.end())
-    }
-}
-
-/// Where a server listens. As with kube-proxy, the port may be left out, and nothing at all means no server.
-///
-/// # Errors
-/// Says what is wanted.
-fn bind_address(text: &str, default_port: u16) -> Result<Option<SocketAddr>, String> {
-    if text.is_empty() {
-        return Ok(None);
-    }
-    let bracketed = text.strip_prefix('[').and_then(|text| text.strip_suffix(']'));
-    let address = bracketed
-        .unwrap_or(text)
-        .parse()
-        .map(|ip: IpAddr| (ip, default_port).into());
-    match text.parse().or(address) {
-        Ok(address) => Ok(Some(address)),
-        Err(_) => Err("give IP:PORT ([IP]:PORT for IPv6) or an IP".into()),
     }
 }
 

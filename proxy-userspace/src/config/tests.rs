@@ -1,6 +1,8 @@
+use std::time::Duration;
+
 use clap::{CommandFactory, Parser};
 
-use super::{flags::RunArgs, *};
+use super::{flags::RunArgs, values::Listen, *};
 
 #[derive(Debug, Parser)]
 struct Cli {
@@ -10,7 +12,7 @@ struct Cli {
 
 fn with_flags(flags: &[&str]) -> Settings {
     let line = ["run"].iter().chain(flags);
-    Cli::try_parse_from(line).unwrap().args.settings().unwrap()
+    Cli::try_parse_from(line).unwrap().args.settings().unwrap().0
 }
 
 /// What `--help` says of defaults, given as flags, changes nothing; it says nothing of a flag that has none.
@@ -49,7 +51,10 @@ fn the_help_tells_the_defaults() {
 
 #[test]
 fn servers_listen_where_they_are_told_or_nowhere() {
-    let address = |text| bind_address(text, 10256).map(|address| address.map(|address| address.to_string()));
+    let address = |text: &str| {
+        text.parse::<Listen<10256>>()
+            .map(|listen| listen.0.map(|address| address.to_string()))
+    };
     assert_eq!(address(""), Ok(None));
     for (text, expected) in [
         ("192.0.2.1:80", "192.0.2.1:80"),
@@ -75,4 +80,325 @@ fn servers_listen_where_they_are_told_or_nowhere() {
         with_flags(&["--metrics-bind-address", "::1"]).metrics_bind_address,
         Some("[::1]:10249".parse().unwrap())
     );
+}
+
+const KUBEADM: &str = include_str!("../../tests/fixtures/config/kubeadm.yaml");
+const EVERY_FIELD: &str = include_str!("../../tests/fixtures/config/every-field.yaml");
+const THEIRS: &str = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n";
+const OURS: &str = "apiVersion: shunt.dev/v1alpha1\nkind: ShuntConfiguration\n";
+
+/// What a file comes to, and its warnings.
+fn parse(text: &str) -> Result<(Settings, Vec<String>), String> {
+    let mut settings = Settings::default();
+    let warnings = file::parse(text, &mut settings, "c.yaml").map_err(|error| format!("{error:#}"))?;
+    Ok((settings, warnings))
+}
+
+fn warnings(text: &str) -> Vec<String> {
+    parse(text).unwrap().1
+}
+
+#[test]
+fn kubeadms_configuration_is_taken_as_it_is_and_without_a_word() {
+    let expected = Settings {
+        kubeconfig: Some("/var/lib/kube-proxy/kubeconfig.conf".into()),
+        cluster_cidrs: vec!["10.244.0.0/16".parse().unwrap()],
+        ..Settings::default()
+    };
+    assert_eq!(parse(KUBEADM), Ok((expected, Vec::new())));
+}
+
+#[test]
+fn defaults_in_kube_proxys_own_words_are_no_news() {
+    let text = format!(
+        "{THEIRS}
+mode: iptables
+configSyncPeriod: 15m0s
+conntrack: {{maxPerCore: 32768, min: 131072, tcpCloseWaitTimeout: 1h0m0s, tcpEstablishedTimeout: 24h0m0s}}
+clientConnection: {{burst: 10, contentType: application/vnd.kubernetes.protobuf, qps: 5}}
+iptables: {{localhostNodePorts: true, masqueradeBit: 14, minSyncPeriod: 1s, syncPeriod: 30s}}
+ipvs: null
+detectLocalMode: ClusterCIDR
+healthzBindAddress: 0.0.0.0:10256
+metricsBindAddress: 127.0.0.1:10249
+logging: {{format: text, flushFrequency: 5s}}
+featureGates: {{}}
+oomScoreAdj: -999
+"
+    );
+    assert_eq!(parse(&text), Ok((Settings::default(), Vec::new())));
+}
+
+#[test]
+fn udp_streams_last_as_long_as_other_udp_at_least() {
+    let udp = |conntrack: &str| {
+        let conntrack = parse(&format!("{THEIRS}conntrack: {conntrack}\n")).unwrap().0.conntrack;
+        (conntrack.udp.as_secs(), conntrack.udp_stream.as_secs())
+    };
+    assert_eq!(udp("{udpTimeout: 250s}"), (250, 250));
+    assert_eq!(udp("{udpTimeout: 1m, udpStreamTimeout: 0s}"), (60, 120));
+    assert_eq!(udp("{udpStreamTimeout: 5m}"), (30, 300));
+}
+
+/// kind's and k3d's nodes: what must not be touched in a container is zero.
+#[test]
+fn zeros_of_conntrack_leave_it_alone() {
+    let text = format!("{THEIRS}conntrack: {{maxPerCore: 0, tcpCloseWaitTimeout: 0s, tcpEstablishedTimeout: 0s}}\n");
+    assert_eq!(parse(&text), Ok((Settings::default(), Vec::new())));
+}
+
+#[test]
+fn every_field_arrives_and_ours_stands_over_theirs() {
+    let (settings, warnings) = parse(EVERY_FIELD).unwrap();
+    let networks = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<IpNet>>();
+    let expected = Settings {
+        kubeconfig: Some("/etc/kube-proxy.conf".into()),
+        manifests: Vec::new(),
+        service_proxy_name: Some("shunt".into()),
+        node_name: Some("node-a".into()),
+        node_ips: vec!["192.0.2.7".parse().unwrap(), "2001:db8::7".parse().unwrap()],
+        bind_address: Some("192.0.2.1".parse().unwrap()),
+        devices: vec!["eth*".into(), "bond0".into()],
+        pod_devices: vec!["veth*".into()],
+        cgroup_root: Some("/run/cgroup".into()),
+        bpf_root: "/sys/fs/bpf/other".into(),
+        xdp: XdpMode::Off,
+        socket_lb: false,
+        fast_path: true,
+        service_cidrs: networks(&["10.96.0.0/12", "fd00:10:96::/112"]),
+        answer_ping: false,
+        load_balancer_cidrs: networks(&["198.51.100.0/24"]),
+        service_node_port_range: PortRange(31_000..=31_999),
+        cluster_cidrs: networks(&["10.244.0.0/16", "fd00:10:244::/56"]),
+        nodeport_addresses: vec!["192.0.2.0/24".into()],
+        localhost_node_ports: false,
+        snat_ports: PortRange(20_000..=20_999),
+        conntrack: Conntrack {
+            tcp_established: Duration::from_secs(7200),
+            tcp_close_wait: Duration::from_secs(1800),
+            udp: Duration::from_secs(10),
+            udp_stream: Duration::from_secs(90),
+        },
+        capacities: Capacities {
+            affinity: 1,
+            backends: 2,
+            flows: 3,
+            frontends: 4,
+            new_flows: 5,
+            slots: 6,
+            snat: 7,
+            sockets: 8,
+        },
+        healthz_bind_address: None,
+        metrics_bind_address: Some("[2001:db8::1]:9000".parse().unwrap()),
+    };
+    assert_eq!(settings, expected);
+    let unused = "c.yaml: KubeProxyConfiguration: shunt has no use for detectLocal.interfaceNamePrefix: ignored";
+    assert_eq!(warnings, [unused]);
+}
+
+#[test]
+fn what_is_dumped_comes_to_the_same() {
+    let manifests = format!("{OURS}manifests: [/etc/shunt, 'a b']\nmetricsBindAddress: ''\nnodeIPs: [192.0.2.1]\n");
+    let primary = format!("{THEIRS}nodePortAddresses: [primary]\nbindAddress: 2001:db8::1\n");
+    for text in ["", KUBEADM, EVERY_FIELD, &manifests, &primary] {
+        let settings = parse(text).unwrap().0;
+        let dumped = settings.dump().unwrap();
+        assert_eq!(parse(&dumped), Ok((settings.clone(), Vec::new())), "{dumped}");
+        assert_eq!(parse(&dumped).unwrap().0.dump().unwrap(), dumped);
+    }
+}
+
+#[test]
+fn flags_stand_over_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("config.yaml");
+    std::fs::write(&path, EVERY_FIELD).unwrap();
+    let config = format!("--config={}", path.display());
+    let (file, _) = parse(EVERY_FIELD).unwrap();
+    assert_eq!(with_flags(&[&config]), file);
+
+    let flags = with_flags(&[
+        &config,
+        "--xdp=native",
+        "--socket-lb=on",
+        "--cluster-cidr=10.0.0.0/8",
+        "--node-name=b",
+        "--max-snat=9",
+        "--healthz-bind-address=127.0.0.1",
+        "--metrics-bind-address=",
+    ]);
+    let expected = Settings {
+        xdp: XdpMode::Native,
+        socket_lb: true,
+        cluster_cidrs: vec!["10.0.0.0/8".parse().unwrap()],
+        node_name: Some("b".into()),
+        capacities: Capacities {
+            snat: 9,
+            ..file.capacities
+        },
+        healthz_bind_address: Some("127.0.0.1:10256".parse().unwrap()),
+        metrics_bind_address: None,
+        ..file.clone()
+    };
+    assert_eq!(flags, expected);
+
+    // A source takes the other's place.
+    let manifests = with_flags(&[&config, "--manifests", "/m"]);
+    let sources = |settings: &Settings| {
+        (
+            settings.manifests.len(),
+            settings.kubeconfig.is_some(),
+            settings.service_proxy_name.is_some(),
+        )
+    };
+    assert_eq!(
+        (sources(&file), sources(&manifests)),
+        ((0, true, true), (1, false, false))
+    );
+    std::fs::write(&path, format!("{OURS}manifests: [/m]\n")).unwrap();
+    assert_eq!(sources(&with_flags(&[&config, "--kubeconfig=/k"])), (0, true, false));
+}
+
+#[test]
+fn an_ipv6_node_has_ipv6_servers() {
+    let (settings, _) = parse(&format!("{THEIRS}bindAddress: '::'\n")).unwrap();
+    let addresses = [settings.healthz_bind_address, settings.metrics_bind_address];
+    assert_eq!(
+        addresses.map(|address| address.unwrap().to_string()),
+        ["[::]:10256", "[::1]:10249"]
+    );
+    assert_eq!(settings.bind_address, None);
+}
+
+#[test]
+fn pods_are_told_by_their_devices_or_networks() {
+    let with = |fields: &str| {
+        let (settings, warnings) = parse(&format!("{THEIRS}clusterCIDR: 10.244.0.0/16\n{fields}")).unwrap();
+        (settings.cluster_cidrs.len(), settings.pod_devices, warnings.join("\n"))
+    };
+    let says = |fields: &str| format!("c.yaml: KubeProxyConfiguration: shunt has no use for {fields}: ignored");
+    assert_eq!(with(""), (1, vec![], String::new()));
+    assert_eq!(
+        with("detectLocalMode: InterfaceNamePrefix\ndetectLocal: {interfaceNamePrefix: cali}"),
+        (0, vec!["cali*".into()], says("clusterCIDR"))
+    );
+    assert_eq!(
+        with("detectLocalMode: BridgeInterface\ndetectLocal: {bridgeInterface: cbr0}"),
+        (
+            0,
+            vec![],
+            says("clusterCIDR, detectLocal.bridgeInterface, detectLocalMode")
+        )
+    );
+    assert_eq!(
+        with("detectLocalMode: NodeCIDR"),
+        (0, vec![], says("clusterCIDR, detectLocalMode"))
+    );
+}
+
+#[test]
+fn what_has_no_use_is_one_warning_and_what_nobody_knows_one_each() {
+    let text = format!(
+        "{THEIRS}mode: ipvs
+clusterCidr: 10.0.0.0/8
+ipvs:
+  strictARP: true
+  strictArp: true
+conntrack: {{maxPerCore: 1000, bar: [x]}}
+featureGates: {{A: true, B: false}}
+logging: {{verbosity: 4, options: {{text: {{splitStream: true}}}}}}
+showHiddenMetricsForVersion: '1.30'
+---
+{OURS}socketLb: on
+capacities: {{maxFlows: 7}}
+"
+    );
+    assert_eq!(
+        warnings(&text),
+        [
+            "c.yaml:4: KubeProxyConfiguration: clusterCidr: no such field, ignored",
+            "c.yaml:7: KubeProxyConfiguration: ipvs.strictArp: no such field, ignored",
+            "c.yaml:8: KubeProxyConfiguration: conntrack.bar: no such field, ignored",
+            "c.yaml:15: ShuntConfiguration: socketLb: no such field, ignored",
+            "c.yaml:16: ShuntConfiguration: capacities.maxFlows: no such field, ignored",
+            "c.yaml: KubeProxyConfiguration: shunt has no use for mode, ipvs.strictARP, conntrack.maxPerCore, featureGates, \
+             logging.options.text.splitStream, logging.verbosity, showHiddenMetricsForVersion: ignored",
+        ]
+    );
+}
+
+#[test]
+fn mistakes_are_one_line_with_file_line_and_field() {
+    let network = "give a network, such as 10.244.0.0/16 or fd00:10:244::/56";
+    for (head, rest, expected) in [
+        (THEIRS, "clusterCIDR: 10.244.0.0", format!("3: KubeProxyConfiguration: clusterCIDR: `10.244.0.0`: {network}")),
+        (
+            THEIRS,
+            "mode: ''\nnodePortAddresses:\n- 10.0.0.0/8\n- all",
+            "6: KubeProxyConfiguration: nodePortAddresses[1]: `all`: give networks, such as 10.0.0.0/8 or fd00::/8, or \
+             `primary` alone"
+                .into(),
+        ),
+        (
+            THEIRS,
+            "bindAddress: node-a",
+            "3: KubeProxyConfiguration: bindAddress: `node-a`: give an IP address, such as 192.0.2.1 or 2001:db8::1".into(),
+        ),
+        (
+            THEIRS,
+            "healthzBindAddress: '*:80'",
+            "3: KubeProxyConfiguration: healthzBindAddress: `*:80`: give IP:PORT ([IP]:PORT for IPv6) or an IP".into(),
+        ),
+        (THEIRS, "iptables: {localhostNodePorts: perhaps}", "3: KubeProxyConfiguration: iptables.localhostNodePorts: wants true or false".into()),
+        (
+            THEIRS,
+            "clientConnection:\n  kubeconfig: {}",
+            "4: KubeProxyConfiguration: clientConnection.kubeconfig: wants a string".into(),
+        ),
+        (
+            THEIRS,
+            "detectLocalMode: Guess",
+            "3: KubeProxyConfiguration: detectLocalMode: `Guess`: give ClusterCIDR, NodeCIDR, BridgeInterface or \
+             InterfaceNamePrefix"
+                .into(),
+        ),
+        (OURS, "serviceCIDRs: [10.0.0.0/8,\n 10/9]", format!("4: ShuntConfiguration: serviceCIDRs[1]: `10/9`: {network}")),
+        (OURS, "snatPorts: 9", "3: ShuntConfiguration: snatPorts: `9`: give FIRST-LAST, both from 1 to 65535, FIRST not above LAST".into()),
+        (
+            THEIRS,
+            "conntrack:\n  udpTimeout: -5s",
+            "4: KubeProxyConfiguration: conntrack.udpTimeout: `-5s`: give a duration from 5s to 8784h, as in 24h, 1h30m or 90s".into(),
+        ),
+        (
+            THEIRS,
+            "conntrack: {tcpEstablishedTimeout: 1 day}",
+            "3: KubeProxyConfiguration: conntrack.tcpEstablishedTimeout: `1 day`: give a duration from 5s to 8784h, as in 24h, 1h30m or 90s".into(),
+        ),
+        (
+            OURS,
+            "capacities:\n  flows: -5",
+            "4: ShuntConfiguration: capacities.flows: wants a whole number from 0 on".into(),
+        ),
+        (OURS, "capacities:\n  snat: 0", "4: ShuntConfiguration: capacities.snat: wants a whole number from 1 on".into()),
+        (
+            OURS,
+            "xdp: maybe",
+            "3: ShuntConfiguration: xdp: unknown variant `maybe`, expected one of off, generic, native, auto".into(),
+        ),
+        (OURS, "devices: eth0", "3: ShuntConfiguration: devices: wants a list".into()),
+        (OURS, &format!("---\n{OURS}"), "5: a second ShuntConfiguration: give one".into()),
+        (
+            "kind: ConfigMap\n",
+            "apiVersion: v1",
+            "1: `ConfigMap` of `v1` is no configuration: give KubeProxyConfiguration of kubeproxy.config.k8s.io/v1alpha1, \
+             ShuntConfiguration of shunt.dev/v1alpha1, or both"
+                .into(),
+        ),
+        ("", "a: [b", "1: no valid YAML: unclosed bracket '['".into()),
+        ("", "- a", "1: wants a mapping".into()),
+    ] {
+        assert_eq!(parse(&format!("{head}{rest}\n")), Err(format!("c.yaml:{expected}")));
+    }
+    assert_eq!(parse("# nothing yet\n"), Ok((Settings::default(), Vec::new())));
 }

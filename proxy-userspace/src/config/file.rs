@@ -1,0 +1,153 @@
+//! The file of `--config`: one document of kube-proxy's kind and one of our own, either of which may be missing.
+
+use std::{env, fs, path::Path};
+
+use anyhow::{Context, anyhow};
+use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::Value;
+
+use super::{
+    Settings,
+    kube_proxy::{self, Idle, KubeProxyConfiguration},
+    own::{self, ShuntConfiguration},
+};
+use crate::yaml::{self, Document, Mistake};
+
+/// The head of a document.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Head {
+    api_version: Option<String>,
+    kind: Option<String>,
+}
+
+/// Writes what a file says into settings: kube-proxy's document, and then ours over it. Returns warnings, one line each.
+///
+/// # Errors
+/// One line that names file, line and field.
+pub(super) fn read(path: &Path, to: &mut Settings) -> anyhow::Result<Vec<String>> {
+    let text = fs::read_to_string(path).with_context(|| format!("--config {}: cannot be read", path.display()))?;
+    parse(&text, to, &path.display().to_string())
+}
+
+/// The same for a file's text.
+pub(super) fn parse(text: &str, to: &mut Settings, file: &str) -> anyhow::Result<Vec<String>> {
+    let place = |line: Option<u64>| line.map_or(file.to_owned(), |line| format!("{file}:{line}"));
+    let mut warnings = Vec::new();
+    let (mut theirs, mut ours) = (None, None);
+    for document in yaml::documents(text) {
+        let error = |kind: &str, mistake: Mistake| {
+            let of = [place(mistake.line).as_str(), kind, &mistake.field, &mistake.message]
+                .into_iter()
+                .filter(|part| !part.is_empty())
+                .collect::<Vec<_>>()
+                .join(": ");
+            anyhow!(of.split_whitespace().collect::<Vec<_>>().join(" "))
+        };
+        let head = serde_saphyr::from_str_with_options::<Option<Head>>(document.text, yaml::options())
+            .map_err(|cause| error("", yaml::mistake(&cause, document, "")))?;
+        let Some(head) = head else { continue };
+        let version = head.api_version.unwrap_or_default();
+        let kind = head.kind.unwrap_or_default();
+        let twice = match (version.as_str(), kind.as_str()) {
+            (kube_proxy::API_VERSION, kube_proxy::KIND) => {
+                let (parsed, ignored) = read_document(document).map_err(|mistake| error(&kind, mistake))?;
+                let mut idle = Idle::default();
+                ignored.iter().for_each(|(field, value)| idle.sort(field, value));
+                warnings.extend(unknown(&idle.unknown, &document, &kind, place));
+                theirs.replace((parsed, idle.unused)).is_some()
+            }
+            (own::API_VERSION, own::KIND) => {
+                let (parsed, ignored) =
+                    read_document::<ShuntConfiguration>(document).map_err(|mistake| error(&kind, mistake))?;
+                let fields: Vec<_> = ignored.into_iter().map(|(field, _)| field).collect();
+                warnings.extend(unknown(&fields, &document, &kind, place));
+                ours.replace(parsed).is_some()
+            }
+            _ => {
+                let place = place(document.line_of("kind"));
+                anyhow::bail!(
+                    "{place}: `{kind}` of `{version}` is no configuration: give {} of {}, {} of {}, or both",
+                    kube_proxy::KIND,
+                    kube_proxy::API_VERSION,
+                    own::KIND,
+                    own::API_VERSION
+                );
+            }
+        };
+        anyhow::ensure!(!twice, "{}: a second {kind}: give one", place(document.line_of("kind")));
+    }
+    if let Some((theirs, mut unused)) = theirs {
+        KubeProxyConfiguration::write(theirs, to, &mut unused);
+        if !unused.is_empty() {
+            warnings.push(format!(
+                "{file}: {}: shunt has no use for {}: ignored",
+                kube_proxy::KIND,
+                unused.join(", ")
+            ));
+        }
+    }
+    if let Some(path) = to.kubeconfig.take_if(|path| has_service_account() && !path.exists()) {
+        // kubeadm's lies in kube-proxy's ConfigMap, which may not be mounted, or go with kube-proxy.
+        warnings.push(format!(
+            "{file}: {}: clientConnection.kubeconfig: there is no {}: using this pod's service account",
+            kube_proxy::KIND,
+            path.display()
+        ));
+    }
+    if let Some(ours) = ours {
+        ours.write(to);
+    }
+    Ok(warnings)
+}
+
+/// Whether this runs in a pod
+/// (<https://kubernetes.io/docs/tasks/run-application/access-api-from-pod/#directly-accessing-the-rest-api>).
+fn has_service_account() -> bool {
+    env::var_os("KUBERNETES_SERVICE_HOST").is_some()
+        && Path::new("/var/run/secrets/kubernetes.io/serviceaccount/token").exists()
+}
+
+/// A document as a type, and the fields that the type does not have.
+fn read_document<T: DeserializeOwned>(document: Document<'_>) -> Result<(T, Vec<(String, Value)>), Mistake> {
+    let mut ignored = Vec::new();
+    let parsed =
+        serde_saphyr::with_deserializer_from_str_with_options(document.text, yaml::options(), |deserializer| {
+            // A question mark is the path's word for what may be null.
+            serde_ignored::deserialize(deserializer, |path| ignored.push(path.to_string().replace("?.", "")))
+        });
+    let mistake = |cause| yaml::mistake(&cause, document, "");
+    let parsed = parsed.map_err(mistake)?;
+    let tree: Value = serde_saphyr::from_str_with_options(document.text, yaml::options()).map_err(mistake)?;
+    let with_value = |field: String| {
+        let value = tree.pointer(&format!("/{}", field.replace('.', "/"))).cloned();
+        (field, value.unwrap_or_default())
+    };
+    Ok((parsed, ignored.into_iter().map(with_value).collect()))
+}
+
+/// A warning per field that is nobody's.
+fn unknown(
+    fields: &[String],
+    document: &Document<'_>,
+    kind: &str,
+    place: impl Fn(Option<u64>) -> String,
+) -> Vec<String> {
+    let warning = |field: &String| {
+        format!(
+            "{}: {kind}: {field}: no such field, ignored",
+            place(document.line_of(field))
+        )
+    };
+    fields.iter().map(warning).collect()
+}
+
+/// Settings as a file that says the same.
+///
+/// # Errors
+/// A path that is no UTF-8 cannot be told.
+pub(super) fn dump(settings: &Settings) -> anyhow::Result<String> {
+    let theirs = serde_saphyr::to_string(&KubeProxyConfiguration::from(settings))?;
+    let ours = serde_saphyr::to_string(&ShuntConfiguration::from(settings))?;
+    Ok(format!("{}\n---\n{}", theirs.trim_end(), ours.trim_end()))
+}

@@ -1,0 +1,323 @@
+//! `KubeProxyConfiguration`, as clusters have it in the ConfigMap `kube-proxy`
+//! (<https://kubernetes.io/docs/reference/config-api/kube-proxy-config.v1alpha1/>). What is empty says nothing.
+
+use std::{fmt, net::Ipv6Addr, path::PathBuf, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::{
+    HEALTHZ_PORT, METRICS_PORT, Settings, conntrack,
+    flags::{set, set_list, set_option},
+    values::{Address, Listen, Networks, NodePortAddress, Text, Timeout, duration, or_empty, or_null},
+};
+
+pub(super) const API_VERSION: &str = "kubeproxy.config.k8s.io/v1alpha1";
+pub(super) const KIND: &str = "KubeProxyConfiguration";
+
+/// The fields that mean something here.
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct KubeProxyConfiguration {
+    api_version: String,
+    kind: String,
+    #[serde(with = "or_empty")]
+    bind_address: Option<Address>,
+    #[serde(deserialize_with = "or_null")]
+    client_connection: ClientConnection,
+    #[serde(rename = "clusterCIDR", with = "or_empty")]
+    cluster_cidr: Option<Networks>,
+    #[serde(deserialize_with = "or_null")]
+    conntrack: Conntrack,
+    #[serde(deserialize_with = "or_null")]
+    detect_local: DetectLocal,
+    #[serde(with = "or_empty")]
+    detect_local_mode: Option<DetectLocalMode>,
+    #[serde(with = "or_empty")]
+    healthz_bind_address: Option<Listen<HEALTHZ_PORT>>,
+    #[serde(with = "or_empty")]
+    hostname_override: Option<String>,
+    #[serde(deserialize_with = "or_null")]
+    iptables: Iptables,
+    #[serde(with = "or_empty")]
+    metrics_bind_address: Option<Listen<METRICS_PORT>>,
+    #[serde(deserialize_with = "or_null")]
+    node_port_addresses: Vec<Text<NodePortAddress>>,
+}
+
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+struct ClientConnection {
+    #[serde(with = "or_empty")]
+    kubeconfig: Option<String>,
+}
+
+/// Zero leaves a time-out alone.
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Conntrack {
+    #[serde(with = "or_empty")]
+    tcp_close_wait_timeout: Option<Timeout>,
+    #[serde(with = "or_empty")]
+    tcp_established_timeout: Option<Timeout>,
+    #[serde(with = "or_empty")]
+    udp_stream_timeout: Option<Timeout>,
+    #[serde(with = "or_empty")]
+    udp_timeout: Option<Timeout>,
+}
+
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase", default)]
+struct DetectLocal {
+    #[serde(with = "or_empty")]
+    bridge_interface: Option<String>,
+    #[serde(with = "or_empty")]
+    interface_name_prefix: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Iptables {
+    localhost_node_ports: Option<bool>,
+}
+
+/// How kube-proxy tells that a packet comes from a pod of this node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum DetectLocalMode {
+    ClusterCIDR,
+    NodeCIDR,
+    BridgeInterface,
+    InterfaceNamePrefix,
+}
+
+impl FromStr for DetectLocalMode {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "ClusterCIDR" => Ok(Self::ClusterCIDR),
+            "NodeCIDR" => Ok(Self::NodeCIDR),
+            "BridgeInterface" => Ok(Self::BridgeInterface),
+            "InterfaceNamePrefix" => Ok(Self::InterfaceNamePrefix),
+            _ => Err("give ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix"),
+        }
+    }
+}
+
+impl fmt::Display for DetectLocalMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self, f)
+    }
+}
+
+/// Fields that mean nothing here, with the values besides empty ones that kube-proxy has by default
+/// (<https://github.com/kubernetes/kubernetes/blob/master/pkg/proxy/apis/config/v1alpha1/defaults.go>), or that come to the same here.
+const UNUSED: &[(&str, &[&str])] = &[
+    // A port in use is tried again until it is free.
+    ("bindAddressHardFail", &[]),
+    ("clientConnection.acceptContentTypes", &[]),
+    ("clientConnection.burst", &["10"]),
+    (
+        "clientConnection.contentType",
+        &["application/vnd.kubernetes.protobuf", "application/json"],
+    ),
+    ("clientConnection.qps", &["5"]),
+    // Nothing is ever forgotten that would have to be told again.
+    ("configSyncPeriod", &["15m"]),
+    ("conntrack.maxPerCore", &["32768"]),
+    ("conntrack.min", &["131072"]),
+    // Windows of TCP are not looked at anyway.
+    ("conntrack.tcpBeLiberal", &["true"]),
+    ("enableProfiling", &[]),
+    ("featureGates", &[]),
+    ("iptables.masqueradeAll", &[]),
+    ("iptables.masqueradeBit", &["14"]),
+    ("iptables.minSyncPeriod", &["1s"]),
+    ("iptables.syncPeriod", &["30s"]),
+    ("ipvs.excludeCIDRs", &[]),
+    ("ipvs.minSyncPeriod", &[]),
+    ("ipvs.scheduler", &[]),
+    ("ipvs.strictARP", &[]),
+    ("ipvs.syncPeriod", &["30s"]),
+    ("ipvs.tcpFinTimeout", &[]),
+    ("ipvs.tcpTimeout", &[]),
+    ("ipvs.udpTimeout", &[]),
+    ("logging.flushFrequency", &["5s", "5000000000"]),
+    ("logging.format", &["text"]),
+    ("logging.options.json.infoBufferSize", &[]),
+    ("logging.options.json.splitStream", &[]),
+    ("logging.options.text.infoBufferSize", &[]),
+    ("logging.options.text.splitStream", &[]),
+    ("logging.verbosity", &[]),
+    ("logging.vmodule", &[]),
+    ("mode", &["iptables"]),
+    ("nftables.masqueradeAll", &[]),
+    ("nftables.masqueradeBit", &["14"]),
+    ("nftables.minSyncPeriod", &["1s"]),
+    ("nftables.syncPeriod", &["30s"]),
+    ("oomScoreAdj", &["-999"]),
+    ("portRange", &[]),
+    ("showHiddenMetricsForVersion", &[]),
+    ("windowsRunAsService", &[]),
+    ("winkernel.enableDSR", &[]),
+    ("winkernel.forwardHealthCheckVip", &[]),
+    ("winkernel.networkName", &[]),
+    ("winkernel.rootHnsEndpointName", &[]),
+    ("winkernel.sourceVip", &[]),
+];
+
+/// Fields that were given and change nothing.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Idle {
+    /// kube-proxy has them, and they are set to something.
+    pub unused: Vec<String>,
+    /// Nobody has them.
+    pub unknown: Vec<String>,
+}
+
+impl Idle {
+    /// Sorts a field in that [`KubeProxyConfiguration`] does not have.
+    pub(super) fn sort(&mut self, field: &str, value: &Value) {
+        if let Some((name, defaults)) = UNUSED.iter().find(|(name, _)| *name == field) {
+            if !is_default(value, defaults) {
+                self.unused.push((*name).to_owned());
+            }
+            return;
+        }
+        let above = |(name, _): &(&str, _)| name.strip_prefix(field).is_some_and(|rest| rest.starts_with('.'));
+        match value {
+            Value::Null if UNUSED.iter().any(above) => {}
+            Value::Object(fields) if UNUSED.iter().any(above) => {
+                fields
+                    .iter()
+                    .for_each(|(name, value)| self.sort(&format!("{field}.{name}"), value));
+            }
+            _ => self.unknown.push(field.to_owned()),
+        }
+    }
+}
+
+fn is_default(value: &Value, defaults: &[&str]) -> bool {
+    let text = match value {
+        Value::Null => return true,
+        Value::Array(items) => return items.is_empty(),
+        Value::Object(fields) => return fields.is_empty(),
+        Value::String(text) => text.clone(),
+        scalar => scalar.to_string(),
+    };
+    let same = |default: &&str| {
+        text == **default
+            || matches!((duration(&text), duration(default)), (Some(given), Some(default)) if given == default)
+    };
+    ["", "0", "0s", "0.0", "false"].iter().chain(defaults).any(same)
+}
+
+impl KubeProxyConfiguration {
+    /// Writes what is given; names in `unused` what is not taken.
+    pub(super) fn write(self, to: &mut Settings, unused: &mut Vec<String>) {
+        // An unspecified one only names kube-proxy's preferred family.
+        let bind = self.bind_address.map(|Address(address)| address);
+        set_option(&mut to.bind_address, bind.filter(|address| !address.is_unspecified()));
+        if bind.is_some_and(|address| address.is_ipv6()) {
+            to.healthz_bind_address = Some((Ipv6Addr::UNSPECIFIED, HEALTHZ_PORT).into());
+            to.metrics_bind_address = Some((Ipv6Addr::LOCALHOST, METRICS_PORT).into());
+        }
+        set(
+            &mut to.healthz_bind_address,
+            self.healthz_bind_address.map(|listen| listen.0),
+        );
+        set(
+            &mut to.metrics_bind_address,
+            self.metrics_bind_address.map(|listen| listen.0),
+        );
+        set_option(&mut to.kubeconfig, self.client_connection.kubeconfig.map(PathBuf::from));
+        set_option(&mut to.node_name, self.hostname_override);
+        self.conntrack.write(&mut to.conntrack);
+        set(&mut to.localhost_node_ports, self.iptables.localhost_node_ports);
+        set_list(
+            &mut to.nodeport_addresses,
+            self.node_port_addresses.into_iter().map(|text| text.0.0).collect(),
+        );
+
+        let mode = self.detect_local_mode.unwrap_or(DetectLocalMode::ClusterCIDR);
+        let DetectLocal {
+            bridge_interface,
+            interface_name_prefix,
+        } = self.detect_local;
+        // Pods of this node are told by their devices; of a bridge and the node's own range nothing need be known.
+        let useless = matches!(mode, DetectLocalMode::NodeCIDR | DetectLocalMode::BridgeInterface);
+        match (mode, &self.cluster_cidr) {
+            (DetectLocalMode::ClusterCIDR, Some(networks)) => to.cluster_cidrs = networks.0.clone(),
+            (_, networks) => name(unused, "clusterCIDR", networks.is_some()),
+        }
+        match (mode, &interface_name_prefix) {
+            (DetectLocalMode::InterfaceNamePrefix, Some(prefix)) => to.pod_devices = vec![format!("{prefix}*")],
+            (_, prefix) => name(unused, "detectLocal.interfaceNamePrefix", prefix.is_some()),
+        }
+        name(unused, "detectLocal.bridgeInterface", bridge_interface.is_some());
+        name(unused, "detectLocalMode", useless);
+    }
+}
+
+impl Conntrack {
+    fn write(self, to: &mut conntrack::Conntrack) {
+        let given = |timeout: Option<Timeout>| timeout.and_then(|timeout| timeout.0);
+        set(&mut to.tcp_close_wait, given(self.tcp_close_wait_timeout));
+        set(&mut to.tcp_established, given(self.tcp_established_timeout));
+        set(&mut to.udp, given(self.udp_timeout));
+        // Who raises one alone means no less for the other.
+        to.udp_stream = given(self.udp_stream_timeout).unwrap_or(to.udp_stream.max(to.udp));
+    }
+}
+
+impl From<&conntrack::Conntrack> for Conntrack {
+    fn from(timeouts: &conntrack::Conntrack) -> Self {
+        let timeout = |duration| Some(Timeout(Some(duration)));
+        Self {
+            tcp_close_wait_timeout: timeout(timeouts.tcp_close_wait),
+            tcp_established_timeout: timeout(timeouts.tcp_established),
+            udp_stream_timeout: timeout(timeouts.udp_stream),
+            udp_timeout: timeout(timeouts.udp),
+        }
+    }
+}
+
+/// Names a field that is set.
+fn name(fields: &mut Vec<String>, field: &str, is_set: bool) {
+    if is_set {
+        fields.push(field.to_owned());
+    }
+}
+
+impl From<&Settings> for KubeProxyConfiguration {
+    fn from(settings: &Settings) -> Self {
+        let text = |path: &PathBuf| path.to_string_lossy().into_owned();
+        let networks = |networks: &Vec<_>| (!networks.is_empty()).then(|| Networks(networks.clone()));
+        let listen = |address: Option<_>| address.map(Some);
+        Self {
+            api_version: API_VERSION.to_owned(),
+            kind: KIND.to_owned(),
+            bind_address: settings.bind_address.map(Address),
+            client_connection: ClientConnection {
+                kubeconfig: settings.kubeconfig.as_ref().map(text),
+            },
+            cluster_cidr: networks(&settings.cluster_cidrs),
+            conntrack: Conntrack::from(&settings.conntrack),
+            // Its outcome is `podDevices` of the other document.
+            detect_local: DetectLocal::default(),
+            detect_local_mode: Some(DetectLocalMode::ClusterCIDR),
+            healthz_bind_address: listen(settings.healthz_bind_address).map(Listen),
+            hostname_override: settings.node_name.clone(),
+            iptables: Iptables {
+                localhost_node_ports: Some(settings.localhost_node_ports),
+            },
+            metrics_bind_address: listen(settings.metrics_bind_address).map(Listen),
+            node_port_addresses: settings
+                .nodeport_addresses
+                .iter()
+                .cloned()
+                .map(|text| Text(NodePortAddress(text)))
+                .collect(),
+        }
+    }
+}

@@ -1,0 +1,243 @@
+//! Values as files and flags have them: text, with words of what is wanted instead.
+
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+    ops::RangeInclusive,
+    str::FromStr,
+    time::Duration,
+};
+
+use ipnet::IpNet;
+use jiff::SignedDuration;
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
+
+use super::conntrack;
+
+/// `FIRST-LAST`, not empty and without port 0.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PortRange(pub RangeInclusive<u16>);
+
+impl FromStr for PortRange {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parse = |(first, last): (&str, &str)| Some((first.parse().ok()?, last.parse().ok()?));
+        match text.split_once('-').and_then(parse) {
+            Some((first, last)) if 0 < first && first <= last => Ok(Self(first..=last)),
+            _ => Err("give FIRST-LAST, both from 1 to 65535, FIRST not above LAST".into()),
+        }
+    }
+}
+
+impl fmt::Display for PortRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.0.start(), self.0.end())
+    }
+}
+
+/// Where a server listens, or that there is to be none (empty). As with kube-proxy, the port may be left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Listen<const PORT: u16>(pub Option<SocketAddr>);
+
+impl<const PORT: u16> FromStr for Listen<PORT> {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text.is_empty() {
+            return Ok(Self(None));
+        }
+        let bracketed = text.strip_prefix('[').and_then(|text| text.strip_suffix(']'));
+        let address = bracketed
+            .unwrap_or(text)
+            .parse()
+            .map(|ip: IpAddr| SocketAddr::new(ip, PORT));
+        match text.parse().or(address) {
+            Ok(address) => Ok(Self(Some(address))),
+            Err(_) => Err("give IP:PORT ([IP]:PORT for IPv6) or an IP"),
+        }
+    }
+}
+
+impl<const PORT: u16> fmt::Display for Listen<PORT> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.map_or(Ok(()), |address| write!(f, "{address}"))
+    }
+}
+
+/// An address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Address(pub IpAddr);
+
+impl FromStr for Address {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let wanted = "give an IP address, such as 192.0.2.1 or 2001:db8::1";
+        text.parse().map(Self).map_err(|_| wanted)
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// A network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Network(pub IpNet);
+
+impl FromStr for Network {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let wanted = "give a network, such as 10.244.0.0/16 or fd00:10:244::/56";
+        text.parse().map(Self).map_err(|_| wanted)
+    }
+}
+
+impl fmt::Display for Network {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Networks with commas between them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Networks(pub Vec<IpNet>);
+
+impl FromStr for Networks {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let networks = text
+            .split(',')
+            .map(|network| network.trim().parse().map(|Network(network)| network));
+        networks.collect::<Result<_, _>>().map(Self)
+    }
+}
+
+impl fmt::Display for Networks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let networks: Vec<_> = self.0.iter().map(ToString::to_string).collect();
+        f.write_str(&networks.join(","))
+    }
+}
+
+/// A network, or `primary`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct NodePortAddress(pub String);
+
+impl FromStr for NodePortAddress {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let wanted = "give networks, such as 10.0.0.0/8 or fd00::/8, or `primary` alone";
+        match text == "primary" || text.parse::<IpNet>().is_ok() {
+            true => Ok(Self(text.to_owned())),
+            false => Err(wanted),
+        }
+    }
+}
+
+impl fmt::Display for NodePortAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A duration as Go writes it (`24h0m0s`): `metav1.Duration`.
+pub(super) fn duration(text: &str) -> Option<Duration> {
+    match text {
+        "0" => Some(Duration::ZERO),
+        _ => text.parse::<SignedDuration>().ok()?.try_into().ok(),
+    }
+}
+
+/// A time-out, or zero, which leaves it alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Timeout(pub Option<Duration>);
+
+impl FromStr for Timeout {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match duration(text) {
+            Some(Duration::ZERO) => Ok(Self(None)),
+            _ => conntrack::parse(text).map(|duration| Self(Some(duration))),
+        }
+    }
+}
+
+impl fmt::Display for Timeout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The units of `Debug` are Go's.
+        fmt::Debug::fmt(&self.0.unwrap_or_default(), f)
+    }
+}
+
+/// A text that is read as another type, and may stand in a list.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Text<T>(pub T);
+
+impl<'de, T: FromStr<Err: fmt::Display>> Deserialize<'de> for Text<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let error = |error| D::Error::custom(format_args!("`{text}`: {error}"));
+        text.parse().map(Self).map_err(error)
+    }
+}
+
+impl<T: fmt::Display> Serialize for Text<T> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&self.0)
+    }
+}
+
+/// A field that says nothing when it is empty, as kube-proxy's do: `null`, or a text without characters.
+pub(super) mod or_empty {
+    use super::*;
+
+    pub(in crate::config) fn deserialize<'de, T, D>(deserializer: D) -> Result<Option<T>, D::Error>
+    where
+        T: FromStr<Err: fmt::Display>,
+        D: Deserializer<'de>,
+    {
+        match Option::<String>::deserialize(deserializer)? {
+            Some(text) if !text.is_empty() => {
+                let error = |error| D::Error::custom(format_args!("`{text}`: {error}"));
+                text.parse().map(Some).map_err(error)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    pub(in crate::config) fn serialize<T, S>(value: &Option<T>, serializer: S) -> Result<S::Ok, S::Error>
+    where
+        T: fmt::Display,
+        S: Serializer,
+    {
+        match value {
+            Some(value) => serializer.collect_str(value),
+            None => serializer.serialize_str(""),
+        }
+    }
+}
+
+/// A field that is as good as absent when it is `null`, as Go's decoder has it.
+pub(super) fn or_null<'de, T, D>(deserializer: D) -> Result<T, D::Error>
+where
+    T: Default + Deserialize<'de>,
+    D: Deserializer<'de>,
+{
+    Option::deserialize(deserializer).map(Option::unwrap_or_default)
+}
+
+/// A number of which there must be something.
+pub(super) fn from_one_on<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
+    match Option::deserialize(deserializer)? {
+        Some(0) => Err(D::Error::custom("wants a whole number from 1 on")),
+        number => Ok(number),
+    }
+}
