@@ -229,6 +229,10 @@ pub trait Maps<F: Family> {
     fn flow(&self, key: &FlowKey<F::Words>) -> Option<Entry<'_, Flow<F::Words>>>;
     /// Adds to `flows`; `false` when the map refuses.
     fn add_flow(&self, key: &FlowKey<F::Words>, flow: &Flow<F::Words>) -> bool;
+    /// Whether few enough flows wait for an answer in `flows` that one more may.
+    fn may_wait(&self) -> bool;
+    /// Notes that one more flow waits there, or one less.
+    fn add_waiting(&self, more: i64);
     /// An entry of `new_flows`.
     fn new_flow(&self, key: &FlowKey<F::Words>) -> Option<Entry<'_, Flow<F::Words>>>;
     /// Adds to `new_flows`; `false` when the map refuses.
@@ -953,8 +957,11 @@ fn reply<F: Family, M: Maps<F>>(
         return None;
     }
     entry.note(maps, state);
-    if flow.state & FLOW_ASKED != 0 {
-        entry.clear(FLOW_ASKED);
+    if flow.state & (FLOW_ASKED | FLOW_WAITING) != 0 {
+        entry.clear(FLOW_ASKED | FLOW_WAITING);
+        if flow.state & FLOW_WAITING != 0 {
+            maps.add_waiting(-1);
+        }
     }
     Some(Tuple {
         src: flow.frontend,
@@ -1167,7 +1174,19 @@ fn remember<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
         && let Some(entry) = maps.flow(key).or_else(|| maps.new_flow(key))
     {
         entry.write(flow);
-    } else if !maps.add_new_flow(key, flow) {
+        return;
+    }
+    // Into `flows` at once, which spares the common flow one insertion and one deletion; but only so many that a flood of
+    // first packets cannot push open flows out. Replies to a translated source are not seen here.
+    if flow.state & FLOW_SNAT == 0 && maps.may_wait() {
+        flow.state |= FLOW_WAITING;
+        if maps.add_flow(key, flow) {
+            maps.add_waiting(1);
+            return;
+        }
+        flow.state &= !FLOW_WAITING;
+    }
+    if !maps.add_new_flow(key, flow) {
         // Never drop for lack of an entry: the hash finds the same backend again.
         maps.count(Event::ConntrackFull);
     }

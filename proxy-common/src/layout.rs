@@ -34,6 +34,8 @@ pub mod names {
     pub const COLLIDED: &str = "collided";
     /// `ARRAY` of [`CLIENT_WORDS`](super::CLIENT_WORDS) words: clients with flows in the connection tables.
     pub const CLIENTS: &str = "clients";
+    /// `ARRAY` of two, per family: flows with [`FLOW_WAITING`](super::FLOW_WAITING) in `flows`, about.
+    pub const WAITING: &str = "waiting";
     /// `ARRAY` backend id → [`BackendState`](super::BackendState).
     pub const BACKENDS: &str = "backends";
     /// `ARRAY` of one [`Config`](super::Config).
@@ -210,6 +212,9 @@ pub const FLOW_SUPERSEDED: u16 = 1 << 7;
 pub const FLOW_ASKED: u16 = 1 << 8;
 /// [`Flow::state`]: the backend has answered and the client has sent again: a handshake is complete, datagrams are a stream.
 pub const FLOW_CONFIRMED: u16 = 1 << 9;
+
+/// [`Flow::state`]: in `flows` from the first packet on, and counted in `waiting` until it is answered.
+pub const FLOW_WAITING: u16 = 1 << 15;
 
 /// One flow: what its packets carry on either side of this node.
 ///

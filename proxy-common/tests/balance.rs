@@ -34,6 +34,8 @@ struct Node<F: Family> {
     snat: RefCell<HashMap<u32, Box<SnatSlot<F::Words>>>>,
     collided: RefCell<HashSet<u32>>,
     clients: RefCell<HashSet<u32>>,
+    waiting: Cell<i64>,
+    most_waiting: Cell<i64>,
     sockets: RefCell<HashSet<Tuple<F::Words>>>,
     events: RefCell<Vec<Event>>,
     now: Cell<u32>,
@@ -58,6 +60,8 @@ where
             snat: RefCell::default(),
             collided: RefCell::default(),
             clients: RefCell::default(),
+            waiting: Cell::default(),
+            most_waiting: Cell::default(),
             sockets: RefCell::default(),
             events: RefCell::default(),
             now: Cell::new(1000),
@@ -249,6 +253,12 @@ where
     fn set_collided(&self, bit: u32) {
         self.collided.borrow_mut().insert(bit);
     }
+    fn may_wait(&self) -> bool {
+        self.waiting.get() < self.most_waiting.get()
+    }
+    fn add_waiting(&self, more: i64) {
+        self.waiting.set(self.waiting.get() + more);
+    }
     fn client(&self, bit: u32) -> bool {
         self.clients.borrow().contains(&bit)
     }
@@ -333,6 +343,37 @@ fn a_flow_is_confirmed_by_both_sides_and_then_moves() {
     assert_eq!(node.leave(back(sent), SYN | ACK), back(dialled));
     assert_eq!(node.translated(dialled, ACK, From::Pod, false).tuple, sent);
     assert_eq!((node.new_flows.borrow().len(), node.flows.borrow().len()), (0, 1));
+}
+
+/// Some first packets may wait for their answers where open flows are; a flood of them may not.
+#[test]
+fn few_unanswered_flows_stand_among_the_open_ones() {
+    let node = node(&[REMOTE]);
+    node.most_waiting.set(2);
+    let tables = || (node.new_flows.borrow().len(), node.flows.borrow().len());
+    let dialled = to(CLIENT, 40_000, ip(10, 96, 0, 1), 80);
+    let sent = node.translated(dialled, SYN, From::Pod, false).tuple;
+    assert_eq!((tables(), node.waiting.get()), ((0, 1), 1));
+    assert_eq!(
+        node.translated(dialled, SYN, From::Pod, false).tuple,
+        sent,
+        "sent again"
+    );
+    assert_eq!((tables(), node.waiting.get()), ((0, 1), 1));
+    for _ in 0..2 {
+        assert_eq!(node.leave(back(sent), SYN | ACK), back(dialled));
+        assert_eq!((tables(), node.waiting.get()), ((0, 1), 0), "answered once");
+    }
+    for n in 1..=100 {
+        let dialled = to(CLIENT, 40_000 + n, ip(10, 96, 0, 1), 80);
+        node.translated(dialled, SYN, From::Pod, false);
+    }
+    assert_eq!((tables(), node.waiting.get()), ((98, 3), 2));
+    // One whose source is translated is answered elsewhere.
+    node.most_waiting.set(1000);
+    let dialled = to(ip(203, 0, 113, 1), 40_000, ip(10, 96, 0, 1), 80);
+    node.translated(dialled, SYN, From::Network, true);
+    assert_eq!((tables(), node.waiting.get()), ((99, 3), 2));
 }
 
 /// A node whose Service has affinity for a minute and eight backends, of which the first `count` are eligible.

@@ -25,6 +25,9 @@ use shunt_common::{
     snat,
 };
 
+/// Flows that wait in `flows`: few, so that both ways are taken.
+const MOST_WAITING: i64 = 3;
+
 /// A frame that every access is checked against.
 struct Frame(UnsafeCell<Vec<u8>>);
 
@@ -90,6 +93,7 @@ struct Node<F: Family> {
     snat: RefCell<HashMap<u32, Box<SnatSlot<F::Words>>>>,
     collided: RefCell<HashSet<u32>>,
     clients: RefCell<HashSet<u32>>,
+    waiting: Cell<i64>,
     scratch: UnsafeCell<Scratch<F::Words>>,
     now: Cell<u32>,
 }
@@ -191,6 +195,12 @@ impl<F: Family<Words: Hash>> Maps<F> for Node<F> {
     fn set_collided(&self, bit: u32) {
         self.collided.borrow_mut().insert(bit);
     }
+    fn may_wait(&self) -> bool {
+        self.waiting.get() < MOST_WAITING
+    }
+    fn add_waiting(&self, more: i64) {
+        self.waiting.set(self.waiting.get() + more);
+    }
     fn client(&self, bit: u32) -> bool {
         self.clients.borrow().contains(&bit)
     }
@@ -271,6 +281,7 @@ fn node<F: Addresses>() -> Node<F> {
         snat: RefCell::default(),
         collided: RefCell::default(),
         clients: RefCell::default(),
+        waiting: Cell::default(),
         // SAFETY: all zeros is a value of every field.
         scratch: UnsafeCell::new(unsafe { std::mem::zeroed() }),
         now: Cell::new(1000),

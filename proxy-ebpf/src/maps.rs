@@ -9,6 +9,7 @@ use core::{
 };
 
 use aya_ebpf::{
+    Global,
     bindings::{BPF_ANY, BPF_F_CURRENT_NETNS, BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST, bpf_sock_tuple},
     btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SkStorage},
     helpers::{bpf_jiffies64, bpf_ktime_get_coarse_ns, bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp},
@@ -66,6 +67,8 @@ pub(crate) trait KernelFamily: Family {
     const SCRATCH: &'static PerCpuArray<Scratch<Self::Words>, 1>;
     /// `AF_INET` or `AF_INET6`.
     const AF: u8;
+    /// Index into [`WAITING`].
+    const INDEX: u32;
 }
 
 #[btf_map(name = "frontends4")]
@@ -116,6 +119,8 @@ static ADDRESSES6: Addresses<[u8; 16]> = Addresses::new();
 static FILTER: Array<u64, FILTER_WORDS, MMAPABLE> = Array::new();
 #[btf_map(name = "clients")]
 static CLIENTS: Array<u64, CLIENT_WORDS> = Array::new();
+#[btf_map(name = "waiting")]
+static WAITING: Array<u64, 2> = Array::new();
 #[btf_map(name = "collided")]
 static COLLIDED: Array<u64, COLLIDED_WORDS> = Array::new();
 #[btf_map(name = "backends")]
@@ -133,6 +138,10 @@ pub(crate) static SOCKETS: HashMap<u64, SocketPeer, 131_072> = HashMap::new();
 #[btf_map(name = "senders")]
 pub(crate) static SENDERS: SkStorage<SocketPeers> = SkStorage::new();
 
+/// Most flows of a family that may wait for their first answer in `flows`: set when the programs are loaded.
+#[unsafe(no_mangle)]
+static MOST_WAITING: Global<u32> = Global::new(0);
+
 impl KernelFamily for V4 {
     const FRONTENDS: &'static Frontends<[u8; 4]> = &FRONTENDS4;
     const SLOTS: &'static Slots<[u8; 4]> = &SLOTS4;
@@ -147,6 +156,7 @@ impl KernelFamily for V4 {
     const FRAGMENTS: &'static Fragments<[u8; 4]> = &FRAGMENTS4;
     const SCRATCH: &'static PerCpuArray<Scratch<u32>, 1> = &SCRATCH4;
     const AF: u8 = 2;
+    const INDEX: u32 = 0;
 }
 
 impl KernelFamily for V6 {
@@ -163,6 +173,7 @@ impl KernelFamily for V6 {
     const FRAGMENTS: &'static Fragments<[u8; 16]> = &FRAGMENTS6;
     const SCRATCH: &'static PerCpuArray<Scratch<Words6>, 1> = &SCRATCH6;
     const AF: u8 = 10;
+    const INDEX: u32 = 1;
 }
 
 /// Which hook runs, for the counters.
@@ -338,6 +349,22 @@ impl<F: KernelFamily> Maps<F> for KernelMaps {
     #[inline(always)]
     fn add_flow(&self, key: &FlowKey<F::Words>, flow: &Flow<F::Words>) -> bool {
         F::FLOWS.insert(bytes(key), bytes(flow), BPF_ANY.into()).is_ok()
+    }
+
+    #[inline(always)]
+    fn may_wait(&self) -> bool {
+        // Below zero, after a recount, is few.
+        WAITING
+            .get(F::INDEX)
+            .is_some_and(|count| count.cast_signed() < i64::from(MOST_WAITING.load()))
+    }
+
+    #[inline(always)]
+    fn add_waiting(&self, more: i64) {
+        if let Some(count) = WAITING.get_ptr_mut(F::INDEX) {
+            // SAFETY: an aligned live map value.
+            unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(count, more.cast_unsigned()) };
+        }
     }
 
     #[inline(always)]

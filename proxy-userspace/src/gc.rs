@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use shunt_common::layout::{Config, TICK_NS, Timeouts};
+use shunt_common::layout::{Config, FLOW_WAITING, TICK_NS, Timeouts};
 use tracing::{debug, warn};
 
 use crate::{
@@ -72,18 +72,20 @@ pub fn collect(maps: &Maps, mut pause: impl FnMut() -> bool) -> Result<Option<Wa
         // No agent of this layout has written its configuration yet.
         config.timeouts = Timeouts::default();
     }
-    let done = collect_family(&maps.v4, &config, &mut walk, &mut pause)?
-        && collect_family(&maps.v6, &config, &mut walk, &mut pause)?;
+    let done = collect_family(maps, &maps.v4, &config, &mut walk, &mut pause)?
+        && collect_family(maps, &maps.v6, &config, &mut walk, &mut pause)?;
     Ok(done.then_some(walk))
 }
 
 fn collect_family<F: MapFamily>(
+    all: &Maps,
     maps: &PerFamily<F>,
     config: &Config,
     walk: &mut Walk,
     pause: &mut impl FnMut() -> bool,
 ) -> Result<bool> {
     let mut go_on = true;
+    let mut waiting = 0;
     for map in maps.flow_maps() {
         map.for_each_batch(|keys, flows| {
             let now = now();
@@ -93,6 +95,8 @@ fn collect_family<F: MapFamily>(
                 // A program may have written a later tick than `now`.
                 if now.saturating_sub(flow.last_seen) > config.timeouts.of(key.proto, flow.state) {
                     over.push(*key);
+                } else if flow.state & FLOW_WAITING != 0 {
+                    waiting += 1;
                 }
             }
             let deleted = map.delete_all(&over)? as u64;
@@ -105,6 +109,8 @@ fn collect_family<F: MapFamily>(
             return Ok(false);
         }
     }
+    // The programs' own count runs off when an entry is evicted or collected.
+    all.waiting.set(&(F::INDEX as u32), &waiting)?;
     // A port outlasts its flow for as long as the backend may keep it in TIME_WAIT.
     let mut now = now();
     for index in 0..maps.snat.capacity() {
@@ -250,6 +256,13 @@ mod tests {
         assert_eq!(left(1), [3, 4, 7]);
         assert_eq!((walk.flows, walk.deleted), (4, 3));
         assert!((11..=17).all(|id| walk.referenced.contains(id)));
+
+        // The count of those that wait for an answer is put right.
+        insert(1, 8, FLOW_WAITING, 5, 18);
+        insert(1, 9, FLOW_WAITING, 100, 19);
+        maps.waiting.set(&(F::INDEX as u32), &1000).unwrap();
+        collect(&maps, || true).unwrap();
+        assert_eq!(maps.waiting.get(&(F::INDEX as u32)).unwrap(), Some(1));
         assert!(!walk.referenced.contains(18));
         let walk = collect(&maps, || true).unwrap().expect("a whole walk");
         assert!(!walk.referenced.contains(12), "no flow names it any more");

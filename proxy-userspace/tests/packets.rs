@@ -1,10 +1,12 @@
 //! The loaded programs under `BPF_PROG_TEST_RUN`: a packet in, a verdict and a packet out, byte for byte. Needs root.
 
-use std::net::IpAddr;
+use std::{collections::BTreeSet, net::IpAddr};
 
 use etherparse::{
     Icmpv4Type, Icmpv6Type, IpNumber, NetSlice, PacketBuilder, SlicedPacket, TransportSlice, icmpv4, icmpv6,
 };
+
+use shunt::datapath::maps::Maps;
 
 #[path = "support/loaded.rs"]
 mod loaded;
@@ -73,6 +75,64 @@ fn a_new_flow_is_rewritten_and_its_reply_back() {
                     4 + 2 * v6
                 );
             }
+        }
+    }
+}
+
+fn segment(from: &str, from_port: u16, to: &str, to_port: u16, flags: &str) -> Vec<u8> {
+    let mut bytes = packet(from, from_port, to, to_port, false);
+    let at = 14 + if from.contains(':') { 40 } else { 20 } + 13;
+    bytes[at] = match flags {
+        "SYN" => 0x02,
+        "SYN ACK" => 0x12,
+        "ACK" => 0x10,
+        other => panic!("{other}"),
+    };
+    bytes
+}
+
+/// L3: first packets without end, from everywhere, and every open flow is still there.
+#[test]
+fn a_flood_of_first_packets_evicts_no_open_flow() {
+    const OPEN: u16 = 700;
+    let loaded = Loaded::new("flood");
+    for (program, leaving) in [("tc_node_in", "tc_node_out"), ("xdp_node", "tc_node_out")] {
+        for v6 in [0, 1] {
+            let (client, web, backend) = (CLIENT[v6], WEB[v6], BACKEND[v6]);
+            let ports = 20_000..20_000 + OPEN;
+            for port in ports.clone() {
+                loaded.run(program, &segment(client, port, web, 80, "SYN"));
+                loaded.run(leaving, &segment(backend, 8080, client, port, "SYN ACK"));
+                loaded.run(program, &segment(client, port, web, 80, "ACK"));
+            }
+            for n in 0..20_000_u16 {
+                let source = match v6 {
+                    0 => format!("198.18.{}.{}", n >> 8, n & 255),
+                    _ => format!("2001:db8:18::{n:x}"),
+                };
+                loaded.run(program, &segment(&source, 1000 + n, web, 80, "SYN"));
+            }
+            let maps = Maps::open(&loaded.root).unwrap();
+            let left: BTreeSet<u16> = match v6 {
+                0 => maps
+                    .v4
+                    .flows
+                    .entries()
+                    .unwrap()
+                    .iter()
+                    .map(|(key, _)| key.client_port)
+                    .collect(),
+                _ => maps
+                    .v6
+                    .flows
+                    .entries()
+                    .unwrap()
+                    .iter()
+                    .map(|(key, _)| key.client_port)
+                    .collect(),
+            };
+            let lost: Vec<u16> = ports.filter(|port| !left.contains(port)).collect();
+            assert_eq!(lost, Vec::<u16>::new(), "{program}, IPv{}", 4 + 2 * v6);
         }
     }
 }

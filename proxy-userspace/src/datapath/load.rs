@@ -32,6 +32,8 @@ const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
 const USUAL_BPFFS: &str = "/sys/fs/bpf";
 /// The source of a bpffs that shunt mounted itself, as /proc/self/mountinfo shows it: `cleanup` takes that one away.
 pub(crate) const MOUNT_SOURCE: &str = "shunt";
+/// One in so many entries of `flows` may be one that waits for its first answer.
+const WAITING_SHARE: u32 = 128;
 /// Lines of the verifier's log that an error quotes; the reason is in the last ones.
 const VERIFIER_LINES: usize = 12;
 
@@ -203,6 +205,8 @@ pub fn load(config: &LoadConfig) -> Result<Datapath, LoadError> {
     let mut loader = EbpfLoader::new();
     let fast_path = u32::from(config.fast_path);
     loader.override_global("FAST_PATH", &fast_path, true);
+    let most_waiting = capacities.flows / WAITING_SHARE;
+    loader.override_global("MOST_WAITING", &most_waiting, true);
     let mut fresh = FreshPins(Vec::new());
     for &name in wanted.keys() {
         if let Some((_, entries)) = capacities.of_map(name) {

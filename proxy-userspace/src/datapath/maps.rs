@@ -568,6 +568,8 @@ pub struct Maps {
     pub backends: Map<u32, BackendState>,
     /// Services by number.
     pub services: Map<u32, ServiceInfo>,
+    /// Flows that wait for their first answer in `flows`, per family.
+    pub waiting: Map<u32, u64>,
     /// What connected sockets dialled, by cookie (`SO_COOKIE`).
     pub sockets: Map<u64, SocketPeer>,
     config: Map<u32, Config>,
@@ -604,6 +606,7 @@ impl Maps {
             filter: Array::open(bpf_root, names::FILTER, "")?,
             backends: Map::open(bpf_root, names::BACKENDS, settings::MAX_BACKENDS)?,
             services: Map::open(bpf_root, names::SERVICES, settings::MAX_FRONTENDS)?,
+            waiting: Map::open(bpf_root, names::WAITING, "")?,
             sockets: Map::open(bpf_root, names::SOCKETS, settings::MAX_SOCKETS)?,
             config: Map::open(bpf_root, names::CONFIG, "")?,
             events: open_pin(bpf_root, names::EVENTS, size_of::<u32>(), size_of::<u64>())?.0,
@@ -780,6 +783,7 @@ pub(crate) mod testing {
             use sys::create::{ARRAY, HASH, PERCPU_ARRAY};
             this.make::<u32, u64>(names::FILTER, ARRAY, FILTER_WORDS as u32, sys::BPF_F_MMAPABLE);
             this.make::<u32, u64>(names::CLIENTS, ARRAY, CLIENT_WORDS as u32, 0);
+            this.make::<u32, u64>(names::WAITING, ARRAY, 2, 0);
             this.make::<u32, u64>(names::COLLIDED, ARRAY, COLLIDED_WORDS as u32, 0);
             this.make::<u32, BackendState>(names::BACKENDS, ARRAY, capacities.backends, 0);
             this.make::<u32, ServiceInfo>(names::SERVICES, HASH, capacities.frontends, 0);

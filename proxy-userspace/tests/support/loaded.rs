@@ -40,7 +40,8 @@ pub(crate) const REMOTE: [&str; 2] = ["10.44.1.7", "fd44:0:0:b::7"];
 /// The programs in a folder of this test's own.
 pub(crate) struct Loaded {
     datapath: Datapath,
-    root: PathBuf,
+    /// Where everything is pinned.
+    pub(crate) root: PathBuf,
 }
 
 impl Drop for Loaded {
