@@ -13,7 +13,7 @@ use std::{
 
 use k8s_openapi::api::{
     apps::v1::DaemonSet,
-    core::v1::{NodeAffinity, NodeSelectorRequirement, PodSpec},
+    core::v1::{ConfigMap, NodeAffinity, NodeSelectorRequirement, PodSpec},
     rbac::v1::{ClusterRole, ClusterRoleBinding},
 };
 use serde::de::DeserializeOwned;
@@ -81,7 +81,7 @@ fn every_object_is_what_the_api_has() {
             count += 1;
         }
     }
-    assert_eq!(count, 4 * APPLIED.len());
+    assert_eq!(count, 5 * APPLIED.len());
     for file in yaml_files(&deploy().join("dev")) {
         for object in kustomize::documents(&file) {
             let found = strict::mistakes(&object);
@@ -195,6 +195,15 @@ fn every_reference_leads_somewhere() {
         for mount in agent.volume_mounts.as_ref().unwrap() {
             assert!(volumes.iter().any(|volume| volume.name == mount.name), "{}", mount.name);
         }
+        for map in volumes.iter().filter_map(|volume| volume.config_map.as_ref()) {
+            let is_it = |object: &Value| {
+                object["kind"] == "ConfigMap"
+                    && object["metadata"]["name"] == map.name
+                    && object["metadata"]["namespace"] == subject.namespace.as_deref().unwrap()
+            };
+            let there = objects(folder).iter().any(is_it);
+            assert!(there || map.optional == Some(true), "{folder}: ConfigMap {}", map.name);
+        }
     }
 }
 
@@ -241,6 +250,62 @@ fn the_agent_takes_its_arguments() {
         [false, false, true, false],
         "beside kube-proxy, and only there"
     );
+}
+
+/// The agent takes the mounted configuration and kubeadm's in its place, and has nothing to say about either.
+#[test]
+fn the_agent_takes_its_configuration() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let comes_to = |text: &str| {
+        fs::write(file.path(), text).unwrap();
+        let output = Command::new(env!("CARGO_BIN_EXE_shunt"))
+            .args(["run", "--dump-config", "--config"])
+            .arg(file.path())
+            .output()
+            .unwrap();
+        assert_eq!(String::from_utf8_lossy(&output.stderr), "", "{text}");
+        assert!(output.status.success());
+        let documents: Vec<Value> = serde_saphyr::from_multiple(std::str::from_utf8(&output.stdout).unwrap()).unwrap();
+        let [theirs, ours] = &documents[..] else {
+            panic!("{documents:?}")
+        };
+        (theirs.clone(), ours.clone())
+    };
+    let kubeadm = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/config/kubeadm.yaml");
+    let (kubeadms, defaults) = comes_to(&fs::read_to_string(kubeadm).unwrap());
+    for folder in APPLIED {
+        let map: ConfigMap = object(folder, "ConfigMap");
+        let data = map.data.unwrap();
+        let [(key, text)] = &data.iter().collect::<Vec<_>>()[..] else {
+            panic!("{folder}: {data:?}")
+        };
+        let (theirs, ours) = comes_to(text);
+        assert_eq!(ours, defaults, "{folder}: nothing but defaults");
+        let ports = match folder {
+            "overlays/beside-kube-proxy" => ("0.0.0.0:10356", "127.0.0.1:10349"),
+            _ => ("0.0.0.0:10256", "127.0.0.1:10249"),
+        };
+        assert_eq!(
+            (&theirs["healthzBindAddress"], &theirs["metricsBindAddress"]),
+            (&json!(ports.0), &json!(ports.1)),
+            "{folder}"
+        );
+
+        let agent = pod(folder).containers.remove(0);
+        let mounted_at = |name: &str| {
+            let mounts = agent.volume_mounts.iter().flatten();
+            mounts
+                .filter(|mount| mount.name == name)
+                .map(|mount| mount.mount_path.clone())
+                .next()
+                .unwrap()
+        };
+        let flag = format!("--config={}/{key}", mounted_at("config"));
+        assert!(agent.args.as_ref().unwrap().contains(&flag), "{folder}: {flag}");
+        // kubeadm's file is the key `kubeconfig.conf` of the ConfigMap that has the configuration.
+        let kubeconfig = format!("{}/kubeconfig.conf", mounted_at("kube-proxy"));
+        assert_eq!(kubeadms["clientConnection"]["kubeconfig"], kubeconfig, "{folder}");
+    }
 }
 
 /// Nothing but reading what the agent serves, and telling what it cannot.
