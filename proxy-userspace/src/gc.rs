@@ -52,7 +52,7 @@ pub struct Walk {
     pub flows: u64,
     /// Flows deleted.
     pub deleted: u64,
-    /// Backend ids that flows or translated source ports name, those just deleted included.
+    /// Backend ids that flows, translated source ports or sockets name, those just deleted included.
     pub referenced: IdSet,
 }
 
@@ -72,6 +72,10 @@ pub fn collect(maps: &Maps, mut pause: impl FnMut() -> bool) -> Result<Option<Wa
         // No agent of this layout has written its configuration yet.
         config.timeouts = Timeouts::default();
     }
+    maps.sockets.for_each_batch(|_, peers| {
+        peers.iter().for_each(|peer| walk.referenced.insert(peer.backend_id));
+        Ok(())
+    })?;
     let done = collect_family(maps, &maps.v4, &config, &mut walk, &mut pause)?
         && collect_family(maps, &maps.v6, &config, &mut walk, &mut pause)?;
     Ok(done.then_some(walk))

@@ -9,7 +9,7 @@ use std::{
 };
 
 use k8s_openapi::api::apps::v1::DaemonSet;
-use shunt_lab::{Agent, AgentOptions, Client, Lab, PodSpec, Port, Sockets};
+use shunt_lab::{Agent, AgentOptions, Client, Conn, Dial, Lab, PodSpec, Port, Proto, Sockets};
 use tempfile::TempDir;
 
 const APP: u16 = 8080;
@@ -162,4 +162,62 @@ fn each_of_the_daemonsets_capabilities_is_needed() {
             "without {missing}: {text}"
         );
     }
+}
+
+/// A Service with a UDP port, behind it this pod, if any.
+fn write_udp(lab: &Lab, manifests: &Path, pod: Option<&str>) {
+    let endpoints = pod.map_or(String::new(), |pod| {
+        format!("{{ addresses: ['{}'] }}", lab.ips(pod).unwrap()[0])
+    });
+    let text = format!(
+        "apiVersion: v1\nkind: Service\nmetadata: {{ name: dns }}\nspec:\n  clusterIP: 10.96.0.2\n  \
+         ports: [{{ protocol: UDP, port: 53, targetPort: {APP} }}]\n---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
+         metadata: {{ name: dns, labels: {{ kubernetes.io/service-name: dns }} }}\naddressType: IPv4\n\
+         ports: [{{ protocol: UDP, port: {APP} }}]\nendpoints: [{endpoints}]\n"
+    );
+    let hidden = manifests.join(".new");
+    fs::write(&hidden, text).unwrap();
+    fs::rename(hidden, manifests.join("dns.yaml")).unwrap();
+}
+
+/// B7: without SYS_ADMIN stale sockets of the node are closed, and what is missing for those of pods is said; with it, theirs too.
+#[test]
+fn with_one_capability_more_stale_sockets_of_pods_are_closed() {
+    let lab = Lab::builder().nodes(&["node-a"]).build().unwrap();
+    lab.add_pod(&PodSpec::new("dns", "node-a", &[Port::udp(APP)])).unwrap();
+    lab.add_pod(&PodSpec::new("hooked", "node-a", &[])).unwrap();
+    let manifests = TempDir::new().unwrap();
+    write_udp(&lab, manifests.path(), Some("dns"));
+    let mut agent = lab
+        .start_agent("node-a", &options(manifests.path(), &granted()))
+        .unwrap();
+    let [node, pod] = ["node-a", "hooked"].map(|name| {
+        let connected = Dial {
+            connected: true,
+            ..Dial::default()
+        };
+        let client = lab.client(name, Sockets::Hooked).unwrap();
+        let conn = client
+            .open(Proto::Udp, "10.96.0.2:53".parse().unwrap(), &connected)
+            .unwrap();
+        conn.ask("first").unwrap();
+        conn
+    });
+    let closes = |conn: &Conn| {
+        let began = Instant::now();
+        while conn.ask("still there?").is_ok() {
+            assert!(began.elapsed() < Duration::from_secs(10), "the socket stays");
+        }
+    };
+    write_udp(&lab, manifests.path(), None);
+    closes(&node);
+    agent
+        .wait_for("give the agent CAP_SYS_ADMIN", Duration::from_secs(10))
+        .unwrap();
+    pod.ask("nobody closed it").unwrap();
+    agent.stop().unwrap();
+
+    let more: Vec<String> = granted().into_iter().chain(["SYS_ADMIN".to_owned()]).collect();
+    let _agent = lab.start_agent("node-a", &options(manifests.path(), &more)).unwrap();
+    closes(&pod);
 }

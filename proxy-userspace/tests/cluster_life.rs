@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use shunt_lab::{Agent, AgentOptions, Client, Conn, Dial, Lab, PodSpec, Port, Proto, Sockets};
+use shunt_lab::{Agent, AgentOptions, Client, Conn, Dial, DialError, Lab, PodSpec, Port, Proto, Sockets};
 use tempfile::TempDir;
 
 const APP: u16 = 8080;
@@ -27,7 +27,9 @@ impl Cluster {
             lab.add_pod(&PodSpec::new(pod, node, &[Port::tcp(APP), Port::udp(APP)]))
                 .unwrap();
         }
-        lab.add_pod(&PodSpec::new("packets", "node-a", &[])).unwrap();
+        for pod in ["packets", "hooked"] {
+            lab.add_pod(&PodSpec::new(pod, "node-a", &[])).unwrap();
+        }
         let manifests = TempDir::new().unwrap();
         let mut cluster = Self {
             agents: Vec::new(),
@@ -90,6 +92,17 @@ impl Cluster {
         self.write("endpoints.yaml", &documents.join("---\n"));
     }
 
+    /// Takes a pod off the network without a word.
+    fn cut(&self, pod: &str) {
+        let node = PODS.iter().find(|(name, _)| *name == pod).unwrap().1;
+        let device = self.lab.device(pod).unwrap();
+        self.lab
+            .ns(node)
+            .unwrap()
+            .ip(&[format!("link set {device} down")])
+            .unwrap();
+    }
+
     fn ip(&self, name: &str, v6: bool) -> IpAddr {
         let ips = self.lab.ips(name).unwrap();
         ips.into_iter().find(|ip| ip.is_ipv6() == v6).unwrap()
@@ -111,8 +124,12 @@ impl Cluster {
 
 /// A flow to a pod of that name.
 fn open_to(client: &Client, proto: Proto, to: SocketAddr, pod: &str) -> Conn {
+    open_with(client, proto, to, pod, &Dial::default())
+}
+
+fn open_with(client: &Client, proto: Proto, to: SocketAddr, pod: &str, dial: &Dial) -> Conn {
     for _ in 0..64 {
-        let conn = client.open(proto, to, &Dial::default()).unwrap();
+        let conn = client.open(proto, to, dial).unwrap();
         if conn.ask("first").unwrap().server == pod {
             return conn;
         }
@@ -181,10 +198,7 @@ fn flows_of_a_backend_that_goes(xdp: &str) {
         }
 
         // Gone without a word: connections end all the same.
-        let node = PODS.iter().find(|(name, _)| *name == leaving).unwrap().1;
-        let device = cluster.lab.device(leaving).unwrap();
-        let down = format!("link set {device} down");
-        cluster.lab.ns(node).unwrap().ip(&[down]).unwrap();
+        cluster.cut(leaving);
         std::thread::scope(|scope| {
             for (tcp, _, to) in &open {
                 scope.spawn(move || {
@@ -196,6 +210,7 @@ fn flows_of_a_backend_that_goes(xdp: &str) {
 
         if leaving == "web-b" {
             cluster.lab.remove(leaving).unwrap();
+            let node = PODS.iter().find(|(name, _)| *name == leaving).unwrap().1;
             let ports = [Port::tcp(APP), Port::udp(APP)];
             cluster.lab.add_pod(&PodSpec::new(leaving, node, &ports)).unwrap();
             cluster.endpoints(&[("web-a", ""), ("web-b", "")]);
@@ -223,4 +238,129 @@ fn flows_of_a_backend_that_goes_with_xdp() {
 #[test]
 fn flows_of_a_backend_that_goes_without_xdp() {
     flows_of_a_backend_that_goes("off");
+}
+
+/// What an application with the socket notices, if it tries until then.
+fn error_within(conn: &Conn, time: Duration) -> DialError {
+    let began = Instant::now();
+    loop {
+        match conn.ask_within("still there?", Duration::from_secs(10)) {
+            Err(error) => return error,
+            Ok(_) if began.elapsed() < time => std::thread::sleep(Duration::from_millis(50)),
+            Ok(answer) => panic!("{} still answers", answer.server),
+        }
+    }
+}
+
+/// What a closed UDP socket says at once: `ECONNABORTED` to who waits for a datagram, `EDESTADDRREQ` to who sends one.
+fn is_closed(error: &DialError) -> bool {
+    matches!(
+        error,
+        DialError::Os {
+            errno: libc::ECONNABORTED | libc::EDESTADDRREQ,
+            ..
+        }
+    )
+}
+
+/// B7 for sockets that the hook connected, in a pod and on the node: a connected UDP socket is closed when its endpoint does not
+/// serve any more, a TCP one when its pod is gone and does not answer. Nobody touches a socket that dialled the pod itself.
+#[test]
+fn sockets_connected_to_a_backend_that_goes_are_closed() {
+    let cluster = Cluster::start("off");
+    let connected = Dial {
+        connected: true,
+        ..Dial::default()
+    };
+    let clients = ["hooked", "node-a"].map(|name| cluster.lab.client(name, Sockets::Hooked).unwrap());
+    let ways: Vec<(&Client, SocketAddr, bool)> = clients
+        .iter()
+        .flat_map(|client| {
+            [("10.96.0.1", false), ("fd96::1", true), ("::ffff:10.96.0.1", false)]
+                .map(|(ip, v6)| (client, SocketAddr::new(ip.parse().unwrap(), 80), v6))
+        })
+        .collect();
+    let server = |conn: &Conn| conn.ask("again").unwrap().server;
+    let open_all = |pod| -> Vec<(Conn, Conn)> {
+        let open = |&(client, to, _): &(&Client, SocketAddr, bool)| {
+            (
+                open_to(client, Proto::Tcp, to, pod),
+                open_with(client, Proto::Udp, to, pod, &connected),
+            )
+        };
+        ways.iter().map(open).collect()
+    };
+
+    let open = open_all("web-b");
+    let direct: Vec<[Conn; 2]> = ways
+        .iter()
+        .map(|&(client, _, v6)| {
+            let to = SocketAddr::new(cluster.ip("web-b", v6), APP);
+            [Proto::Tcp, Proto::Udp].map(|proto| open_with(client, proto, to, "web-b", &connected))
+        })
+        .collect();
+    let direct_ones_live = || {
+        direct
+            .iter()
+            .flatten()
+            .for_each(|conn| assert_eq!(server(conn), "web-b"))
+    };
+
+    // While it serves, nothing happens.
+    cluster.endpoints(&[
+        ("web-b", "ready: false, serving: true, terminating: true"),
+        ("web-a", ""),
+    ]);
+    std::thread::sleep(Duration::from_secs(1));
+    for (tcp, udp) in &open {
+        assert_eq!((server(tcp), server(udp)), ("web-b".into(), "web-b".into()));
+    }
+
+    cluster.endpoints(&[
+        ("web-b", "ready: false, serving: false, terminating: true"),
+        ("web-a", ""),
+    ]);
+    for ((tcp, udp), (client, to, _)) in open.iter().zip(&ways) {
+        let error = error_within(udp, Duration::from_secs(10));
+        assert!(is_closed(&error), "{to}: {error}");
+        assert_eq!(client.udp_connected(*to).unwrap().server, "web-a");
+        assert_eq!(server(tcp), "web-b", "{to}");
+    }
+    // No endpoint any more, but the pod answers.
+    cluster.endpoints(&[("web-a", "")]);
+    std::thread::sleep(Duration::from_secs(2));
+    open.iter().for_each(|(tcp, _)| assert_eq!(server(tcp), "web-b"));
+    direct_ones_live();
+
+    // From one to none.
+    let last = open_all("web-a");
+    cluster.endpoints(&[]);
+    for ((tcp, udp), (client, to, _)) in last.iter().zip(&ways) {
+        let error = error_within(udp, Duration::from_secs(10));
+        assert!(is_closed(&error), "{to}: {error}");
+        assert!(client.udp_connected(*to).unwrap_err().is_refused(), "{to}");
+        assert_eq!(server(tcp), "web-a", "{to}");
+    }
+    direct_ones_live();
+
+    // Gone without a word: the kernel would try for a quarter of an hour.
+    cluster.cut("web-b");
+    cluster.cut("web-a");
+    std::thread::scope(|scope| {
+        for (tcp, _) in open.iter().chain(&last) {
+            scope.spawn(|| {
+                let error = tcp.ask_within("still there?", Duration::from_secs(60)).unwrap_err();
+                assert!(
+                    matches!(
+                        error,
+                        DialError::Os {
+                            errno: libc::ECONNABORTED,
+                            ..
+                        }
+                    ),
+                    "{error}"
+                );
+            });
+        }
+    });
 }

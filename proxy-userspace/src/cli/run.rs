@@ -36,6 +36,7 @@ use crate::{
         load::{self, Datapath, LoadConfig},
         maps::{Maps, settings},
         netns::{self, NodePortAddresses},
+        sockets::StaleSockets,
     },
     gc::{self, Collector, Walk},
     health::Health,
@@ -155,7 +156,8 @@ async fn serve(settings: Settings, begin: Instant) -> anyhow::Result<()> {
     };
     let (walks_tx, mut walks) = mpsc::channel::<Walk>(1);
     let report = move |walk| drop(walks_tx.blocking_send(walk));
-    let _collector = Collector::spawn(maps, gc::INTERVAL, report).context("cannot start a thread")?;
+    let _collector = Collector::spawn(maps.clone(), gc::INTERVAL, report).context("cannot start a thread")?;
+    let stale_sockets = StaleSockets::spawn(maps).context("cannot start a thread")?;
 
     let mut agent = Agent {
         model: Model::new(configured),
@@ -192,6 +194,7 @@ async fn serve(settings: Settings, begin: Instant) -> anyhow::Result<()> {
                         // The clocks of two machines may differ.
                         metrics.network_programmed(time.elapsed().unwrap_or_default().as_secs_f64());
                     }
+                    stale_sockets.look();
                     if let (false, Some(live)) = (was_live, &agent.live) {
                         health.goes_live();
                         let (services, backends) = agent.syncer.counts();

@@ -263,6 +263,11 @@ impl<K: Pod, V: Pod> Map<K, V> {
         self.setting
     }
 
+    /// Writes by this process so far.
+    pub fn writes(&self) -> u64 {
+        self.writes.load(Ordering::Relaxed)
+    }
+
     fn error(&self, action: &'static str, source: io::Error) -> MapError {
         match source.raw_os_error() {
             // A hash map says E2BIG when its entries are used up, and ENOMEM when the kernel cannot allocate one.

@@ -31,6 +31,7 @@ pub mod maps;
 pub mod netns;
 pub(crate) mod pods;
 pub(crate) mod rtnl;
+pub mod sockets;
 pub mod sys;
 
 use link::Hook;

@@ -1,4 +1,5 @@
-//! Blocking requests to rtnetlink in the calling thread's network namespace: short ones, answered by the kernel at once.
+//! Blocking requests to rtnetlink and its kin in the calling thread's network namespace: short ones, answered by the kernel at
+//! once.
 
 use std::{
     io,
@@ -7,7 +8,10 @@ use std::{
 
 use netlink_packet_route::RouteNetlinkMessage;
 use rtnetlink::{
-    packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload},
+    packet_core::{
+        NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+        NetlinkSerializable,
+    },
     sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
 };
 
@@ -31,7 +35,7 @@ pub(crate) fn dump(message: RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkM
     let mut result = Vec::new();
     for _ in 0..DUMP_ATTEMPTS {
         let interrupted;
-        (result, interrupted) = exchange(message.clone(), NLM_F_REQUEST | NLM_F_DUMP)?;
+        (result, interrupted) = exchange(NETLINK_ROUTE, message.clone(), NLM_F_REQUEST | NLM_F_DUMP)?;
         if !interrupted {
             break;
         }
@@ -44,7 +48,7 @@ pub(crate) fn dump(message: RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkM
 /// # Errors
 /// The kernel's answer.
 pub(crate) fn change(message: RouteNetlinkMessage) -> io::Result<()> {
-    exchange(message, NLM_F_REQUEST | NLM_F_ACK).map(drop)
+    exchange(NETLINK_ROUTE, message, NLM_F_REQUEST | NLM_F_ACK).map(drop)
 }
 
 /// The index of the device with this name; `None` if there is none.
@@ -75,8 +79,15 @@ fn datagram_socket() -> rustix::io::Result<OwnedFd> {
     socket(AddressFamily::INET, SocketType::DGRAM, None)
 }
 
-fn exchange(message: RouteNetlinkMessage, flags: u16) -> io::Result<(Vec<RouteNetlinkMessage>, bool)> {
-    let mut socket = Socket::new(NETLINK_ROUTE)?;
+/// Sends one message of a protocol (`NETLINK_*`) and gathers the answers; says whether a dump was interrupted by changes.
+///
+/// # Errors
+/// The kernel's answer.
+pub(crate) fn exchange<M>(protocol: isize, message: M, flags: u16) -> io::Result<(Vec<M>, bool)>
+where
+    M: NetlinkSerializable + NetlinkDeserializable + Into<NetlinkPayload<M>>,
+{
+    let mut socket = Socket::new(protocol)?;
     // SAFETY: the option takes a timeval of this size.
     let set = unsafe {
         libc::setsockopt(
@@ -96,7 +107,7 @@ fn exchange(message: RouteNetlinkMessage, flags: u16) -> io::Result<(Vec<RouteNe
     let mut header = NetlinkHeader::default();
     header.flags = flags;
     header.sequence_number = 1;
-    let mut request = NetlinkMessage::new(header, NetlinkPayload::from(message));
+    let mut request = NetlinkMessage::new(header, message.into());
     request.finalize();
     let mut bytes = vec![0; request.buffer_len()];
     request.serialize(&mut bytes);
@@ -109,7 +120,7 @@ fn exchange(message: RouteNetlinkMessage, flags: u16) -> io::Result<(Vec<RouteNe
         let mut rest = &answer[..];
         while !rest.is_empty() {
             let length = rest.first_chunk::<4>().map_or(0, |l| u32::from_ne_bytes(*l) as usize);
-            let parsed = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest);
+            let parsed = NetlinkMessage::<M>::deserialize(rest);
             if length < size_of::<libc::nlmsghdr>() {
                 return Err(io::Error::new(
                     io::ErrorKind::InvalidData,

@@ -374,3 +374,31 @@ fn the_image_is_of_this_version() {
         Some(concat!("localhost/shunt:", env!("CARGO_PKG_VERSION")))
     );
 }
+
+#[test]
+fn the_component_that_closes_sockets_of_pods_adds_what_it_takes_and_nothing_else() {
+    let folder = tempfile::TempDir::new().unwrap();
+    let place = |path: &str| deploy().join(path).canonicalize().unwrap().display().to_string();
+    let text = format!(
+        "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources: [{}]\ncomponents: [{}]\n",
+        place("overlays/instead-of-kube-proxy"),
+        place("components/close-stale-sockets")
+    );
+    fs::write(folder.path().join("kustomization.yaml"), text).unwrap();
+    let with = kustomize::resolve(folder.path());
+    for object in &with {
+        assert_eq!(strict::mistakes(object), Vec::<String>::new());
+    }
+    let daemonset = with.into_iter().find(|object| object["kind"] == "DaemonSet").unwrap();
+    let daemonset: DaemonSet = serde_json::from_value(daemonset).unwrap();
+    let mut with = daemonset.spec.unwrap().template.spec.unwrap();
+    let container = &mut with.containers[0];
+    let capabilities = &mut container.security_context.as_mut().unwrap().capabilities;
+    let added = capabilities.as_mut().unwrap().add.as_mut().unwrap();
+    assert_eq!(added.pop().as_deref(), Some("SYS_ADMIN"));
+    let mount = container.volume_mounts.as_mut().unwrap().pop().unwrap();
+    let volume = with.volumes.as_mut().unwrap().pop().unwrap();
+    assert_eq!((&*mount.mount_path, &mount.name), ("/run/netns", &volume.name));
+    assert_eq!(volume.host_path.unwrap().path, "/run/netns");
+    assert_eq!(with, pod("overlays/instead-of-kube-proxy"));
+}
