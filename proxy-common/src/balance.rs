@@ -820,9 +820,14 @@ fn forward<F: Family, M: Maps<F>>(
         if passed && maps.backend_flags(flow.backend_id) & BACKEND_GONE != 0 && is_silent(maps, entry, tuple.proto) {
             return None;
         }
-    } else if maps.backend_flags(flow.backend_id) & BACKEND_SERVING == 0 {
-        // Datagrams leave a backend that does not serve with the next one.
-        return None;
+    } else {
+        if maps.backend_flags(flow.backend_id) & BACKEND_SERVING == 0 {
+            // Datagrams leave a backend that does not serve with the next one.
+            return None;
+        }
+        if passed && flow.state & (FLOW_ANSWERED | FLOW_CONFIRMED) == FLOW_ANSWERED {
+            entry.note(maps, FLOW_CONFIRMED);
+        }
     }
     if (passed || state != 0)
         && flow.state & FLOW_SNAT != 0

@@ -210,7 +210,8 @@ pub const FLOW_SUPERSEDED: u16 = 1 << 7;
 
 /// [`Flow::state`]: the backend is no endpoint any more ([`BACKEND_GONE`]), and has not answered since the client sent last.
 pub const FLOW_ASKED: u16 = 1 << 8;
-/// [`Flow::state`]: the backend has answered and the client has sent again: a handshake is complete, datagrams are a stream.
+/// [`Flow::state`]: the backend has answered and the client has sent again: datagrams are a stream. Of TCP it is not always
+/// noted.
 pub const FLOW_CONFIRMED: u16 = 1 << 9;
 
 /// [`Flow::state`]: in `flows` from the first packet on, and counted in `waiting` until it is answered.

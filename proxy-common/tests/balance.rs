@@ -830,3 +830,29 @@ fn datagrams_answered_once_keep_their_port_for_a_shorter_time_than_streams() {
     node.now.set(start + timeouts.udp_stream + 1);
     assert!(open(11));
 }
+
+#[test]
+fn datagrams_that_go_on_after_an_answer_are_a_stream() {
+    let node = node(&[REMOTE]);
+    node.serve(ip(10, 96, 0, 1), 53, UDP, &[REMOTE]);
+    let dialled = Tuple {
+        proto: UDP,
+        ..to(CLIENT, 40_000, ip(10, 96, 0, 1), 53)
+    };
+    let sent = node.translated(dialled, 0, From::Pod, false).tuple;
+    let state = || {
+        let flows = [&node.flows, &node.new_flows].map(|map| map.borrow().values().next().map(|flow| flow.state));
+        flows.into_iter().flatten().next().unwrap()
+    };
+    node.now.set(node.now.get() + 1);
+    node.translated(dialled, 0, From::Pod, false);
+    assert_eq!(state() & FLOW_CONFIRMED, 0, "nobody has answered");
+    node.leave(back(sent), 0);
+    assert_eq!(state() & FLOW_CONFIRMED, 0);
+    node.now.set(node.now.get() + 1);
+    node.translated(dialled, 0, From::Pod, false);
+    assert_eq!(
+        state() & (FLOW_ANSWERED | FLOW_CONFIRMED),
+        FLOW_ANSWERED | FLOW_CONFIRMED
+    );
+}
