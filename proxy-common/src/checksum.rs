@@ -29,6 +29,12 @@ impl Difference {
         Self(u64::from(!old) + u64::from(new))
     }
 
+    /// A 32-bit word, as it stands in memory, that becomes another.
+    #[inline(always)]
+    pub fn word32(old: u32, new: u32) -> Self {
+        Self(u64::from(!old) + u64::from(new))
+    }
+
     /// Both together.
     #[inline(always)]
     pub fn and(self, other: Self) -> Self {

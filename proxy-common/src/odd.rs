@@ -7,6 +7,7 @@ use crate::{
     access::{Access, load_addr, store_addrs},
     address::{self, Stranger},
     balance::{From, Maps, Outcome, Scratch, arriving_slowly, leaving_slowly},
+    checksum::Difference,
     crc32c, echo,
     event::Event,
     extension,
@@ -217,11 +218,9 @@ fn update_sctp<F: Family>(packet: &impl Access, path: &Path, difference: u32) ->
         return false;
     };
     let length = (u32::from(u16::from_be(length)) + fixed).wrapping_sub(path.l4 - l3);
-    path.more == 0
-        && packet.store(
-            path.l4 + SCTP_CHECKSUM as u32,
-            sum ^ crc32c::first_word_changed(difference, length),
-        )
+    let new = sum ^ crc32c::first_word_changed(difference, length);
+    packet.changed(Difference::word32(sum, new));
+    path.more == 0 && packet.store(path.l4 + SCTP_CHECKSUM as u32, new)
 }
 
 /// Writes `scratch.translation`. A later fragment has no ports, and its datagram's checksum stands in the first.
@@ -235,8 +234,12 @@ fn write<F: Family>(packet: &impl Access, scratch: &mut Scratch<F::Words>) -> bo
         {
             return false;
         }
-        if old.proto == SCTP && !update_sctp::<F>(packet, path, port_word(old) ^ port_word(new)) {
-            return false;
+        if old.proto == SCTP {
+            // Its checksum is of another kind, and makes up for nothing.
+            packet.changed(if F::HEADER == 40 { addresses.and(ports) } else { ports });
+            if !update_sctp::<F>(packet, path, port_word(old) ^ port_word(new)) {
+                return false;
+            }
         }
         if !packet.store(path.l4, port_word(new)) {
             return false;

@@ -6,7 +6,7 @@
 use core::mem::MaybeUninit;
 
 use aya_ebpf::{
-    EbpfContext,
+    EbpfContext, Global,
     bindings::{BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC},
     helpers::{
         bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_tail,
@@ -72,19 +72,49 @@ impl Access for Buffer<'_> {
 
     #[inline(always)]
     fn replace_checksum(&self, offset: u32, addresses: Difference, ports: Difference, or_none: bool) -> bool {
-        let none = if or_none { u64::from(BPF_F_MARK_MANGLED_0) } else { 0 };
-        let pseudo = none | u64::from(BPF_F_PSEUDO_HDR);
-        // SAFETY: the helper checks the offset.
-        unsafe {
-            bpf_l4_csum_replace(self.0.skb.skb, offset, 0, addresses.fold32().into(), pseudo) == 0
-                && bpf_l4_csum_replace(self.0.skb.skb, offset, 0, ports.fold32().into(), none) == 0
+        let v6 = family(self.0) == Some(V6::ETHERTYPE);
+        if or_none && self.load::<u16>(offset) == Some(0) {
+            self.changed(if v6 { addresses.and(ports) } else { ports });
+            return true;
         }
+        // SAFETY: the helper checks the offset.
+        replace_addresses(self.0, offset, addresses, v6, or_none)
+            && unsafe { bpf_l4_csum_replace(self.0.skb.skb, offset, 0, ports.fold32().into(), none(or_none)) == 0 }
     }
 
     #[inline(always)]
     fn changed(&self, difference: Difference) {
         // SAFETY: the helper has no preconditions. It says no where nobody summed the packet up, which is as well.
         unsafe { bpf_csum_update(self.0.skb.skb, difference.fold32()) };
+    }
+}
+
+/// [`BPF_F_IPV6`](https://docs.kernel.org/bpf/) where the kernel has it, set when the programs are loaded.
+#[unsafe(no_mangle)]
+static CSUM_IPV6: Global<u32> = Global::new(0);
+
+/// Flags for a checksum that may be zero, which means none and must neither be updated nor arise.
+#[inline(always)]
+fn none(or_none: bool) -> u64 {
+    if or_none { u64::from(BPF_F_MARK_MANGLED_0) } else { 0 }
+}
+
+/// Brings a transport checksum up to date with new addresses.
+#[inline(always)]
+fn replace_addresses(ctx: &TcContext, offset: u32, addresses: Difference, v6: bool, or_none: bool) -> bool {
+    let mut flags = none(or_none) | u64::from(BPF_F_PSEUDO_HDR);
+    let known = CSUM_IPV6.load();
+    if v6 {
+        flags |= u64::from(known);
+    }
+    // SAFETY: the helpers check the offset, and say no where nobody summed the packet up, which is as well.
+    unsafe {
+        let done = bpf_l4_csum_replace(ctx.skb.skb, offset, 0, addresses.fold32().into(), flags) == 0;
+        if v6 && known == 0 {
+            // The helper has taken from the packet's sum what an IPv4 header's checksum makes up for.
+            bpf_csum_update(ctx.skb.skb, addresses.fold32());
+        }
+        done
     }
 }
 
@@ -325,23 +355,24 @@ pub(crate) fn rewrite<F: Family>(ctx: &TcContext, headers: &Headers<F::Words>, n
     if let Some(offset) = packet::checksum_offset(old.proto) {
         let offset = (headers.l4 + offset) as u32;
         let (addresses, ports) = packet::differences::<F>(old, new);
-        // A UDP checksum of zero means none, and must neither be updated nor arise.
-        let mangled = if old.proto == UDP {
-            u64::from(BPF_F_MARK_MANGLED_0)
-        } else {
-            0
-        };
-        // SAFETY: the helpers check the offset; pointers are taken anew afterwards.
-        unsafe {
-            let pseudo = mangled | u64::from(BPF_F_PSEUDO_HDR);
-            if bpf_l4_csum_replace(ctx.skb.skb, offset, 0, addresses.fold32().into(), pseudo) != 0 {
-                return false;
-            }
-            if (old.src_port != new.src_port || old.dst_port != new.dst_port)
-                && bpf_l4_csum_replace(ctx.skb.skb, offset, 0, ports.fold32().into(), mangled) != 0
-            {
-                return false;
-            }
+        let or_none = old.proto == UDP;
+        if or_none
+            && let Some(field) = Buffer(ctx).bytes(offset as usize, 2)
+            // SAFETY: two bytes were checked.
+            && unsafe { field.cast::<u16>().read_unaligned() } == 0
+        {
+            // None stays none, and makes up for nothing.
+            Buffer(ctx).changed(if F::HEADER == 40 { addresses.and(ports) } else { ports });
+            return packet::write_tuple::<F>(&Buffer(ctx), headers, new);
+        }
+        if !replace_addresses(ctx, offset, addresses, F::HEADER == 40, or_none) {
+            return false;
+        }
+        // SAFETY: the helper checks the offset; pointers are taken anew afterwards.
+        if (old.src_port != new.src_port || old.dst_port != new.dst_port)
+            && unsafe { bpf_l4_csum_replace(ctx.skb.skb, offset, 0, ports.fold32().into(), none(or_none)) } != 0
+        {
+            return false;
         }
     }
     packet::write_tuple::<F>(&Buffer(ctx), headers, new)

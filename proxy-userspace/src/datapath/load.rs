@@ -207,6 +207,13 @@ pub fn load(config: &LoadConfig) -> Result<Datapath, LoadError> {
     loader.override_global("FAST_PATH", &fast_path, true);
     let most_waiting = capacities.flows / WAITING_SHARE;
     loader.override_global("MOST_WAITING", &most_waiting, true);
+    // A kernel that does not let it be tried has no BPF for us either, which the programs' loading will tell.
+    let csum_ipv6 = if link::probe_csum_ipv6().unwrap_or(false) {
+        link::BPF_F_IPV6
+    } else {
+        0
+    };
+    loader.override_global("CSUM_IPV6", &csum_ipv6, true);
     let mut fresh = FreshPins(Vec::new());
     for &name in wanted.keys() {
         if let Some((_, entries)) = capacities.of_map(name) {
