@@ -32,6 +32,7 @@ const PLAIN: &str = "text/plain; charset=utf-8";
 pub async fn serve_health(address: SocketAddr, health: Health, metrics: Metrics) {
     let listening = Listening {
         subject: "--healthz-bind-address".to_owned(),
+        trouble: Box::new(|message| tracing::warn!("--healthz-bind-address: {message}")),
         address,
         both_families: true,
         consequence: "load balancers and probes take this node for dead",
@@ -53,6 +54,7 @@ pub async fn serve_health(address: SocketAddr, health: Health, metrics: Metrics)
 pub async fn serve_metrics(address: SocketAddr, exporter: Exporter) {
     let listening = Listening {
         subject: "--metrics-bind-address".to_owned(),
+        trouble: Box::new(|message| tracing::warn!("--metrics-bind-address: {message}")),
         address,
         both_families: true,
         consequence: "nobody can read this agent's metrics",

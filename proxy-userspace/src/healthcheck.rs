@@ -21,7 +21,8 @@ use tokio::task::JoinHandle;
 use crate::{
     health::Health,
     http::{self, Listening},
-    object::{EndpointSlice, NodeFacts, ObjectName, Service},
+    object::{EndpointSlice, NodeFacts, ObjectName, Problem, Service},
+    report::Reports,
 };
 
 /// kube-proxy's name for the number of ready local endpoints, which load balancers may weigh nodes by.
@@ -64,6 +65,7 @@ type Admitted = Arc<RwLock<Option<BTreeSet<IpAddr>>>>;
 #[derive(Debug)]
 pub struct HealthChecks {
     health: Health,
+    reports: Reports,
     admitted: Admitted,
     /// By Service and family.
     listeners: HashMap<(ObjectName, bool), Listener>,
@@ -89,6 +91,7 @@ struct State {
     service: ObjectName,
     local: Arc<AtomicUsize>,
     health: Health,
+    reports: Reports,
     admitted: Admitted,
 }
 
@@ -101,9 +104,10 @@ impl State {
 
 impl HealthChecks {
     /// Nothing to answer yet.
-    pub fn new(health: Health) -> Self {
+    pub fn new(health: Health, reports: Reports) -> Self {
         Self {
             health,
+            reports,
             admitted: Admitted::default(),
             listeners: HashMap::new(),
         }
@@ -129,6 +133,7 @@ impl HealthChecks {
                     service: service.clone(),
                     local: local.clone(),
                     health: self.health.clone(),
+                    reports: self.reports.clone(),
                     admitted: self.admitted.clone(),
                 };
                 let task = tokio::spawn(serve(state, port, v6));
@@ -151,6 +156,10 @@ async fn serve(state: State, port: u16, v6: bool) {
         address: SocketAddr::new(unspecified, port),
         both_families: false,
         consequence: "load balancers cannot see this node's endpoints",
+        trouble: Box::new({
+            let (service, reports) = (state.service.clone(), state.reports.clone());
+            move |message| reports.report_here(Problem::new("Service", &service, "spec.healthCheckNodePort", message))
+        }),
     };
     let state = Arc::new(state);
     let admitted = state.clone();
@@ -286,6 +295,7 @@ mod tests {
             service: name(),
             local: Arc::new(AtomicUsize::new(2)),
             health: health.clone(),
+            reports: Reports::default(),
             admitted: Admitted::default(),
         };
         assert_eq!(answer(&state).status(), 503, "the agent is not healthy yet");

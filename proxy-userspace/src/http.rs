@@ -12,7 +12,7 @@ use hyper::{Request, Response, body::Incoming, header, server::conn::http1, serv
 use hyper_util::rt::{TokioIo, TokioTimer};
 use socket2::{Domain, Socket, Type};
 use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet};
-use tracing::{debug, info, warn};
+use tracing::{debug, info};
 
 /// From one attempt to listen to the next; the first failure may be a listener that is just being closed.
 const RETRY: Duration = Duration::from_millis(500);
@@ -24,7 +24,6 @@ const MAX_CONNECTIONS: usize = 64;
 const BACKLOG: i32 = 128;
 
 /// What a server listens on, and what a message says about it.
-#[derive(Clone, Debug)]
 pub struct Listening {
     /// The setting or field that asks for it.
     pub subject: String,
@@ -34,6 +33,8 @@ pub struct Listening {
     pub both_families: bool,
     /// What goes wrong as long as it cannot listen.
     pub consequence: &'static str,
+    /// Gets the one message about that.
+    pub trouble: Box<dyn Fn(String) + Send + Sync>,
 }
 
 impl Listening {
@@ -51,10 +52,10 @@ impl Listening {
                 Err(error) => {
                     failures += 1;
                     if failures == 2 {
-                        warn!(
-                            "{}: cannot listen on {}: {error}; {}; free the port or choose another, it is tried again",
-                            self.subject, self.address, self.consequence
-                        );
+                        (self.trouble)(format!(
+                            "cannot listen on {}: {error}; {}; free the port or choose another, it is tried again",
+                            self.address, self.consequence
+                        ));
                     }
                 }
             }

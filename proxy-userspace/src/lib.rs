@@ -11,6 +11,7 @@
 //! - [`gc`]: flows that have ended or fallen silent leave the connection tables.
 //! - [`healthcheck`]: what load balancers ask on `healthCheckNodePort`; [`health`]: whether this agent does its work.
 //! - [`admin`]: `/healthz`, `/livez` and `/metrics`, over the servers of [`http`]; [`metrics`]: what is counted and measured.
+//! - [`report`]: what cannot be served as it is written, to the log, the metrics and the API server.
 //! - [`config`]: what the agent is told to do. [`cli`]: one file per verb.
 pub mod admin;
 pub mod cli;
@@ -24,6 +25,7 @@ pub mod metrics;
 pub mod model;
 pub mod object;
 pub mod plan;
+pub mod report;
 pub mod source;
 pub mod sync;
 mod yaml;

@@ -1,4 +1,4 @@
-//! What an operator sees of an agent that follows an API server: health and metrics (SPEC A2). Needs root.
+//! What an operator sees of an agent that follows an API server: health, metrics and Events (SPEC A2, S1). Needs root.
 
 use std::{
     io::{Read, Write},
@@ -9,7 +9,7 @@ use std::{
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
-use shunt_apiserver::{ApiServer, Kind};
+use shunt_apiserver::{ApiServer, Kind, Refusal};
 use shunt_lab::{Agent, AgentOptions, Lab, PodSpec, Port, Sockets};
 
 /// The fabric, as seen from the nodes.
@@ -409,4 +409,103 @@ fn kube_proxys_metrics_are_there() {
     assert_eq!(text("/debug/pprof/").unwrap().0, 404);
     let [node_ip, _] = world.lab.node_ips(NODE).unwrap();
     assert!(world.get(node_ip, METRICS, "/metrics").is_none(), "on loopback only");
+}
+
+/// S1: who looks at an object that cannot be served finds an Event about it, one for all nodes and all that is told again; what
+/// can be served is not held up.
+#[test]
+fn objects_that_cannot_be_served_get_events() {
+    let mut world = World::start(&[]);
+    let ips = world.serve_web(json!({}));
+    let events = || world.api.list(Kind::Events);
+    let bad_slice = |address: &str| {
+        json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": {
+                "name": "bad", "namespace": "default",
+                "labels": { "kubernetes.io/service-name": "web" },
+            },
+            "ports": [{ "name": "t", "protocol": "TCP", "port": APP }],
+            "endpoints": [{ "addresses": [address] }],
+        })
+    };
+    world
+        .api
+        .faults(|faults| faults.refuse = Some(Refusal::status(429).retry_after(1).of(Kind::Events)));
+    world.api.apply(json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": { "name": "odd", "namespace": "default" },
+        "spec": { "sessionAffinity": "Cookie", "ports": [{ "port": 80 }] },
+    }));
+    world.api.apply(bad_slice("127.0.0.1"));
+    wait_until("attempts", || world.api.requests("POST /apis/events.k8s.io/") >= 2);
+    assert_eq!(events(), [Value::Null; 0]);
+    let hooked = world.lab.client("client-1", Sockets::Hooked).unwrap();
+    wait_until("a backend", || hooked.tcp(SocketAddr::new(ips[0], 80)).is_ok());
+    world.api.faults(|faults| faults.refuse = None);
+    wait_until("two Events", || events().len() == 2);
+    let about = |kind: &str| {
+        let mut of_kind = events();
+        of_kind.retain(|event| event["regarding"]["kind"] == kind);
+        assert_eq!(of_kind.len(), 1, "{of_kind:?}");
+        of_kind.remove(0)
+    };
+    let event = about("Service");
+    let odd = world.api.get(Kind::Services, "default", "odd").unwrap();
+    assert!(odd["metadata"]["uid"].is_string());
+    assert_eq!(event["regarding"]["uid"], odd["metadata"]["uid"]);
+    assert_eq!(event["type"], "Warning");
+    assert_eq!(event["reportingInstance"], NODE);
+    assert_eq!(
+        event["note"],
+        "spec.sessionAffinity: \"Cookie\" is no affinity; use None or ClientIP (None is served)"
+    );
+    let event = about("EndpointSlice");
+    assert_eq!(event["regarding"]["name"], "bad");
+    assert!(
+        event["note"]
+            .as_str()
+            .unwrap()
+            .contains("127.0.0.1 is a loopback address"),
+        "{event}"
+    );
+    let problems = |kind: &str| {
+        world
+            .scrape()
+            .value(&format!("shunt_object_problems_total{{kind=\"{kind}\"}}"))
+    };
+    assert_eq!((problems("Service"), problems("EndpointSlice")), (1.0, 1.0));
+
+    // The same mistake again, and a new agent that finds it: nothing new to tell.
+    world.api.apply(bad_slice("127.0.0.1"));
+    world.agent.stop().unwrap();
+    world.api.forget_requests();
+    world.agent.spawn().unwrap();
+    world.agent.wait_ready().unwrap();
+    wait_until("both told again", || {
+        world.api.requests("POST /apis/events.k8s.io/") == 2
+    });
+    thread::sleep(Duration::from_millis(500));
+    assert_eq!(world.api.list(Kind::Events).len(), 2);
+    assert_eq!(world.api.requests("POST /apis/events.k8s.io/"), 2);
+}
+
+/// S1: without permission to write Events there is one line that says so, and all goes on.
+#[test]
+fn events_that_may_not_be_written_cost_one_line() {
+    let world = World::start(&[]);
+    world
+        .api
+        .faults(|faults| faults.refuse = Some(Refusal::status(403).of(Kind::Events)));
+    for name in ["odd", "strange"] {
+        world.api.apply(json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": { "name": name, "namespace": "default" },
+            "spec": { "sessionAffinity": "Cookie", "ports": [{ "port": 80 }] },
+        }));
+    }
+    wait_until("both tried", || world.api.requests("POST /apis/events.k8s.io/") == 2);
+    let said = "allow create on events of events.k8s.io (ClusterRole)";
+    world.agent.wait_for(said, PATIENCE).unwrap();
+    thread::sleep(Duration::from_millis(200));
+    assert_eq!(world.agent.output().matches("Events cannot be written").count(), 1);
+    world.wait_for_status("/livez", Some(200));
 }

@@ -43,7 +43,8 @@ use crate::{
     healthcheck::HealthChecks,
     metrics::{self, Exporter, Metrics},
     model::Model,
-    object::{Event, NodeFacts, ObjectName},
+    object::{Event, NodeFacts, ObjectName, Problem},
+    report::Reports,
     source::{kubernetes, manifests, queue::Queue},
     sync::{
         Syncer,
@@ -133,6 +134,7 @@ async fn serve(settings: Settings, begin: Instant) -> anyhow::Result<()> {
 
     let health = Health::default();
     let metrics = Metrics::default();
+    let reports = Reports::new(metrics.clone());
     if syncer.counts().0 > 0 {
         health.takes_over();
     }
@@ -147,7 +149,7 @@ async fn serve(settings: Settings, begin: Instant) -> anyhow::Result<()> {
     }
 
     let (tx, mut events) = mpsc::channel(QUEUE);
-    let mut source = spawn_source(&settings, &node_name, Queue::new(tx, health.clone(), metrics.clone()));
+    let mut source = spawn_source(&settings, &node_name, Queue::new(tx, health.clone(), reports.clone()));
     let configured = NodeFacts {
         name: node_name.as_str().into(),
         zone: None,
@@ -167,7 +169,8 @@ async fn serve(settings: Settings, begin: Instant) -> anyhow::Result<()> {
         live: None,
         lack_local: Default::default(),
         metrics: metrics.clone(),
-        checks: HealthChecks::new(health.clone()),
+        reports: reports.clone(),
+        checks: HealthChecks::new(health.clone(), reports.clone()),
         settings,
         datapath,
     };
@@ -243,6 +246,7 @@ struct Agent {
     /// `None` until the source has told everything.
     live: Option<Live>,
     metrics: Metrics,
+    reports: Reports,
     /// Services whose endpoints are all elsewhere, by internal and external traffic policy `Local`.
     lack_local: [HashSet<ObjectName>; 2],
     checks: HealthChecks,
@@ -274,8 +278,7 @@ impl Agent {
             self.pending.extend(self.model.apply(event));
         }
         for problem in self.model.take_problems() {
-            warn!("{problem}");
-            self.metrics.problem(&problem.kind);
+            self.reports.report(problem);
         }
         if !self.model.is_complete() {
             return Ok(false);
@@ -325,8 +328,7 @@ impl Agent {
         match self.syncer.apply(&self.model.plan(name)) {
             Ok(applied) => {
                 for warning in &applied.warnings {
-                    warn!("Service {name}: {warning}");
-                    self.metrics.problem("Service");
+                    self.reports.report_here(Problem::new("Service", name, "", warning));
                 }
                 if self.errors.remove(name).is_some() {
                     info!("Service {name}: wholly in the maps now");
@@ -337,8 +339,7 @@ impl Agent {
             Err(error) => {
                 let text = error.to_string();
                 if self.errors.get(name) != Some(&text) {
-                    warn!("{text}");
-                    self.metrics.problem("Service");
+                    self.reports.report_here(error.problem());
                     self.errors.insert(name.clone(), text);
                 }
                 false

@@ -28,6 +28,7 @@ use tokio::{
 };
 
 mod connection;
+mod events;
 mod failure;
 mod follow;
 
@@ -86,7 +87,7 @@ impl Kubernetes {
             !node_name.is_empty(),
             "the own Node has no name: give --node-name (in a pod: from spec.nodeName)"
         );
-        let connection = Arc::new(Connection::new(kubeconfig.as_deref(), tx.metrics().clone()).await?);
+        let connection = Arc::new(Connection::new(kubeconfig.as_deref(), tx.reports().metrics().clone()).await?);
         let ours = match &proxy_name {
             None => format!("!{},!{}", convert::LABEL_HEADLESS, convert::LABEL_SERVICE_PROXY),
             Some(name) => format!("!{},{}={name}", convert::LABEL_HEADLESS, convert::LABEL_SERVICE_PROXY),
@@ -110,6 +111,11 @@ impl Kubernetes {
         followers.spawn(Follower::new(connection.clone(), by_label.clone(), service, told.clone()).run());
         followers.spawn(Follower::new(connection.clone(), by_label, slice, told.clone()).run());
         followers.spawn(Follower::new(connection.clone(), by_name, node, told).run());
+        followers.spawn(events::tell(
+            connection.clone(),
+            tx.reports().clone(),
+            node_name.clone(),
+        ));
 
         let mut state = State::default();
         let mut batch = Vec::with_capacity(BATCH);
@@ -126,8 +132,7 @@ impl Kubernetes {
                 state.apply(change);
             }
             for problem in state.problems.drain(..) {
-                tracing::warn!("{problem}");
-                tx.metrics().problem(&problem.kind);
+                tx.reports().report(problem);
             }
             if std::mem::take(&mut state.node_is_missing) {
                 // Not here: the lists go on meanwhile.

@@ -90,8 +90,7 @@ impl Manifests {
             }
             let (events, problems) = state.update(files);
             for problem in problems {
-                tracing::warn!("{problem}");
-                tx.metrics().problem(&problem.kind);
+                tx.reports().report(problem);
             }
             if !events.is_empty() && !tx.send(events).await {
                 return Ok(());

@@ -2,35 +2,35 @@
 
 use tokio::sync::mpsc;
 
-use crate::{health::Health, metrics::Metrics, object::Event};
+use crate::{health::Health, object::Event, report::Reports};
 
 /// Batches of events that wait to be brought into the maps; notes since when they do.
 #[derive(Clone, Debug)]
 pub struct Queue {
     sender: mpsc::Sender<Vec<Event>>,
     health: Health,
-    metrics: Metrics,
+    reports: Reports,
 }
 
 impl Queue {
-    /// Sends to the channel's receiver, which says [`Health::programmed`] and [`Metrics::programmed`] after every batch.
-    pub fn new(sender: mpsc::Sender<Vec<Event>>, health: Health, metrics: Metrics) -> Self {
+    /// Sends to the channel's receiver, which says [`Health::programmed`] and [`Metrics::programmed`](crate::metrics::Metrics::programmed) after every batch.
+    pub fn new(sender: mpsc::Sender<Vec<Event>>, health: Health, reports: Reports) -> Self {
         Self {
             sender,
             health,
-            metrics,
+            reports,
         }
     }
 
-    /// Where the agent counts.
-    pub fn metrics(&self) -> &Metrics {
-        &self.metrics
+    /// Where problems go.
+    pub fn reports(&self) -> &Reports {
+        &self.reports
     }
 
     /// Queues a batch as soon as there is room; says whether anybody will take it out.
     pub async fn send(&self, events: Vec<Event>) -> bool {
         self.health.queued();
-        self.metrics.queued(&events);
+        self.reports.metrics().queued(&events);
         self.sender.send(events).await.is_ok()
     }
 
@@ -43,6 +43,6 @@ impl Queue {
 impl From<mpsc::Sender<Vec<Event>>> for Queue {
     /// For those who do not ask how long a batch has waited.
     fn from(sender: mpsc::Sender<Vec<Event>>) -> Self {
-        Self::new(sender, Health::default(), Metrics::default())
+        Self::new(sender, Health::default(), Reports::default())
     }
 }

@@ -36,19 +36,27 @@ use table::{Choice, FamilyIndex, FrontendTable};
 
 use crate::{
     datapath::maps::{MapError, Maps, name_bytes, name_str, settings},
-    object::ObjectName,
+    object::{ObjectName, Problem},
     plan::{Backend, BackendSet, Frontend, FrontendAddress, FrontendId, ServicePlan, Table},
 };
 
 /// Why a Service is not (wholly) in the maps. What it had there before goes on serving.
 #[derive(Debug, thiserror::Error)]
-#[error("Service {service}: {cause}; what it had before goes on, the rest is tried again")]
+#[error("{}", self.problem())]
 pub struct SyncError {
     /// The Service.
     pub service: ObjectName,
     /// What happened.
     #[source]
     pub cause: Cause,
+}
+
+impl SyncError {
+    /// The same, for those who keep problems by object.
+    pub fn problem(&self) -> Problem {
+        let message = format!("{}; what it had before goes on, the rest is tried again", self.cause);
+        Problem::new("Service", &self.service, "", message)
+    }
 }
 
 /// What kept an entry out of the maps.

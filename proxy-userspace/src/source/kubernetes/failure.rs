@@ -57,6 +57,16 @@ impl Failure {
         matches!(self.code(), 400 | 422)
     }
 
+    /// Whether the server would say the same again: what was to be written is there already, or cannot be, or may not.
+    pub(super) fn is_final(&self) -> bool {
+        matches!(self.code(), 400 | 403..=405 | 409 | 413 | 422)
+    }
+
+    /// Whether a permission is missing.
+    pub(super) fn is_forbidden(&self) -> bool {
+        self.code() == 403
+    }
+
     /// How long the server wants to be left alone.
     pub(super) fn retry_after(&self) -> Option<Duration> {
         match self {

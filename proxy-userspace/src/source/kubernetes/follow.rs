@@ -450,7 +450,7 @@ fn unsendable(error: kube::core::request::Error) -> Failure {
 }
 
 /// A body to its end.
-async fn whole(body: Body) -> Result<bytes::Bytes, Failure> {
+pub(super) async fn whole(body: Body) -> Result<bytes::Bytes, Failure> {
     match timeout(SILENCE, body.collect()).await {
         Ok(Ok(body)) => Ok(body.to_bytes()),
         Ok(Err(error)) => Err(Failure::Cut(root_cause(&error))),
@@ -509,7 +509,7 @@ fn chance() -> u64 {
 }
 
 /// From half of a time to all of it.
-fn jitter(time: Duration) -> Duration {
+pub(super) fn jitter(time: Duration) -> Duration {
     let half = time / 2;
     let nanos = u64::try_from(half.as_nanos()).unwrap_or(u64::MAX).max(1);
     half + Duration::from_nanos(chance() % nanos)
