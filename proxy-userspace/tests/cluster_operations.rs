@@ -1,6 +1,7 @@
 //! What an operator sees of an agent that follows an API server: health, metrics and Events (SPEC A2, S1). Needs root.
 
 use std::{
+    collections::BTreeSet,
     io::{Read, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
     thread,
@@ -270,6 +271,48 @@ fn a_port_in_use_is_said_once_and_tried_again() {
         .unwrap();
 }
 
+/// Every query of the dashboard names metrics, and each of them is in a scrape.
+fn dashboard_asks_for_what_is_there(scrape: &Scrape) {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/grafana/shunt.json");
+    let dashboard: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    let is_of_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let there: BTreeSet<&str> = scrape
+        .0
+        .lines()
+        .filter(|line| !line.starts_with('#'))
+        .filter_map(|line| line.split(|c| !is_of_name(c)).next())
+        .collect();
+    let mut queries = 0;
+    for panel in dashboard["panels"].as_array().unwrap() {
+        for target in panel["targets"].as_array().unwrap() {
+            let query = target["expr"].as_str().unwrap();
+            let names: Vec<&str> = query
+                .split(|c| !is_of_name(c))
+                .filter(|word| {
+                    ["shunt_", "kubeproxy_", "process_", "rest_client_"]
+                        .iter()
+                        .any(|of| word.starts_with(of))
+                })
+                .collect();
+            assert!(!names.is_empty(), "{query}");
+            for name in names {
+                assert!(there.contains(name), "{name} of {query} is not in {there:?}");
+            }
+            queries += 1;
+        }
+    }
+    assert!(queries >= 15, "{queries}");
+    // Reasons that the datapath does not know would be drawn as nothing.
+    let reasons = dashboard.to_string();
+    let reasons = reasons.split("event=~\\\"").nth(1).unwrap().split('\\').next().unwrap();
+    for reason in reasons.split('|') {
+        assert!(
+            scrape.0.contains(&format!("shunt_events_total{{event=\"{reason}\"}}")),
+            "{reason}"
+        );
+    }
+}
+
 /// A2: connections that were made are counted for their Service, by hook, IPv4 and IPv6, TCP and UDP, and a pod that is
 /// replaced does not take its count with it.
 #[test]
@@ -311,6 +354,7 @@ fn flows_of_a_service_are_counted() {
     assert!(after.value("shunt_map_capacity{map=\"flows6\"}") > 1000.0);
     let tc = "shunt_events_total{event=\"tc_flow\"}";
     assert_eq!(after.value(tc) - before.value(tc), 6.0);
+    dashboard_asks_for_what_is_there(&after);
 
     // All endpoints leave: what was counted stays.
     world.api.delete(Kind::EndpointSlices, "default", "web-ipv4");

@@ -11,10 +11,13 @@ use std::{
     process::Command,
 };
 
-use k8s_openapi::api::{
-    apps::v1::DaemonSet,
-    core::v1::{ConfigMap, NodeAffinity, NodeSelectorRequirement, PodSpec},
-    rbac::v1::{ClusterRole, ClusterRoleBinding},
+use k8s_openapi::{
+    api::{
+        apps::v1::DaemonSet,
+        core::v1::{ConfigMap, NodeAffinity, NodeSelectorRequirement, PodSpec},
+        rbac::v1::{ClusterRole, ClusterRoleBinding},
+    },
+    apimachinery::pkg::util::intstr::IntOrString,
 };
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -375,20 +378,26 @@ fn the_image_is_of_this_version() {
     );
 }
 
-#[test]
-fn the_component_that_closes_sockets_of_pods_adds_what_it_takes_and_nothing_else() {
+/// The objects of an overlay with a component.
+fn with_component(overlay: &str, component: &str) -> Vec<Value> {
     let folder = tempfile::TempDir::new().unwrap();
     let place = |path: &str| deploy().join(path).canonicalize().unwrap().display().to_string();
     let text = format!(
         "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources: [{}]\ncomponents: [{}]\n",
-        place("overlays/instead-of-kube-proxy"),
-        place("components/close-stale-sockets")
+        place(overlay),
+        place(component)
     );
     fs::write(folder.path().join("kustomization.yaml"), text).unwrap();
     let with = kustomize::resolve(folder.path());
     for object in &with {
         assert_eq!(strict::mistakes(object), Vec::<String>::new());
     }
+    with
+}
+
+#[test]
+fn the_component_that_closes_sockets_of_pods_adds_what_it_takes_and_nothing_else() {
+    let with = with_component("overlays/instead-of-kube-proxy", "components/close-stale-sockets");
     let daemonset = with.into_iter().find(|object| object["kind"] == "DaemonSet").unwrap();
     let daemonset: DaemonSet = serde_json::from_value(daemonset).unwrap();
     let mut with = daemonset.spec.unwrap().template.spec.unwrap();
@@ -401,4 +410,72 @@ fn the_component_that_closes_sockets_of_pods_adds_what_it_takes_and_nothing_else
     assert_eq!((&*mount.mount_path, &mount.name), ("/run/netns", &volume.name));
     assert_eq!(volume.host_path.unwrap().path, "/run/netns");
     assert_eq!(with, pod("overlays/instead-of-kube-proxy"));
+}
+
+/// Prometheus finds the agents' port, and the agents answer there; nothing else is changed.
+#[test]
+fn the_component_for_prometheus_leads_to_the_agents() {
+    for folder in ["overlays/instead-of-kube-proxy", "overlays/node-by-node"] {
+        let with = with_component(folder, "components/pod-monitor");
+        assert_eq!(with.len(), objects(folder).len() + 1);
+        let of_kind = |kind: &str| with.iter().find(|object| object["kind"] == kind).unwrap().clone();
+        let monitor: strict::PodMonitor = serde_json::from_value(of_kind("PodMonitor")).unwrap();
+        let daemonset: DaemonSet = serde_json::from_value(of_kind("DaemonSet")).unwrap();
+        assert_eq!(monitor.metadata.namespace, daemonset.metadata.namespace);
+        let template = daemonset.spec.unwrap().template;
+        assert_eq!(monitor.spec.selector.match_labels, template.metadata.unwrap().labels);
+        let [endpoint] = &monitor.spec.pod_metrics_endpoints[..] else {
+            panic!("one of each agent")
+        };
+        let mut with = template.spec.unwrap();
+        let container = &mut with.containers[0];
+        let port = container
+            .ports
+            .iter()
+            .flatten()
+            .find(|port| port.name.as_ref() == Some(&endpoint.port));
+        let port = port.unwrap().container_port;
+        let flag = format!("--metrics-bind-address=0.0.0.0:{port}");
+        assert_eq!(container.args.as_mut().unwrap().pop(), Some(flag), "{folder}");
+        assert_eq!(endpoint.path, "/metrics");
+        assert_eq!(
+            endpoint.relabelings[0].target_label, "node",
+            "what the dashboard asks for"
+        );
+        assert_eq!(with, pod(folder));
+    }
+}
+
+/// Probes and scrapes go where the configuration has the agent listen.
+#[test]
+fn probes_ask_where_the_agent_listens() {
+    for folder in APPLIED {
+        let map: ConfigMap = object(folder, "ConfigMap");
+        let text = map.data.unwrap().into_values().next().unwrap();
+        let configured = |field: &str| -> i32 {
+            let line = text.lines().find_map(|line| line.strip_prefix(field)).unwrap();
+            line.rsplit_once(':').unwrap().1.parse().unwrap()
+        };
+        let agent = pod(folder).containers.remove(0);
+        let ports: BTreeMap<String, i32> = agent
+            .ports
+            .iter()
+            .flatten()
+            .map(|port| (port.name.clone().unwrap(), port.container_port))
+            .collect();
+        let expected = [
+            ("healthz".to_owned(), configured("healthzBindAddress")),
+            ("metrics".to_owned(), configured("metricsBindAddress")),
+        ];
+        assert_eq!(ports, BTreeMap::from(expected), "{folder}");
+        for (probe, path) in [
+            (agent.startup_probe, "/livez"),
+            (agent.liveness_probe, "/livez"),
+            (agent.readiness_probe, "/readyz"),
+        ] {
+            let get = probe.unwrap().http_get.unwrap();
+            assert_eq!(get.path.as_deref(), Some(path));
+            assert_eq!(get.port, IntOrString::String("healthz".to_owned()));
+        }
+    }
 }

@@ -1,13 +1,16 @@
 //! Objects against the types of the Kubernetes API: a field that the API does not have is a mistake, as `kubectl --validate=strict`
 //! sees it, not something to be dropped in silence.
 
-use k8s_openapi::api::{
-    apps::v1::DaemonSet,
-    core::v1::{ConfigMap, Endpoints, Namespace, Node, Pod, Service, ServiceAccount},
-    discovery::v1::EndpointSlice,
-    rbac::v1::{ClusterRole, ClusterRoleBinding},
+use k8s_openapi::{
+    api::{
+        apps::v1::DaemonSet,
+        core::v1::{ConfigMap, Endpoints, Namespace, Node, Pod, Service, ServiceAccount},
+        discovery::v1::EndpointSlice,
+        rbac::v1::{ClusterRole, ClusterRoleBinding},
+    },
+    apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta},
 };
-use serde::{Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
 /// Everything that is wrong with an object: no such kind, no such field, a field of another type.
@@ -25,9 +28,45 @@ pub(crate) fn mistakes(object: &Value) -> Vec<String> {
         ("discovery.k8s.io/v1", "EndpointSlice") => of::<EndpointSlice>,
         ("rbac.authorization.k8s.io/v1", "ClusterRole") => of::<ClusterRole>,
         ("rbac.authorization.k8s.io/v1", "ClusterRoleBinding") => of::<ClusterRoleBinding>,
+        ("monitoring.coreos.com/v1", "PodMonitor") => of::<PodMonitor>,
         (version, kind) => return vec![format!("no type is known for {version} {kind}")],
     };
     check(object)
+}
+
+/// As much of the Prometheus operator's type as is used here
+/// (<https://prometheus-operator.dev/docs/api-reference/api/#monitoring.coreos.com/v1.PodMonitor>).
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct PodMonitor {
+    api_version: String,
+    kind: String,
+    pub(crate) metadata: ObjectMeta,
+    pub(crate) spec: PodMonitorSpec,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct PodMonitorSpec {
+    pub(crate) selector: LabelSelector,
+    pub(crate) pod_metrics_endpoints: Vec<PodMetricsEndpoint>,
+}
+
+#[derive(Serialize, Deserialize)]
+pub(crate) struct PodMetricsEndpoint {
+    /// The name of a container port.
+    pub(crate) port: String,
+    pub(crate) path: String,
+    interval: String,
+    pub(crate) relabelings: Vec<Relabeling>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Relabeling {
+    action: String,
+    source_labels: Vec<String>,
+    pub(crate) target_label: String,
 }
 
 /// Reads an object as its type and writes it again: what is lost on the way the type does not have.
