@@ -519,7 +519,7 @@ fn settings_that_cannot_be_end_the_agent_with_one_line() {
 const CONFIGURATION: &str = "\
 apiVersion: kubeproxy.config.k8s.io/v1alpha1
 kind: KubeProxyConfiguration
-bindAddress: 192.0.2.1
+bindAddress: 192.0.2.9
 hostnameOverride: node-a
 healthzBindAddress: 192.0.2.1:11256
 mode: nftables
@@ -575,8 +575,18 @@ fn a_configuration_file_is_all_that_an_agent_needs() {
     fs::write(&again, &dumped).unwrap();
     assert_eq!(dump(&again), (dumped, String::new()));
 
+    sh(&format!(
+        "nsenter --net=/run/netns/{} ip addr add 192.0.2.9/24 dev eth0",
+        node.name
+    ));
     let agent = node.start_with(&["--config", &config.display().to_string()]);
     agent.ready();
+    let addresses = "node addresses: [192.0.2.9, 192.0.2.1, 2001:db8::1]";
+    assert!(
+        agent.log().contains(addresses),
+        "the source is as told: {}",
+        agent.log()
+    );
     assert!(agent.log().contains(unused), "{}", agent.log());
     assert_eq!(node.dial("10.96.0.10", 80).as_deref(), Some("pod1"));
     assert_eq!(node.dial("192.0.2.1", 30080).as_deref(), Some("pod1"));
@@ -664,11 +674,17 @@ fn an_unknown_field_and_a_port_in_use_are_told_and_the_agent_serves() {
     let folder = tempfile::tempdir().unwrap();
     let config = folder.path().join("config.yaml");
     // A pod's server has the port.
-    let text = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nhealthzBindAdress: ''\nhealthzBindAddress: 10.244.0.1:8080\n";
+    let text = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nhealthzBindAdress: ''\nhealthzBindAddress: 10.244.0.1:8080\niptables: {localhostNodePorts: false}\n";
     fs::write(&config, text).unwrap();
     let agent = node.start(&["--config", &config.display().to_string()]);
     agent.ready();
     assert_eq!(node.dial("10.96.0.10", 80).as_deref(), Some("pod1"));
+    assert_eq!(node.dial("192.0.2.1", 30080).as_deref(), Some("pod1"));
+    assert_eq!(
+        (node.dial("127.0.0.1", 30080), node.dial("::1", 30080)),
+        (None, None),
+        "localhostNodePorts"
+    );
     let told = |words: &str| agent.log().lines().filter(|line| line.contains(words)).count();
     assert_eq!(
         told(":3: KubeProxyConfiguration: healthzBindAdress: no such field"),

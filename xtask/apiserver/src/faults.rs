@@ -69,6 +69,8 @@ pub struct Faults {
     pub refuse: Option<Refusal>,
     /// Connections are accepted, but nothing is answered and watches are silent, as behind a broken load balancer.
     pub frozen: bool,
+    /// New connections speak HTTP/1.1, as through a proxy that knows no other.
+    pub http1_only: bool,
     /// Streaming of initial lists.
     pub streaming: Streaming,
     /// How 410 Gone is told.
@@ -88,6 +90,7 @@ impl Default for Faults {
         Self {
             refuse: None,
             frozen: false,
+            http1_only: false,
             streaming: Streaming::default(),
             gone: Gone::default(),
             replay: 0,

@@ -63,7 +63,7 @@ struct State {
     store: Store,
     faults: Faults,
     token: String,
-    /// `METHOD /path?query` of every request.
+    /// `METHOD /path?query VERSION` of every request.
     requests: Vec<String>,
     /// Watches that began with a smaller number end.
     drops: u64,
@@ -143,7 +143,9 @@ impl ApiServer {
             .with_safe_default_protocol_versions()?
             .with_no_client_auth()
             .with_single_cert(vec![certified.cert.der().clone()], key)?;
-        tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        tls.alpn_protocols = vec![b"http/1.1".to_vec()];
+        let old = TlsAcceptor::from(Arc::new(tls.clone()));
+        tls.alpn_protocols.insert(0, b"h2".to_vec());
 
         let folder = TempDir::new().context("cannot make a folder for the kubeconfig")?;
         let server_url = format!("https://{address}");
@@ -178,11 +180,11 @@ impl ApiServer {
             .enable_all()
             .build()
             .context("cannot make a runtime")?;
-        let acceptor = TlsAcceptor::from(Arc::new(tls));
+        let acceptors = [TlsAcceptor::from(Arc::new(tls)), old];
         let serving = shared.clone();
         std::thread::Builder::new()
             .name("apiserver".to_owned())
-            .spawn(move || runtime.block_on(serve(bind, acceptor, serving, received)))
+            .spawn(move || runtime.block_on(serve(bind, acceptors, serving, received)))
             .context("cannot start a thread")?;
         let server = Self {
             shared,
@@ -340,7 +342,7 @@ impl ApiServer {
         Ok(wait.recv().context("the API server has ended")??)
     }
 
-    /// How many requests hold `text` in `METHOD /path?query`.
+    /// How many requests hold `text` in `METHOD /path?query VERSION`.
     #[must_use]
     pub fn requests(&self, text: &str) -> usize {
         let state = self.shared.lock();
@@ -384,7 +386,7 @@ impl ApiServer {
 
 async fn serve(
     bind: impl Fn() -> io::Result<TcpListener>,
-    acceptor: TlsAcceptor,
+    [acceptor, old]: [TlsAcceptor; 2],
     shared: Arc<Shared>,
     mut orders: tokio::sync::mpsc::UnboundedReceiver<Order>,
 ) {
@@ -424,7 +426,9 @@ async fn serve(
             },
             accepted = accepted => {
                 let Ok((stream, _)) = accepted else { continue };
-                let (acceptor, shared) = (acceptor.clone(), shared.clone());
+                let http1_only = shared.lock().faults.http1_only;
+                let acceptor = if http1_only { old.clone() } else { acceptor.clone() };
+                let shared = shared.clone();
                 connections.spawn(async move {
                     // A client that goes away in the middle is its own business.
                     let Ok(stream) = acceptor.accept(stream).await else { return };

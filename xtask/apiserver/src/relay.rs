@@ -6,7 +6,10 @@ use std::{
     io::{self, Read, Write},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     thread,
 };
 
@@ -21,7 +24,15 @@ type Open = Arc<Mutex<Option<BTreeMap<u64, [TcpStream; 2]>>>>;
 #[derive(Debug)]
 pub struct Relay {
     open: Open,
+    passed: Arc<Passed>,
     folder: TempDir,
+}
+
+/// How many connections have come, and how many of the first of them are mute.
+#[derive(Debug, Default)]
+struct Passed {
+    come: AtomicU64,
+    mute: AtomicU64,
 }
 
 impl Relay {
@@ -71,12 +82,13 @@ impl Relay {
 
         let relay = Self {
             open: Arc::new(Mutex::new(Some(BTreeMap::new()))),
+            passed: Arc::default(),
             folder,
         };
-        let open = relay.open.clone();
+        let (open, passed) = (relay.open.clone(), relay.passed.clone());
         thread::Builder::new()
             .name("relay".to_owned())
-            .spawn(move || accept(&listener, to, &open))?;
+            .spawn(move || accept(&listener, to, &open, &passed))?;
         Ok(relay)
     }
 
@@ -92,6 +104,14 @@ impl Relay {
         for stream in open.into_iter().flat_map(BTreeMap::into_values).flatten() {
             let _ = stream.shutdown(Shutdown::Both);
         }
+    }
+
+    /// Swallows all bytes of the connections that there are, as a middlebox does that has forgotten them; new ones are let
+    /// through.
+    pub fn mute(&self) {
+        self.passed
+            .mute
+            .store(self.passed.come.load(Ordering::Relaxed), Ordering::Relaxed);
     }
 
     /// Lets connections through again.
@@ -120,15 +140,16 @@ fn absolute(value: &mut Value, base: &Path) {
     }
 }
 
-fn accept(listener: &TcpListener, to: SocketAddr, open: &Open) {
-    for (number, client) in (0_u64..).zip(listener.incoming()) {
+fn accept(listener: &TcpListener, to: SocketAddr, open: &Open, passed: &Arc<Passed>) {
+    for client in listener.incoming() {
         let Ok(client) = client else { continue };
         // A server that is away is a client's loss.
-        let _ = pass(number, client, to, open);
+        let _ = pass(client, to, open, passed);
     }
 }
 
-fn pass(number: u64, client: TcpStream, to: SocketAddr, open: &Open) -> io::Result<()> {
+fn pass(client: TcpStream, to: SocketAddr, open: &Open, passed: &Arc<Passed>) -> io::Result<()> {
+    let number = passed.come.fetch_add(1, Ordering::Relaxed);
     let ways = {
         let mut open = open.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(connections) = open.as_mut() else {
@@ -143,10 +164,13 @@ fn pass(number: u64, client: TcpStream, to: SocketAddr, open: &Open) -> io::Resu
         ways
     };
     for (mut from, mut to) in ways {
-        let open = open.clone();
+        let (open, passed) = (open.clone(), passed.clone());
         thread::spawn(move || {
             let mut buffer = [0; 16 * 1024];
             while let Ok(count @ 1..) = from.read(&mut buffer) {
+                if number < passed.mute.load(Ordering::Relaxed) {
+                    continue;
+                }
                 if to.write_all(&buffer[..count]).is_err() {
                     break;
                 }

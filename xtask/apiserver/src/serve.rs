@@ -88,7 +88,11 @@ pub(crate) async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> R
     let target = Target::parse(&path);
     let faults = {
         let mut state = shared.lock();
-        state.requests.push(format!("{} {}", request.method(), request.uri()));
+        // Over HTTP/2 a URI has scheme and host too.
+        let uri = request.uri().path_and_query().map_or("", |uri| uri.as_str());
+        state
+            .requests
+            .push(format!("{} {uri} {:?}", request.method(), request.version()));
         state.faults.clone()
     };
     if faults.frozen {

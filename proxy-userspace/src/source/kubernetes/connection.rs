@@ -4,12 +4,21 @@ use std::{path::Path, sync::PoisonError, time::Duration};
 
 use anyhow::{Context, anyhow};
 use http_body_util::BodyExt;
+use hyper_rustls::{FixedServerNameResolver, HttpsConnectorBuilder};
+use hyper_util::{
+    client::legacy::connect::HttpConnector,
+    rt::{TokioExecutor, TokioTimer},
+};
 use kube::{
     Client,
-    client::Body,
+    client::{Body, ClientBuilder, ConfigExt},
     config::{KubeConfigOptions, Kubeconfig},
 };
 use tokio::time::timeout;
+use tower::{
+    BoxError,
+    util::{MapErrLayer, option_layer},
+};
 
 use super::failure::{Failure, Status};
 use crate::metrics::Metrics;
@@ -18,6 +27,10 @@ use crate::metrics::Metrics;
 const ANSWER: Duration = Duration::from_secs(60);
 /// How long a connection may take.
 const CONNECT: Duration = Duration::from_secs(10);
+/// A connection that is silent for so long is asked whether it lives (HTTP/2), while requests or watches wait on it.
+const PING: Duration = Duration::from_secs(10);
+/// It is given up when it has not answered by then.
+const PONG: Duration = Duration::from_secs(10);
 /// The most of an error's body that is read.
 const MAX_STATUS: usize = 64 * 1024;
 
@@ -146,9 +159,39 @@ async fn read(kubeconfig: Option<&Path>) -> anyhow::Result<(Client, String)> {
     config.default_retry = false;
     config.connect_timeout = Some(CONNECT);
     let server = config.cluster_url.to_string().trim_end_matches('/').to_owned();
-    let client = Client::try_from(config)
+    let client = client(config)
         .with_context(|| format!("the credentials for {server} cannot be used: check token and certificates"))?;
     Ok((client, server))
+}
+
+/// A client as kube builds it, which speaks HTTP/2 where the server offers it: all watches share a connection, and one that is
+/// dead is noticed by its pings.
+fn client(config: kube::Config) -> anyhow::Result<Client> {
+    if config.proxy_url.is_some() {
+        // Says that proxies are not supported.
+        return Ok(Client::try_from(config)?);
+    }
+    let mut tcp = HttpConnector::new();
+    tcp.enforce_http(false);
+    tcp.set_connect_timeout(config.connect_timeout);
+    let tls = HttpsConnectorBuilder::new()
+        .with_tls_config(config.rustls_client_config()?)
+        .https_or_http();
+    let tls = match &config.tls_server_name {
+        Some(name) => tls.with_server_name_resolver(FixedServerNameResolver::new(name.clone().try_into()?)),
+        None => tls,
+    };
+    let http = hyper_util::client::legacy::Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .http2_keep_alive_interval(PING)
+        .http2_keep_alive_timeout(PONG)
+        .build::<_, Body>(tls.enable_all_versions().wrap_connector(tcp));
+    Ok(ClientBuilder::new(http, &config.default_namespace)
+        .with_layer(&config.extra_headers_layer()?)
+        .with_layer(&MapErrLayer::new(BoxError::from))
+        .with_layer(&option_layer(config.auth_layer()?))
+        .with_layer(&config.base_uri_layer())
+        .build())
 }
 
 /// Parsers go on with the text around the mistake.

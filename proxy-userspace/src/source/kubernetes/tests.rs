@@ -1,7 +1,7 @@
 //! Against a server that speaks the protocol over TLS, and misbehaves.
 
 use serde_json::{Value, json};
-use shunt_apiserver::{ApiServer, Gone, Kind, Refusal, Streaming};
+use shunt_apiserver::{ApiServer, Gone, Kind, Refusal, Relay, Streaming};
 
 use super::*;
 use crate::metrics::Metrics;
@@ -60,8 +60,12 @@ impl Agent {
     }
 
     fn start_named(server: &ApiServer, proxy_name: Option<&str>) -> Self {
+        Self::start_at(server.kubeconfig(), proxy_name)
+    }
+
+    fn start_at(kubeconfig: PathBuf, proxy_name: Option<&str>) -> Self {
         let source = Kubernetes::new(Config {
-            kubeconfig: Some(server.kubeconfig()),
+            kubeconfig: Some(kubeconfig),
             node_name: "node-a".to_owned(),
             proxy_name: proxy_name.map(str::to_owned),
         });
@@ -290,12 +294,48 @@ async fn bookmarks_save_lists() {
     server.open().unwrap();
     agent.silence_until_watches(&server, 3).await;
     let version = server.request("/services?").unwrap();
-    let version = version.split("resourceVersion=").nth(1).unwrap().to_owned();
-    assert_eq!(version, "1006", "the bookmark's, not that of the last Service");
+    assert!(
+        version.contains("resourceVersion=1006 "),
+        "the bookmark's, not that of the last Service: {version}"
+    );
     assert_eq!(server.requests("sendInitialEvents") + server.requests("limit="), 0);
 }
 
 /// SPEC L5: an error takes nothing away, and what happened meanwhile comes when it is over.
+#[tokio::test]
+async fn http_2_is_spoken_where_the_server_offers_it() {
+    for (http1_only, spoken) in [(false, "HTTP/2.0"), (true, "HTTP/1.1")] {
+        let server = server();
+        server.faults(|faults| faults.http1_only = http1_only);
+        let mut agent = Agent::start(&server);
+        agent.until("the lists", Model::is_complete).await;
+        server.wait_for_watches(3, LONG);
+        assert!(server.requests("") >= 3);
+        assert_eq!(server.requests(spoken), server.requests(""), "{spoken}");
+    }
+}
+
+/// Over HTTP/2: nothing comes any more, no word of an end either.
+#[tokio::test]
+async fn a_connection_that_has_died_in_silence_is_noticed() {
+    let server = server();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let relay = Relay::start(&server.kubeconfig(), listener).unwrap();
+    let mut agent = Agent::start_at(relay.kubeconfig(), None);
+    agent.until("the lists", Model::is_complete).await;
+    server.wait_for_watches(3, LONG);
+    relay.mute();
+    server.apply(service("c", "10.96.0.3"));
+    let began = Instant::now();
+    agent
+        .until("the new Service", |model| model.service(&name("c")).is_some())
+        .await;
+    assert!(
+        began.elapsed() > Duration::from_secs(1),
+        "the old connection was still of use"
+    );
+}
+
 #[tokio::test]
 async fn errors_take_nothing_away() {
     for status in [401, 403, 429, 500, 503] {
