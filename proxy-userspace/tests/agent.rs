@@ -629,6 +629,14 @@ fn a_configuration_that_cannot_be_is_told_in_one_line() {
             format!("{file}:3: ShuntConfiguration: snatPorts: `0-1`"),
         ),
         (
+            Some(format!("{theirs}nodePortAddresses: [primary, 10.0.0.0/8]\n")),
+            "--nodeport-addresses primary: neither a network".to_owned(),
+        ),
+        (
+            Some(format!("{theirs}conntrack: {{udpTimeout: 5m, udpStreamTimeout: 1m}}\n")),
+            "--conntrack-udp-timeout 300s is longer than".to_owned(),
+        ),
+        (
             Some(format!("{ours}capacities: {{snat: 100}}\n")),
             "--max-snat".to_owned(),
         ),

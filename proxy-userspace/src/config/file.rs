@@ -27,11 +27,11 @@ struct Head {
 /// One line that names file, line and field.
 pub(super) fn read(path: &Path, to: &mut Settings) -> anyhow::Result<Vec<String>> {
     let text = fs::read_to_string(path).with_context(|| format!("--config {}: cannot be read", path.display()))?;
-    parse(&text, to, &path.display().to_string())
+    parse(&text, to, &path.display().to_string(), has_service_account())
 }
 
-/// The same for a file's text.
-pub(super) fn parse(text: &str, to: &mut Settings, file: &str) -> anyhow::Result<Vec<String>> {
+/// The same for a file's text; says whether it is a pod's.
+pub(super) fn parse(text: &str, to: &mut Settings, file: &str, in_pod: bool) -> anyhow::Result<Vec<String>> {
     let place = |line: Option<u64>| line.map_or(file.to_owned(), |line| format!("{file}:{line}"));
     let mut warnings = Vec::new();
     let (mut theirs, mut ours) = (None, None);
@@ -87,7 +87,7 @@ pub(super) fn parse(text: &str, to: &mut Settings, file: &str) -> anyhow::Result
             ));
         }
     }
-    if let Some(path) = to.kubeconfig.take_if(|path| has_service_account() && !path.exists()) {
+    if let Some(path) = to.kubeconfig.take_if(|path| in_pod && !path.exists()) {
         // kubeadm's lies in kube-proxy's ConfigMap, which may not be mounted, or go with kube-proxy.
         warnings.push(format!(
             "{file}: {}: clientConnection.kubeconfig: there is no {}: using this pod's service account",

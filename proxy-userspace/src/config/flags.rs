@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use ipnet::IpNet;
 
 use super::{HEALTHZ_PORT, METRICS_PORT, PortRange, Settings, conntrack, file, values::Listen};
-use crate::datapath::attach::XdpMode;
+use crate::datapath::{attach::XdpMode, netns::NodePortAddresses};
 
 /// `shunt run`.
 #[derive(Clone, Debug, Args)]
@@ -164,6 +164,7 @@ impl RunArgs {
         };
         self.write(&mut settings);
         settings.conntrack.check()?;
+        NodePortAddresses::parse(&settings.nodeport_addresses, &[]).map_err(anyhow::Error::msg)?;
         Ok((settings, warnings))
     }
 

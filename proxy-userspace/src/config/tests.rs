@@ -90,7 +90,7 @@ const OURS: &str = "apiVersion: shunt.dev/v1alpha1\nkind: ShuntConfiguration\n";
 /// What a file comes to, and its warnings.
 fn parse(text: &str) -> Result<(Settings, Vec<String>), String> {
     let mut settings = Settings::default();
-    let warnings = file::parse(text, &mut settings, "c.yaml").map_err(|error| format!("{error:#}"))?;
+    let warnings = file::parse(text, &mut settings, "c.yaml", false).map_err(|error| format!("{error:#}"))?;
     Ok((settings, warnings))
 }
 
@@ -195,6 +195,40 @@ fn every_field_arrives_and_ours_stands_over_theirs() {
     assert_eq!(settings, expected);
     let unused = "c.yaml: KubeProxyConfiguration: shunt has no use for detectLocal.interfaceNamePrefix: ignored";
     assert_eq!(warnings, [unused]);
+}
+
+/// kubeadm's lies in kube-proxy's ConfigMap, which goes when kube-proxy goes.
+#[test]
+fn in_a_pod_the_service_account_stands_in_for_a_kubeconfig_that_is_not_there() {
+    let kubeconfig = |path: &str, in_pod| {
+        let mut settings = Settings::default();
+        let text = format!("{THEIRS}clientConnection: {{kubeconfig: {path}}}\n");
+        let warnings = file::parse(&text, &mut settings, "c.yaml", in_pod).unwrap();
+        (
+            settings.kubeconfig.map(|path| path.display().to_string()),
+            warnings.join("\n"),
+        )
+    };
+    let said = "c.yaml: KubeProxyConfiguration: clientConnection.kubeconfig: there is no /nonexistent/k: using this pod's \
+                service account";
+    assert_eq!(kubeconfig("/nonexistent/k", true), (None, said.into()));
+    assert_eq!(
+        kubeconfig("/nonexistent/k", false),
+        (Some("/nonexistent/k".into()), String::new())
+    );
+    assert_eq!(kubeconfig("/dev/null", true), (Some("/dev/null".into()), String::new()));
+}
+
+#[test]
+fn half_a_file_is_no_reason_to_fall_over() {
+    for (end, _) in EVERY_FIELD.char_indices() {
+        if let Err(error) = parse(&EVERY_FIELD[..end]) {
+            assert!(
+                error.starts_with("c.yaml:") && error.lines().count() == 1,
+                "{end}: {error}"
+            );
+        }
+    }
 }
 
 #[test]
