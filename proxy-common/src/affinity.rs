@@ -55,6 +55,20 @@ pub fn slot_index<F: Family, M: Maps<F>>(
     chosen
 }
 
+/// Keeps another backend for a client from now on.
+#[inline(always)]
+pub(crate) fn replace<F: Family, M: Maps<F>>(maps: &M, key: &AffinityKey<F::Words>, backend: u32) {
+    let new = Affinity {
+        last_used: maps.affinity_now(),
+        backend,
+    };
+    match maps.affinity(key) {
+        // Another CPU that was first has done the same.
+        Some(entry) => drop(maps.replace_affinity(entry, &entry.read(), &new)),
+        None => drop(maps.add_affinity(key, &new)),
+    }
+}
+
 /// Where the kept backend stands among the frontend's slots; `None` when it is not there, or kept no longer.
 #[inline(always)]
 fn kept_index<F: Family, M: Maps<F>>(maps: &M, kept: &Affinity, frontend: &Frontend, now: u32) -> Option<u32> {

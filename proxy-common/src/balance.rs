@@ -26,7 +26,7 @@ use crate::{
     layout::*,
     odd::Odd,
     packet::{ACK, FIN, RST, SYN, Tuple},
-    reset, snat,
+    reset, retry, snat,
     timeouts::is_closed,
 };
 
@@ -143,18 +143,28 @@ impl<A: Copy> Tracked for SnatSlot<A> {
 }
 
 impl<A: Copy> Entry<'_, Flow<A>> {
-    /// Notes when a packet went to a backend that may not answer.
+    /// Notes when a packet went to a backend that may not answer ([`Flow::asked`]).
     #[inline(always)]
-    fn ask(self, epoch: u16) {
+    pub(crate) fn ask(self, time: u16) {
         // SAFETY: an aligned field of an entry that is valid by `new`'s contract.
-        unsafe { (&raw mut (*self.ptr.as_ptr()).asked).write(epoch) };
+        unsafe { (&raw mut (*self.ptr.as_ptr()).asked).write(time) };
     }
 }
 
 impl<T: Tracked> Entry<'_, T> {
+    /// Sets state bits, and nothing else.
+    #[inline(always)]
+    pub(crate) fn set(self, bits: u16) {
+        // SAFETY: an aligned field of an entry that is valid by `new`'s contract.
+        unsafe {
+            let state: *mut u16 = self.ptr.as_ptr().byte_add(T::STATE).cast();
+            *state |= bits;
+        }
+    }
+
     /// Takes state bits back.
     #[inline(always)]
-    fn clear(self, bits: u16) {
+    pub(crate) fn clear(self, bits: u16) {
         // SAFETY: an aligned field of an entry that is valid by `new`'s contract.
         unsafe {
             let state: *mut u16 = self.ptr.as_ptr().byte_add(T::STATE).cast();
@@ -229,6 +239,8 @@ pub trait Maps<F: Family> {
     fn flow(&self, key: &FlowKey<F::Words>) -> Option<Entry<'_, Flow<F::Words>>>;
     /// Adds to `flows`; `false` when the map refuses.
     fn add_flow(&self, key: &FlowKey<F::Words>, flow: &Flow<F::Words>) -> bool;
+    /// Removes from `flows`.
+    fn remove_flow(&self, key: &FlowKey<F::Words>);
     /// Whether few enough flows wait for an answer in `flows` that one more may.
     fn may_wait(&self) -> bool;
     /// Notes that one more flow waits there, or one less.
@@ -253,7 +265,9 @@ pub trait Maps<F: Family> {
     /// Sets a bit of `collided`.
     fn set_collided(&self, bit: u32);
     /// `BACKEND_*` bits.
-    fn backend_flags(&self, backend: u32) -> u32;
+    fn backend_flags(&self, backend: u32) -> u16;
+    /// An entry of `backends`.
+    fn backend(&self, backend: u32) -> Option<Entry<'_, BackendState>>;
     /// Counts a new flow of a backend, under the hook that runs.
     fn count_flow(&self, backend: u32);
     /// Counts an event.
@@ -317,7 +331,7 @@ pub enum Quick<A> {
     Pass,
     /// Of an open flow.
     Translate(Translation<A>),
-    /// It may open one: see [`undecided`].
+    /// It may open one, or tells that nobody will: see [`undecided`] and [`refused`].
     Undecided,
 }
 
@@ -352,14 +366,18 @@ pub fn established<F: Family, M: Maps<F>>(maps: &M, arrival: &Arrival<F::Words>)
     };
     if snat::in_range(config, tuple.dst_port)
         && maps.filter(filter::backend::<F>(tuple.src, tuple.src_port, tuple.proto))
-        && let Some(translation) = snat_reply_arriving(maps, config, arrival)
     {
-        return Quick::Translate(translation);
+        match snat_reply_arriving(maps, config, arrival) {
+            Quick::Pass => {}
+            quick => return quick,
+        }
     }
 
     if maps.filter(filter::service::<F>(tuple.dst)) || maps.filter(filter::node_port(tuple.dst_port)) {
         let key = client_key::<F>(tuple);
+        // A port whose connection is over is reused in place: such a flow may wait for its first answer here as well.
         if let Some(flow) = maps.flow(&key)
+            && !(arrival.tcp_flags & SYN != 0 && retry::is_open(flow.read().state))
             && let Some(translation) = forward(maps, config, flow, arrival)
         {
             return Quick::Translate(translation);
@@ -421,11 +439,15 @@ pub struct Scratch<A> {
     pub translation: Translation<A>,
     pub(crate) key: FlowKey<A>,
     own_port: FlowKey<A>,
-    frontend_key: FrontendKey<A>,
-    flow: Flow<A>,
-    reply: Tuple<A>,
+    pub(crate) frontend_key: FrontendKey<A>,
+    pub(crate) frontend: Frontend,
+    /// The backend for the flow.
+    pub(crate) chosen: Slot<A>,
+    pub(crate) flow: Flow<A>,
+    pub(crate) reply: Tuple<A>,
     slot: SnatSlot<A>,
-    search: Search,
+    pub(crate) search: Search,
+    pub(crate) retry: retry::Progress,
     /// Whether the flow is written over one that is over.
     over: Opaque,
     pub(crate) odd: Odd<A>,
@@ -434,7 +456,7 @@ pub struct Scratch<A> {
 /// Where the search for a source port stands.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-struct Search {
+pub(crate) struct Search {
     /// Offset into the SNAT range that is looked at.
     offset: Opaque,
     /// Offset found.
@@ -449,31 +471,31 @@ struct Search {
     /// Whether no free port was found.
     hurry: Opaque,
     /// A condition.
-    flag: Opaque,
+    pub(crate) flag: Opaque,
 }
 
 /// A number that the verifier knows nothing about, because it stands in memory that it does not follow. It walks a loop
 /// once for every combination of what it does know, and would not come to an end.
 #[repr(transparent)]
 #[derive(Clone, Copy, Debug)]
-struct Opaque(u32);
+pub(crate) struct Opaque(u32);
 
 impl Opaque {
     #[inline(always)]
-    fn get(&self) -> u32 {
+    pub(crate) fn get(&self) -> u32 {
         // SAFETY: a reference is readable; volatile, so that LLVM does not remember what was written.
         unsafe { (&raw const self.0).read_volatile() }
     }
 
     #[inline(always)]
-    fn set(&mut self, value: u32) {
+    pub(crate) fn set(&mut self, value: u32) {
         // SAFETY: a reference is writable.
         unsafe { (&raw mut self.0).write_volatile(value) };
     }
 
     /// The condition, forgotten and remembered.
     #[inline(always)]
-    fn hide(&mut self, condition: bool) -> bool {
+    pub(crate) fn hide(&mut self, condition: bool) -> bool {
         self.set(u32::from(condition));
         self.get() != 0
     }
@@ -482,38 +504,116 @@ impl Opaque {
 /// [`arriving`] of the packet in `scratch.arrival`, for those that are not in a hurry. A translation is left in `scratch`.
 #[inline(never)]
 pub(crate) fn arriving_slowly<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
+    let step = established_slowly(maps, scratch) as u32;
+    scratch.search.flag.set(step);
+    match scratch.search.flag.get() {
+        0 => Outcome::Pass,
+        1 => Outcome::Translate,
+        2 => Outcome::Refuse,
+        3 => Outcome::Drop,
+        _ => decide(maps, scratch),
+    }
+}
+
+/// [`established`] in the same way. [`Step::Open`]: undecided.
+#[inline(never)]
+fn established_slowly<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Step {
     let Some(config) = maps.config() else {
-        return Outcome::Pass;
+        return Step::Pass;
     };
     let tuple = &scratch.arrival.tuple;
     if snat::in_range(config, tuple.dst_port)
         && maps.filter(filter::backend::<F>(tuple.src, tuple.src_port, tuple.proto))
-        && let Some(translation) = snat_reply_arriving(maps, config, &scratch.arrival)
     {
-        scratch.translation = translation;
-        return Outcome::Translate;
+        match snat_reply_arriving(maps, config, &scratch.arrival) {
+            Quick::Pass => {}
+            Quick::Translate(translation) => {
+                scratch.translation = translation;
+                return Step::Translate;
+            }
+            Quick::Undecided => return Step::Open,
+        }
     }
     if !may_be_frontend::<F>(maps, tuple) {
         return match address::unknown_port(maps, tuple.dst) {
-            Stranger::Pass => Outcome::Pass,
-            Stranger::Refuse => Outcome::Refuse,
-            Stranger::Drop => Outcome::Drop,
+            Stranger::Pass => Step::Pass,
+            Stranger::Refuse => Step::Refuse,
+            Stranger::Drop => Step::Drop,
         };
     }
     scratch.key = client_key::<F>(tuple);
     if let Some(flow) = maps.flow(&scratch.key)
+        && !(scratch.arrival.tcp_flags & SYN != 0 && retry::is_open(flow.read().state))
         && explains(maps, flow, scratch)
     {
-        return Outcome::Translate;
+        return Step::Translate;
     }
-    decide(maps, scratch)
+    Step::Open
 }
 
 /// [`leaving`] in the same way.
 #[inline(never)]
 pub(crate) fn leaving_slowly<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
-    match leaving::<F, M>(maps, &scratch.arrival.tuple, scratch.arrival.tcp_flags) {
-        Verdict::Translate(translation) => {
+    match answering::<F, M>(maps, &scratch.arrival.tuple, scratch.arrival.tcp_flags) {
+        Quick::Pass => Outcome::Pass,
+        Quick::Translate(translation) => {
+            scratch.translation = translation;
+            Outcome::Translate
+        }
+        Quick::Undecided => refuse_leaving(maps, scratch),
+    }
+}
+
+/// [`answering`]'s second half: the refusal of a SYN, on its way out.
+#[inline(always)]
+pub fn refused<F: Family, M: Maps<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+    tuple: &Tuple<F::Words>,
+    tcp_flags: u8,
+) -> Outcome {
+    scratch.arrival.tuple = *tuple;
+    scratch.arrival.tcp_flags = tcp_flags;
+    refuse_leaving(maps, scratch)
+}
+
+#[inline(never)]
+fn refuse_leaving<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
+    if retry::is_held_back(maps, scratch, true) {
+        return Outcome::Drop;
+    }
+    retry::end(maps, scratch);
+    tell_leaving(maps, scratch)
+}
+
+#[inline(never)]
+fn tell_leaving<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
+    match answering::<F, M>(maps, &scratch.arrival.tuple, scratch.arrival.tcp_flags) {
+        Quick::Translate(translation) => {
+            scratch.translation = translation;
+            Outcome::Translate
+        }
+        _ => Outcome::Pass,
+    }
+}
+
+/// The refusal of a SYN to a translated source, where it arrives.
+#[inline(never)]
+fn refuse_arriving<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
+    if retry::is_held_back(maps, scratch, false) {
+        return Outcome::Drop;
+    }
+    retry::end(maps, scratch);
+    tell_arriving(maps, scratch)
+}
+
+#[inline(never)]
+fn tell_arriving<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
+    let Some(config) = maps.config() else {
+        return Outcome::Pass;
+    };
+    match snat_reply_arriving(maps, config, &scratch.arrival) {
+        Quick::Translate(translation) => {
             scratch.translation = translation;
             Outcome::Translate
         }
@@ -531,24 +631,89 @@ fn decide<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> O
         maps.count(Event::BackendGone);
         return Outcome::Reset;
     }
-    let recalled = recall(maps, scratch);
-    if scratch.search.flag.hide(recalled) {
-        return Outcome::Translate;
-    }
-    let outcome = choose(maps, scratch) as u32;
-    scratch.search.flag.set(outcome);
+    let step = find(maps, scratch) as u32;
+    scratch.search.flag.set(step);
     match scratch.search.flag.get() {
         0 => return Outcome::Pass,
-        1 => {}
+        1 => return Outcome::Translate,
         2 => return Outcome::Refuse,
-        _ => return Outcome::Drop,
+        3 => return Outcome::Drop,
+        _ => {}
     }
+    open(maps, scratch);
     if scratch.flow.state & FLOW_SNAT != 0 && !translate_source(maps, scratch) {
         maps.count(Event::SnatExhausted);
         return Outcome::Drop;
     }
     remember(maps, scratch);
     Outcome::Translate
+}
+
+/// What [`find`] found: an [`Outcome`], or a backend.
+#[repr(u32)]
+enum Step {
+    Pass = Outcome::Pass as u32,
+    Translate = Outcome::Translate as u32,
+    Refuse = Outcome::Refuse as u32,
+    Drop = Outcome::Drop as u32,
+    /// A flow to [`Scratch::chosen`] is to be opened.
+    Open,
+}
+
+/// Looks for the packet's flow, else for a backend.
+#[inline(never)]
+fn find<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Step {
+    if scratch.arrival.tcp_flags & RST != 0 {
+        let refused = retry::refuses(maps, scratch);
+        if scratch.search.flag.hide(refused) {
+            let outcome = refuse_arriving(maps, scratch) as u32;
+            scratch.search.flag.set(outcome);
+            return match scratch.search.flag.get() {
+                1 => Step::Translate,
+                3 => Step::Drop,
+                _ => Step::Pass,
+            };
+        }
+    }
+    scratch.retry.begin();
+    let again = retry::again(maps, scratch) as u32;
+    scratch.search.flag.set(again);
+    match scratch.search.flag.get() {
+        0 => {
+            let recalled = recall(maps, scratch);
+            if scratch.search.flag.hide(recalled) {
+                return Step::Translate;
+            }
+        }
+        1 => return Step::Translate,
+        _ => {}
+    }
+    let outcome = look_up(maps, scratch) as u32;
+    scratch.search.flag.set(outcome);
+    match scratch.search.flag.get() {
+        0 => return Step::Pass,
+        1 => {}
+        2 => return Step::Refuse,
+        _ => return Step::Drop,
+    }
+    if scratch.retry.tried() != 0 {
+        let moved = retry::move_on(maps, scratch) as u32;
+        scratch.search.flag.set(moved);
+        match scratch.search.flag.get() {
+            0 => return Step::Open,
+            1 => return Step::Translate,
+            _ => scratch.retry.begin(),
+        }
+    }
+    let outcome = choose(maps, scratch) as u32;
+    scratch.search.flag.set(outcome);
+    match scratch.search.flag.get() {
+        1 => {}
+        2 => return Step::Refuse,
+        _ => return Step::Drop,
+    }
+    retry::avoid_silent(maps, scratch);
+    Step::Open
 }
 
 /// Whether the packet is of an open connection to a backend that is no more. The connection is closed then.
@@ -620,7 +785,7 @@ fn recall<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> b
 
 /// [`forward`], with the translation left in `scratch`.
 #[inline(always)]
-fn explains<F: Family, M: Maps<F>>(
+pub(crate) fn explains<F: Family, M: Maps<F>>(
     maps: &M,
     entry: Entry<'_, Flow<F::Words>>,
     scratch: &mut Scratch<F::Words>,
@@ -638,8 +803,27 @@ fn explains<F: Family, M: Maps<F>>(
 /// A packet that leaves the node, or goes to one of its pods, through a device.
 #[inline(always)]
 pub fn leaving<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, tcp_flags: u8) -> Verdict<F::Words> {
+    match answering(maps, tuple, tcp_flags) {
+        Quick::Pass => Verdict::Pass,
+        Quick::Translate(to) => Verdict::Translate(to),
+        Quick::Undecided => {
+            let Some(scratch) = maps.scratch() else {
+                return Verdict::Pass;
+            };
+            match refused(maps, scratch, tuple, tcp_flags) {
+                Outcome::Translate => Verdict::Translate(scratch.translation),
+                Outcome::Drop => Verdict::Drop,
+                _ => Verdict::Pass,
+            }
+        }
+    }
+}
+
+/// The first half of [`leaving`]: all there is to do but for refusals of SYNs.
+#[inline(always)]
+pub fn answering<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, tcp_flags: u8) -> Quick<F::Words> {
     let Some(config) = maps.config() else {
-        return Verdict::Pass;
+        return Quick::Pass;
     };
     if maps.filter(filter::backend_port(tuple.src_port)) && maps.client(filter::client::<F>(tuple.dst)) {
         let state = reply_state(tuple.proto, tcp_flags);
@@ -647,6 +831,12 @@ pub fn leaving<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, tcp_fla
             && let Some((entry, slot)) = snat_slot(maps, config, tuple.dst_port, tuple.src, tuple.src_port, tuple.proto)
             && slot.client == tuple.dst
         {
+            if tcp_flags & (SYN | RST) != 0 && retry::is_open(slot.state) {
+                if tcp_flags & RST != 0 {
+                    return Quick::Undecided;
+                }
+                retry::answered(maps, slot.backend_id);
+            }
             entry.note(maps, state);
             if slot.state & FLOW_ASKED != 0 {
                 entry.clear(FLOW_ASKED);
@@ -663,11 +853,13 @@ pub fn leaving<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, tcp_fla
             client_port: tuple.dst_port,
             ..client_key::<F>(tuple)
         };
-        if let Some(tuple) = reply(maps, maps.flow(&key), tuple, state, tcp_flags) {
-            return translate(tuple);
+        match reply(maps, maps.flow(&key), tuple, state, tcp_flags) {
+            Quick::Pass => {}
+            quick => return quick,
         }
-        if let Some(tuple) = reply(maps, maps.new_flow(&key), tuple, state, tcp_flags) {
-            return translate(tuple);
+        match reply(maps, maps.new_flow(&key), tuple, state, tcp_flags) {
+            Quick::Pass => {}
+            quick => return quick,
         }
     }
     if snat::in_range(config, tuple.src_port)
@@ -681,7 +873,7 @@ pub fn leaving<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, tcp_fla
             ..*tuple
         });
     }
-    Verdict::Pass
+    Quick::Pass
 }
 
 /// Finds the frontend for a socket's destination, and whether to look at it at all. `node_itself`: the destination is
@@ -714,7 +906,7 @@ pub fn socket_frontend<F: Family, M: Maps<F>>(
         })?,
         None => return None,
     };
-    (frontend.flags & FRONTEND_PACKETS_ONLY == 0).then_some(frontend)
+    Some(frontend)
 }
 
 /// The key that both directions of a client's flow compute.
@@ -747,8 +939,8 @@ pub(crate) fn collided_bit<F: Family>(tuple: &Tuple<F::Words>) -> u32 {
 }
 
 #[inline(always)]
-fn translate<A: Copy>(tuple: Tuple<A>) -> Verdict<A> {
-    Verdict::Translate(Translation { tuple, local: true })
+fn translate<A: Copy>(tuple: Tuple<A>) -> Quick<A> {
+    Quick::Translate(Translation { tuple, local: true })
 }
 
 #[inline(always)]
@@ -947,19 +1139,25 @@ fn reply<F: Family, M: Maps<F>>(
     tuple: &Tuple<F::Words>,
     state: u16,
     tcp_flags: u8,
-) -> Option<Tuple<F::Words>> {
-    let entry = entry?;
+) -> Quick<F::Words> {
+    let Some(entry) = entry else { return Quick::Pass };
     let flow = entry.read();
     if flow.backend != tuple.src
         || flow.backend_port != tuple.src_port
         || flow.state & (FLOW_SNAT | FLOW_SUPERSEDED) != 0
     {
-        return None;
+        return Quick::Pass;
     }
     if tcp_flags & SYN != 0 && is_closed(flow.state) {
         // The client took its port anew, to dial the backend itself.
         entry.note(maps, FLOW_SUPERSEDED);
-        return None;
+        return Quick::Pass;
+    }
+    if tcp_flags & (SYN | RST) != 0 && retry::is_open(flow.state) {
+        if tcp_flags & RST != 0 {
+            return Quick::Undecided;
+        }
+        retry::answered(maps, flow.backend_id);
     }
     entry.note(maps, state);
     if flow.state & (FLOW_ASKED | FLOW_WAITING) != 0 {
@@ -968,7 +1166,7 @@ fn reply<F: Family, M: Maps<F>>(
             maps.add_waiting(-1);
         }
     }
-    Some(Tuple {
+    translate(Tuple {
         src: flow.frontend,
         src_port: flow.frontend_port,
         ..*tuple
@@ -997,12 +1195,20 @@ fn snat_reply_arriving<F: Family, M: Maps<F>>(
     maps: &M,
     config: &Config,
     arrival: &Arrival<F::Words>,
-) -> Option<Translation<F::Words>> {
+) -> Quick<F::Words> {
     let tuple = &arrival.tuple;
-    let (entry, slot) = snat_slot(maps, config, tuple.dst_port, tuple.src, tuple.src_port, tuple.proto)?;
+    let Some((entry, slot)) = snat_slot(maps, config, tuple.dst_port, tuple.src, tuple.src_port, tuple.proto) else {
+        return Quick::Pass;
+    };
     // A port translated under the client's own address comes back through the client's device: `leaving` does it.
     if slot.snat != tuple.dst || slot.snat == slot.client {
-        return None;
+        return Quick::Pass;
+    }
+    if arrival.tcp_flags & (SYN | RST) != 0 && retry::is_open(slot.state) {
+        if arrival.tcp_flags & RST != 0 {
+            return Quick::Undecided;
+        }
+        retry::answered(maps, slot.backend_id);
     }
     entry.note(maps, reply_state(tuple.proto, arrival.tcp_flags));
     if slot.state & FLOW_ASKED != 0 {
@@ -1018,22 +1224,17 @@ fn snat_reply_arriving<F: Family, M: Maps<F>>(
         tuple.src_port = slot.frontend_port;
         tuple.dst_port = slot.client_port;
     }
-    Some(Translation { tuple, local })
+    Quick::Translate(Translation { tuple, local })
 }
 
-/// The first packet of a flow, or of one that was forgotten: finds the frontend and chooses a backend. The flow to
-/// remember is left in `scratch`.
+/// Finds the frontend that a packet is for, and whether its source may dial it; left in `scratch`.
 #[inline(never)]
-fn choose<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
+pub(crate) fn look_up<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
     let Some(config) = maps.config() else {
         return Outcome::Pass;
     };
     let Scratch {
-        arrival,
-        key,
-        frontend_key,
-        flow,
-        ..
+        arrival, frontend_key, ..
     } = scratch;
     let tuple = &arrival.tuple;
     let scope = match arrival.from {
@@ -1067,10 +1268,18 @@ fn choose<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> O
         maps.count(Event::SourceDenied);
         return Outcome::Drop;
     }
+    scratch.frontend = frontend;
+    Outcome::Translate
+}
+
+/// The first packet of a flow, or of one that was forgotten: chooses a backend.
+#[inline(never)]
+fn choose<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
+    let (tuple, frontend) = (&scratch.arrival.tuple, &scratch.frontend);
     let slot = if frontend.slot_count == 0 {
         None
     } else if frontend.flags & FRONTEND_AFFINITY != 0 {
-        maps.slot(kept_slot(maps, tuple, &frontend, scope))
+        maps.slot(kept_slot(maps, tuple, frontend, scratch.frontend_key.scope))
     } else {
         let choice = hash::flow::<F>(tuple.src, tuple.src_port, tuple.dst, tuple.dst_port, tuple.proto);
         maps.slot(frontend.slot_base.wrapping_add(hash::pick(choice, frontend.slot_count)))
@@ -1083,7 +1292,25 @@ fn choose<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> O
         maps.count(Event::NoBackend);
         return Outcome::Refuse;
     };
+    scratch.chosen = slot;
+    Outcome::Translate
+}
 
+/// Makes the flow to the chosen backend.
+#[inline(never)]
+fn open<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
+    let Some(config) = maps.config() else { return };
+    let Scratch {
+        arrival,
+        key,
+        frontend,
+        chosen: slot,
+        flow,
+        retry,
+        over,
+        ..
+    } = scratch;
+    let tuple = &arrival.tuple;
     let now = maps.now();
     *flow = Flow {
         frontend: tuple.dst,
@@ -1097,8 +1324,13 @@ fn choose<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> O
         last_seen: now,
         epoch: maps.epoch(),
         asked: 0,
-        reserved: 0,
+        tried: 0,
     };
+    if retry::is_for(tuple.proto, arrival.tcp_flags, frontend.flags) {
+        flow.state = FLOW_RETRY | retry.trial_bits();
+        flow.asked = maps.affinity_now() as u16;
+        flow.tried = retry.tried();
+    }
     let local = slot.flags & BACKEND_LOCAL != 0;
     if local {
         flow.state |= FLOW_LOCAL_BACKEND;
@@ -1115,8 +1347,8 @@ fn choose<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> O
     }
 
     *key = client_key::<F>(tuple);
-    let mut held = holder(maps, &config.timeouts, key, tuple, &slot, now);
-    if port_is_lent(maps, config, tuple, &slot) {
+    let mut held = holder(maps, &config.timeouts, key, tuple, slot, now);
+    if port_is_lent(maps, config, tuple, slot) {
         held = Holder::Other;
     }
     if let Holder::Other = held {
@@ -1125,8 +1357,7 @@ fn choose<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> O
         maps.set_collided(collided_bit::<F>(tuple));
         maps.count(Event::PortCollision);
     }
-    scratch.over.set(u32::from(matches!(held, Holder::Over)));
-    Outcome::Translate
+    over.set(u32::from(matches!(held, Holder::Over)));
 }
 
 /// [`affinity::slot_index`] for a packet.
@@ -1175,11 +1406,22 @@ fn remember<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
     if !maps.client(client) {
         maps.set_client(client);
     }
-    if over.get() != 0
-        && let Some(entry) = maps.flow(key).or_else(|| maps.new_flow(key))
-    {
-        entry.write(flow);
-        return;
+    if over.get() != 0 {
+        if let Some(entry) = maps.flow(key) {
+            let waiting = entry.read().state & FLOW_WAITING;
+            if flow.state & FLOW_SNAT == 0 {
+                flow.state |= waiting;
+                entry.write(flow);
+                return;
+            }
+            maps.remove_flow(key);
+            if waiting != 0 {
+                maps.add_waiting(-1);
+            }
+        } else if let Some(entry) = maps.new_flow(key) {
+            entry.write(flow);
+            return;
+        }
     }
     // Into `flows` at once, which spares the common flow one insertion and one deletion; but only so many that a flood of
     // first packets cannot push open flows out. Replies to a translated source are not seen here.

@@ -63,6 +63,10 @@ events! {
     BackendGone = 16, "backend_gone";
     /// Connected sockets whose frontend was not remembered, because `sockets` is full: they show their backend as peer.
     SocketsFull = 17, "sockets_full";
+    /// SYNs sent to another backend because theirs had not answered or had refused.
+    Retry = 18, "retry";
+    /// Refusals that clients were not told of because another backend was left to try.
+    RefusalHeld = 19, "refusal_held";
 }
 
 /// Number of entries of the `events` map: room for more without a new layout.

@@ -13,7 +13,8 @@
 //!
 //! (`C` client, `F` frontend, `N` this node, `B` backend, as in [`crate::balance`].) The error's destination follows, its
 //! source becomes the answer's where that changed, as with netfilter: a router's private address would not get past the
-//! source filters of other networks. An error changes no flow's state: anybody can send one.
+//! source filters of other networks. An error changes no flow's state: anybody can send one. But an unreachable about a SYN is a
+//! refusal, and may be held back ([`crate::retry`]).
 
 use crate::{
     access::{Access, load_addr, store_addrs},
@@ -26,7 +27,7 @@ use crate::{
     layout::*,
     odd::{Fate, Place},
     packet::{ETHERNET, Tuple, checksum_offset, differences},
-    snat,
+    retry, snat,
 };
 
 /// Length of an error's own header.
@@ -51,6 +52,22 @@ pub fn is_error<F: Family>(kind: u8) -> bool {
     }
 }
 
+/// Whether an error says that nobody is there or nobody may go there: RFC 792 type 3 but for "fragmentation needed", RFC 4443
+/// type 1.
+#[inline(always)]
+fn is_unreachable<F: Family>(packet: &impl Access, icmp: u32) -> bool {
+    const FRAGMENTATION_NEEDED: u8 = 4;
+    let Some(word) = packet.load::<u16>(icmp) else {
+        return false;
+    };
+    let [kind, code] = word.to_ne_bytes();
+    if F::HEADER == 20 {
+        kind == 3 && code != FRAGMENTATION_NEEDED
+    } else {
+        kind == 1
+    }
+}
+
 /// An ICMP error whose path and addresses stand in `scratch.odd`: translated if it is about a translated packet.
 #[inline(always)]
 pub(crate) fn translate<F: Family, M: Maps<F>>(
@@ -61,6 +78,12 @@ pub(crate) fn translate<F: Family, M: Maps<F>>(
 ) -> Fate {
     if !read_quote::<F>(packet, scratch) {
         return Fate::Pass;
+    }
+    if scratch.odd.quoted.proto == u32::from(TCP) && is_unreachable::<F>(packet, scratch.odd.path.l4) {
+        scratch.arrival.tuple = scratch.odd.answer;
+        if retry::is_held_back(maps, scratch, place == Place::Out) {
+            return Fate::Drop;
+        }
     }
     let ours = match place {
         Place::In(_) => arriving(maps, scratch),

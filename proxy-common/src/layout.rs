@@ -8,7 +8,7 @@
 //! A change of any layout here must raise [`LAYOUT_VERSION`].
 
 /// Version of everything in this module; maps are pinned under `<bpf-root>/v<LAYOUT_VERSION>/`.
-pub const LAYOUT_VERSION: u32 = 3;
+pub const LAYOUT_VERSION: u32 = 4;
 
 /// Names of the maps (at most 15 bytes: the kernel cuts them). Suffix `4`/`6`: one map per family.
 pub mod names {
@@ -97,12 +97,16 @@ pub struct FrontendKey<A> {
 pub const FRONTEND_DROP: u16 = 1 << 0;
 /// [`Frontend::flags`]: `sessionAffinity: ClientIP`.
 pub const FRONTEND_AFFINITY: u16 = 1 << 1;
-/// [`Frontend::flags`]: the socket hook leaves it alone, packets are translated.
+/// [`Frontend::flags`]: the socket hook leaves it alone for sockets of pods, whose packets are translated. Processes in the
+/// node's own namespace have no pod device that would see theirs.
 pub const FRONTEND_PACKETS_ONLY: u16 = 1 << 2;
 /// [`Frontend::flags`]: only sources in the Service's `loadBalancerSourceRanges` may dial it.
 pub const FRONTEND_SOURCE_RANGES: u16 = 1 << 3;
 /// [`Frontend::flags`]: never SNAT (`externalTrafficPolicy: Local`, external scope).
 pub const FRONTEND_KEEP_SOURCE: u16 = 1 << 4;
+
+/// [`Frontend::flags`]: a SYN that its backend does not answer, or refuses, does not go to another ([`crate::retry`]).
+pub const FRONTEND_NO_RETRY: u16 = 1 << 5;
 
 /// Where a frontend's backends stand: `slot_count` consecutive entries of `slots` from `slot_base`.
 #[repr(C)]
@@ -213,6 +217,14 @@ pub const FLOW_ASKED: u16 = 1 << 8;
 /// [`Flow::state`]: the backend has answered and the client has sent again: datagrams are a stream. Of TCP it is not always
 /// noted.
 pub const FLOW_CONFIRMED: u16 = 1 << 9;
+/// [`Flow::state`]: until it is answered, its SYN may go to another backend ([`crate::retry`]).
+pub const FLOW_RETRY: u16 = 1 << 10;
+/// [`Flow::state`]: the backend refused the SYN, and the client was not told.
+pub const FLOW_REFUSED: u16 = 1 << 11;
+/// [`Flow::state`]: the backend has been sent the SYN twice, or gets no second one.
+pub const FLOW_AGAIN: u16 = 1 << 12;
+/// [`Flow::state`]: the SYN finds out whether a silent backend answers again.
+pub const FLOW_TRIAL: u16 = 1 << 13;
 
 /// [`Flow::state`]: in `flows` from the first packet on, and counted in `waiting` until it is answered.
 pub const FLOW_WAITING: u16 = 1 << 15;
@@ -243,10 +255,11 @@ pub struct Flow<A> {
     pub last_seen: u32,
     /// The programs' cheap clock as it stood when `last_seen` was written: at most 2.6 s, at least 0.25 s long.
     pub epoch: u16,
-    /// With [`FLOW_ASKED`]: `epoch` of the first packet that was not answered.
+    /// With [`FLOW_ASKED`]: `epoch` of the first packet that was not answered. Else with [`FLOW_RETRY`]: when the SYN was
+    /// sent last, low half of a time in [`AFFINITY_TICK_NS`].
     pub asked: u16,
-    /// Always zero.
-    pub reserved: u32,
+    /// With [`FLOW_RETRY`]: the backends that were given up, one bit for each id modulo 32.
+    pub tried: u32,
 }
 
 /// A translated source port towards one backend, and the flow that owns it: how replies find their way.
@@ -337,9 +350,9 @@ pub struct SourceRangeKey<A> {
 
 /// [`BackendState::flags`]: the endpoint serves: it is ready, or serves while it terminates. Without it, datagrams of open
 /// flows look for another backend; connections go on.
-pub const BACKEND_SERVING: u32 = 1 << 0;
+pub const BACKEND_SERVING: u16 = 1 << 0;
 /// [`BackendState::flags`]: there is no such endpoint any more: connections that it does not answer are reset.
-pub const BACKEND_GONE: u32 = 1 << 1;
+pub const BACKEND_GONE: u16 = 1 << 1;
 
 /// What is known of a backend beside its address. One per Service port and endpoint.
 #[repr(C)]
@@ -352,9 +365,11 @@ pub struct BackendState {
     /// Flows that XDP sent here.
     pub xdp_flows: u64,
     /// [`BACKEND_SERVING`], [`BACKEND_GONE`].
-    pub flags: u32,
-    /// Always zero.
-    pub reserved: u32,
+    pub flags: u16,
+    /// How often in a row it left a SYN unanswered or refused it; the next answer sets it to zero. Written by programs.
+    pub failures: u16,
+    /// With `failures`: the end of its silence, when it is tried again, in [`AFFINITY_TICK_NS`]. Written by programs.
+    pub silent_until: u32,
 }
 
 /// A datagram that comes in fragments, as they name it.
@@ -478,6 +493,11 @@ pub struct Config {
     pub flags: u32,
     /// When flows are over.
     pub timeouts: Timeouts,
+    /// For how long a backend that did not answer gets no new connections, in [`AFFINITY_TICK_NS`]; doubled each time it
+    /// does not answer again. 0: no silence.
+    pub silence: u32,
+    /// Longest silence, in [`AFFINITY_TICK_NS`].
+    pub silence_most: u32,
     /// IPv4.
     pub v4: FamilyConfig<[u8; 4]>,
     /// IPv6.
@@ -536,7 +556,7 @@ no_padding!(
     SourceRangeKey<[u8; 4]> = 4 + 4 + 4,
     SourceRangeKey<[u8; 16]> = 4 + 4 + 16,
     ServiceInfo = 2 * NAME_LEN,
-    BackendState = 3 * 8 + 4 + 4,
+    BackendState = 3 * 8 + 2 + 2 + 4,
     FragmentKey<[u8; 4]> = 2 * 4 + 4 + 4,
     FragmentKey<[u8; 16]> = 2 * 16 + 4 + 4,
     FragmentPorts = 2 + 2 + 4,
@@ -545,7 +565,7 @@ no_padding!(
     FamilyConfig<[u8; 4]> = 4 + MAX_CLUSTER_CIDRS * 8 + 2 * 4 + 8 + MAX_SERVICE_CIDRS * 8,
     FamilyConfig<[u8; 16]> = 16 + MAX_CLUSTER_CIDRS * 32 + 2 * 4 + 32 + MAX_SERVICE_CIDRS * 32,
     Timeouts = 8 * 4,
-    Config = 8 + 2 + 2 + 4 + 4 + 8 * 4 + 84 + 312,
+    Config = 8 + 2 + 2 + 4 * 4 + 8 * 4 + 84 + 312,
 );
 
 #[cfg(feature = "user")]

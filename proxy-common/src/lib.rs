@@ -33,5 +33,6 @@ pub mod maglev;
 pub mod odd;
 pub mod packet;
 pub mod reset;
+pub mod retry;
 pub mod snat;
 pub mod timeouts;

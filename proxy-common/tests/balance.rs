@@ -17,6 +17,9 @@ use shunt_common::{
     snat,
 };
 
+#[path = "balance/retry.rs"]
+mod retry;
+
 type Flows<A> = RefCell<HashMap<FlowKey<A>, Box<Flow<A>>>>;
 
 /// A node: its maps, its clock, its sockets.
@@ -36,6 +39,7 @@ struct Node<F: Family> {
     clients: RefCell<HashSet<u32>>,
     waiting: Cell<i64>,
     most_waiting: Cell<i64>,
+    backends: RefCell<HashMap<u32, Box<BackendState>>>,
     sockets: RefCell<HashSet<Tuple<F::Words>>>,
     events: RefCell<Vec<Event>>,
     now: Cell<u32>,
@@ -62,6 +66,7 @@ where
             clients: RefCell::default(),
             waiting: Cell::default(),
             most_waiting: Cell::default(),
+            backends: RefCell::default(),
             sockets: RefCell::default(),
             events: RefCell::default(),
             now: Cell::new(1000),
@@ -218,6 +223,9 @@ where
         self.new_flows.borrow_mut().insert(*key, Box::new(*flow));
         true
     }
+    fn remove_flow(&self, key: &FlowKey<F::Words>) {
+        self.flows.borrow_mut().remove(key);
+    }
     fn remove_new_flow(&self, key: &FlowKey<F::Words>) {
         self.new_flows.borrow_mut().remove(key);
     }
@@ -272,8 +280,12 @@ where
     fn now(&self) -> u32 {
         self.now.get()
     }
-    fn backend_flags(&self, _backend: u32) -> u32 {
+    fn backend_flags(&self, _backend: u32) -> u16 {
         BACKEND_SERVING
+    }
+    fn backend(&self, backend: u32) -> Option<Entry<'_, BackendState>> {
+        let mut backends = self.backends.borrow_mut();
+        entry(Some(backends.entry(backend).or_default()))
     }
     fn epoch(&self) -> u16 {
         self.now.get() as u16

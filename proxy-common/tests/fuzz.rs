@@ -94,6 +94,7 @@ struct Node<F: Family> {
     collided: RefCell<HashSet<u32>>,
     clients: RefCell<HashSet<u32>>,
     waiting: Cell<i64>,
+    backends: RefCell<HashMap<u32, Box<BackendState>>>,
     scratch: UnsafeCell<Scratch<F::Words>>,
     now: Cell<u32>,
 }
@@ -160,6 +161,9 @@ impl<F: Family<Words: Hash>> Maps<F> for Node<F> {
         self.new_flows.borrow_mut().insert(*key, Box::new(*flow));
         true
     }
+    fn remove_flow(&self, key: &FlowKey<F::Words>) {
+        self.flows.borrow_mut().remove(key);
+    }
     fn remove_new_flow(&self, key: &FlowKey<F::Words>) {
         self.new_flows.borrow_mut().remove(key);
     }
@@ -212,8 +216,12 @@ impl<F: Family<Words: Hash>> Maps<F> for Node<F> {
     fn now(&self) -> u32 {
         self.now.get()
     }
-    fn backend_flags(&self, _backend: u32) -> u32 {
+    fn backend_flags(&self, _backend: u32) -> u16 {
         BACKEND_SERVING
+    }
+    fn backend(&self, backend: u32) -> Option<Entry<'_, BackendState>> {
+        let mut backends = self.backends.borrow_mut();
+        entry(Some(backends.entry(backend).or_default()))
     }
     fn epoch(&self) -> u16 {
         Maps::<F>::now(self) as u16
@@ -282,6 +290,7 @@ fn node<F: Addresses>() -> Node<F> {
         collided: RefCell::default(),
         clients: RefCell::default(),
         waiting: Cell::default(),
+        backends: RefCell::default(),
         // SAFETY: all zeros is a value of every field.
         scratch: UnsafeCell::new(unsafe { std::mem::zeroed() }),
         now: Cell::new(1000),

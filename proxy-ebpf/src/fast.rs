@@ -4,7 +4,7 @@
 //! A packet for a pod on this node is handed to the pod's end of its device (`bpf_redirect_peer`), any other is given its
 //! next hop and sent (`bpf_redirect_neigh`). The way is the one of the kernel's routing tables; its netfilter, IPsec and, for
 //! pods, the programs on their devices' way in are not passed. So the second half of a translation is done here, where
-//! it is [`leaving`]'s otherwise. What has no such way (a process of the node, no route, a packet too large or without
+//! it is [`answering`]'s otherwise. What has no such way (a process of the node, no route, a packet too large or without
 //! hops left) goes through the stack as ever.
 //!
 //! Asking the routing tables costs more than all the rest, so the way to a pod is remembered for a second.
@@ -18,7 +18,7 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use shunt_common::{
-    balance::{Maps, Verdict, leaving},
+    balance::{Maps, Quick, answering},
     event::Event,
     family::{V4, V6, Words6},
     packet::{self, ETHERNET, Headers, Packet, Tuple},
@@ -101,8 +101,8 @@ pub(crate) fn is_on() -> bool {
 #[inline(never)]
 pub(crate) fn send_reply<F: FastFamily>(ctx: &TcContext, headers: &Headers<F::Words>) -> i32 {
     let maps = KernelMaps::new(ctx.as_ptr(), Hook::Tc);
-    match leaving::<F, _>(&maps, &headers.tuple, headers.tcp_flags) {
-        Verdict::Translate(out) => send::<F>(ctx, headers, &headers.tuple, &out.tuple),
+    match answering::<F, _>(&maps, &headers.tuple, headers.tcp_flags) {
+        Quick::Translate(out) => send::<F>(ctx, headers, &headers.tuple, &out.tuple),
         _ => SLOW,
     }
 }
@@ -115,9 +115,9 @@ pub(crate) fn send_translated<F: FastFamily>(
     arrived: &Tuple<F::Words>,
 ) -> i32 {
     let maps = KernelMaps::new(ctx.as_ptr(), Hook::Tc);
-    match leaving::<F, _>(&maps, arrived, headers.tcp_flags) {
-        Verdict::Translate(out) => send::<F>(ctx, headers, arrived, &out.tuple),
-        Verdict::Pass => send::<F>(ctx, headers, arrived, arrived),
+    match answering::<F, _>(&maps, arrived, headers.tcp_flags) {
+        Quick::Translate(out) => send::<F>(ctx, headers, arrived, &out.tuple),
+        Quick::Pass => send::<F>(ctx, headers, arrived, arrived),
         _ => SLOW,
     }
 }

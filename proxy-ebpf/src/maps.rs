@@ -378,6 +378,11 @@ impl<F: KernelFamily> Maps<F> for KernelMaps {
     }
 
     #[inline(always)]
+    fn remove_flow(&self, key: &FlowKey<F::Words>) {
+        let _gone_already = F::FLOWS.remove(bytes(key));
+    }
+
+    #[inline(always)]
     fn remove_new_flow(&self, key: &FlowKey<F::Words>) {
         let _gone_already = F::NEW_FLOWS.remove(bytes(key));
     }
@@ -451,8 +456,13 @@ impl<F: KernelFamily> Maps<F> for KernelMaps {
     }
 
     #[inline(always)]
-    fn backend_flags(&self, backend: u32) -> u32 {
+    fn backend_flags(&self, backend: u32) -> u16 {
         BACKENDS.get(backend).map_or(0, |state| state.flags)
+    }
+
+    #[inline(always)]
+    fn backend(&self, backend: u32) -> Option<Entry<'_, BackendState>> {
+        entry(BACKENDS.get_ptr_mut(backend))
     }
 
     #[inline(always)]

@@ -173,7 +173,7 @@ fn choose<F: Peer>(ctx: &SockAddrContext, addr: F::Words, call: Call) -> Result<
     }
     // The source of a pod's socket is not chosen yet: its packets will show it, at the pod's device. The node itself is let
     // through whatever the ranges (SPEC P5).
-    if frontend.flags & FRONTEND_SOURCE_RANGES != 0 && !is_host::<F>(ctx, &maps) {
+    if frontend.flags & (FRONTEND_SOURCE_RANGES | FRONTEND_PACKETS_ONLY) != 0 && !is_host::<F>(ctx, &maps) {
         return Ok((addr, port));
     }
     // SAFETY: the helper takes the program's own context. A cookie numbers the socket: one socket, one choice.

@@ -17,7 +17,7 @@ use aya_ebpf::{
 };
 use shunt_common::{
     access::{Access, Number},
-    balance::{Arrival, From, Maps, Outcome, Quick, Verdict, established, leaving, undecided},
+    balance::{Arrival, From, Maps, Outcome, Quick, answering, established, refused, undecided},
     checksum::Difference,
     event::Event,
     family::{Family, V4, V6},
@@ -212,10 +212,7 @@ fn handle<F: FastFamily>(ctx: &TcContext, place: Place) -> i32 {
     let maps = KernelMaps::new(ctx.as_ptr(), Hook::Tc);
     let quick = match place {
         Place::In(from) => established::<F, _>(&maps, &arrival(&headers, from)),
-        Place::Out => match leaving::<F, _>(&maps, &headers.tuple, headers.tcp_flags) {
-            Verdict::Translate(to) => Quick::Translate(to),
-            _ => Quick::Pass,
-        },
+        Place::Out => answering::<F, _>(&maps, &headers.tuple, headers.tcp_flags),
     };
     match quick {
         Quick::Pass => TC_ACT_UNSPEC,
@@ -280,7 +277,7 @@ fn translate<F: Family>(ctx: &TcContext, headers: &Headers<F::Words>, to: &Tuple
 
 /// What [`handle`] says of a packet that is not plain TCP or UDP; no action has this number.
 const ODD: i32 = i32::MIN + 1;
-/// What [`handle`] says of a packet that may open a flow; no action has this number.
+/// What [`handle`] says of a packet that may open a flow, or refuses to; no action has this number.
 const UNDECIDED: i32 = i32::MIN + 2;
 
 /// The action, after the step that `plain` asks for.
@@ -289,6 +286,7 @@ fn whole<F: FastFamily>(ctx: &TcContext, place: Place, plain: i32) -> i32 {
     match (plain, place) {
         (ODD, _) => odd::<F>(ctx, place),
         (UNDECIDED, Place::In(from)) => open::<F>(ctx, from),
+        (UNDECIDED, Place::Out) => refusal::<F>(ctx),
         _ => plain,
     }
 }
@@ -321,6 +319,23 @@ fn open<F: FastFamily>(ctx: &TcContext, from: From) -> i32 {
                 sent
             }
         }
+    }
+}
+
+/// A backend's refusal of a SYN, on its way to the client.
+#[inline(never)]
+fn refusal<F: KernelFamily>(ctx: &TcContext) -> i32 {
+    let Some(headers) = packet::parse::<F>(&Buffer(ctx), ETHERNET) else {
+        return TC_ACT_UNSPEC;
+    };
+    let maps = KernelMaps::new(ctx.as_ptr(), Hook::Tc);
+    let Some(scratch) = Maps::<F>::scratch(&maps) else {
+        return TC_ACT_UNSPEC;
+    };
+    match refused::<F, _>(&maps, scratch, &headers.tuple, headers.tcp_flags) {
+        Outcome::Translate => translate::<F>(ctx, &headers, &scratch.translation.tuple),
+        Outcome::Drop => TC_ACT_SHOT,
+        _ => TC_ACT_UNSPEC,
     }
 }
 

@@ -38,9 +38,14 @@ pub fn idle(last_seen: u32, now: u32) -> Duration {
 
 /// `CLOCK_MONOTONIC` in [`TICK_NS`], as the programs write it.
 pub fn now() -> u32 {
+    now_in(TICK_NS)
+}
+
+/// The same in another unit of so many nanoseconds.
+pub fn now_in(unit: u64) -> u32 {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     let ns = time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64;
-    (ns / TICK_NS) as u32
+    (ns / unit) as u32
 }
 
 /// What one complete walk found.
@@ -228,7 +233,7 @@ mod tests {
             last_seen: now() - age,
             epoch: 0,
             asked: 0,
-            reserved: 0,
+            tried: 0,
         };
         (key, flow)
     }

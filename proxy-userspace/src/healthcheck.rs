@@ -234,6 +234,7 @@ mod tests {
             health_check_node_port: Some(32_000),
             source_ranges: Vec::new(),
             publish_not_ready: false,
+            retry: Default::default(),
         }
     }
 

@@ -59,6 +59,18 @@ pub enum TrafficPolicy {
     Local,
 }
 
+/// Whether connections that a backend does not answer, or refuses, try another ([`shunt_common::retry`]).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Retry {
+    /// Those whose packets are translated anyway.
+    #[default]
+    Packets,
+    /// Also those of sockets in pods, which take the packet path for it.
+    Sockets,
+    /// None.
+    Off,
+}
+
 /// One entry of `spec.ports`, checked.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ServicePort {
@@ -99,6 +111,8 @@ pub struct Service {
     pub source_ranges: Vec<ipnet::IpNet>,
     /// `spec.publishNotReadyAddresses`.
     pub publish_not_ready: bool,
+    /// Annotation `shunt.dev/retry`.
+    pub retry: Retry,
 }
 
 /// One endpoint of a slice.

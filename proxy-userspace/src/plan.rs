@@ -11,9 +11,12 @@ use std::{
 };
 
 use ipnet::IpNet;
-use shunt_common::layout::{FRONTEND_AFFINITY, FRONTEND_DROP, FRONTEND_KEEP_SOURCE, FRONTEND_SOURCE_RANGES};
+use shunt_common::layout::{
+    FRONTEND_AFFINITY, FRONTEND_DROP, FRONTEND_KEEP_SOURCE, FRONTEND_NO_RETRY, FRONTEND_PACKETS_ONLY,
+    FRONTEND_SOURCE_RANGES,
+};
 
-use crate::object::{EndpointSlice, NodeFacts, ObjectName, Protocol, Service, ServicePort, TrafficPolicy};
+use crate::object::{EndpointSlice, NodeFacts, ObjectName, Protocol, Retry, Service, ServicePort, TrafficPolicy};
 
 /// Where a frontend listens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -161,7 +164,7 @@ pub fn plan<'a>(
                     protocol: port.protocol,
                     scope,
                 };
-                let (role, flags) = role(service, kind, scope, choices);
+                let (role, flags) = role(service, port.protocol, kind, scope, choices);
                 // An address that stands under two headings of one Service is what it was first.
                 frontends.entry(id).or_insert_with(|| Frontend {
                     id,
@@ -394,10 +397,15 @@ impl Candidates {
 }
 
 /// Which of the [`Choices`] and which flags a frontend has.
-fn role(service: &Service, kind: FrontendKind, scope: Scope, choices: &Choices) -> (Role, u16) {
+fn role(service: &Service, protocol: Protocol, kind: FrontendKind, scope: Scope, choices: &Choices) -> (Role, u16) {
     let mut flags = 0;
     if service.affinity_secs.is_some() {
         flags |= FRONTEND_AFFINITY;
+    }
+    match service.retry {
+        Retry::Sockets if protocol == Protocol::Tcp => flags |= FRONTEND_PACKETS_ONLY,
+        Retry::Off => flags |= FRONTEND_NO_RETRY,
+        _ => {}
     }
     // Also when the ranges are all of the other family: "other sources are dropped" (SPEC P5).
     if kind == FrontendKind::LoadBalancer && !service.source_ranges.is_empty() {
@@ -442,6 +450,8 @@ impl fmt::Display for Frontend {
             (FRONTEND_SOURCE_RANGES, " source-ranges"),
             (FRONTEND_KEEP_SOURCE, " keep-source"),
             (FRONTEND_DROP, " drop"),
+            (FRONTEND_NO_RETRY, " no-retry"),
+            (FRONTEND_PACKETS_ONLY, " packets-only"),
         ] {
             if self.flags & flag != 0 {
                 f.write_str(name)?;

@@ -8,10 +8,12 @@ use std::{
 use anyhow::bail;
 use clap::Args;
 use serde::Serialize;
+use shunt_common::layout::{AFFINITY_TICK_NS, BackendState};
 
 use super::{Common, open, print_rows, service_name, service_names, services};
 use crate::{
     datapath::maps::{MapError, Maps},
+    gc,
     sync::table::FamilyIndex,
 };
 
@@ -43,12 +45,35 @@ pub struct BackendRow {
     pub protocol: String,
     /// Whether it runs on this node.
     pub local: bool,
+    /// It left connections unanswered, or refused them, and has not answered since.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub silent: Option<Silence>,
     /// Flows that were sent here.
     pub flows: FlowCounts,
     /// The frontends that lead here: address and port.
     pub frontends: BTreeSet<SocketAddr>,
     /// Its number in the maps.
     pub id: u32,
+}
+
+/// A backend that does not answer (see [`shunt_common::retry`]).
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Silence {
+    /// How often in a row, twice as long each time.
+    pub failures: u16,
+    /// Until it is tried again; 0: the next connection tries it.
+    pub remaining_ms: u64,
+}
+
+impl Silence {
+    fn of(state: &BackendState, now: u32) -> Option<Self> {
+        let remaining = state.silent_until.wrapping_sub(now).cast_signed().max(0);
+        (state.failures != 0).then_some(Self {
+            failures: state.failures,
+            remaining_ms: u64::from(remaining.cast_unsigned()) * AFFINITY_TICK_NS / 1_000_000,
+        })
+    }
 }
 
 /// New flows by the hook that chose the backend.
@@ -86,6 +111,7 @@ pub fn list(maps: &Maps) -> Result<Vec<BackendRow>, MapError> {
                     port: backend.port,
                     protocol: id.protocol.to_string(),
                     local: backend.local,
+                    silent: Silence::of(&state, gc::now_in(AFFINITY_TICK_NS)),
                     flows: FlowCounts {
                         socket: state.socket_flows,
                         tc: state.tc_flows,
@@ -134,6 +160,7 @@ pub fn run(args: &BackendsArgs) -> anyhow::Result<()> {
         "BACKEND",
         "PROTOCOL",
         "WHERE",
+        "SILENT",
         "SOCKET",
         "TC",
         "XDP",
@@ -147,6 +174,11 @@ pub fn run(args: &BackendsArgs) -> anyhow::Result<()> {
             SocketAddr::new(row.address, row.port).to_string(),
             row.protocol.clone(),
             if row.local { "local".into() } else { "remote".into() },
+            match &row.silent {
+                None => String::new(),
+                Some(Silence { remaining_ms: 0, .. }) => "to be tried".into(),
+                Some(silence) => format!("for {:.1}s", silence.remaining_ms as f64 / 1000.0),
+            },
             row.flows.socket.to_string(),
             row.flows.tc.to_string(),
             row.flows.xdp.to_string(),

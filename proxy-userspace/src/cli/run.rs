@@ -485,6 +485,7 @@ fn node_settings(settings: &Settings, addresses: &[IpAddr]) -> NodeSettings {
         cluster_cidrs: settings.cluster_cidrs.clone(),
         service_cidrs: settings.service_cidrs(),
         answer_ping: settings.answer_ping,
+        retry_silence: settings.retry_silence,
         snat_ports: settings.snat_ports.0.clone(),
         timeouts: settings.conntrack.ticks(),
         loopback: settings.localhost_node_ports && (networks.is_empty() || networks.iter().any(is_loopback)),

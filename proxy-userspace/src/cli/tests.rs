@@ -4,8 +4,8 @@ use clap::CommandFactory;
 use shunt_common::{
     family::{Family, V4, V6},
     layout::{
-        BackendState, Config, FLOW_ANSWERED, FLOW_BACKEND_FIN, FLOW_CLIENT_FIN, FLOW_RESET, FLOW_SNAT, FRONTEND_DROP,
-        Flow, FlowKey, SnatSlot, TCP, TICK_NS, UDP,
+        AFFINITY_TICK_NS, BackendState, Config, FLOW_ANSWERED, FLOW_BACKEND_FIN, FLOW_CLIENT_FIN, FLOW_RESET,
+        FLOW_SNAT, FRONTEND_DROP, Flow, FlowKey, SnatSlot, TCP, TICK_NS, UDP,
     },
     snat,
 };
@@ -176,6 +176,8 @@ fn backends_count_flows_by_hook_and_name_their_frontends() {
         socket_flows: 3,
         tc_flows: 4,
         xdp_flows: 5,
+        failures: 2,
+        silent_until: gc::now_in(AFFINITY_TICK_NS) + 600,
         ..maps.backends.get(&local.id).unwrap().unwrap()
     };
     maps.backends.set(&local.id, &state).unwrap();
@@ -190,8 +192,12 @@ fn backends_count_flows_by_hook_and_name_their_frontends() {
     assert_eq!((&value["address"], &value["port"]), (&"10.0.0.1".into(), &8080.into()));
     assert_eq!(value["flows"], serde_json::json!({ "socket": 3, "tc": 4, "xdp": 5 }));
     assert_eq!(value["frontends"], serde_json::json!(["0.0.0.0:30080", "10.96.0.1:80"]));
+    assert_eq!(value["silent"]["failures"], 2);
+    let remaining = value["silent"]["remainingMs"].as_u64().unwrap();
+    assert!((9000..=10_067).contains(&remaining), "{remaining}");
     let remote = rows.iter().find(|row| !row.local).unwrap();
     assert_eq!((remote.address, remote.frontends.len()), ([10, 0, 0, 2].into(), 2));
+    assert_eq!(remote.silent, None);
 }
 
 fn add_flow<F: MapFamily>(
@@ -224,7 +230,7 @@ fn add_flow<F: MapFamily>(
         last_seen: gc::now() - (idle * 1_000_000_000 / TICK_NS) as u32,
         epoch: 0,
         asked: 0,
-        reserved: 0,
+        tried: 0,
     };
     let table = usize::from(state & FLOW_ANSWERED != 0);
     maps.flow_maps()[table].set(&key, &flow).unwrap();

@@ -79,6 +79,11 @@ pub struct RunArgs {
     /// Node addresses that node ports and healthCheckNodePort answer on: networks, or `primary` [default: all].
     #[arg(long, value_name = "CIDR|primary", num_args = 1.., value_delimiter = ',')]
     nodeport_addresses: Vec<String>,
+    /// Seconds for which a backend that has not answered a connection gets no new ones, twice as long each time it does not answer
+    /// again, up to 60; 0: none. The annotation shunt.dev/retry of a Service says whether its connections try another backend
+    /// [default: 1].
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(0..=60))]
+    retry_silence: Option<u32>,
     /// Source ports of translated packets [default: 10240-29999].
     #[arg(long, value_name = "FIRST-LAST")]
     snat_ports: Option<PortRange>,
@@ -192,6 +197,10 @@ impl RunArgs {
         set(&mut to.service_node_port_range, self.service_node_port_range);
         set_list(&mut to.cluster_cidrs, self.cluster_cidr);
         set_list(&mut to.nodeport_addresses, self.nodeport_addresses);
+        set(
+            &mut to.retry_silence,
+            self.retry_silence.map(|seconds| Duration::from_secs(seconds.into())),
+        );
         set(&mut to.snat_ports, self.snat_ports);
         set(
             &mut to.healthz_bind_address,

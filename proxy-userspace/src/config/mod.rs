@@ -6,6 +6,7 @@
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::PathBuf,
+    time::Duration,
 };
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -84,6 +85,8 @@ pub struct Settings {
     pub nodeport_addresses: Vec<String>,
     /// `iptables.localhostNodePorts`: node ports may answer on loopback addresses too, to processes of the node.
     pub localhost_node_ports: bool,
+    /// `--retry-silence`.
+    pub retry_silence: Duration,
     /// `--snat-ports`.
     pub snat_ports: PortRange,
     /// `--conntrack-*`.
@@ -119,6 +122,7 @@ impl Default for Settings {
             cluster_cidrs: Vec::new(),
             nodeport_addresses: Vec::new(),
             localhost_node_ports: true,
+            retry_silence: Duration::from_secs(1),
             snat_ports: PortRange(SNAT_PORTS),
             conntrack: Conntrack::default(),
             capacities: Capacities::default(),

@@ -1,13 +1,13 @@
 //! `ShuntConfiguration`: the settings that kube-proxy does not have. What is left out says nothing.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
 use super::{
     HEALTHZ_PORT, METRICS_PORT, Settings,
     flags::{set, set_list},
-    values::{Address, Listen, Network, PortRange, Text, from_one_on, or_empty, or_null},
+    values::{Address, Listen, Network, PortRange, Text, from_one_on, or_empty, or_null, up_to_a_minute},
 };
 use crate::datapath::{Capacities as Entries, attach::XdpMode};
 
@@ -44,6 +44,8 @@ pub(super) struct ShuntConfiguration {
     node_ips: Vec<Text<Address>>,
     #[serde(deserialize_with = "or_null")]
     pod_devices: Vec<String>,
+    #[serde(deserialize_with = "up_to_a_minute")]
+    retry_silence_seconds: Option<u32>,
     #[serde(rename = "serviceCIDRs", deserialize_with = "or_null")]
     service_cidrs: Vec<Text<Network>>,
     #[serde(with = "or_empty")]
@@ -106,6 +108,11 @@ impl ShuntConfiguration {
             self.node_ips.into_iter().map(|text| text.0.0).collect(),
         );
         set_list(&mut to.pod_devices, self.pod_devices);
+        set(
+            &mut to.retry_silence,
+            self.retry_silence_seconds
+                .map(|seconds| Duration::from_secs(seconds.into())),
+        );
         set_list(
             &mut to.service_cidrs,
             self.service_cidrs.into_iter().map(|text| text.0.0).collect(),
@@ -159,6 +166,7 @@ impl From<&Settings> for ShuntConfiguration {
                 .map(|address| Text(Address(address)))
                 .collect(),
             pod_devices: settings.pod_devices.clone(),
+            retry_silence_seconds: Some(settings.retry_silence.as_secs() as u32),
             service_cidrs: networks(&settings.service_cidrs),
             service_node_port_range: Some(settings.service_node_port_range.clone()),
             service_proxy_name: settings.service_proxy_name.clone(),

@@ -37,7 +37,7 @@ fn the_help_tells_the_defaults() {
             told.push(flag);
         }
     }
-    assert_eq!(told.len(), 21, "{told:?}");
+    assert_eq!(told.len(), 22, "{told:?}");
     for (flag, other) in [
         ("xdp", "off"),
         ("snat-ports", "1-2"),
@@ -172,6 +172,7 @@ fn every_field_arrives_and_ours_stands_over_theirs() {
         cluster_cidrs: networks(&["10.244.0.0/16", "fd00:10:244::/56"]),
         nodeport_addresses: vec!["192.0.2.0/24".into()],
         localhost_node_ports: false,
+        retry_silence: Duration::from_secs(7),
         snat_ports: PortRange(20_000..=20_999),
         conntrack: Conntrack {
             tcp_established: Duration::from_secs(7200),
@@ -414,6 +415,7 @@ fn mistakes_are_one_line_with_file_line_and_field() {
             "capacities:\n  flows: -5",
             "4: ShuntConfiguration: capacities.flows: wants a whole number from 0 on".into(),
         ),
+        (OURS, "retrySilenceSeconds: 61", "3: ShuntConfiguration: retrySilenceSeconds: wants seconds from 0 to 60".into()),
         (OURS, "capacities:\n  snat: 0", "4: ShuntConfiguration: capacities.snat: wants a whole number from 1 on".into()),
         (
             OURS,

@@ -234,6 +234,14 @@ where
     Option::deserialize(deserializer).map(Option::unwrap_or_default)
 }
 
+/// Seconds, at most a minute.
+pub(super) fn up_to_a_minute<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
+    match Option::deserialize(deserializer)? {
+        Some(61..) => Err(D::Error::custom("wants seconds from 0 to 60")),
+        number => Ok(number),
+    }
+}
+
 /// A number of which there must be something.
 pub(super) fn from_one_on<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
     match Option::deserialize(deserializer)? {

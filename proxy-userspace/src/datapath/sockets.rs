@@ -122,7 +122,7 @@ impl Search {
             return Ok(false);
         }
         let mut waits = false;
-        let mut visit = |stale: &mut HashMap<u64, u32>| -> io::Result<()> {
+        let mut visit = |stale: &mut HashMap<u64, u16>| -> io::Result<()> {
             for found in sockets(stale.values().any(|flags| flags & BACKEND_GONE != 0))? {
                 let Some(flags) = stale.remove(&found.cookie()) else {
                     continue;
@@ -192,7 +192,7 @@ impl Search {
 }
 
 /// Connected sockets whose backend does not serve, with its flags.
-fn stale(maps: &Maps) -> anyhow::Result<HashMap<u64, u32>> {
+fn stale(maps: &Maps) -> anyhow::Result<HashMap<u64, u16>> {
     let mut flags = HashMap::new();
     let mut stale = HashMap::new();
     maps.sockets.for_each_batch(|cookies, peers| {

@@ -26,6 +26,7 @@ fn service(name: &str) -> Service {
         health_check_node_port: None,
         source_ranges: Vec::new(),
         publish_not_ready: false,
+        retry: Default::default(),
     }
 }
 

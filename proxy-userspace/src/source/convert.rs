@@ -22,7 +22,7 @@ use k8s_openapi::{
     jiff::Timestamp,
 };
 
-use crate::object::{self, NodeFacts, ObjectName, Problem, Protocol, ServicePort, TrafficPolicy};
+use crate::object::{self, NodeFacts, ObjectName, Problem, Protocol, Retry, ServicePort, TrafficPolicy};
 
 /// Label of Services and slices that another proxy serves.
 pub const LABEL_SERVICE_PROXY: &str = "service.kubernetes.io/service-proxy-name";
@@ -36,6 +36,10 @@ pub const LABEL_ZONE: &str = "topology.kubernetes.io/zone";
 pub const ANNOTATION_TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 /// Taint of a Node that the cluster autoscaler is about to delete (KEP 3836).
 pub const TAINT_TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
+
+/// Annotation of a Service: `false`, and no connection tries another backend; `true`, and those of pods' sockets do too
+/// ([`Retry`]).
+pub const ANNOTATION_RETRY: &str = "shunt.dev/retry";
 
 /// Seconds that `sessionAffinity: ClientIP` lasts unless said otherwise (API reference, `ClientIPConfig`).
 pub const DEFAULT_AFFINITY_SECS: u32 = 10_800;
@@ -146,6 +150,24 @@ impl Report<'_> {
                     format!("{other:?} is no traffic policy; use Cluster or Local (Cluster is served)"),
                 );
                 TrafficPolicy::Cluster
+            }
+        }
+    }
+
+    fn retry(&mut self, annotations: Option<&BTreeMap<String, String>>) -> Retry {
+        match annotations
+            .and_then(|all| all.get(ANNOTATION_RETRY))
+            .map(|value| value.trim())
+        {
+            None => Retry::Packets,
+            Some("true") => Retry::Sockets,
+            Some("false") => Retry::Off,
+            Some(other) => {
+                self.push(
+                    format!("metadata.annotations[{ANNOTATION_RETRY}]"),
+                    format!("{other:?} is neither \"true\" nor \"false\" (served as if it were not there)"),
+                );
+                Retry::Packets
             }
         }
     }
@@ -423,6 +445,8 @@ pub fn service(service: &Service, problems: &mut Vec<Problem>) -> Option<object:
         load_balancer_ips.clear();
     }
 
+    let retry = report.retry(service.metadata.annotations.as_ref());
+
     Some(object::Service {
         created: service
             .metadata
@@ -439,6 +463,7 @@ pub fn service(service: &Service, problems: &mut Vec<Problem>) -> Option<object:
         health_check_node_port,
         source_ranges,
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
+        retry,
         name,
     })
 }

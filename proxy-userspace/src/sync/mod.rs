@@ -753,7 +753,7 @@ impl Syncer {
 }
 
 /// Writes a backend's flags if they differ. A flow that is counted in between may be lost to the count.
-fn set_flags(maps: &Maps, id: u32, flags: u32) -> Result<(), MapError> {
+fn set_flags(maps: &Maps, id: u32, flags: u16) -> Result<(), MapError> {
     let state = maps.backends.get(&id)?.unwrap_or_default();
     if state.flags != flags {
         maps.backends.set(&id, &BackendState { flags, ..state })?;

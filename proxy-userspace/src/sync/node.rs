@@ -1,11 +1,11 @@
 //! What the programs must know of this node: `config`, and the addresses that node ports answer on.
 
-use std::{collections::BTreeSet, net::IpAddr, ops::RangeInclusive};
+use std::{collections::BTreeSet, net::IpAddr, ops::RangeInclusive, time::Duration};
 
 use ipnet::IpNet;
 use shunt_common::layout::{
-    CONFIG_ANSWER_PING, CONFIG_NODEPORT_LOOPBACK, Config, MAX_CLUSTER_CIDRS, MAX_SERVICE_CIDRS, Octets, Prefix,
-    Timeouts,
+    AFFINITY_TICK_NS, CONFIG_ANSWER_PING, CONFIG_NODEPORT_LOOPBACK, Config, MAX_CLUSTER_CIDRS, MAX_SERVICE_CIDRS,
+    Octets, Prefix, Timeouts,
 };
 
 use super::addresses;
@@ -15,6 +15,9 @@ use crate::datapath::maps::{MapError, MapFamily, Maps, PerFamily, settings};
 /// The SNAT range where the user names none: apart from node ports (30000–32767) and from Linux's own choice of source
 /// ports (`ip_local_port_range`, 32768–60999).
 pub const SNAT_PORTS: RangeInclusive<u16> = 10_240..=29_999;
+
+/// Longest time that a backend which does not answer gets no new connections: its trial may come so late after its recovery.
+pub const RETRY_SILENCE_MOST: Duration = Duration::from_secs(60);
 
 /// What [`Config`] is made of.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,6 +30,8 @@ pub struct NodeSettings {
     pub service_cidrs: Vec<IpNet>,
     /// `--answer-ping`.
     pub answer_ping: bool,
+    /// `--retry-silence`.
+    pub retry_silence: Duration,
     /// `--snat-ports`.
     pub snat_ports: RangeInclusive<u16>,
     /// When flows are over.
@@ -97,11 +102,18 @@ pub fn config(settings: &NodeSettings, snat_entries: u32) -> Result<Config, Node
         flags: if settings.loopback { CONFIG_NODEPORT_LOOPBACK } else { 0 }
             | if settings.answer_ping { CONFIG_ANSWER_PING } else { 0 },
         timeouts: settings.timeouts,
+        silence: ticks(settings.retry_silence.min(RETRY_SILENCE_MOST)),
+        silence_most: ticks(RETRY_SILENCE_MOST),
         ..Default::default()
     };
     family::<shunt_common::family::V4>(settings, &mut config)?;
     family::<shunt_common::family::V6>(settings, &mut config)?;
     Ok(config)
+}
+
+/// A time in [`AFFINITY_TICK_NS`].
+fn ticks(time: Duration) -> u32 {
+    (time.as_nanos() / u128::from(AFFINITY_TICK_NS)) as u32
 }
 
 fn family<F: MapFamily>(settings: &NodeSettings, config: &mut Config) -> Result<(), NodeError> {
@@ -188,6 +200,7 @@ mod tests {
             cluster_cidrs: ["10.244.3.7/16", "fd00:10::/48"].map(|c| c.parse().unwrap()).into(),
             service_cidrs: ["10.96.0.0/12", "fd96::/112"].map(|c| c.parse().unwrap()).into(),
             answer_ping: true,
+            retry_silence: Duration::from_secs(1),
             snat_ports: SNAT_PORTS,
             timeouts: Timeouts::default(),
             loopback: true,
@@ -203,6 +216,7 @@ mod tests {
             (10_240, 19_760, 13)
         );
         assert!(shunt_common::snat::entries(&config) <= 262_144);
+        assert_eq!((config.silence, config.silence_most), (59, 3576), "17 ms each");
         assert_eq!(
             (config.host_netns, config.flags),
             (7, CONFIG_NODEPORT_LOOPBACK | CONFIG_ANSWER_PING)

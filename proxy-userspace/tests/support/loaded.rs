@@ -77,6 +77,7 @@ impl Loaded {
             cluster_cidrs: Vec::new(),
             service_cidrs: ["10.96.0.0/16", "fd96::/112"].map(|net| net.parse().unwrap()).into(),
             answer_ping: true,
+            retry_silence: std::time::Duration::ZERO,
             snat_ports: 10_240..=29_999,
             timeouts: Default::default(),
             loopback: false,

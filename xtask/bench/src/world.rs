@@ -138,6 +138,7 @@ impl World {
             cluster_cidrs: Vec::new(),
             service_cidrs: Vec::new(),
             answer_ping: true,
+            retry_silence: std::time::Duration::from_secs(1),
             snat_ports: 10_240..=29_999,
             timeouts: Default::default(),
             loopback: false,
@@ -305,7 +306,7 @@ impl World {
                     last_seen: now,
                     epoch: 0,
                     asked: 0,
-                    reserved: 0,
+                    tried: 0,
                 };
                 if snat {
                     indices.push(snat::index::<F>(

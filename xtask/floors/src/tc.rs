@@ -197,7 +197,7 @@ fn new_flow<F: Wire>(ctx: &TcContext, node_port: bool) -> i32 {
         last_seen: 1,
         epoch: 0,
         asked: 0,
-        reserved: 0,
+        tried: 0,
     };
     let new = Seen {
         dst: slot.addr,

@@ -175,7 +175,7 @@ fn new_flow<F: Wire>(ctx: &XdpContext, remote: bool) -> u32 {
         last_seen: 1,
         epoch: 0,
         asked: 0,
-        reserved: 0,
+        tried: 0,
     };
     let new = Seen {
         src: snat,

@@ -630,6 +630,38 @@ endpoints: [{ addresses: [10.44.0.1], hints: { forZones: [{ name: '' }], forNode
     assert_eq!(cluster.plan("web"), ["10.96.1.1:80/TCP ClusterIp -> 10.44.0.1:8080"]);
 }
 
+#[test]
+fn the_annotation_of_retries_decides_or_is_named() {
+    let written = |value: &str| {
+        let mut cluster = Cluster::new();
+        let told = cluster.write(
+            "web.yaml",
+            &format!(
+                "kind: Service\nmetadata: {{ name: web, annotations: {{ shunt.dev/retry: '{value}' }} }}\nspec: {{ \
+                 clusterIP: 10.96.1.1, ports: [{{ port: 80 }}, {{ name: u, port: 80, protocol: UDP }}] }}\n"
+            ),
+        );
+        (told, cluster.plan("web"))
+    };
+    let plan = |tcp: &str, udp: &str| {
+        [
+            format!("10.96.1.1:80/TCP ClusterIp{tcp} ->"),
+            format!("10.96.1.1:80/UDP ClusterIp{udp} ->"),
+        ]
+        .to_vec()
+    };
+    assert_eq!(written("false"), (Vec::new(), plan(" no-retry", " no-retry")));
+    // Datagrams are not sent again by the kernel: their sockets stay where they are.
+    assert_eq!(written("true"), (Vec::new(), plan(" packets-only", "")));
+    let (told, served) = written("often");
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert!(
+        told[0].contains("Service default/web: metadata.annotations[shunt.dev/retry]: \"often\" is neither"),
+        "{told:?}"
+    );
+    assert_eq!(served, plan("", ""));
+}
+
 /// A Service that leaves everything to be allocated.
 fn bare(name: &str, spec: &str) -> String {
     format!("---\nkind: Service\nmetadata: {{ name: {name} }}\nspec: {{ {spec} }}\n")

@@ -48,6 +48,7 @@ fn in_namespace(lab: &Lab, services: u32, changes: u32) -> Result<Vec<Line>> {
         cluster_cidrs: Vec::new(),
         service_cidrs: Vec::new(),
         answer_ping: true,
+        retry_silence: std::time::Duration::from_secs(1),
         snat_ports: 10_240..=29_999,
         timeouts: Default::default(),
         loopback: false,

@@ -56,6 +56,7 @@ pub(super) fn service(n: u32) -> Service {
         health_check_node_port: None,
         source_ranges: Vec::new(),
         publish_not_ready: false,
+        retry: Default::default(),
     }
 }
 

@@ -1,0 +1,354 @@
+//! A SYN that is not answered, or refused, finds another backend; what was answered stays.
+
+use super::*;
+
+/// Backends of the tests, half of them on the node.
+const BACKENDS: [(u32, u16, bool); 4] = [
+    REMOTE,
+    LOCAL,
+    (u32::from_ne_bytes([10, 44, 1, 8]), 8080, false),
+    (u32::from_ne_bytes([10, 44, 0, 8]), 8080, true),
+];
+/// From where, and whether the hook sends on: a pod's packets, and an outside client's at tc and at XDP.
+const WAYS: [(From, bool); 3] = [(From::Pod, false), (From::Network, false), (From::Network, true)];
+
+fn node(count: usize, flags: u16) -> Node<V4> {
+    let mut config = config();
+    // A second, in ticks of 17 ms, and half a minute.
+    (config.silence, config.silence_most) = (60, 1800);
+    let node = Node::new(config);
+    let frontend = Frontend {
+        flags,
+        ..Frontend::default()
+    };
+    node.serve_as(frontend, ip(10, 96, 0, 1), 80, TCP, &BACKENDS[..count]);
+    node
+}
+
+fn dialled(port: u16) -> Tuple<u32> {
+    to(ip(203, 0, 113, 9), port, ip(10, 96, 0, 1), 80)
+}
+
+/// What the backend sees of a client's segment.
+fn send(node: &Node<V4>, tuple: Tuple<u32>, flags: u8, (from, sends_on): (From, bool)) -> Tuple<u32> {
+    let arrived = node.translated(tuple, flags, from, sends_on);
+    if sends_on && !arrived.local {
+        arrived.tuple
+    } else {
+        node.leave(arrived.tuple, flags)
+    }
+}
+
+/// What the client sees of a backend's segment; `None` if it was held back.
+fn answer(node: &Node<V4>, seen: Tuple<u32>, flags: u8, (_, sends_on): (From, bool)) -> Option<Tuple<u32>> {
+    let local = BACKENDS.iter().any(|backend| backend.0 == seen.dst && backend.2);
+    let from = if local { From::Pod } else { From::Network };
+    let inside = match node.arrive(back(seen), flags, from, sends_on && !local) {
+        Verdict::Pass => back(seen),
+        Verdict::Translate(to) if sends_on && !local && !to.local => return Some(to.tuple),
+        Verdict::Translate(to) => to.tuple,
+        Verdict::Drop => return None,
+        other => panic!("{seen:?} got {other:?}"),
+    };
+    match leaving::<V4, _>(node, &inside, flags) {
+        Verdict::Pass => Some(inside),
+        Verdict::Translate(to) => Some(to.tuple),
+        Verdict::Drop => None,
+        other => panic!("{inside:?} got {other:?}"),
+    }
+}
+
+fn wait(node: &Node<V4>, ticks: u32) {
+    node.now.set(node.now.get() + ticks);
+}
+
+fn count(node: &Node<V4>, event: Event) -> usize {
+    node.events.borrow().iter().filter(|&&counted| counted == event).count()
+}
+
+/// Flows that wait in `flows`.
+fn waiting(node: &Node<V4>) -> i64 {
+    let flows = node.flows.borrow();
+    flows.values().filter(|flow| flow.state & FLOW_WAITING != 0).count() as i64
+}
+
+fn state(node: &Node<V4>, backend: u32) -> BackendState {
+    let id = node.ids.borrow().iter().position(|id| id.0 == backend).unwrap();
+    Maps::<V4>::backend(node, id as u32).unwrap().read()
+}
+
+#[test]
+fn the_third_syn_goes_to_another_backend_and_its_connection_stays_there() {
+    for way in WAYS {
+        for port in 40_000..40_200 {
+            let node = node(4, 0);
+            // Every other one stands in `flows` from the beginning.
+            node.most_waiting.set(i64::from(port % 2));
+            let first = send(&node, dialled(port), SYN, way);
+            wait(&node, 1);
+            assert_eq!(send(&node, dialled(port), SYN, way), first, "the first retransmission");
+            // XDP has left it to tc.
+            assert_eq!(send(&node, dialled(port), SYN, way), first, "the same packet once more");
+            wait(&node, 1);
+            let second = send(&node, dialled(port), SYN, way);
+            assert_ne!(second.dst, first.dst);
+            assert_eq!(count(&node, Event::Retry), 1);
+            assert_eq!(node.waiting.get(), waiting(&node));
+            assert_eq!(
+                send(&node, dialled(port), SYN, way),
+                second,
+                "the same packet once more"
+            );
+
+            // The first one's answer comes late: the client, which has dialled somebody else, must not take it for theirs.
+            let late = answer(&node, first, SYN | ACK, way);
+            assert_ne!(late, Some(back(dialled(port))), "{way:?}");
+
+            assert_eq!(
+                answer(&node, second, SYN | ACK, way),
+                Some(back(dialled(port))),
+                "{way:?}"
+            );
+            for _ in 0..4 {
+                wait(&node, 1);
+                assert_eq!(
+                    send(&node, dialled(port), SYN, way),
+                    second,
+                    "answered: the answer was lost"
+                );
+            }
+            assert_eq!(send(&node, dialled(port), ACK, way), second);
+            assert_eq!(
+                answer(&node, second, RST | ACK, way),
+                Some(back(dialled(port))),
+                "a reset is no refusal"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_refusal_is_held_back_while_another_backend_is_left() {
+    for way in WAYS {
+        for port in 40_000..40_200 {
+            let node = node(3, 0);
+            node.most_waiting.set(i64::from(port % 2) * 2);
+            let mut tried = HashSet::new();
+            for n in 0..3 {
+                let seen = send(&node, dialled(port), SYN, way);
+                assert!(tried.insert(seen.dst), "{way:?}: {tried:?} twice");
+                let heard = answer(&node, seen, RST | ACK, way);
+                assert_eq!(heard, (n == 2).then_some(back(dialled(port))), "{way:?}: refusal {n}");
+                assert_eq!(node.waiting.get(), waiting(&node));
+            }
+            assert_eq!((count(&node, Event::RefusalHeld), count(&node, Event::Retry)), (2, 2));
+            // All have refused just now: the next client hears it at once.
+            let seen = send(&node, dialled(port + 1000), SYN, way);
+            assert_eq!(answer(&node, seen, RST | ACK, way), Some(back(dialled(port + 1000))));
+            // And the first, which dials anew, finds who answers again.
+            wait(&node, 3);
+            let seen = send(&node, dialled(port), SYN, way);
+            assert_eq!(answer(&node, seen, SYN | ACK, way), Some(back(dialled(port))));
+            assert_eq!(send(&node, dialled(port), ACK, way), seen);
+        }
+    }
+}
+
+#[test]
+fn a_single_backend_is_waited_for_and_its_refusal_heard() {
+    for way in WAYS {
+        let node = node(1, 0);
+        let seen = send(&node, dialled(40_000), SYN, way);
+        for _ in 0..4 {
+            wait(&node, 1);
+            assert_eq!(send(&node, dialled(40_000), SYN, way), seen);
+        }
+        assert_eq!(answer(&node, seen, RST | ACK, way), Some(back(dialled(40_000))));
+    }
+}
+
+#[test]
+fn a_service_that_does_not_want_it_is_left_as_it_is() {
+    for way in WAYS {
+        let node = node(4, FRONTEND_NO_RETRY);
+        let seen = send(&node, dialled(40_000), SYN, way);
+        for _ in 0..4 {
+            wait(&node, 1);
+            assert_eq!(send(&node, dialled(40_000), SYN, way), seen);
+        }
+        assert_eq!(answer(&node, seen, RST | ACK, way), Some(back(dialled(40_000))));
+        assert_eq!(state(&node, seen.dst), BackendState::default());
+    }
+}
+
+/// Dials from new ports until a backend is chosen; the others answer.
+fn dial_until(node: &Node<V4>, ports: &mut impl Iterator<Item = u16>, backend: u32) -> Option<u16> {
+    ports.by_ref().take(64).find(|&port| {
+        let seen = send(node, dialled(port), SYN, WAYS[0]);
+        if seen.dst != backend {
+            assert_eq!(answer(node, seen, SYN | ACK, WAYS[0]), Some(back(dialled(port))));
+        }
+        seen.dst == backend
+    })
+}
+
+#[test]
+fn a_silent_backend_is_passed_over_for_a_growing_while_and_then_tried_by_one() {
+    let node = node(4, 0);
+    let mut ports = 20_000..60_000;
+    let silent = BACKENDS[2].0;
+    let first = dial_until(&node, &mut ports, silent).unwrap();
+    for _ in 0..2 {
+        wait(&node, 1);
+        send(&node, dialled(first), SYN, WAYS[0]);
+    }
+    for (failures, ticks) in [(1, 1), (2, 2), (3, 4), (4, 8)] {
+        assert_eq!(state(&node, silent).failures, failures);
+        // Ticks of 1.07 s, and silences of 0.94 s: always within the last one.
+        wait(&node, ticks - 1);
+        assert_eq!(
+            dial_until(&node, &mut ports, silent),
+            None,
+            "silent, failure {failures}"
+        );
+        wait(&node, 1);
+        let trial = dial_until(&node, &mut ports, silent).expect("a trial");
+        assert_eq!(
+            dial_until(&node, &mut ports, silent),
+            None,
+            "one SYN is enough for a trial"
+        );
+        wait(&node, 1);
+        // No second one for it: its client has waited for nothing already.
+        assert_ne!(send(&node, dialled(trial), SYN, WAYS[0]).dst, silent);
+    }
+    for _ in 0..2 {
+        wait(&node, 64);
+        let trial = dial_until(&node, &mut ports, silent).expect("a trial");
+        let seen = to(dialled(trial).src, trial, silent, 8080);
+        assert_eq!(answer(&node, seen, SYN | ACK, WAYS[0]), Some(back(dialled(trial))));
+        assert_eq!(state(&node, silent).failures, 0);
+        assert!(
+            dial_until(&node, &mut ports, silent).is_some(),
+            "it answers: all is as ever"
+        );
+    }
+}
+
+#[test]
+fn a_silent_backends_share_falls_to_all_others_and_nobody_else_moves() {
+    let healthy = node(4, 0);
+    let failing = node(4, 0);
+    let silent = BACKENDS[1].0;
+    Maps::<V4>::backend(&failing, 1).unwrap().write(&BackendState {
+        failures: 1,
+        silent_until: Maps::<V4>::affinity_now(&failing) + 1000,
+        ..BackendState::default()
+    });
+    let mut shares = HashMap::new();
+    for port in 20_000..32_000 {
+        let before = send(&healthy, dialled(port), SYN, WAYS[0]).dst;
+        let now = send(&failing, dialled(port), SYN, WAYS[0]).dst;
+        assert_ne!(now, silent);
+        if before == silent {
+            *shares.entry(now).or_insert(0u32) += 1;
+        } else {
+            assert_eq!(now, before);
+        }
+    }
+    // A thousand each.
+    assert!(
+        shares.len() == 3 && shares.values().all(|n| (850..1150).contains(n)),
+        "{shares:?}"
+    );
+}
+
+#[test]
+fn a_client_that_keeps_its_backend_keeps_the_other_one_from_then_on() {
+    let mut config = config();
+    (config.silence, config.silence_most) = (60, 1800);
+    let node: Node<V4> = Node::new(config);
+    let frontend = Frontend {
+        flags: FRONTEND_AFFINITY,
+        affinity_secs: 600,
+        ..Frontend::default()
+    };
+    node.serve_as(frontend, ip(10, 96, 0, 1), 80, TCP, &BACKENDS);
+    let first = send(&node, dialled(40_000), SYN, WAYS[0]).dst;
+    for _ in 0..2 {
+        wait(&node, 1);
+        send(&node, dialled(40_000), SYN, WAYS[0]);
+    }
+    let second = send(&node, dialled(40_000), SYN, WAYS[0]).dst;
+    assert_ne!(second, first);
+    for port in 41_000..41_100 {
+        wait(&node, 1);
+        assert_eq!(send(&node, dialled(port), SYN, WAYS[0]).dst, second);
+    }
+}
+
+#[test]
+fn all_silent_is_as_if_none_were() {
+    let healthy = node(4, 0);
+    let failing = node(4, 0);
+    for id in 0..4 {
+        Maps::<V4>::backend(&failing, id).unwrap().write(&BackendState {
+            failures: 1,
+            silent_until: Maps::<V4>::affinity_now(&failing) + 1000,
+            ..BackendState::default()
+        });
+    }
+    for port in 20_000..20_500 {
+        let now = send(&failing, dialled(port), SYN, WAYS[0]);
+        assert_eq!(now, send(&healthy, dialled(port), SYN, WAYS[0]));
+    }
+    // Unanswered, it tries the others nevertheless.
+    let seen = [0, 1, 2].map(|_| {
+        wait(&failing, 1);
+        send(&failing, dialled(40_000), SYN, WAYS[0]).dst
+    });
+    assert!(seen[0] == seen[1] && seen[1] != seen[2], "{seen:?}");
+}
+
+proptest! {
+    /// Whatever answers, refuses or keeps silent: the client hears one backend at most, an answered connection stays where it
+    /// is, and with a backend that answers, no client waits in vain.
+    #[test]
+    fn some_backend_answers_or_the_client_hears_that_none_does(
+        moods in prop::collection::vec(0..3u8, 1..=4),
+        way in 0..3usize,
+        ports in prop::collection::vec(20_000..60_000u16, 1..12),
+    ) {
+        const ANSWERS: u8 = 0;
+        const REFUSES: u8 = 1;
+        let way = WAYS[way];
+        let node = node(moods.len(), 0);
+        let mood = |seen: Tuple<u32>| moods[BACKENDS.iter().position(|backend| backend.0 == seen.dst).unwrap()];
+        let ports: HashSet<u16> = ports.into_iter().collect();
+        for port in ports {
+            let mut end = None;
+            for _ in 0..9 {
+                let seen = send(&node, dialled(port), SYN, way);
+                let heard = match mood(seen) {
+                    ANSWERS => answer(&node, seen, SYN | ACK, way).map(|tuple| (tuple, true)),
+                    REFUSES => answer(&node, seen, RST | ACK, way).map(|tuple| (tuple, false)),
+                    _ => None,
+                };
+                if let Some((tuple, open)) = heard {
+                    prop_assert_eq!(tuple, back(dialled(port)));
+                    end = Some((seen, open));
+                    break;
+                }
+                wait(&node, 1);
+            }
+            match end {
+                Some((seen, true)) => {
+                    prop_assert_eq!(send(&node, dialled(port), ACK, way), seen);
+                    prop_assert_eq!(answer(&node, seen, ACK, way), Some(back(dialled(port))));
+                }
+                Some((_, false)) => prop_assert!(moods.contains(&REFUSES) && !moods.contains(&ANSWERS), "{:?} and refused", moods),
+                None => prop_assert!(!moods.contains(&ANSWERS), "{:?} and no answer", moods),
+            }
+        }
+    }
+}
