@@ -553,3 +553,28 @@ fn events_that_may_not_be_written_cost_one_line() {
     assert_eq!(world.agent.output().matches("Events cannot be written").count(), 1);
     world.wait_for_status("/livez", Some(200));
 }
+
+/// S1: what this node alone cannot do for a Service is an Event of its own, which names the node.
+#[test]
+fn a_health_check_port_in_use_is_an_event_of_this_node() {
+    const PORT: u16 = 32_001;
+    let world = World::start(&[]);
+    let ns = world.lab.ns(NODE).unwrap();
+    let taken = ns.run(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT))).unwrap();
+    world.serve_web(json!({
+        "type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": PORT,
+    }));
+    wait_until("an Event", || !world.api.list(Kind::Events).is_empty());
+    let event = world.api.list(Kind::Events).remove(0);
+    assert_eq!(event["regarding"]["name"], "web");
+    assert_eq!(
+        event["note"],
+        format!(
+            "on node {NODE}: spec.healthCheckNodePort: cannot listen on 0.0.0.0:{PORT}: Address already in use (os error 98); \
+             load balancers cannot see this node's endpoints; free the port or choose another, it is tried again"
+        )
+    );
+    drop(taken);
+    let status = || Some(world.get(Ipv4Addr::LOCALHOST, PORT, "/")?.0);
+    wait_until("an answer", || status() == Some(200));
+}

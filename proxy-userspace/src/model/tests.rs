@@ -127,7 +127,13 @@ fn an_event_touches_the_services_it_concerns() {
         ..NodeFacts::default()
     };
     assert_eq!(apply(&mut model, Event::Node(facts.clone())), ["a", "b"]);
-    assert_eq!(apply(&mut model, Event::Node(facts)), [""; 0]);
+    assert_eq!(apply(&mut model, Event::Node(facts.clone())), [""; 0]);
+    // A Node that is on its way out serves as before.
+    let leaving = NodeFacts { leaves: true, ..facts };
+    assert_eq!(apply(&mut model, Event::Node(leaving)), [""; 0]);
+    assert!(model.node().leaves);
+    assert_eq!(apply(&mut model, Event::NodeGone), [""; 0]);
+    assert_eq!(model.node().zone.as_deref(), Some("z"));
     assert_eq!(apply(&mut model, gone("a")), ["a"]);
     assert_eq!(apply(&mut model, gone("a")), [""; 0]);
     assert_eq!((frontends(&model, "a"), frontends(&model, "b")), (0, 2));

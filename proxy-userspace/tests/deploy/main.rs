@@ -328,11 +328,10 @@ fn the_role_has_the_least_verbs() {
     assert_eq!(
         allowed,
         [
-            "/events create patch",
             "/nodes get list watch",
             "/services get list watch",
             "discovery.k8s.io/endpointslices get list watch",
-            "events.k8s.io/events create patch",
+            "events.k8s.io/events create",
         ]
     );
 }
