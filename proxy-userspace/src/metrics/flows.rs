@@ -41,6 +41,7 @@ pub struct Totals {
     /// What each backend id had last time, and whose it was.
     counted: HashMap<u32, (ServicePort, Flows)>,
     sums: BTreeMap<ServicePort, Flows>,
+    silent: BTreeMap<ServicePort, u64>,
 }
 
 impl Totals {
@@ -48,11 +49,13 @@ impl Totals {
     ///
     /// # Errors
     /// The kernel's.
-    pub fn read(&mut self, maps: &Maps) -> Result<&BTreeMap<ServicePort, Flows>> {
-        let mut seen = Vec::new();
+    pub fn read(&mut self, maps: &Maps) -> Result<()> {
+        let (mut seen, mut silent) = (Vec::new(), Vec::new());
         maps.backends.for_each_batch(|ids, states| {
             let used = ids.iter().zip(states).map(|(&id, state)| (id, flows(state)));
             seen.extend(used.filter(|(_, flows)| *flows != Flows::default()));
+            let failed = ids.iter().zip(states).filter(|(_, state)| state.failures != 0);
+            silent.extend(failed.map(|(&id, _)| id));
             Ok(())
         })?;
         let names: HashMap<u32, ObjectName> = maps
@@ -66,9 +69,23 @@ impl Totals {
             .collect();
         let owners = owners(maps, &names, &seen.iter().map(|&(id, _)| id).collect())?;
         self.add(seen, &owners);
+        self.silent.clear();
+        for port in silent.iter().filter_map(|id| owners.get(id)) {
+            *self.silent.entry(port.clone()).or_default() += 1;
+        }
         let known: HashSet<&ObjectName> = names.values().collect();
         self.sums.retain(|port, _| known.contains(&port.service));
-        Ok(&self.sums)
+        Ok(())
+    }
+
+    /// New flows of every Service port that was dialled.
+    pub fn flows(&self) -> &BTreeMap<ServicePort, Flows> {
+        &self.sums
+    }
+
+    /// Backends of a Service port that did not answer when they were last sent a connection.
+    pub fn silent(&self, port: &ServicePort) -> u64 {
+        self.silent.get(port).copied().unwrap_or(0)
     }
 
     fn add(&mut self, seen: Vec<(u32, Flows)>, owners: &HashMap<u32, ServicePort>) {

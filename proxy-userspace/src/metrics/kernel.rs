@@ -13,7 +13,7 @@ use prometheus_client::{
 };
 use shunt_common::layout::names;
 
-use super::flows::{HOOKS, Totals};
+use super::flows::{HOOKS, ServicePort, Totals};
 use crate::{
     datapath::maps::{Maps, Usage},
     health::Health,
@@ -104,23 +104,29 @@ impl Kernel {
     /// New flows by Service port and hook; a Service that nobody has dialled yet has no sample.
     fn encode_services(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
         let mut totals = self.totals.lock().unwrap_or_else(PoisonError::into_inner);
-        let totals = match totals.read(&self.maps) {
-            Ok(totals) => totals,
-            Err(error) => {
-                tracing::warn!("metrics: {error}");
-                return Ok(());
-            }
+        if let Err(error) = totals.read(&self.maps) {
+            tracing::warn!("metrics: {error}");
+            return Ok(());
+        }
+        let labels = |port: &ServicePort| {
+            [
+                ("namespace", port.service.namespace.to_string()),
+                ("service", port.service.name.to_string()),
+                ("port", port.port.to_string()),
+                ("protocol", port.protocol.to_string()),
+            ]
         };
-        let samples = totals.iter().flat_map(|(port, flows)| {
+        let silent = totals.flows().keys().map(|port| (labels(port), totals.silent(port)));
+        gauges(
+            encoder,
+            "shunt_service_silent_backends",
+            "Backends of a Service port that did not answer, or refused, when they were last sent a connection.",
+            silent,
+        )?;
+        let samples = totals.flows().iter().flat_map(|(port, flows)| {
             HOOKS.iter().zip(flows).map(move |(&hook, &flows)| {
-                let labels = [
-                    ("namespace", port.service.namespace.to_string()),
-                    ("service", port.service.name.to_string()),
-                    ("port", port.port.to_string()),
-                    ("protocol", port.protocol.to_string()),
-                    ("hook", hook.to_owned()),
-                ];
-                (labels, flows)
+                let [namespace, service, port, protocol] = labels(port);
+                ([namespace, service, port, protocol, ("hook", hook.to_owned())], flows)
             })
         });
         counters(
