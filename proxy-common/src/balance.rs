@@ -309,6 +309,32 @@ pub struct Translation<A> {
     pub tuple: Tuple<A>,
     /// The receiver is on this node: hand the packet to the kernel, do not send it on.
     pub local: bool,
+    /// Whose traffic the packet is.
+    pub counted: Counted,
+}
+
+/// Whose traffic a packet is. Of the two halves of a translation one counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Counted {
+    /// Index into `backends`; [`Self::NOBODY`]: the other half counts.
+    pub backend: u32,
+    /// It comes from the backend.
+    pub reply: bool,
+}
+
+impl Counted {
+    /// No backend: not counted here.
+    pub const NOBODY: u32 = u32::MAX;
+    /// Counted by the other half, or nobody's.
+    pub const ELSEWHERE: Self = Self {
+        backend: Self::NOBODY,
+        reply: false,
+    };
+
+    #[inline(always)]
+    const fn reply(backend: u32) -> Self {
+        Self { backend, reply: true }
+    }
 }
 
 /// A packet that arrives, and the circumstances.
@@ -841,12 +867,13 @@ pub fn answering<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, tcp_f
             if slot.state & FLOW_ASKED != 0 {
                 entry.clear(FLOW_ASKED);
             }
-            return translate(Tuple {
+            let tuple = Tuple {
                 src: slot.frontend,
                 src_port: slot.frontend_port,
                 dst_port: slot.client_port,
                 ..*tuple
-            });
+            };
+            return translate(tuple, Counted::reply(slot.backend_id));
         }
         let key = FlowKey {
             client: tuple.dst,
@@ -868,10 +895,11 @@ pub fn answering<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, tcp_f
         && slot.client == tuple.src
         && slot.snat != tuple.src
     {
-        return translate(Tuple {
+        let tuple = Tuple {
             src: slot.snat,
             ..*tuple
-        });
+        };
+        return translate(tuple, Counted::ELSEWHERE);
     }
     Quick::Pass
 }
@@ -939,8 +967,12 @@ pub(crate) fn collided_bit<F: Family>(tuple: &Tuple<F::Words>) -> u32 {
 }
 
 #[inline(always)]
-fn translate<A: Copy>(tuple: Tuple<A>) -> Quick<A> {
-    Quick::Translate(Translation { tuple, local: true })
+fn translate<A: Copy>(tuple: Tuple<A>, counted: Counted) -> Quick<A> {
+    Quick::Translate(Translation {
+        tuple,
+        local: true,
+        counted,
+    })
 }
 
 #[inline(always)]
@@ -1128,7 +1160,11 @@ fn towards_backend<A: Copy>(flow: &Flow<A>, arrival: &Arrival<A>) -> Translation
             tuple.src = flow.snat;
         }
     }
-    Translation { tuple, local }
+    let counted = Counted {
+        backend: flow.backend_id,
+        reply: false,
+    };
+    Translation { tuple, local, counted }
 }
 
 /// A reply, if the entry is the flow that it answers.
@@ -1166,11 +1202,12 @@ fn reply<F: Family, M: Maps<F>>(
             maps.add_waiting(-1);
         }
     }
-    translate(Tuple {
+    let tuple = Tuple {
         src: flow.frontend,
         src_port: flow.frontend_port,
         ..*tuple
-    })
+    };
+    translate(tuple, Counted::reply(flow.backend_id))
 }
 
 /// The slot of a port in the SNAT range towards a backend, if it is in use for that backend and protocol.
@@ -1219,12 +1256,14 @@ fn snat_reply_arriving<F: Family, M: Maps<F>>(
         dst: slot.client,
         ..*tuple
     };
+    let mut counted = Counted::ELSEWHERE;
     if arrival.sends_on && !local {
         tuple.src = slot.frontend;
         tuple.src_port = slot.frontend_port;
         tuple.dst_port = slot.client_port;
+        counted = Counted::reply(slot.backend_id);
     }
-    Quick::Translate(Translation { tuple, local })
+    Quick::Translate(Translation { tuple, local, counted })
 }
 
 /// Finds the frontend that a packet is for, and whether its source may dial it; left in `scratch`.

@@ -38,6 +38,8 @@ pub mod names {
     pub const WAITING: &str = "waiting";
     /// `ARRAY` backend id → [`BackendState`](super::BackendState).
     pub const BACKENDS: &str = "backends";
+    /// `PERCPU_HASH` backend id → [`Traffic`](super::Traffic): with `--count-traffic on` only.
+    pub const TRAFFIC: &str = "traffic";
     /// `ARRAY` of one [`Config`](super::Config).
     pub const CONFIG: &str = "config";
     /// `PERCPU_ARRAY` [`Event`](crate::event::Event) → `u64`.
@@ -372,6 +374,21 @@ pub struct BackendState {
     pub silent_until: u32,
 }
 
+/// What the packet path carried to and from a backend. Bytes are those of IP packets; segments that are cut later, or were
+/// joined before, count as so many packets and one header.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Packets to the backend.
+    pub to_packets: u64,
+    /// Bytes to the backend.
+    pub to_bytes: u64,
+    /// Packets from the backend.
+    pub from_packets: u64,
+    /// Bytes from the backend.
+    pub from_bytes: u64,
+}
+
 /// A datagram that comes in fragments, as they name it.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -556,6 +573,7 @@ no_padding!(
     SourceRangeKey<[u8; 4]> = 4 + 4 + 4,
     SourceRangeKey<[u8; 16]> = 4 + 4 + 16,
     ServiceInfo = 2 * NAME_LEN,
+    Traffic = 4 * 8,
     BackendState = 3 * 8 + 2 + 2 + 4,
     FragmentKey<[u8; 4]> = 2 * 4 + 4 + 4,
     FragmentKey<[u8; 16]> = 2 * 16 + 4 + 4,
@@ -605,6 +623,7 @@ mod pod {
         MemberKey,
         ServiceInfo,
         BackendState,
+        Traffic,
         Config,
         SocketPeer,
         SocketPeers

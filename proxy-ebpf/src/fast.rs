@@ -18,7 +18,7 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use shunt_common::{
-    balance::{Maps, Quick, answering},
+    balance::{Counted, Maps, Quick, Translation, answering},
     event::Event,
     family::{V4, V6, Words6},
     packet::{self, ETHERNET, Headers, Packet, Tuple},
@@ -26,7 +26,7 @@ use shunt_common::{
 
 use crate::{
     maps::{Hook, KernelFamily, KernelMaps, bytes, count},
-    tc::{Buffer, rewrite},
+    tc::{Buffer, count_traffic, rewrite},
     xdp::{FibLookup, words},
 };
 
@@ -102,7 +102,7 @@ pub(crate) fn is_on() -> bool {
 pub(crate) fn send_reply<F: FastFamily>(ctx: &TcContext, headers: &Headers<F::Words>) -> i32 {
     let maps = KernelMaps::new(ctx.as_ptr(), Hook::Tc);
     match answering::<F, _>(&maps, &headers.tuple, headers.tcp_flags) {
-        Quick::Translate(out) => send::<F>(ctx, headers, &headers.tuple, &out.tuple),
+        Quick::Translate(out) => send::<F>(ctx, headers, &headers.tuple, &out),
         _ => SLOW,
     }
 }
@@ -116,8 +116,15 @@ pub(crate) fn send_translated<F: FastFamily>(
 ) -> i32 {
     let maps = KernelMaps::new(ctx.as_ptr(), Hook::Tc);
     match answering::<F, _>(&maps, arrived, headers.tcp_flags) {
-        Quick::Translate(out) => send::<F>(ctx, headers, arrived, &out.tuple),
-        Quick::Pass => send::<F>(ctx, headers, arrived, arrived),
+        Quick::Translate(out) => send::<F>(ctx, headers, arrived, &out),
+        Quick::Pass => {
+            let as_it_arrived = Translation {
+                tuple: *arrived,
+                local: true,
+                counted: Counted::ELSEWHERE,
+            };
+            send::<F>(ctx, headers, arrived, &as_it_arrived)
+        }
         _ => SLOW,
     }
 }
@@ -129,7 +136,7 @@ fn send<F: FastFamily>(
     ctx: &TcContext,
     headers: &Headers<F::Words>,
     arrived: &Tuple<F::Words>,
-    left: &Tuple<F::Words>,
+    left: &Translation<F::Words>,
 ) -> i32 {
     // SAFETY: the context is valid while the program runs.
     let (ingress, tagged, segments) = unsafe {
@@ -212,11 +219,16 @@ fn send<F: FastFamily>(
 
 /// Gives the packet to the pod's end of its device.
 #[inline(always)]
-fn hand_over<F: FastFamily>(ctx: &TcContext, headers: &Headers<F::Words>, tuple: &Tuple<F::Words>, way: &Way) -> i32 {
+fn hand_over<F: FastFamily>(
+    ctx: &TcContext,
+    headers: &Headers<F::Words>,
+    left: &Translation<F::Words>,
+    way: &Way,
+) -> i32 {
     if !packet::decrement_hops::<F>(&Buffer(ctx), headers.l3) {
         return SLOW;
     }
-    if !rewrite::<F>(ctx, headers, tuple) {
+    if !rewrite::<F>(ctx, headers, &left.tuple) {
         count(Event::RewriteFailed);
         return TC_ACT_SHOT;
     }
@@ -232,6 +244,8 @@ fn hand_over<F: FastFamily>(ctx: &TcContext, headers: &Headers<F::Words>, tuple:
             }
         }
     }
+    // The program on the pod's device does not see it.
+    count_traffic(ctx, left.counted);
     // SAFETY: the context is valid; the helpers check their arguments.
     unsafe {
         // A bridge's port gets packets that are addressed to the bridge; the pod would drop what is for another host.

@@ -16,6 +16,7 @@ mod fast;
 mod maps;
 mod socket;
 mod tc;
+mod traffic;
 mod xdp;
 
 #[panic_handler]

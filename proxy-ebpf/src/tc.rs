@@ -17,7 +17,7 @@ use aya_ebpf::{
 };
 use shunt_common::{
     access::{Access, Number},
-    balance::{Arrival, From, Maps, Outcome, Quick, answering, established, refused, undecided},
+    balance::{Arrival, Counted, From, Maps, Outcome, Quick, Translation, answering, established, refused, undecided},
     checksum::Difference,
     event::Event,
     family::{Family, V4, V6},
@@ -31,6 +31,7 @@ use shunt_common::{
 use crate::{
     fast::{self, FastFamily},
     maps::{Hook, KernelFamily, KernelMaps, count},
+    traffic,
 };
 
 /// `bpf_skb_adjust_room`: between the MAC and the network header (an enum that the bindings lack).
@@ -216,7 +217,7 @@ fn handle<F: FastFamily>(ctx: &TcContext, place: Place) -> i32 {
     };
     match quick {
         Quick::Pass => TC_ACT_UNSPEC,
-        Quick::Translate(to) => translate::<F>(ctx, &headers, &to.tuple),
+        Quick::Translate(to) => translate::<F>(ctx, &headers, &to),
         Quick::Undecided => UNDECIDED,
     }
 }
@@ -232,8 +233,11 @@ fn shortcut<F: FastFamily>(ctx: &TcContext, from: From) -> i32 {
             action => action,
         },
         Quick::Translate(to) => match fast::send_translated::<F>(ctx, &headers, &to.tuple) {
-            fast::SLOW => translate::<F>(ctx, &headers, &to.tuple),
-            action => action,
+            fast::SLOW => translate::<F>(ctx, &headers, &to),
+            action => {
+                count_traffic(ctx, to.counted);
+                action
+            }
         },
         Quick::Undecided => UNDECIDED,
     }
@@ -266,13 +270,22 @@ fn arrival<A: Copy>(headers: &Headers<A>, from: From) -> Arrival<A> {
 }
 
 #[inline(always)]
-fn translate<F: Family>(ctx: &TcContext, headers: &Headers<F::Words>, to: &Tuple<F::Words>) -> i32 {
-    if rewrite::<F>(ctx, headers, to) {
+fn translate<F: Family>(ctx: &TcContext, headers: &Headers<F::Words>, to: &Translation<F::Words>) -> i32 {
+    if rewrite::<F>(ctx, headers, &to.tuple) {
+        count_traffic(ctx, to.counted);
         TC_ACT_UNSPEC
     } else {
         count(Event::RewriteFailed);
         TC_ACT_SHOT
     }
+}
+
+/// Counts the packet, or the segments that it will become.
+#[inline(always)]
+pub(crate) fn count_traffic(ctx: &TcContext, counted: Counted) {
+    // SAFETY: the context is valid while the program runs.
+    let segments = unsafe { (*ctx.skb.skb).gso_segs };
+    traffic::count(counted, segments.max(1), ctx.len().wrapping_sub(ETHERNET as u32));
 }
 
 /// What [`handle`] says of a packet that is not plain TCP or UDP; no action has this number.
@@ -307,15 +320,16 @@ fn open<F: FastFamily>(ctx: &TcContext, from: From) -> i32 {
         Outcome::Refuse => refuse::<F>(ctx, &headers),
         Outcome::Reset => reset::<F>(ctx, &headers),
         Outcome::Translate => {
-            let to = &scratch.translation.tuple;
+            let to = &scratch.translation;
             let sent = if fast::is_on() {
-                fast::send_translated::<F>(ctx, &headers, to)
+                fast::send_translated::<F>(ctx, &headers, &to.tuple)
             } else {
                 fast::SLOW
             };
             if sent == fast::SLOW {
                 translate::<F>(ctx, &headers, to)
             } else {
+                count_traffic(ctx, to.counted);
                 sent
             }
         }
@@ -333,7 +347,7 @@ fn refusal<F: KernelFamily>(ctx: &TcContext) -> i32 {
         return TC_ACT_UNSPEC;
     };
     match refused::<F, _>(&maps, scratch, &headers.tuple, headers.tcp_flags) {
-        Outcome::Translate => translate::<F>(ctx, &headers, &scratch.translation.tuple),
+        Outcome::Translate => translate::<F>(ctx, &headers, &scratch.translation),
         Outcome::Drop => TC_ACT_SHOT,
         _ => TC_ACT_UNSPEC,
     }

@@ -22,7 +22,10 @@ use shunt_common::{
     reset,
 };
 
-use crate::maps::{Hook, KernelFamily, KernelMaps, count};
+use crate::{
+    maps::{Hook, KernelFamily, KernelMaps, count},
+    traffic,
+};
 
 /// A frame in the driver's memory.
 struct Frame<'a>(&'a XdpContext);
@@ -102,10 +105,16 @@ fn arrival<A: Copy>(headers: &Headers<A>) -> Arrival<A> {
 fn translate<F: KernelFamily>(ctx: &XdpContext, headers: &Headers<F::Words>, to: &Translation<F::Words>) -> u32 {
     if to.local {
         rewrite::<F>(ctx, headers, &to.tuple);
+        count_traffic(ctx, to);
         XDP_PASS
     } else {
-        send_on::<F>(ctx, headers, &to.tuple)
+        send_on::<F>(ctx, headers, to)
     }
+}
+
+#[inline(always)]
+fn count_traffic<A: Copy>(ctx: &XdpContext, to: &Translation<A>) {
+    traffic::count(to.counted, 1, (Frame(ctx).len() - ETHERNET) as u32);
 }
 
 /// What [`node`] says of a packet that may open a flow; no action has this number.
@@ -175,7 +184,8 @@ const _: () = assert!(size_of::<FibLookup>() == 64);
 
 /// Routes the packet by the kernel's tables and sends it, if it can be sent from here.
 #[inline(always)]
-fn send_on<F: KernelFamily>(ctx: &XdpContext, headers: &Headers<F::Words>, new: &Tuple<F::Words>) -> u32 {
+fn send_on<F: KernelFamily>(ctx: &XdpContext, headers: &Headers<F::Words>, to: &Translation<F::Words>) -> u32 {
+    let new = &to.tuple;
     let frame = Frame(ctx);
     let ingress = ctx.ingress_ifindex() as u32;
     let mut fib = FibLookup {
@@ -213,6 +223,7 @@ fn send_on<F: KernelFamily>(ctx: &XdpContext, headers: &Headers<F::Words>, new: 
             ethernet.add(3 + i).write_volatile(fib.macs[i]);
         }
     }
+    count_traffic(ctx, to);
     send(ingress)
 }
 

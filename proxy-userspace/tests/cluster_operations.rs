@@ -11,7 +11,7 @@ use std::{
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 use shunt_apiserver::{ApiServer, Kind, Refusal};
-use shunt_lab::{Agent, AgentOptions, Lab, PodSpec, Port, Sockets};
+use shunt_lab::{Agent, AgentOptions, Dial, Lab, PodSpec, Port, Proto, Sockets};
 
 /// The fabric, as seen from the nodes.
 const SERVER: &str = "192.168.50.1:6443";
@@ -31,12 +31,17 @@ struct World {
 impl World {
     /// A cluster whose agent has not been started yet.
     fn new(extra: &[&str]) -> Self {
+        Self::with_xdp("native", extra)
+    }
+
+    fn with_xdp(xdp: &str, extra: &[&str]) -> Self {
         let lab = Lab::new().unwrap();
         let fabric = lab.ns("fabric").unwrap();
         let address: SocketAddr = SERVER.parse().unwrap();
         let api = ApiServer::start_with(address, move || fabric.run(|| TcpListener::bind(address))).unwrap();
         api.apply(node(&lab, &[]));
         let options = AgentOptions::kubeconfig(&api.kubeconfig())
+            .xdp(xdp)
             .args(extra)
             .shunt(env!("CARGO_BIN_EXE_shunt"));
         let agent = lab.agent(NODE, &options).unwrap();
@@ -44,10 +49,13 @@ impl World {
     }
 
     fn start(extra: &[&str]) -> Self {
-        let mut world = Self::new(extra);
-        world.agent.spawn().unwrap();
-        world.agent.wait_ready().unwrap();
-        world
+        Self::new(extra).started()
+    }
+
+    fn started(mut self) -> Self {
+        self.agent.spawn().unwrap();
+        self.agent.wait_ready().unwrap();
+        self
     }
 
     /// Status, headers in lower case and body, asked by a process on the node. `None` when nobody answers.
@@ -372,6 +380,46 @@ fn flows_of_a_service_are_counted() {
     wait_until("no samples of a Service that is gone", || {
         !world.scrape().0.contains("service=\"web\"")
     });
+}
+
+/// A2: with --count-traffic a Service's packets and bytes are counted, both ways and in both families, by tc and by XDP; each
+/// once, though XDP may leave a packet to tc. Without, there are no samples.
+#[test]
+fn traffic_of_a_service_is_counted_where_that_is_asked_for() {
+    for xdp in ["off", "native"] {
+        let world = World::with_xdp(xdp, &["--count-traffic", "on"]).started();
+        let ips = world.serve_web(json!({ "type": "NodePort" }));
+        let clients = ["client-1", "client"].map(|name| world.lab.client(name, Sockets::Unhooked).unwrap());
+        let sample = |what: &str, direction: &str| {
+            format!(
+                "shunt_service_{what}_total{{namespace=\"default\",service=\"web\",port=\"53\",protocol=\"UDP\",direction=\"{direction}\"}}"
+            )
+        };
+        let large = Dial {
+            padding: 1000,
+            ..Dial::default()
+        };
+        for (n, (&ip, client)) in ips
+            .iter()
+            .flat_map(|ip| clients.iter().map(move |client| (ip, client)))
+            .enumerate()
+        {
+            wait_until("a backend", || client.tcp(SocketAddr::new(ip, 80)).is_ok());
+            client.once(Proto::Udp, SocketAddr::new(ip, 53), &large).unwrap();
+            let scrape = world.scrape();
+            let so_far = (n + 1) as f64;
+            for direction in ["to-backend", "from-backend"] {
+                assert_eq!(scrape.value(&sample("packets", direction)), so_far, "{ip} {}", scrape.0);
+                let bytes = scrape.value(&sample("bytes", direction));
+                assert!((1000.0 * so_far..1500.0 * so_far).contains(&bytes), "{ip}: {bytes}");
+            }
+        }
+    }
+    let world = World::start(&[]);
+    let ips = world.serve_web(json!({}));
+    let pod = world.lab.client("client-1", Sockets::Unhooked).unwrap();
+    wait_until("a backend", || pod.tcp(SocketAddr::new(ips[0], 80)).is_ok());
+    assert!(!world.scrape().0.contains("shunt_service_packets_total{"));
 }
 
 /// A2: what kube-proxy's dashboards and alerts ask for is there by kube-proxy's names, with its buckets, and is true.

@@ -72,6 +72,7 @@ impl Place {
             socket_lb: true,
             xdp: true,
             fast_path: false,
+            count_traffic: false,
         })
     }
 
@@ -597,6 +598,7 @@ fn hooks_that_are_off_leave_nothing_behind() {
                 socket_lb,
                 xdp: xdp != XdpMode::Off,
                 fast_path: false,
+                count_traffic: false,
             })
             .unwrap();
             let mut attacher = Attacher::new(&datapath, xdp).unwrap();
@@ -655,6 +657,7 @@ fn a_bpf_root_of_its_own_is_mounted_and_unmounted() {
             socket_lb: false,
             xdp: false,
             fast_path: false,
+            count_traffic: false,
         };
         let datapath = load(&config);
         struct Unmount(PathBuf);

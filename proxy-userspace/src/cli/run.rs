@@ -122,6 +122,7 @@ async fn serve(settings: Settings, begin: Instant) -> anyhow::Result<()> {
         socket_lb: settings.socket_lb,
         xdp: settings.xdp != XdpMode::Off,
         fast_path: settings.fast_path,
+        count_traffic: settings.count_traffic,
     })?;
     let maps = Arc::new(Maps::open(&settings.bpf_root)?);
     let syncer = Syncer::new(maps.clone())?;

@@ -71,6 +71,8 @@ pub struct Settings {
     pub socket_lb: bool,
     /// `--fast-path`.
     pub fast_path: bool,
+    /// `--count-traffic`.
+    pub count_traffic: bool,
     /// `--service-cidr` as given; see [`Settings::service_cidrs`].
     pub service_cidrs: Vec<IpNet>,
     /// `--answer-ping`.
@@ -115,6 +117,7 @@ impl Default for Settings {
             xdp: XdpMode::Auto,
             socket_lb: true,
             fast_path: false,
+            count_traffic: false,
             service_cidrs: Vec::new(),
             answer_ping: true,
             load_balancer_cidrs: Vec::new(),

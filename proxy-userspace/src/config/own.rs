@@ -27,6 +27,7 @@ pub(super) struct ShuntConfiguration {
     capacities: Capacities,
     #[serde(with = "or_empty")]
     cgroup_root: Option<String>,
+    count_traffic: Option<bool>,
     #[serde(deserialize_with = "or_null")]
     devices: Vec<String>,
     fast_path: Option<bool>,
@@ -90,6 +91,7 @@ impl ShuntConfiguration {
         set(&mut to.cgroup_root, self.cgroup_root.map(|path| Some(path.into())));
         set_list(&mut to.devices, self.devices);
         set(&mut to.fast_path, self.fast_path);
+        set(&mut to.count_traffic, self.count_traffic);
         set(
             &mut to.healthz_bind_address,
             self.healthz_bind_address.map(|text| text.0.0),
@@ -155,6 +157,7 @@ impl From<&Settings> for ShuntConfiguration {
             cgroup_root: settings.cgroup_root.as_ref().map(text),
             devices: settings.devices.clone(),
             fast_path: Some(settings.fast_path),
+            count_traffic: Some(settings.count_traffic),
             healthz_bind_address: settings.healthz_bind_address.is_none().then_some(Text(Listen(None))),
             load_balancer_cidrs: networks(&settings.load_balancer_cidrs),
             manifests: settings.manifests.iter().map(text).collect(),

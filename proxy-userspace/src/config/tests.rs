@@ -37,7 +37,7 @@ fn the_help_tells_the_defaults() {
             told.push(flag);
         }
     }
-    assert_eq!(told.len(), 22, "{told:?}");
+    assert_eq!(told.len(), 23, "{told:?}");
     for (flag, other) in [
         ("xdp", "off"),
         ("snat-ports", "1-2"),
@@ -165,6 +165,7 @@ fn every_field_arrives_and_ours_stands_over_theirs() {
         xdp: XdpMode::Off,
         socket_lb: false,
         fast_path: true,
+        count_traffic: true,
         service_cidrs: networks(&["10.96.0.0/12", "fd00:10:96::/112"]),
         answer_ping: false,
         load_balancer_cidrs: networks(&["198.51.100.0/24"]),

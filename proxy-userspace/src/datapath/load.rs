@@ -55,6 +55,8 @@ pub struct LoadConfig {
     pub xdp: bool,
     /// `--fast-path`: tc programs send packets on by themselves.
     pub fast_path: bool,
+    /// `--count-traffic`: packets and bytes are counted per backend.
+    pub count_traffic: bool,
 }
 
 /// Why nothing was loaded. What ran before runs on.
@@ -205,6 +207,8 @@ pub fn load(config: &LoadConfig) -> Result<Datapath, LoadError> {
     let mut loader = EbpfLoader::new();
     let fast_path = u32::from(config.fast_path);
     loader.override_global("FAST_PATH", &fast_path, true);
+    let count_traffic = u32::from(config.count_traffic);
+    loader.override_global("COUNT_TRAFFIC", &count_traffic, true);
     let most_waiting = capacities.flows / WAITING_SHARE;
     loader.override_global("MOST_WAITING", &most_waiting, true);
     // A kernel that does not let it be tried has no BPF for us either, which the programs' loading will tell.

@@ -17,7 +17,8 @@ use shunt_common::{
     family::{Family, V4, V6},
     layout::{
         Affinity, AffinityKey, BackendState, Config, FLOW_SNAT, FamilyConfig, Flow, FlowKey, Frontend, FrontendKey,
-        LAYOUT_VERSION, MemberKey, NAME_LEN, Octets, ServiceInfo, Slot, SnatSlot, SocketPeer, SourceRangeKey, names,
+        LAYOUT_VERSION, MemberKey, NAME_LEN, Octets, ServiceInfo, Slot, SnatSlot, SocketPeer, SourceRangeKey, Traffic,
+        names,
     },
     snat,
 };
@@ -579,6 +580,7 @@ pub struct Maps {
     pub sockets: Map<u64, SocketPeer>,
     config: Map<u32, Config>,
     events: OwnedFd,
+    traffic: OwnedFd,
     cpus: usize,
     root: PathBuf,
 }
@@ -615,6 +617,7 @@ impl Maps {
             sockets: Map::open(bpf_root, names::SOCKETS, settings::MAX_SOCKETS)?,
             config: Map::open(bpf_root, names::CONFIG, "")?,
             events: open_pin(bpf_root, names::EVENTS, size_of::<u32>(), size_of::<u64>())?.0,
+            traffic: open_pin(bpf_root, names::TRAFFIC, size_of::<u32>(), size_of::<Traffic>())?.0,
             cpus,
             root: bpf_root.into(),
         })
@@ -653,7 +656,7 @@ impl Maps {
         Event::ALL
             .iter()
             .map(|&event| {
-                let per_cpu = sys::lookup_per_cpu(self.events.as_fd(), &(event as u32), self.cpus);
+                let per_cpu = sys::lookup_per_cpu::<u64>(self.events.as_fd(), &(event as u32), self.cpus);
                 let per_cpu = per_cpu.map_err(|source| MapError::Kernel {
                     action: "read",
                     map: names::EVENTS,
@@ -662,6 +665,42 @@ impl Maps {
                 Ok((event, per_cpu.iter().sum()))
             })
             .collect()
+    }
+
+    /// What a backend got and sent, summed over CPUs; zeros where that is not counted.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn traffic(&self, backend: u32) -> Result<Traffic> {
+        match sys::lookup_per_cpu::<Traffic>(self.traffic.as_fd(), &backend, self.cpus) {
+            Ok(per_cpu) => Ok(per_cpu.iter().fold(Traffic::default(), |sum, one| Traffic {
+                to_packets: sum.to_packets + one.to_packets,
+                to_bytes: sum.to_bytes + one.to_bytes,
+                from_packets: sum.from_packets + one.from_packets,
+                from_bytes: sum.from_bytes + one.from_bytes,
+            })),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Traffic::default()),
+            Err(source) => Err(MapError::Kernel {
+                action: "read",
+                map: names::TRAFFIC,
+                source,
+            }),
+        }
+    }
+
+    /// Forgets what a backend got and sent.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn forget_traffic(&self, backend: u32) -> Result<()> {
+        match sys::delete(self.traffic.as_fd(), &backend) {
+            Ok(_was_there) => Ok(()),
+            Err(source) => Err(MapError::Kernel {
+                action: "delete from",
+                map: names::TRAFFIC,
+                source,
+            }),
+        }
     }
 
     /// Writes to all maps by this process since it opened them: what the kernel was asked to change.
@@ -785,7 +824,7 @@ pub(crate) mod testing {
             let this = Self(root);
             this.family::<V4>(capacities);
             this.family::<V6>(capacities);
-            use sys::create::{ARRAY, HASH, PERCPU_ARRAY};
+            use sys::create::{ARRAY, BPF_F_NO_PREALLOC, HASH, PERCPU_ARRAY, PERCPU_HASH};
             this.make::<u32, u64>(names::FILTER, ARRAY, FILTER_WORDS as u32, sys::BPF_F_MMAPABLE);
             this.make::<u32, u64>(names::CLIENTS, ARRAY, CLIENT_WORDS as u32, 0);
             this.make::<u32, u64>(names::WAITING, ARRAY, 2, 0);
@@ -795,6 +834,7 @@ pub(crate) mod testing {
             this.make::<u64, SocketPeer>(names::SOCKETS, HASH, 1024, 0);
             this.make::<u32, Config>(names::CONFIG, ARRAY, 1, 0);
             this.make::<u32, u64>(names::EVENTS, PERCPU_ARRAY, MAX_EVENTS as u32, 0);
+            this.make::<u32, Traffic>(names::TRAFFIC, PERCPU_HASH, capacities.backends, BPF_F_NO_PREALLOC);
             this
         }
 

@@ -188,7 +188,7 @@ impl Capacities {
             (&names::ADDRESSES[..], "--max-frontends", frontends),
             (&[names::SERVICES][..], "--max-frontends", frontends),
             (&names::SLOTS[..], "--max-slots", slots),
-            (&[names::BACKENDS][..], "--max-backends", backends),
+            (&[names::BACKENDS, names::TRAFFIC][..], "--max-backends", backends),
             (&names::FLOWS[..], "--max-flows", flows),
             (&names::NEW_FLOWS[..], "--max-new-flows", new_flows),
             (&names::SNAT[..], "--max-snat", snat),

@@ -140,15 +140,16 @@ pub fn lookup<K: Pod, V: Pod>(fd: BorrowedFd<'_>, key: &K) -> io::Result<Option<
 ///
 /// # Errors
 /// The kernel's.
-pub fn lookup_per_cpu(fd: BorrowedFd<'_>, key: &u32, cpus: usize) -> io::Result<Vec<u64>> {
-    let mut values = vec![0u64; cpus];
+pub fn lookup_per_cpu<V: Pod + Default>(fd: BorrowedFd<'_>, key: &u32, cpus: usize) -> io::Result<Vec<V>> {
+    const { assert!(size_of::<V>().is_multiple_of(8)) };
+    let mut values = vec![V::default(); cpus];
     let mut attr = ElemAttr {
         map_fd: fd.as_raw_fd() as u32,
         key: address(key),
         value: values.as_mut_ptr() as u64,
         ..Default::default()
     };
-    // SAFETY: the kernel writes 8 bytes per possible CPU, and there is room for as many.
+    // SAFETY: the kernel writes a value, a multiple of 8 bytes, per possible CPU, and there is room for as many.
     unsafe { bpf(Command::MapLookup, &mut attr) }?;
     Ok(values)
 }
@@ -500,6 +501,8 @@ pub(crate) mod create {
     pub(crate) const HASH: u32 = 1;
     /// `BPF_MAP_TYPE_ARRAY`.
     pub(crate) const ARRAY: u32 = 2;
+    /// `BPF_MAP_TYPE_PERCPU_HASH`.
+    pub(crate) const PERCPU_HASH: u32 = 5;
     /// `BPF_MAP_TYPE_PERCPU_ARRAY`.
     pub(crate) const PERCPU_ARRAY: u32 = 6;
     /// `BPF_MAP_TYPE_LRU_HASH`.

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use shunt_common::layout::BackendState;
+use shunt_common::layout::{BackendState, Traffic};
 
 use crate::{
     datapath::maps::{Maps, Result, name_str},
@@ -25,23 +25,74 @@ pub struct ServicePort {
     pub protocol: Protocol,
 }
 
-/// New flows by the hook that chose the backend: socket, tc, XDP.
-pub type Flows = [u64; 3];
+/// What is counted of a Service port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// New flows by the hook that chose the backend, as in [`HOOKS`].
+    pub flows: [u64; 3],
+    /// What the packet path carried, where that is counted.
+    pub traffic: Traffic,
+}
 
-/// Names of the hooks, in the order of [`Flows`].
+/// Names of the hooks.
 pub const HOOKS: [&str; 3] = ["socket", "tc", "xdp"];
 
-fn flows(state: &BackendState) -> Flows {
-    [state.socket_flows, state.tc_flows, state.xdp_flows]
+impl Counts {
+    fn new(state: &BackendState, traffic: Traffic) -> Self {
+        Self {
+            flows: [state.socket_flows, state.tc_flows, state.xdp_flows],
+            traffic,
+        }
+    }
+
+    fn numbers(&self) -> [u64; 7] {
+        let [socket, tc, xdp] = self.flows;
+        let Traffic {
+            to_packets,
+            to_bytes,
+            from_packets,
+            from_bytes,
+        } = self.traffic;
+        [socket, tc, xdp, to_packets, to_bytes, from_packets, from_bytes]
+    }
+
+    fn from_numbers([socket, tc, xdp, to_packets, to_bytes, from_packets, from_bytes]: [u64; 7]) -> Self {
+        Self {
+            flows: [socket, tc, xdp],
+            traffic: Traffic {
+                to_packets,
+                to_bytes,
+                from_packets,
+                from_bytes,
+            },
+        }
+    }
+
+    /// What came on top of `before`; `None` where something is less than it was.
+    fn since(&self, before: &Self) -> Option<Self> {
+        let mut numbers = self.numbers();
+        for (now, then) in numbers.iter_mut().zip(before.numbers()) {
+            *now = now.checked_sub(then)?;
+        }
+        Some(Self::from_numbers(numbers))
+    }
+
+    fn plus(&self, more: &Self) -> Self {
+        let mut numbers = self.numbers();
+        numbers
+            .iter_mut()
+            .zip(more.numbers())
+            .for_each(|(sum, more)| *sum += more);
+        Self::from_numbers(numbers)
+    }
 }
 
 /// The sums, and what they were made from.
 #[derive(Debug, Default)]
 pub struct Totals {
     /// What each backend id had last time, and whose it was.
-    counted: HashMap<u32, (ServicePort, Flows)>,
-    sums: BTreeMap<ServicePort, Flows>,
-    silent: BTreeMap<ServicePort, u64>,
+    counted: HashMap<u32, (ServicePort, Counts)>,
+    sums: BTreeMap<ServicePort, Counts>,
 }
 
 impl Totals {
@@ -49,13 +100,15 @@ impl Totals {
     ///
     /// # Errors
     /// The kernel's.
-    pub fn read(&mut self, maps: &Maps) -> Result<()> {
-        let (mut seen, mut silent) = (Vec::new(), Vec::new());
+    pub fn read(&mut self, maps: &Maps) -> Result<&BTreeMap<ServicePort, Counts>> {
+        let mut seen = Vec::new();
         maps.backends.for_each_batch(|ids, states| {
-            let used = ids.iter().zip(states).map(|(&id, state)| (id, flows(state)));
-            seen.extend(used.filter(|(_, flows)| *flows != Flows::default()));
-            let failed = ids.iter().zip(states).filter(|(_, state)| state.failures != 0);
-            silent.extend(failed.map(|(&id, _)| id));
+            for (&id, state) in ids.iter().zip(states) {
+                // Whoever had a packet has had a flow.
+                if Counts::new(state, Traffic::default()) != Counts::default() {
+                    seen.push((id, Counts::new(state, maps.traffic(id)?)));
+                }
+            }
             Ok(())
         })?;
         let names: HashMap<u32, ObjectName> = maps
@@ -69,26 +122,12 @@ impl Totals {
             .collect();
         let owners = owners(maps, &names, &seen.iter().map(|&(id, _)| id).collect())?;
         self.add(seen, &owners);
-        self.silent.clear();
-        for port in silent.iter().filter_map(|id| owners.get(id)) {
-            *self.silent.entry(port.clone()).or_default() += 1;
-        }
         let known: HashSet<&ObjectName> = names.values().collect();
         self.sums.retain(|port, _| known.contains(&port.service));
-        Ok(())
+        Ok(&self.sums)
     }
 
-    /// New flows of every Service port that was dialled.
-    pub fn flows(&self) -> &BTreeMap<ServicePort, Flows> {
-        &self.sums
-    }
-
-    /// Backends of a Service port that did not answer when they were last sent a connection.
-    pub fn silent(&self, port: &ServicePort) -> u64 {
-        self.silent.get(port).copied().unwrap_or(0)
-    }
-
-    fn add(&mut self, seen: Vec<(u32, Flows)>, owners: &HashMap<u32, ServicePort>) {
+    fn add(&mut self, seen: Vec<(u32, Counts)>, owners: &HashMap<u32, ServicePort>) {
         let mut counted = HashMap::with_capacity(seen.len());
         for (id, now) in seen {
             let before = self.counted.remove(&id);
@@ -96,15 +135,13 @@ impl Totals {
             let Some(port) = owners.get(&id).or(before.as_ref().map(|(port, _)| port)).cloned() else {
                 continue;
             };
-            let base = match before {
-                Some((was, then)) if was == port && then.iter().zip(now).all(|(&then, now)| then <= now) => then,
-                // The id was somebody else's before.
-                _ => Flows::default(),
+            let more = match before {
+                Some((was, then)) if was == port => now.since(&then),
+                _ => None,
             };
             let sum = self.sums.entry(port.clone()).or_default();
-            for hook in 0..sum.len() {
-                sum[hook] += now[hook] - base[hook];
-            }
+            // Without a before, or with less than before, the id was somebody else's.
+            *sum = sum.plus(&more.unwrap_or(now));
             counted.insert(id, (port, now));
         }
         self.counted = counted;
@@ -154,28 +191,37 @@ mod tests {
         }
     }
 
+    fn flows(flows: [u64; 3]) -> Counts {
+        let traffic = Traffic {
+            to_packets: flows[0] * 10,
+            ..Traffic::default()
+        };
+        Counts { flows, traffic }
+    }
+
     /// A2: a Service's counter never goes back, whatever becomes of its backends and their ids.
     #[test]
     fn sums_only_grow() {
         let mut totals = Totals::default();
         let web = HashMap::from([(1, port("web")), (2, port("web"))]);
-        totals.add(vec![(1, [5, 0, 0]), (2, [2, 1, 0])], &web);
-        assert_eq!(totals.sums[&port("web")], [7, 1, 0]);
-        totals.add(vec![(1, [6, 0, 0]), (2, [2, 1, 4])], &web);
-        assert_eq!(totals.sums[&port("web")], [8, 1, 4]);
+        totals.add(vec![(1, flows([5, 0, 0])), (2, flows([2, 1, 0]))], &web);
+        assert_eq!(totals.sums[&port("web")].flows, [7, 1, 0]);
+        totals.add(vec![(1, flows([6, 0, 0])), (2, flows([2, 1, 4]))], &web);
+        assert_eq!(totals.sums[&port("web")].flows, [8, 1, 4]);
         // Taken out, and it gets one more; then its id is free, and given to another Service.
         let web = HashMap::from([(2, port("web"))]);
-        totals.add(vec![(1, [7, 0, 0]), (2, [2, 1, 4])], &web);
-        assert_eq!(totals.sums[&port("web")], [9, 1, 4]);
+        totals.add(vec![(1, flows([7, 0, 0])), (2, flows([2, 1, 4]))], &web);
+        assert_eq!(totals.sums[&port("web")].flows, [9, 1, 4]);
         let both = HashMap::from([(1, port("api")), (2, port("web"))]);
-        totals.add(vec![(1, [9, 0, 0]), (2, [2, 1, 4])], &both);
-        assert_eq!(totals.sums[&port("web")], [9, 1, 4]);
-        assert_eq!(totals.sums[&port("api")], [9, 0, 0]);
+        totals.add(vec![(1, flows([9, 0, 0])), (2, flows([2, 1, 4]))], &both);
+        assert_eq!(totals.sums[&port("web")].flows, [9, 1, 4]);
+        assert_eq!(totals.sums[&port("api")].flows, [9, 0, 0]);
         // Given back and used again by the same Service.
-        totals.add(vec![(2, [1, 0, 0])], &both);
-        assert_eq!(totals.sums[&port("web")], [10, 1, 4]);
+        totals.add(vec![(2, flows([1, 0, 0]))], &both);
+        assert_eq!(totals.sums[&port("web")].flows, [10, 1, 4]);
+        assert_eq!(totals.sums[&port("web")].traffic.to_packets, 100);
         // Of an id that nobody knows, as before the first look at its Service.
-        totals.add(vec![(9, [3, 0, 0])], &both);
+        totals.add(vec![(9, flows([3, 0, 0]))], &both);
         assert_eq!(totals.sums.len(), 2);
     }
 }

@@ -11,7 +11,7 @@ use prometheus_client::{
     encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric},
     metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
 };
-use shunt_common::layout::names;
+use shunt_common::layout::{Traffic, names};
 
 use super::flows::{HOOKS, ServicePort, Totals};
 use crate::{
@@ -104,38 +104,70 @@ impl Kernel {
     /// New flows by Service port and hook; a Service that nobody has dialled yet has no sample.
     fn encode_services(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
         let mut totals = self.totals.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Err(error) = totals.read(&self.maps) {
-            tracing::warn!("metrics: {error}");
-            return Ok(());
-        }
-        let labels = |port: &ServicePort| {
-            [
-                ("namespace", port.service.namespace.to_string()),
-                ("service", port.service.name.to_string()),
-                ("port", port.port.to_string()),
-                ("protocol", port.protocol.to_string()),
-            ]
+        let totals = match totals.read(&self.maps) {
+            Ok(totals) => totals,
+            Err(error) => {
+                tracing::warn!("metrics: {error}");
+                return Ok(());
+            }
         };
-        let silent = totals.flows().keys().map(|port| (labels(port), totals.silent(port)));
-        gauges(
-            encoder,
-            "shunt_service_silent_backends",
-            "Backends of a Service port that did not answer, or refused, when they were last sent a connection.",
-            silent,
-        )?;
-        let samples = totals.flows().iter().flat_map(|(port, flows)| {
-            HOOKS.iter().zip(flows).map(move |(&hook, &flows)| {
-                let [namespace, service, port, protocol] = labels(port);
-                ([namespace, service, port, protocol, ("hook", hook.to_owned())], flows)
-            })
+        let flows = totals.iter().flat_map(|(port, counts)| {
+            let hooks = HOOKS.iter().zip(counts.flows);
+            hooks.map(move |(hook, flows)| (labels(port, "hook", hook), flows))
         });
         counters(
             encoder,
             "shunt_service_flows",
             "New flows to backends of a Service port, by the hook that chose the backend.",
-            samples,
+            flows,
+        )?;
+        // Without --count-traffic there are no samples: zeros would be lies.
+        let carried = || totals.iter().filter(|(_, counts)| counts.traffic != Traffic::default());
+        let packets = carried().flat_map(|(port, counts)| {
+            let Traffic {
+                to_packets,
+                from_packets,
+                ..
+            } = counts.traffic;
+            directions(port, to_packets, from_packets)
+        });
+        counters(
+            encoder,
+            "shunt_service_packets",
+            "Packets of a Service port that the packet path carried (--count-traffic).",
+            packets,
+        )?;
+        let bytes = carried().flat_map(|(port, counts)| {
+            let Traffic {
+                to_bytes, from_bytes, ..
+            } = counts.traffic;
+            directions(port, to_bytes, from_bytes)
+        });
+        counters(
+            encoder,
+            "shunt_service_bytes",
+            "Bytes of those packets, IP headers included.",
+            bytes,
         )
     }
+}
+
+/// The labels of a Service port, and one more.
+fn labels(port: &ServicePort, name: &'static str, value: &str) -> [(&'static str, String); 5] {
+    [
+        ("namespace", port.service.namespace.to_string()),
+        ("service", port.service.name.to_string()),
+        ("port", port.port.to_string()),
+        ("protocol", port.protocol.to_string()),
+        (name, value.to_owned()),
+    ]
+}
+
+fn directions(port: &ServicePort, to: u64, from: u64) -> [([(&'static str, String); 5], u64); 2] {
+    [
+        (labels(port, "direction", "to-backend"), to),
+        (labels(port, "direction", "from-backend"), from),
+    ]
 }
 
 impl Collector for Kernel {

@@ -389,6 +389,7 @@ impl Syncer {
         let reclaimed = self.ids.reclaim(started, referenced);
         for id in &reclaimed {
             self.maps.backends.set(id, &BackendState::default())?;
+            self.maps.forget_traffic(*id)?;
         }
         Ok(reclaimed.len())
     }

@@ -68,6 +68,7 @@ impl Loaded {
             socket_lb: false,
             xdp: true,
             fast_path: false,
+            count_traffic: false,
         };
         let datapath = load(&config).unwrap();
         let loaded = Self { datapath, root };

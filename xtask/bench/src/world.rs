@@ -130,6 +130,7 @@ impl World {
             socket_lb: true,
             xdp: true,
             fast_path: false,
+            count_traffic: false,
         })?;
         let maps = Arc::new(Maps::open(&bpf_root)?);
         let node = lab.node_ips("node-a")?;

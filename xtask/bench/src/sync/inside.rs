@@ -41,6 +41,7 @@ fn in_namespace(lab: &Lab, services: u32, changes: u32) -> Result<Vec<Line>> {
         socket_lb: true,
         xdp: false,
         fast_path: false,
+        count_traffic: false,
     })?;
     let maps = Arc::new(Maps::open(&bpf_root)?);
     let settings = NodeSettings {
