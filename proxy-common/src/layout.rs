@@ -30,9 +30,9 @@ pub mod names {
     pub const FRAGMENTS: [&str; 2] = ["fragments4", "fragments6"];
     /// `ARRAY`, memory-mappable, of [`FILTER_WORDS`](super::FILTER_WORDS) words: see [`crate::filter`].
     pub const FILTER: &str = "filter";
-    /// `ARRAY` of [`COLLIDED_WORDS`](super::COLLIDED_WORDS) words: client ports with more than one frontend at once.
+    /// `ARRAY`, memory-mappable, of [`COLLIDED_WORDS`](super::COLLIDED_WORDS) words: client ports with more than one frontend at once.
     pub const COLLIDED: &str = "collided";
-    /// `ARRAY` of [`CLIENT_WORDS`](super::CLIENT_WORDS) words: clients with flows in the connection tables.
+    /// `ARRAY`, memory-mappable, of [`CLIENT_WORDS`](super::CLIENT_WORDS) words: clients with flows in the connection tables.
     pub const CLIENTS: &str = "clients";
     /// `ARRAY` of two, per family: flows with [`FLOW_WAITING`](super::FLOW_WAITING) in `flows`, about.
     pub const WAITING: &str = "waiting";

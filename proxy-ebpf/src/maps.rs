@@ -118,11 +118,11 @@ static ADDRESSES6: Addresses<[u8; 16]> = Addresses::new();
 #[btf_map(name = "filter")]
 static FILTER: Array<u64, FILTER_WORDS, MMAPABLE> = Array::new();
 #[btf_map(name = "clients")]
-static CLIENTS: Array<u64, CLIENT_WORDS> = Array::new();
+static CLIENTS: Array<u64, CLIENT_WORDS, MMAPABLE> = Array::new();
 #[btf_map(name = "waiting")]
 static WAITING: Array<u64, 2> = Array::new();
 #[btf_map(name = "collided")]
-static COLLIDED: Array<u64, COLLIDED_WORDS> = Array::new();
+static COLLIDED: Array<u64, COLLIDED_WORDS, MMAPABLE> = Array::new();
 #[btf_map(name = "backends")]
 pub(crate) static BACKENDS: Array<BackendState, 131_072> = Array::new();
 #[btf_map(name = "config")]
@@ -225,7 +225,7 @@ fn add(counter: *mut u64) {
 
 /// Sets a bit of a bitmap that other CPUs write to as well.
 #[inline(always)]
-fn set_bit<const N: usize>(map: &Array<u64, N>, bit: u32) {
+fn set_bit<const N: usize>(map: &Array<u64, N, MMAPABLE>, bit: u32) {
     let (word, mask) = filter::word_and_mask(bit);
     if let Some(word) = map.get_ptr_mut(word) {
         // SAFETY: an aligned live map value.

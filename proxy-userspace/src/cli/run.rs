@@ -390,6 +390,12 @@ impl Agent {
             old.devices.task.abort();
             let _ = (&mut old.devices.task).await;
         }
+        let upgrade = self.datapath.take_upgrade();
+        if let Some(upgrade) = &upgrade {
+            upgrade
+                .before_switch()
+                .context("cannot copy flows of another map layout")?;
+        }
         let mut attacher = Attacher::new(&self.datapath, self.settings.xdp).context("cannot attach programs")?;
         let cgroup_root = self.settings.cgroup_root.clone().unwrap_or_else(default_cgroup_root);
         attacher.attach_cgroup(&cgroup_root)?;
@@ -399,11 +405,19 @@ impl Agent {
             pod_devices: globs(&self.settings.pod_devices),
             node_ips: addresses.iter().copied().collect(),
         };
+        if let Some(upgrade) = &upgrade {
+            upgrade.catch_up().context("cannot copy flows of another map layout")?;
+        }
         self.live = Some(Live {
             addresses,
             devices: DeviceWatcher::spawn(attacher, patterns)?,
             admitted,
         });
+        if let Some(upgrade) = upgrade
+            && let Err(error) = upgrade.finish()
+        {
+            warn!("flows of another map layout, opened during the switch, are not copied: {error}");
+        }
         Ok(())
     }
 

@@ -21,6 +21,8 @@ use tracing::warn;
 use super::{
     CGROUP_PROGRAMS, Capacities, NODE_PROGRAMS, POD_PROGRAMS, Paths, XDP_PROGRAM, link,
     lock::{LockError, RootLock},
+    sys::MapInfo,
+    upgrade::Upgrade,
 };
 
 /// The compiled `proxy-ebpf`.
@@ -142,6 +144,7 @@ pub struct Datapath {
     capacities: Capacities,
     programs: BTreeMap<&'static str, OwnedFd>,
     fast_path: bool,
+    upgrade: Option<Upgrade>,
     _lock: RootLock,
 }
 
@@ -171,6 +174,11 @@ impl Datapath {
         self.fast_path
     }
 
+    /// What is left to do to come from another map layout, once.
+    pub fn take_upgrade(&mut self) -> Option<Upgrade> {
+        self.upgrade.take()
+    }
+
     /// Opens a map.
     ///
     /// # Errors
@@ -196,6 +204,15 @@ pub fn load(config: &LoadConfig) -> Result<Datapath, LoadError> {
 
     let object = aya_obj::Object::parse(OBJECT).map_err(|e| LoadError::Object(e.to_string()))?;
     let mut capacities = config.capacities;
+    let upgrade_error = |error| LoadError::Root {
+        path: paths.root().to_owned(),
+        what: "take over from another map layout",
+        error,
+    };
+    let mut upgrade = Upgrade::find(&paths).map_err(upgrade_error)?;
+    if let Some(upgrade) = &upgrade {
+        upgrade.keep_sizes(&mut capacities).map_err(upgrade_error)?;
+    }
     // Sections like .rodata come as maps too; they belong to this load alone.
     let wanted: BTreeMap<&str, &aya_obj::Map> = object
         .maps
@@ -203,6 +220,25 @@ pub fn load(config: &LoadConfig) -> Result<Datapath, LoadError> {
         .map(|(name, map)| (name.as_str(), map))
         .filter(|(name, _)| !name.starts_with('.'))
         .collect();
+    if let Some(upgrade) = &mut upgrade {
+        let info = |(&name, &map): (&&str, &&aya_obj::Map)| {
+            let entries = capacities
+                .of_map(name)
+                .map_or(map.max_entries(), |(_, entries)| entries);
+            let info = MapInfo {
+                map_type: map.map_type(),
+                id: 0,
+                key_size: map.key_size(),
+                value_size: map.value_size(),
+                max_entries: entries,
+                map_flags: map.map_flags(),
+            };
+            (name.to_owned(), info)
+        };
+        upgrade
+            .share(&wanted.iter().map(info).collect())
+            .map_err(upgrade_error)?;
+    }
     reuse(&paths, &wanted, &mut capacities)?;
     let mut loader = EbpfLoader::new();
     let fast_path = u32::from(config.fast_path);
@@ -257,6 +293,9 @@ pub fn load(config: &LoadConfig) -> Result<Datapath, LoadError> {
         programs.insert(name, fd.map_err(|e| program_error(name, e.into()))?);
     }
 
+    if let Some(upgrade) = &upgrade {
+        upgrade.take_over(&paths).map_err(upgrade_error)?;
+    }
     let root_error = |path: PathBuf, what| move |error| LoadError::Root { path, what, error };
     for (&name, fd) in &programs {
         let path = paths.program(name);
@@ -277,6 +316,7 @@ pub fn load(config: &LoadConfig) -> Result<Datapath, LoadError> {
         capacities,
         programs,
         fast_path: config.fast_path,
+        upgrade,
         _lock: lock,
     })
 }

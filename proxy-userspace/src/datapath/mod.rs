@@ -33,6 +33,7 @@ pub(crate) mod pods;
 pub(crate) mod rtnl;
 pub mod sockets;
 pub mod sys;
+pub mod upgrade;
 
 use link::Hook;
 

@@ -267,6 +267,77 @@ fn walk<K: Pod, V: Pod>(
     Ok(at_end)
 }
 
+/// Entries of a map whose types are not known here: keys and values one behind the other.
+#[derive(Default)]
+pub struct RawBatch {
+    /// `count` keys.
+    pub keys: Vec<u8>,
+    /// `count` values.
+    pub values: Vec<u8>,
+    /// How many.
+    pub count: usize,
+    /// The walk has ended.
+    pub at_end: bool,
+}
+
+/// As [`lookup_batch`], for keys and values of any size. Not for per-CPU maps.
+///
+/// # Errors
+/// The kernel's: `ENOSPC` when `room` is smaller than one hash bucket's chain.
+pub fn lookup_batch_raw(fd: BorrowedFd<'_>, info: &MapInfo, cursor: &mut Cursor, room: usize) -> io::Result<RawBatch> {
+    assert!(
+        info.key_size as usize <= size_of_val(&cursor.position),
+        "a key longer than the cursor"
+    );
+    let (key, value) = (info.key_size as usize, info.value_size as usize);
+    let mut batch = RawBatch {
+        keys: vec![0; key * room],
+        values: vec![0; value * room],
+        ..Default::default()
+    };
+    let before = cursor.position;
+    let mut attr = BatchAttr {
+        in_batch: if cursor.started { address(&before) } else { 0 },
+        out_batch: cursor.position.as_mut_ptr() as u64,
+        keys: batch.keys.as_mut_ptr() as u64,
+        values: batch.values.as_mut_ptr() as u64,
+        count: room as u32,
+        map_fd: fd.as_raw_fd() as u32,
+        ..Default::default()
+    };
+    // SAFETY: both vectors have room for `count` entries of the map's own sizes; the cursor is as long as any key.
+    batch.at_end = match unsafe { bpf(Command::MapLookupBatch, &mut attr) } {
+        Ok(_) => false,
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
+        Err(error) => return Err(error),
+    };
+    cursor.started = true;
+    batch.count = attr.count as usize;
+    batch.keys.truncate(key * batch.count);
+    batch.values.truncate(value * batch.count);
+    Ok(batch)
+}
+
+/// As [`update`], for keys and values of any size.
+///
+/// # Errors
+/// The kernel's.
+pub fn update_raw(fd: BorrowedFd<'_>, info: &MapInfo, key: &[u8], value: &[u8], flags: u64) -> io::Result<()> {
+    assert_eq!(
+        (key.len(), value.len()),
+        (info.key_size as usize, info.value_size as usize)
+    );
+    let mut attr = ElemAttr {
+        map_fd: fd.as_raw_fd() as u32,
+        key: address(key),
+        value: address(value),
+        flags,
+        ..Default::default()
+    };
+    // SAFETY: the kernel reads as many bytes as there are, by the assertion above.
+    unsafe { bpf(Command::MapUpdate, &mut attr) }.map(drop)
+}
+
 /// Writes many entries. On an error the first `n` were written, where `n` is the error's second part.
 ///
 /// # Errors
@@ -321,7 +392,7 @@ pub fn delete_batch<K: Pod>(fd: BorrowedFd<'_>, keys: &[K]) -> io::Result<usize>
 
 /// The head of `struct bpf_map_info`.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MapInfo {
     /// `enum bpf_map_type`.
     pub map_type: u32,

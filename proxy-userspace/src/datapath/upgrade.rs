@@ -1,0 +1,342 @@
+//! From another map layout to this one, under load (SPEC L4).
+//!
+//! The other layout's programs run on until this agent attaches, with their own maps:
+//!
+//! 1. [`Upgrade::share`]: a map that is the same in both layouts is simply used by the programs of both.
+//! 2. [`Upgrade::take_over`]: entries of maps that have grown are copied into the new ones, then the links are moved into this
+//!    layout's folder. So what follows is a restart: the agent reads the maps back, and updates links instead of adding others.
+//! 3. [`Upgrade::before_switch`], when the agent knows everything and is about to attach: flows once more, for those that were
+//!    opened, or opened anew, while it waited; [`Upgrade::catch_up`] right before devices get their programs one by one.
+//! 4. [`Upgrade::finish`], when all programs are this layout's: flows that were opened meanwhile; then the other layout's folder goes.
+//!
+//! While flows are in two maps, a connection in the middle of its first packets may be reset when the program that sees its answers
+//! is switched; while they are in one, nothing is lost.
+//!
+//! An agent that is killed on the way leaves the folder, and the next one goes on where it stopped.
+//!
+//! A layout can be read when its keys are the same and its values are a beginning of this layout's: values grow at their end, and
+//! zero means in a new field what was so before there was the field. Who gives a value of the same size another meaning gives its
+//! map another name. If one map cannot be read none is taken over, for their entries name each other; flows then find their
+//! backends anew, as far as the hash tells.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+    sync::atomic::Ordering,
+};
+
+use shunt_common::layout::{LAYOUT_VERSION, names};
+use tracing::{info, warn};
+
+use super::{
+    Capacities, Paths, link,
+    sys::{self, BPF_ANY, BPF_NOEXIST, Cursor, MapInfo, MappedArray},
+};
+
+/// Entries read at once.
+const BATCH: usize = 4096;
+/// `enum bpf_map_type`: `HASH`, `ARRAY`, `LRU_HASH`, `LPM_TRIE`. Per-CPU maps are programs' own memory and counters, and socket
+/// storage cannot be listed.
+const COPIED: [u32; 4] = [1, ARRAY, 9, 11];
+const ARRAY: u32 = 2;
+/// What programs write.
+const WRITTEN: [&[&str]; 5] = [
+    &names::NEW_FLOWS,
+    &names::FLOWS,
+    &names::AFFINITY,
+    &names::FRAGMENTS,
+    &[names::SOCKETS],
+];
+/// Bits that programs set.
+const BITS: [&str; 2] = [names::COLLIDED, names::CLIENTS];
+
+/// Another layout's folder, whose programs this agent takes the place of.
+#[derive(Debug)]
+pub struct Upgrade {
+    old: PathBuf,
+    maps: PathBuf,
+    /// Its links were moved by an agent before this one, so this layout's programs may run already.
+    switching: bool,
+    /// Its maps can be read.
+    readable: bool,
+}
+
+/// A map of either layout.
+struct Map {
+    fd: OwnedFd,
+    info: MapInfo,
+}
+
+impl Map {
+    fn open(folder: &Path, name: &str) -> io::Result<Self> {
+        let fd = sys::obj_get(&folder.join(name))?;
+        let info = sys::map_info(fd.as_fd())?;
+        Ok(Self { fd, info })
+    }
+
+    /// Copies what `old` has; arrays' zeros are left out, for that is what a new array holds.
+    fn copy_from(&self, old: &Self, flags: u64) -> io::Result<usize> {
+        let (mut cursor, mut room, mut copied) = (Cursor::default(), BATCH, 0);
+        let mut value = vec![0; self.info.value_size as usize];
+        loop {
+            let batch = match sys::lookup_batch_raw(old.fd.as_fd(), &old.info, &mut cursor, room) {
+                // One bucket's chain is longer than the room.
+                Err(error) if error.raw_os_error() == Some(libc::ENOSPC) && room < old.info.max_entries as usize => {
+                    room *= 2;
+                    continue;
+                }
+                batch => batch?,
+            };
+            let keys = batch.keys.chunks_exact(old.info.key_size as usize);
+            let values = batch.values.chunks_exact(old.info.value_size as usize);
+            for (key, old_value) in keys.zip(values) {
+                if old.info.map_type == ARRAY && old_value.iter().all(|&byte| byte == 0) {
+                    continue;
+                }
+                value[..old_value.len()].copy_from_slice(old_value);
+                match sys::update_raw(self.fd.as_fd(), &self.info, key, &value, flags) {
+                    Ok(()) => copied += 1,
+                    Err(error) if flags == BPF_NOEXIST && error.raw_os_error() == Some(libc::EEXIST) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            if batch.at_end {
+                return Ok(copied);
+            }
+        }
+    }
+}
+
+impl Upgrade {
+    /// The newest other layout that is pinned under the same root; `None` if there is none.
+    ///
+    /// # Errors
+    /// When the root does not list.
+    pub(crate) fn find(paths: &Paths) -> io::Result<Option<Self>> {
+        let mut newest = None;
+        for entry in fs::read_dir(paths.root())? {
+            let path = entry?.path();
+            let name = path.file_name().and_then(|name| name.to_str());
+            let version = name.and_then(|name| name.strip_prefix('v')?.parse::<u32>().ok());
+            if let Some(version) = version.filter(|&version| version != LAYOUT_VERSION)
+                && path.join("maps").exists()
+            {
+                newest = newest.max(Some((version, path)));
+            }
+        }
+        Ok(newest.map(|(_, old)| Self {
+            switching: !old.join("links").exists(),
+            readable: true,
+            maps: paths.maps(),
+            old,
+        }))
+    }
+
+    /// Makes the new maps as large as the old ones: entries name each other by their places.
+    pub(crate) fn keep_sizes(&self, capacities: &mut Capacities) -> io::Result<()> {
+        for name in self.names()? {
+            let map = Map::open(&self.old.join("maps"), &name)?;
+            if COPIED.contains(&map.info.map_type) {
+                capacities.set(&name, map.info.max_entries);
+            }
+        }
+        Ok(())
+    }
+
+    /// Pins maps that are the same in both layouts here too, before this layout's are made: what `wanted` says, by name.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub(crate) fn share(&mut self, wanted: &BTreeMap<String, MapInfo>) -> io::Result<()> {
+        if self.switching {
+            return Ok(());
+        }
+        let mut same = Vec::new();
+        for name in self.names()? {
+            let Some(new) = wanted.get(&name) else { continue };
+            let old = Map::open(&self.old.join("maps"), &name)?;
+            if COPIED.contains(&old.info.map_type) && !extends(new, &old.info) {
+                self.readable = false;
+                warn!(
+                    "{}: map {name} cannot be read: this layout's maps start empty, open flows find their backends anew",
+                    self.old.display()
+                );
+                return Ok(());
+            }
+            if *new == (MapInfo { id: 0, ..old.info }) && !self.maps.join(&name).exists() {
+                same.push((name, old.fd));
+            }
+        }
+        for (name, fd) in &same {
+            link::pin_over(fd.as_fd(), &self.maps.join(name))?;
+        }
+        Ok(())
+    }
+
+    /// Copies the entries of maps that are not shared, and moves the links.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub(crate) fn take_over(&self, paths: &Paths) -> io::Result<()> {
+        if self.switching {
+            return Ok(());
+        }
+        let mut entries = 0;
+        for name in self.names()? {
+            // The configuration is the new agent's to write.
+            if name == names::CONFIG || !self.readable {
+                continue;
+            }
+            if let Some((old, new)) = self.pair(&name)? {
+                entries += new.copy_from(&old, BPF_ANY)?;
+            }
+        }
+        info!("taking over from {}: {entries} entries copied", self.old.display());
+        for (from, to) in [("links", paths.links()), ("clsact", paths.clsact())] {
+            let from = self.old.join(from);
+            for entry in fs::read_dir(&from).into_iter().flatten() {
+                let entry = entry?;
+                fs::rename(entry.path(), to.join(entry.file_name()))?;
+            }
+        }
+        // Says that the move is complete.
+        fs::remove_dir(self.old.join("links"))
+    }
+
+    /// Copies flows once more; this layout's programs must not run yet.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn before_switch(&self) -> io::Result<()> {
+        if self.switching {
+            return Ok(());
+        }
+        // Not to be written beside the programs.
+        self.copy_flows(WRITTEN.iter().chain([&&names::SNAT[..]]), BPF_ANY)
+    }
+
+    /// Copies flows that were opened since the last copy; programs of both layouts may run.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn catch_up(&self) -> io::Result<()> {
+        self.copy_flows(WRITTEN.iter(), BPF_NOEXIST)
+    }
+
+    /// Copies flows that were opened during the switch, and removes the other layout's folder.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn finish(self) -> io::Result<()> {
+        self.catch_up()?;
+        for folder in ["maps", "progs", "clsact"] {
+            let folder = self.old.join(folder);
+            for entry in fs::read_dir(&folder).into_iter().flatten() {
+                fs::remove_file(entry?.path())?;
+            }
+            if folder.exists() {
+                fs::remove_dir(folder)?;
+            }
+        }
+        fs::remove_dir(&self.old)?;
+        info!("{} is not used any more: removed", self.old.display());
+        Ok(())
+    }
+
+    fn copy_flows<'a>(&self, groups: impl Iterator<Item = &'a &'a [&'a str]>, flags: u64) -> io::Result<()> {
+        // First, for programs look for those flows only whose bits are set.
+        for name in BITS {
+            self.copy_bits(name)?;
+        }
+        for name in groups.flat_map(|group| group.iter()) {
+            if let Some((old, new)) = self.pair(name)? {
+                new.copy_from(&old, flags)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Sets the bits that are set in the other layout's map, beside programs that do the same.
+    fn copy_bits(&self, name: &str) -> io::Result<()> {
+        let Some((old, new)) = self.pair(name)? else {
+            return Ok(());
+        };
+        if (new.info.value_size, old.info.value_size) != (8, 8) {
+            return Ok(());
+        }
+        let bits = MappedArray::<u64>::new(new.fd.as_fd(), new.info.max_entries)?;
+        for index in 0..new.info.max_entries.min(old.info.max_entries) {
+            let word = sys::lookup::<u32, u64>(old.fd.as_fd(), &index)?.unwrap_or_default();
+            if word != 0 {
+                bits.atomic(index).fetch_or(word, Ordering::Relaxed);
+            }
+        }
+        Ok(())
+    }
+
+    /// Names of the other layout's maps.
+    fn names(&self) -> io::Result<Vec<String>> {
+        let entries = fs::read_dir(self.old.join("maps"))?;
+        entries
+            .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+            .collect()
+    }
+
+    /// A map of both layouts, if entries have to be copied from one to the other.
+    fn pair(&self, name: &str) -> io::Result<Option<(Map, Map)>> {
+        let folder = self.old.join("maps");
+        if !self.readable || !folder.join(name).exists() || !self.maps.join(name).exists() {
+            return Ok(None);
+        }
+        let (old, new) = (Map::open(&folder, name)?, Map::open(&self.maps, name)?);
+        let both = old.info.id != new.info.id && COPIED.contains(&old.info.map_type) && extends(&new.info, &old.info);
+        Ok(both.then_some((old, new)))
+    }
+}
+
+/// Whether entries of `old` are a beginning of those of `new`.
+fn extends(new: &MapInfo, old: &MapInfo) -> bool {
+    new.map_type == old.map_type && new.key_size == old.key_size && new.value_size >= old.value_size
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        sys::create::{ARRAY, HASH},
+        *,
+    };
+
+    fn map(map_type: u32, key: usize, value: usize) -> Map {
+        let fd = sys::create::map(map_type, key, value, 64, 0).unwrap();
+        let info = sys::map_info(fd.as_fd()).unwrap();
+        Map { fd, info }
+    }
+
+    #[test]
+    fn values_grow_at_their_end() {
+        let (old, new) = (map(HASH, 4, 8), map(HASH, 4, 16));
+        let can = |new: &Map, old: &Map| extends(&new.info, &old.info);
+        assert!(can(&new, &old) && can(&new, &new) && !can(&old, &new));
+        assert!(!can(&map(HASH, 8, 8), &old) && !can(&map(ARRAY, 4, 8), &old));
+        for key in 0..50u32 {
+            sys::update(old.fd.as_fd(), &key, &u64::from(key), BPF_ANY).unwrap();
+        }
+        sys::update(new.fd.as_fd(), &7u32, &[1u64, 2], BPF_ANY).unwrap();
+        assert_eq!(new.copy_from(&old, BPF_NOEXIST).unwrap(), 49, "what is there stays");
+        let value = |key: u32| sys::lookup::<u32, [u64; 2]>(new.fd.as_fd(), &key).unwrap();
+        assert_eq!((value(7), value(8), value(50)), (Some([1, 2]), Some([8, 0]), None));
+        assert_eq!(new.copy_from(&old, BPF_ANY).unwrap(), 50);
+        assert_eq!(value(7), Some([7, 0]));
+    }
+
+    #[test]
+    fn zeros_of_an_array_are_left_out() {
+        let (old, new) = (map(ARRAY, 4, 12), map(ARRAY, 4, 20));
+        sys::update(old.fd.as_fd(), &5u32, &[1u32, 0, 3], BPF_ANY).unwrap();
+        assert_eq!(new.copy_from(&old, BPF_ANY).unwrap(), 1);
+        let value = |key: u32| sys::lookup::<u32, [u32; 5]>(new.fd.as_fd(), &key).unwrap();
+        assert_eq!((value(5), value(6)), (Some([1, 0, 3, 0, 0]), Some([0; 5])));
+    }
+}

@@ -1,0 +1,172 @@
+//! From one map layout to another while clients are served (SPEC L4). Needs root.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    path::Path,
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    thread,
+    time::Duration,
+};
+
+use shunt_common::layout::LAYOUT_VERSION;
+use shunt_lab::{Agent, AgentOptions, Client, Conn, Dial, Lab, PodSpec, Port, Proto, Sockets};
+use tempfile::TempDir;
+
+const APP: u16 = 8080;
+const NODE_PORT: u16 = 30080;
+
+fn write(lab: &Lab, manifests: &Path) {
+    let port = |proto: &str| {
+        format!("{{ name: {proto}, protocol: {proto}, port: 80, targetPort: {APP}, nodePort: {NODE_PORT} }}")
+    };
+    let mut documents = vec![format!(
+        "apiVersion: v1\nkind: Service\nmetadata: {{ name: web }}\nspec:\n  type: NodePort\n  clusterIP: 10.96.0.1\n  \
+         clusterIPs: [10.96.0.1, 'fd96::1']\n  ipFamilyPolicy: RequireDualStack\n  ipFamilies: [IPv4, IPv6]\n  \
+         ports: [{}, {}]\n",
+        port("TCP"),
+        port("UDP"),
+    )];
+    for v6 in [false, true] {
+        let family = if v6 { "IPv6" } else { "IPv4" };
+        let endpoint = |pod: &str, node: &str| {
+            let ips = lab.ips(pod).unwrap();
+            let ip = ips.iter().find(|ip| ip.is_ipv6() == v6).unwrap();
+            format!("{{ addresses: ['{ip}'], nodeName: {node} }}")
+        };
+        documents.push(format!(
+            "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{ name: web-{}, labels: {{ \
+             kubernetes.io/service-name: web }} }}\naddressType: {family}\nports: [{{ name: TCP, protocol: TCP, port: {APP} }}, \
+             {{ name: UDP, protocol: UDP, port: {APP} }}]\nendpoints: [{}, {}]\n",
+            family.to_lowercase(),
+            endpoint("web-a", "node-a"),
+            endpoint("web-b", "node-b"),
+        ));
+    }
+    fs::write(manifests.join("web.yaml"), documents.join("---\n")).unwrap();
+}
+
+/// What the node's programs are attached to.
+fn links(agent: &Agent) -> Vec<(String, String)> {
+    let status = agent.json(&["status"]).unwrap();
+    let text = |value: &serde_json::Value| value.as_str().unwrap().to_owned();
+    let links = status["links"].as_array().unwrap();
+    let mut links: Vec<_> = links
+        .iter()
+        .map(|link| {
+            assert_eq!(link["attached"], true, "{link}");
+            (text(&link["target"]), text(&link["program"]))
+        })
+        .collect();
+    links.sort();
+    links
+}
+
+struct Open {
+    conn: Conn,
+    server: String,
+    what: String,
+}
+
+fn open(client: &Client, to: SocketAddr) -> Vec<Open> {
+    let connected = Dial {
+        connected: true,
+        ..Dial::default()
+    };
+    [Proto::Tcp, Proto::Udp]
+        .into_iter()
+        .cycle()
+        .take(8)
+        .map(|proto| {
+            let conn = client.open(proto, to, &connected).unwrap();
+            conn.ask("first").unwrap();
+            Open {
+                server: conn.ask("second").unwrap().server,
+                what: format!("{proto} {to} from {}", client.name()),
+                conn,
+            }
+        })
+        .collect()
+}
+
+/// Agents of this layout take over from ones whose pins have another layout's number: open flows keep their backends, new ones are
+/// answered all the while, and nothing of the other layout is left.
+fn another_layout_is_taken_over_under_load(xdp: &str) {
+    let lab = Lab::new().unwrap();
+    for (pod, node) in [("web-a", "node-a"), ("web-b", "node-b")] {
+        lab.add_pod(&PodSpec::new(pod, node, &[Port::tcp(APP), Port::udp(APP)]))
+            .unwrap();
+    }
+    for pod in ["hooked", "packets"] {
+        lab.add_pod(&PodSpec::new(pod, "node-a", &[])).unwrap();
+    }
+    let manifests = TempDir::new().unwrap();
+    write(&lab, manifests.path());
+    let options = AgentOptions::manifests(manifests.path())
+        .xdp(xdp)
+        .args(&["--max-flows", "16384", "--max-snat", "40000"])
+        .shunt(env!("CARGO_BIN_EXE_shunt"));
+    let mut agents = ["node-a", "node-b"].map(|node| lab.start_agent(node, &options).unwrap());
+
+    let mut ways = Vec::new();
+    for (i, cluster_ip) in ["10.96.0.1", "fd96::1"].into_iter().enumerate() {
+        let to = SocketAddr::new(cluster_ip.parse().unwrap(), 80);
+        ways.push(("hooked", Sockets::Hooked, to));
+        ways.push(("packets", Sockets::Unhooked, to));
+        let node = lab.node_ips("node-a").unwrap()[i];
+        ways.push(("client", Sockets::Unhooked, SocketAddr::new(node, NODE_PORT)));
+    }
+    let flows: Vec<Open> = ways
+        .iter()
+        .flat_map(|&(name, sockets, to)| open(&lab.client(name, sockets).unwrap(), to))
+        .collect();
+    let done = AtomicBool::new(false);
+    let answered = AtomicU64::new(0);
+    thread::scope(|scope| {
+        for &(name, sockets, to) in &ways {
+            let client = lab.client(name, sockets).unwrap();
+            let (done, answered) = (&done, &answered);
+            scope.spawn(move || {
+                while !done.load(Ordering::Relaxed) {
+                    client
+                        .tcp(to)
+                        .unwrap_or_else(|error| panic!("{to} from {name}: {error}"));
+                    answered.fetch_add(1, Ordering::Relaxed);
+                    // No client uses up its ports: what is dialled from one again is not this test's affair.
+                    thread::sleep(Duration::from_millis(3));
+                }
+            });
+        }
+        for agent in &mut agents {
+            thread::sleep(Duration::from_secs(1));
+            let before = links(agent);
+            agent.kill().unwrap();
+            let root = agent.bpf_root().to_owned();
+            let (ours, other) = (root.join(format!("v{LAYOUT_VERSION}")), root.join("v1"));
+            fs::rename(&ours, &other).unwrap();
+            agent.restart().unwrap();
+            for _ in 0..2 {
+                for Open { conn, server, what } in &flows {
+                    let answer = conn.ask("again").unwrap_or_else(|error| panic!("{what}: {error}"));
+                    assert_eq!(answer.server, *server, "{what}");
+                }
+            }
+            assert!(ours.join("maps/flows4").exists() && !other.exists());
+            assert_eq!(links(agent), before);
+        }
+        thread::sleep(Duration::from_secs(1));
+        done.store(true, Ordering::Relaxed);
+    });
+    let answered = answered.into_inner();
+    assert!(answered > 500, "{answered} new connections were answered");
+}
+
+#[test]
+fn another_layout_is_taken_over_under_load_with_xdp() {
+    another_layout_is_taken_over_under_load("native");
+}
+
+#[test]
+fn another_layout_is_taken_over_under_load_without_xdp() {
+    another_layout_is_taken_over_under_load("off");
+}
