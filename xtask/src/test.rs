@@ -18,6 +18,10 @@ use crate::{
 /// Arguments of `test`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
+    /// Run the long test alone: two minutes of clients, churn, killed agents and a SYN flood at once. SHUNT_LONG_SECONDS and
+    /// SHUNT_LONG_SEED set its length and repeat its course.
+    #[arg(long)]
+    long: bool,
     /// Passed on to the tests: names of those to run, `--nocapture`, … Only tests are run then.
     #[arg(last = true)]
     filter: Vec<String>,
@@ -49,6 +53,14 @@ pub(crate) fn test(args: &Args) -> Result<()> {
     let began = Instant::now();
     let all = args.filter.is_empty();
     let mut sections = Sections::default();
+    if args.long {
+        sections.run("long test", || {
+            let mut filter = vec!["--ignored".to_owned(), "--nocapture".to_owned()];
+            filter.extend_from_slice(&args.filter);
+            tests(&mut userspace(&["cluster_long".to_owned()]), &filter).map(Outcome::Tests)
+        });
+        return sections.summary(began.elapsed());
+    }
     if all {
         sections.run("format", || plain(cargo().args(["fmt", "--all", "--check"])));
         sections.run("lints", || {
