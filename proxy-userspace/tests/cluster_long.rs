@@ -27,11 +27,9 @@ const PODS: [(&str, &str); 4] = [
     ("web-c", "node-b"),
     ("web-d", "node-b"),
 ];
-/// A Service of the flood's own: behind [`CLUSTER_IPS`] it would use up the listeners' queues, and the kernel of a server that has
-/// none left resets connections now and then.
+/// A Service of the flood's own: behind [`CLUSTER_IPS`] it would use up the listeners' queues, which is the servers' affair.
 const FLOODED: [&str; 2] = ["10.96.0.2", "fd96::2"];
-/// Between two connections of a client: a port that is dialled from again too soon is reset by Linux itself now and then,
-/// with no proxy in between.
+/// Between two connections of a client: agents and the flood need some of the machine too.
 const PACE: Duration = Duration::from_millis(3);
 /// Between two rounds over the connections that stay open.
 const ASK: Duration = Duration::from_millis(500);

@@ -132,7 +132,7 @@ fn another_layout_is_taken_over_under_load(xdp: &str) {
                         .tcp(to)
                         .unwrap_or_else(|error| panic!("{to} from {name}: {error}"));
                     answered.fetch_add(1, Ordering::Relaxed);
-                    // No client uses up its ports: what is dialled from one again is not this test's affair.
+                    // The agents need some of the machine too.
                     thread::sleep(Duration::from_millis(3));
                 }
             });
