@@ -141,8 +141,24 @@ fn open<F: KernelFamily>(ctx: &XdpContext) -> u32 {
         Outcome::Drop => XDP_DROP,
         Outcome::Refuse => refuse::<F>(ctx, &headers),
         Outcome::Reset => reset::<F>(ctx, &headers),
-        Outcome::Translate => translate::<F>(ctx, &headers, &scratch.translation),
+        Outcome::Translate => deliver::<F>(ctx),
     }
+}
+
+/// Sends the first packet of a flow where [`open`] has found that it goes.
+// A function of its own, which reads the headers once more: its locals and those of the search for a backend are too many for one
+// stack where the kernel rounds every frame up to 32 bytes (before 6.8).
+#[inline(never)]
+fn deliver<F: KernelFamily>(ctx: &XdpContext) -> u32 {
+    let Some(headers) = packet::parse::<F>(&Frame(ctx), ETHERNET) else {
+        return XDP_PASS;
+    };
+    let maps = KernelMaps::new(ctx.as_ptr(), Hook::Xdp);
+    let Some(scratch) = Maps::<F>::scratch(&maps) else {
+        return XDP_PASS;
+    };
+    let translation = scratch.translation;
+    translate::<F>(ctx, &headers, &translation)
 }
 
 /// Writes the new tuple; every offset was checked when the headers were read, so it does not fail.
