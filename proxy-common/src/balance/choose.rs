@@ -1,0 +1,163 @@
+//! Which frontend a packet or a socket dials, whether it may, and the backend that is chosen for it.
+
+use super::{From, Maps, Outcome, Scratch};
+use crate::{
+    address::{self, Stranger},
+    affinity,
+    event::Event,
+    family::Family,
+    filter, hash,
+    layout::*,
+    packet::Tuple,
+};
+
+/// Whether a frontend may have the packet's destination.
+#[inline(always)]
+pub(crate) fn may_be_frontend<F: Family>(maps: &impl Maps<F>, tuple: &Tuple<F::Words>) -> bool {
+    maps.filter(filter::node_port(tuple.dst_port))
+        || maps.filter(filter::frontend::<F>(tuple.dst, tuple.dst_port, tuple.proto))
+}
+
+/// Finds the frontend for a socket's destination, and whether to look at it at all. `node_itself`: the destination is
+/// an address that means this node (one of `node_addrs`, or loopback in the node's own namespace).
+#[inline(always)]
+pub fn socket_frontend<F: Family, M: Maps<F>>(
+    maps: &M,
+    dst: F::Words,
+    port: u16,
+    proto: u8,
+    node_itself: impl FnOnce() -> bool,
+) -> Option<Frontend> {
+    let key = FrontendKey {
+        addr: dst,
+        port,
+        proto,
+        scope: SCOPE_INTERNAL,
+        reserved: 0,
+    };
+    let frontend = if maps.filter(filter::frontend::<F>(dst, port, proto)) {
+        maps.frontend(&key)
+    } else {
+        None
+    };
+    let frontend = match frontend {
+        Some(frontend) => frontend,
+        None if maps.filter(filter::node_port(port)) && node_itself() => maps.frontend(&FrontendKey {
+            addr: F::UNSPECIFIED,
+            ..key
+        })?,
+        None => return None,
+    };
+    Some(frontend)
+}
+
+/// Finds the frontend that a packet is for, and whether its source may dial it; left in `scratch`.
+#[inline(never)]
+pub(crate) fn look_up<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
+    let Some(config) = maps.config() else {
+        return Outcome::Pass;
+    };
+    let Scratch {
+        arrival, frontend_key, ..
+    } = scratch;
+    let tuple = &arrival.tuple;
+    let scope = match arrival.from {
+        From::Pod => SCOPE_INTERNAL,
+        From::Network => scope_of::<F>(config, tuple.src),
+    };
+    *frontend_key = FrontendKey {
+        addr: tuple.dst,
+        port: tuple.dst_port,
+        proto: tuple.proto,
+        scope,
+        reserved: 0,
+    };
+    let mut frontend = None;
+    if maps.filter(filter::frontend::<F>(tuple.dst, tuple.dst_port, tuple.proto)) {
+        frontend = maps.frontend(frontend_key);
+    }
+    if frontend.is_none() && maps.is_node_addr(&tuple.dst) {
+        frontend_key.addr = F::UNSPECIFIED;
+        frontend = maps.frontend(frontend_key);
+    }
+    let Some(frontend) = frontend else {
+        return match address::unknown_port(maps, tuple.dst) {
+            Stranger::Pass => Outcome::Pass,
+            Stranger::Refuse => Outcome::Refuse,
+            Stranger::Drop => Outcome::Drop,
+        };
+    };
+
+    if frontend.flags & FRONTEND_SOURCE_RANGES != 0 && !is_allowed(maps, tuple, &frontend) {
+        maps.count(Event::SourceDenied);
+        return Outcome::Drop;
+    }
+    scratch.frontend = frontend;
+    Outcome::Translate
+}
+
+/// Whether the packet's source may dial a frontend with `loadBalancerSourceRanges`.
+#[inline(never)]
+fn is_allowed<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, frontend: &Frontend) -> bool {
+    maps.in_source_ranges(&SourceRangeKey {
+        prefix_len: 32 + 8 * size_of::<F::Words>() as u32,
+        service: frontend.service,
+        addr: tuple.src,
+    })
+}
+
+/// Whether a client that comes in from the network belongs to the cluster.
+#[inline(always)]
+fn scope_of<F: Family>(config: &Config, client: F::Words) -> u8 {
+    let config = F::config(config);
+    let mut scope = SCOPE_EXTERNAL;
+    for (i, cidr) in config.cluster_cidrs.iter().enumerate() {
+        if (i as u32) < config.cluster_cidr_count && F::mask(client, F::words(cidr.mask)) == F::words(cidr.addr) {
+            scope = SCOPE_INTERNAL;
+        }
+    }
+    scope
+}
+
+/// The first packet of a flow, or of one that was forgotten: chooses a backend.
+#[inline(never)]
+pub(super) fn choose<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
+    let (tuple, frontend) = (&scratch.arrival.tuple, &scratch.frontend);
+    let slot = if frontend.slot_count == 0 {
+        None
+    } else if frontend.flags & FRONTEND_AFFINITY != 0 {
+        maps.slot(kept_slot(maps, tuple, frontend, scratch.frontend_key.scope))
+    } else {
+        let choice = hash::flow::<F>(tuple.src, tuple.src_port, tuple.dst, tuple.dst_port, tuple.proto);
+        maps.slot(frontend.slot_base.wrapping_add(hash::pick(choice, frontend.slot_count)))
+    };
+    let Some(slot) = slot else {
+        if frontend.flags & FRONTEND_DROP != 0 {
+            maps.count(Event::PolicyDrop);
+            return Outcome::Drop;
+        }
+        maps.count(Event::NoBackend);
+        return Outcome::Refuse;
+    };
+    scratch.chosen = slot;
+    Outcome::Translate
+}
+
+/// [`affinity::slot_index`] for a packet.
+#[inline(never)]
+fn kept_slot<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, frontend: &Frontend, scope: u8) -> u32 {
+    let key = AffinityKey {
+        client: tuple.src,
+        service: frontend.service,
+        set: frontend.set,
+        netns: [0; 2],
+    };
+    // A client from outside may come in through several nodes, which choose alike if they look at what its flows have in
+    // common. Only one node chooses for a client inside, and it may choose anew when the time-out is over.
+    let choice = if scope == SCOPE_EXTERNAL {
+        hash::flow::<F>(tuple.src, 0, F::UNSPECIFIED, tuple.dst_port, tuple.proto)
+    } else {
+        hash::flow::<F>(tuple.src, tuple.src_port, tuple.dst, tuple.dst_port, tuple.proto)
+    };
+    affinity::slot_index(maps, &key, frontend, choice)
+}

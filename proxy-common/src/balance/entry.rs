@@ -1,0 +1,161 @@
+//! Entries of maps: read and changed in place, while other CPUs do the same.
+
+use core::{marker::PhantomData, mem::offset_of, ptr::NonNull};
+
+use super::Maps;
+use crate::{
+    family::Family,
+    layout::{Flow, SnatSlot},
+};
+
+/// An entry in a map: alive while the program runs, and written by other CPUs at any time.
+pub struct Entry<'m, T> {
+    ptr: NonNull<T>,
+    map: PhantomData<&'m T>,
+}
+
+impl<T> Clone for Entry<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Entry<'_, T> {}
+
+impl<T: Copy> Entry<'_, T> {
+    /// Wraps what a map look-up returned.
+    ///
+    /// # Safety
+    /// `ptr` must stay readable and writable for the entry's lifetime, and nobody may hold a reference into it.
+    #[inline(always)]
+    pub unsafe fn new(ptr: NonNull<T>) -> Self {
+        Self { ptr, map: PhantomData }
+    }
+
+    /// Where the value stands, for atomic access.
+    #[inline(always)]
+    pub fn as_ptr(self) -> *mut T {
+        self.ptr.as_ptr()
+    }
+
+    /// A copy of the value; fields that are not looked at are not loaded.
+    #[inline(always)]
+    pub fn read(self) -> T {
+        // SAFETY: valid by `new`'s contract. A value that another CPU changes in between is a mix of two valid ones.
+        unsafe { self.ptr.as_ptr().read() }
+    }
+
+    /// Replaces the value in place: no map operation, so a full LRU evicts nobody.
+    #[inline(always)]
+    pub fn write(self, value: &T) {
+        // SAFETY: valid by `new`'s contract.
+        unsafe { copy(value, self.ptr.as_ptr()) };
+    }
+
+    /// Copies the value to memory of the caller's.
+    #[inline(always)]
+    pub fn copy_to(self, value: &mut T) {
+        // SAFETY: valid by `new`'s contract.
+        unsafe { copy(self.ptr.as_ptr(), value) };
+    }
+}
+
+/// Copies word by word: LLVM would call a `memmove` for it that goes byte by byte.
+///
+/// # Safety
+/// `from` must be readable, `to` writable, both aligned; `T` must be made of whole words, without padding.
+#[inline(always)]
+unsafe fn copy<T>(from: *const T, to: *mut T) {
+    const { assert!(align_of::<T>() >= 4 && size_of::<T>().is_multiple_of(4)) };
+    // SAFETY: the caller's promise.
+    unsafe {
+        if align_of::<T>() == 8 {
+            let (from, to) = (from.cast::<u64>(), to.cast::<u64>());
+            (0..size_of::<T>() / 8).for_each(|i| to.add(i).write_volatile(from.add(i).read()));
+        } else {
+            let (from, to) = (from.cast::<u32>(), to.cast::<u32>());
+            (0..size_of::<T>() / 4).for_each(|i| to.add(i).write_volatile(from.add(i).read()));
+        }
+    }
+}
+
+/// A value that carries a flow's state and age.
+pub trait Tracked: Copy {
+    /// Offset of the `FLOW_*` bits, in bytes.
+    const STATE: usize;
+    /// Offset of the time stamp, in bytes.
+    const LAST_SEEN: usize;
+    /// Offset of the cheap clock's time stamp, in bytes.
+    const EPOCH: usize;
+}
+
+impl<A: Copy> Tracked for Flow<A> {
+    const STATE: usize = offset_of!(Self, state);
+    const LAST_SEEN: usize = offset_of!(Self, last_seen);
+    const EPOCH: usize = offset_of!(Self, epoch);
+}
+
+impl<A: Copy> Tracked for SnatSlot<A> {
+    const STATE: usize = offset_of!(Self, state);
+    const LAST_SEEN: usize = offset_of!(Self, last_seen);
+    const EPOCH: usize = offset_of!(Self, epoch);
+}
+
+impl<A: Copy> Entry<'_, Flow<A>> {
+    /// Notes when a packet went to a backend that may not answer ([`Flow::asked`]).
+    #[inline(always)]
+    pub(crate) fn ask(self, time: u16) {
+        // SAFETY: an aligned field of an entry that is valid by `new`'s contract.
+        unsafe { (&raw mut (*self.ptr.as_ptr()).asked).write(time) };
+    }
+}
+
+impl<T: Tracked> Entry<'_, T> {
+    /// Sets state bits, and nothing else.
+    #[inline(always)]
+    pub(crate) fn set(self, bits: u16) {
+        // SAFETY: an aligned field of an entry that is valid by `new`'s contract.
+        unsafe {
+            let state: *mut u16 = self.ptr.as_ptr().byte_add(T::STATE).cast();
+            *state |= bits;
+        }
+    }
+
+    /// Takes state bits back.
+    #[inline(always)]
+    pub(crate) fn clear(self, bits: u16) {
+        // SAFETY: an aligned field of an entry that is valid by `new`'s contract.
+        unsafe {
+            let state: *mut u16 = self.ptr.as_ptr().byte_add(T::STATE).cast();
+            *state &= !bits;
+        }
+    }
+
+    /// Address of the time stamp, for an atomic exchange.
+    #[inline(always)]
+    pub fn last_seen(self) -> *mut u32 {
+        // SAFETY: the offset lies within the value.
+        unsafe { self.ptr.as_ptr().byte_add(T::LAST_SEEN).cast() }
+    }
+
+    /// Notes a packet: state bits when they are new, the time when the cheap clock has moved on. Returns whether it had.
+    #[inline(always)]
+    pub(super) fn note<F: Family>(self, maps: &impl Maps<F>, bits: u16) -> bool {
+        // SAFETY: aligned fields of an entry that is valid by `new`'s contract.
+        unsafe {
+            let state: *mut u16 = self.ptr.as_ptr().byte_add(T::STATE).cast();
+            let epoch: *mut u16 = self.ptr.as_ptr().byte_add(T::EPOCH).cast();
+            let old = *state;
+            if old | bits != old {
+                *state = old | bits;
+            }
+            let now = maps.epoch();
+            let passed = *epoch != now;
+            if passed {
+                *epoch = now;
+                *self.last_seen() = maps.now();
+            }
+            passed
+        }
+    }
+}

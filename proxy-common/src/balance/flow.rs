@@ -1,0 +1,67 @@
+//! How a flow's entries are found: by the client's side, and by a translated source port.
+
+use super::{Entry, Maps};
+use crate::{family::Family, hash, layout::*, packet::Tuple, snat, timeouts::is_closed};
+
+/// An entry and what it held.
+type Read<'m, T> = (Entry<'m, T>, T);
+
+/// The key that both directions of a client's flow compute.
+#[inline(always)]
+pub(crate) fn client_key<F: Family>(tuple: &Tuple<F::Words>) -> FlowKey<F::Words> {
+    FlowKey {
+        client: tuple.src,
+        frontend: F::UNSPECIFIED,
+        client_port: tuple.src_port,
+        frontend_port: 0,
+        proto: tuple.proto,
+        reserved: 0,
+        reserved2: 0,
+    }
+}
+
+/// The key of a flow whose client port is in use to another frontend.
+#[inline(always)]
+pub(crate) fn shared_key<F: Family>(tuple: &Tuple<F::Words>) -> FlowKey<F::Words> {
+    FlowKey {
+        frontend: tuple.dst,
+        frontend_port: tuple.dst_port,
+        ..client_key::<F>(tuple)
+    }
+}
+
+#[inline(always)]
+pub(crate) fn collided_bit<F: Family>(tuple: &Tuple<F::Words>) -> u32 {
+    hash::side::<F>(tuple.src, tuple.src_port, tuple.proto) as u32 % (COLLIDED_WORDS as u32 * 64)
+}
+
+/// The slot of a port in the SNAT range towards a backend, if it is in use for that backend and protocol.
+#[inline(always)]
+pub(crate) fn snat_slot<'m, F: Family, M: Maps<F>>(
+    maps: &'m M,
+    config: &Config,
+    port: u16,
+    backend: F::Words,
+    backend_port: u16,
+    proto: u8,
+) -> Option<Read<'m, SnatSlot<F::Words>>> {
+    let entry = maps.snat(snat::index::<F>(config, port, backend, backend_port, proto))?;
+    let slot = entry.read();
+    (slot.backend == backend && slot.backend_port == backend_port && slot.proto == proto && slot.last_seen != 0)
+        .then_some((entry, slot))
+}
+
+/// Whether nobody would miss the flow; `closed_ticks`: how long after both sides' FIN.
+#[inline(always)]
+pub(super) fn is_over(timeouts: &Timeouts, state: u16, proto: u8, last_seen: u32, now: u32, closed_ticks: u32) -> bool {
+    // Another CPU may have written a later tick than the one this decision began with.
+    let idle = now.saturating_sub(last_seen);
+    let limit = if state & FLOW_RESET != 0 {
+        0
+    } else if is_closed(state) {
+        closed_ticks
+    } else {
+        timeouts.of(proto, state)
+    };
+    idle > limit
+}

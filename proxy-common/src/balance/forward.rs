@@ -1,0 +1,236 @@
+//! Packets of flows that exist, on their way to the backend.
+
+use super::{
+    Arrival, Counted, Entry, Maps, Quick, Scratch, Translation, client_key, may_be_frontend,
+    reply::snat_reply_arriving, snat_slot,
+};
+use crate::{
+    address,
+    family::Family,
+    filter,
+    layout::*,
+    packet::{ACK, FIN, RST, SYN, Tuple},
+    retry, snat,
+    timeouts::is_closed,
+};
+
+/// Epochs ([`Flow::epoch`]) without an answer after which a backend that is no endpoint any more counts as gone for good.
+const SILENT_EPOCHS: u16 = 2;
+
+/// The first half of [`arriving`](super::arriving): all there is to do for packets of open flows, and those of no Service.
+#[inline(always)]
+pub fn established<F: Family, M: Maps<F>>(maps: &M, arrival: &Arrival<F::Words>) -> Quick<F::Words> {
+    let tuple = &arrival.tuple;
+    // A reply to a translated source comes before any frontend: a SNAT port could be a frontend's too.
+    let Some(config) = maps.config() else {
+        return Quick::Pass;
+    };
+    if snat::in_range(config, tuple.dst_port)
+        && maps.filter(filter::backend::<F>(tuple.src, tuple.src_port, tuple.proto))
+    {
+        match snat_reply_arriving(maps, config, arrival) {
+            Quick::Pass => {}
+            quick => return quick,
+        }
+    }
+
+    if maps.filter(filter::service::<F>(tuple.dst)) || maps.filter(filter::node_port(tuple.dst_port)) {
+        let key = client_key::<F>(tuple);
+        // A port whose connection is over is reused in place: such a flow may wait for its first answer here as well.
+        if let Some(flow) = maps.flow(&key)
+            && !(arrival.tcp_flags & SYN != 0 && retry::is_open(flow.read().state))
+            && let Some(translation) = forward(maps, config, flow, arrival)
+        {
+            return Quick::Translate(translation);
+        }
+        if may_be_frontend::<F>(maps, tuple) {
+            return Quick::Undecided;
+        }
+    }
+    // The next step judges unknown ports and addresses.
+    if address::may_be_service::<F>(config, tuple.dst) {
+        Quick::Undecided
+    } else {
+        Quick::Pass
+    }
+}
+
+/// [`forward`], with the translation left in `scratch`.
+#[inline(always)]
+pub(crate) fn explains<F: Family, M: Maps<F>>(
+    maps: &M,
+    entry: Entry<'_, Flow<F::Words>>,
+    scratch: &mut Scratch<F::Words>,
+) -> bool {
+    let Some(config) = maps.config() else { return false };
+    match forward(maps, config, entry, &scratch.arrival) {
+        Some(translation) => {
+            scratch.translation = translation;
+            true
+        }
+        None => false,
+    }
+}
+
+/// A packet of an established flow on its way to the backend. `None`: the entry belongs to another flow, or to a
+/// connection that is over and is being opened anew.
+#[inline(always)]
+fn forward<F: Family, M: Maps<F>>(
+    maps: &M,
+    config: &Config,
+    entry: Entry<'_, Flow<F::Words>>,
+    arrival: &Arrival<F::Words>,
+) -> Option<Translation<F::Words>> {
+    let (tuple, tcp_flags) = (&arrival.tuple, arrival.tcp_flags);
+    let flow = entry.read();
+    if flow.frontend != tuple.dst || flow.frontend_port != tuple.dst_port {
+        return None;
+    }
+    // Opened anew on a port whose connection is over, or whose backend gets no new ones.
+    if tcp_flags & SYN != 0
+        && (maps.backend_flags(flow.backend_id) & BACKEND_SERVING == 0
+            || is_closed(flow.state | snat_state(maps, config, &flow, tuple.proto)))
+    {
+        return None;
+    }
+    let state = client_state(tcp_flags);
+    let passed = entry.note(maps, state);
+    if tuple.proto == TCP {
+        // Connections stay until their backend is gone for good; it is enough to ask for that once in a while.
+        if passed && maps.backend_flags(flow.backend_id) & BACKEND_GONE != 0 && is_silent(maps, entry, tuple.proto) {
+            return None;
+        }
+    } else {
+        if maps.backend_flags(flow.backend_id) & BACKEND_SERVING == 0 {
+            // Datagrams leave a backend that does not serve with the next one.
+            return None;
+        }
+        if passed && flow.state & (FLOW_ANSWERED | FLOW_CONFIRMED) == FLOW_ANSWERED {
+            entry.note(maps, FLOW_CONFIRMED);
+        }
+    }
+    if (passed || state != 0)
+        && flow.state & FLOW_SNAT != 0
+        && let Some((slot, _)) = snat_slot(
+            maps,
+            config,
+            flow.snat_port,
+            flow.backend,
+            flow.backend_port,
+            tuple.proto,
+        )
+    {
+        slot.note(maps, state);
+    }
+    Some(towards_backend(&flow, arrival))
+}
+
+#[inline(always)]
+fn client_state(tcp_flags: u8) -> u16 {
+    let mut state = 0;
+    if tcp_flags & FIN != 0 {
+        state |= FLOW_CLIENT_FIN;
+    }
+    if tcp_flags & RST != 0 {
+        state |= FLOW_RESET;
+    }
+    state
+}
+
+/// What the slot of a translated source has seen of the backend's side: replies to it do not pass by the flow.
+#[inline(always)]
+fn snat_state<F: Family, M: Maps<F>>(maps: &M, config: &Config, flow: &Flow<F::Words>, proto: u8) -> u16 {
+    if flow.state & FLOW_SNAT == 0 {
+        return 0;
+    }
+    match snat_slot(maps, config, flow.snat_port, flow.backend, flow.backend_port, proto) {
+        Some((_, slot)) => slot.state & (FLOW_BACKEND_FIN | FLOW_RESET),
+        // Another flow has the port by now.
+        None => FLOW_RESET,
+    }
+}
+
+/// Whether a backend that is no endpoint any more leaves the client without an answer. One that was only taken from behind its
+/// Service still answers, and its connections go on.
+#[inline(never)]
+pub(super) fn is_silent<F: Family, M: Maps<F>>(maps: &M, entry: Entry<'_, Flow<F::Words>>, proto: u8) -> bool {
+    let flow = entry.read();
+    // Replies to a translated source are seen in its slot only.
+    let slot = match maps.config() {
+        Some(config) if flow.state & FLOW_SNAT != 0 => {
+            snat_slot(maps, config, flow.snat_port, flow.backend, flow.backend_port, proto)
+        }
+        _ => None,
+    };
+    let state = match &slot {
+        Some((_, slot)) => slot.state,
+        None => flow.state,
+    };
+    if state & FLOW_ASKED != 0 {
+        return maps.epoch().wrapping_sub(flow.asked) >= SILENT_EPOCHS;
+    }
+    entry.ask(maps.epoch());
+    entry.note(maps, FLOW_ASKED);
+    if let Some((slot, _)) = slot {
+        slot.note(maps, FLOW_ASKED);
+    }
+    false
+}
+
+/// A packet of a flow in `new_flows` on its way to the backend: moved to `flows` once both sides have spoken.
+#[inline(always)]
+pub(super) fn unconfirmed<F: Family, M: Maps<F>>(
+    maps: &M,
+    entry: Entry<'_, Flow<F::Words>>,
+    scratch: &mut Scratch<F::Words>,
+) -> bool {
+    if !explains(maps, entry, scratch) {
+        return false;
+    }
+    let Arrival {
+        tuple: Tuple { proto, .. },
+        tcp_flags,
+        ..
+    } = scratch.arrival;
+    let confirms = proto != TCP || tcp_flags & (SYN | ACK) == ACK;
+    let flow = &mut scratch.flow;
+    entry.copy_to(flow);
+    if flow.state & FLOW_SNAT != 0
+        && let Some(config) = maps.config()
+        && let Some((entry, slot)) = snat_slot(maps, config, flow.snat_port, flow.backend, flow.backend_port, proto)
+    {
+        // Replies of a translated source are seen in its slot only.
+        flow.state |= slot.state & FLOW_ANSWERED;
+        if flow.state & FLOW_ANSWERED != 0 && confirms {
+            entry.note(maps, FLOW_CONFIRMED);
+        }
+    }
+    if flow.state & FLOW_ANSWERED != 0 && confirms {
+        flow.state |= FLOW_CONFIRMED;
+        if maps.add_flow(&scratch.key, flow) {
+            maps.remove_new_flow(&scratch.key);
+        }
+    }
+    true
+}
+
+#[inline(always)]
+pub(super) fn towards_backend<A: Copy>(flow: &Flow<A>, arrival: &Arrival<A>) -> Translation<A> {
+    let mut tuple = Tuple {
+        dst: flow.backend,
+        dst_port: flow.backend_port,
+        ..arrival.tuple
+    };
+    let local = flow.state & FLOW_LOCAL_BACKEND != 0;
+    if flow.state & FLOW_SNAT != 0 {
+        tuple.src_port = flow.snat_port;
+        if arrival.sends_on && !local {
+            tuple.src = flow.snat;
+        }
+    }
+    let counted = Counted {
+        backend: flow.backend_id,
+        reply: false,
+    };
+    Translation { tuple, local, counted }
+}

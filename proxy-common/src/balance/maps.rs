@@ -1,0 +1,81 @@
+//! What decisions ask of the maps, and of the kernel around them.
+
+use super::{Entry, Scratch};
+use crate::{event::Event, family::Family, layout::*, packet::Tuple};
+
+/// The maps, as far as decisions need them: the kernel's, or `std` ones in tests.
+pub trait Maps<F: Family> {
+    /// The node's configuration.
+    fn config(&self) -> Option<&Config>;
+    /// Whether a bit of `filter` is set.
+    fn filter(&self, bit: u32) -> bool;
+    /// Whether a bit of `clients` is set.
+    fn client(&self, bit: u32) -> bool;
+    /// Sets a bit of `clients`.
+    fn set_client(&self, bit: u32);
+    /// A frontend.
+    fn frontend(&self, key: &FrontendKey<F::Words>) -> Option<Frontend>;
+    /// A slot.
+    fn slot(&self, index: u32) -> Option<Slot<F::Words>>;
+    /// Whether node ports answer on this address.
+    fn is_node_addr(&self, addr: &F::Words) -> bool;
+    /// An entry of `affinity`.
+    fn affinity(&self, key: &AffinityKey<F::Words>) -> Option<Entry<'_, Affinity>>;
+    /// Adds to `affinity`; `false` when there is an entry by now, or the map refuses.
+    fn add_affinity(&self, key: &AffinityKey<F::Words>, value: &Affinity) -> bool;
+    /// Replaces the value of an entry of `affinity`, unless another CPU was first.
+    fn replace_affinity(&self, entry: Entry<'_, Affinity>, old: &Affinity, new: &Affinity) -> bool;
+    /// `CLOCK_MONOTONIC` in [`AFFINITY_TICK_NS`].
+    fn affinity_now(&self) -> u32;
+    /// The index of a backend's slot, if it is a member of the slots.
+    fn member(&self, key: &MemberKey) -> Option<u32>;
+    /// Whether a source is in one of a Service's `source_ranges`; the prefix is as long as can be.
+    fn in_source_ranges(&self, key: &SourceRangeKey<F::Words>) -> bool;
+    /// The `ADDRESS_*` bits of an address; 0 for one that no Service has.
+    fn address(&self, addr: &F::Words) -> u32;
+    /// The ports of a datagram in fragments.
+    fn fragment(&self, key: &FragmentKey<F::Words>) -> Option<FragmentPorts>;
+    /// Notes the ports of a datagram in fragments.
+    fn add_fragment(&self, key: &FragmentKey<F::Words>, ports: &FragmentPorts);
+    /// An entry of `flows`.
+    fn flow(&self, key: &FlowKey<F::Words>) -> Option<Entry<'_, Flow<F::Words>>>;
+    /// Adds to `flows`; `false` when the map refuses.
+    fn add_flow(&self, key: &FlowKey<F::Words>, flow: &Flow<F::Words>) -> bool;
+    /// Removes from `flows`.
+    fn remove_flow(&self, key: &FlowKey<F::Words>);
+    /// Whether few enough flows wait for an answer in `flows` that one more may.
+    fn may_wait(&self) -> bool;
+    /// Notes that one more flow waits there, or one less.
+    fn add_waiting(&self, more: i64);
+    /// An entry of `new_flows`.
+    fn new_flow(&self, key: &FlowKey<F::Words>) -> Option<Entry<'_, Flow<F::Words>>>;
+    /// Adds to `new_flows`; `false` when the map refuses.
+    fn add_new_flow(&self, key: &FlowKey<F::Words>, flow: &Flow<F::Words>) -> bool;
+    /// Removes from `new_flows`.
+    fn remove_new_flow(&self, key: &FlowKey<F::Words>);
+    /// A slot of `snat`.
+    fn snat(&self, index: u32) -> Option<Entry<'_, SnatSlot<F::Words>>>;
+    /// Sets a SNAT slot's `last_seen` from `seen` to `now`, unless another CPU was first.
+    fn claim(&self, slot: Entry<'_, SnatSlot<F::Words>>, seen: u32, now: u32) -> bool;
+    /// Whether a socket of this node would get packets of this tuple (a reply's: from the backend to the node).
+    fn socket_takes(&self, reply: &Tuple<F::Words>) -> bool;
+    /// Memory of this program run's own.
+    #[expect(clippy::mut_from_ref, reason = "per-CPU memory, asked for once in a run")]
+    fn scratch(&self) -> Option<&mut Scratch<F::Words>>;
+    /// Whether a word of `collided` has a bit set.
+    fn collided(&self, bit: u32) -> bool;
+    /// Sets a bit of `collided`.
+    fn set_collided(&self, bit: u32);
+    /// `BACKEND_*` bits.
+    fn backend_flags(&self, backend: u32) -> u16;
+    /// An entry of `backends`.
+    fn backend(&self, backend: u32) -> Option<Entry<'_, BackendState>>;
+    /// Counts a new flow of a backend, under the hook that runs.
+    fn count_flow(&self, backend: u32);
+    /// Counts an event.
+    fn count(&self, event: Event);
+    /// `CLOCK_MONOTONIC` in [`TICK_NS`], at least 1.
+    fn now(&self) -> u32;
+    /// A clock that costs next to nothing and says no more than whether time has passed: see [`Flow::epoch`].
+    fn epoch(&self) -> u16;
+}

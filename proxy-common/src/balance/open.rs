@@ -1,0 +1,177 @@
+//! A flow is opened: to the chosen backend, under a key that no live flow has.
+
+use super::{
+    From, Maps, Scratch, client_key, collided_bit, flow::is_over, forward::towards_backend, shared_key, snat_slot,
+};
+use crate::{event::Event, family::Family, filter, layout::*, packet::Tuple, retry, snat};
+
+/// Makes the flow to the chosen backend.
+#[inline(never)]
+pub(super) fn open<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
+    let Some(config) = maps.config() else { return };
+    let Scratch {
+        arrival,
+        key,
+        frontend,
+        chosen: slot,
+        flow,
+        retry,
+        over,
+        ..
+    } = scratch;
+    let tuple = &arrival.tuple;
+    let now = maps.now();
+    *flow = Flow {
+        frontend: tuple.dst,
+        backend: slot.addr,
+        snat: tuple.src,
+        frontend_port: tuple.dst_port,
+        backend_port: slot.port,
+        snat_port: tuple.src_port,
+        state: 0,
+        backend_id: slot.backend,
+        last_seen: now,
+        epoch: maps.epoch(),
+        asked: 0,
+        tried: 0,
+    };
+    if retry::is_for(tuple.proto, arrival.tcp_flags, frontend.flags) {
+        flow.state = FLOW_RETRY | retry.trial_bits();
+        flow.asked = maps.affinity_now() as u16;
+        flow.tried = retry.tried();
+    }
+    let local = slot.flags & BACKEND_LOCAL != 0;
+    if local {
+        flow.state |= FLOW_LOCAL_BACKEND;
+    }
+    if arrival.from == From::Pod {
+        flow.state |= FLOW_LOCAL_CLIENT;
+    }
+    // A pod that is its own backend would take its own address as a source for a forgery.
+    let hairpin = slot.addr == tuple.src;
+    let elsewhere = arrival.from == From::Network && !local && frontend.flags & FRONTEND_KEEP_SOURCE == 0;
+    if hairpin || elsewhere {
+        flow.snat = F::words(F::config(config).node);
+        flow.state |= FLOW_SNAT;
+    }
+
+    *key = client_key::<F>(tuple);
+    let mut held = holder(maps, &config.timeouts, key, tuple, slot, now);
+    if port_is_lent(maps, config, tuple, slot) {
+        held = Holder::Other;
+    }
+    if let Holder::Other = held {
+        *key = shared_key::<F>(tuple);
+        flow.state |= FLOW_SNAT;
+        maps.set_collided(collided_bit::<F>(tuple));
+        maps.count(Event::PortCollision);
+    }
+    over.set(u32::from(matches!(held, Holder::Over)));
+}
+
+/// Who holds the entry of a client's side.
+enum Holder {
+    Nobody,
+    /// A flow that is over, of this frontend or another: the entry can be written over.
+    Over,
+    /// A live flow to another frontend.
+    Other,
+}
+
+#[inline(always)]
+fn holder<F: Family, M: Maps<F>>(
+    maps: &M,
+    timeouts: &Timeouts,
+    key: &FlowKey<F::Words>,
+    tuple: &Tuple<F::Words>,
+    backend: &Slot<F::Words>,
+    now: u32,
+) -> Holder {
+    let entry = match maps.flow(key) {
+        Some(entry) => Some(entry),
+        None => maps.new_flow(key),
+    };
+    let Some(entry) = entry else { return Holder::Nobody };
+    let flow = entry.read();
+    let same = flow.frontend == tuple.dst && flow.frontend_port == tuple.dst_port;
+    // The same frontend: only a connection that is opened anew comes here, and the client knows what it does. Another:
+    // the backend must not take its first packet for one of the connection that was.
+    let remembered = flow.backend == backend.addr && flow.backend_port == backend.port;
+    let closed_ticks = if remembered { timeouts.time_wait } else { 0 };
+    if same || is_over(timeouts, flow.state, tuple.proto, flow.last_seen, now, closed_ticks) {
+        Holder::Over
+    } else {
+        Holder::Other
+    }
+}
+
+/// Whether the backend already sees this client's address and port: lent to another flow of the client by
+/// [`translate_source`](super::source_port::translate_source).
+#[inline(always)]
+fn port_is_lent<F: Family, M: Maps<F>>(
+    maps: &M,
+    config: &Config,
+    tuple: &Tuple<F::Words>,
+    backend: &Slot<F::Words>,
+) -> bool {
+    snat::in_range(config, tuple.src_port)
+        && match snat_slot(maps, config, tuple.src_port, backend.addr, backend.port, tuple.proto) {
+            Some((_, slot)) => {
+                slot.snat == tuple.src
+                    && (slot.client_port != tuple.src_port
+                        || slot.frontend != tuple.dst
+                        || slot.frontend_port != tuple.dst_port)
+            }
+            None => false,
+        }
+}
+
+/// Stores the chosen flow, and says where its packet goes.
+#[inline(never)]
+pub(super) fn remember<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
+    let Scratch {
+        arrival,
+        key,
+        flow,
+        translation,
+        over,
+        ..
+    } = scratch;
+    *translation = towards_backend(flow, arrival);
+    maps.count_flow(flow.backend_id);
+    let client = filter::client::<F>(arrival.tuple.src);
+    if !maps.client(client) {
+        maps.set_client(client);
+    }
+    if over.get() != 0 {
+        if let Some(entry) = maps.flow(key) {
+            let waiting = entry.read().state & FLOW_WAITING;
+            if flow.state & FLOW_SNAT == 0 {
+                flow.state |= waiting;
+                entry.write(flow);
+                return;
+            }
+            maps.remove_flow(key);
+            if waiting != 0 {
+                maps.add_waiting(-1);
+            }
+        } else if let Some(entry) = maps.new_flow(key) {
+            entry.write(flow);
+            return;
+        }
+    }
+    // Into `flows` at once, which spares the common flow one insertion and one deletion; but only so many that a flood of
+    // first packets cannot push open flows out. Replies to a translated source are not seen here.
+    if flow.state & FLOW_SNAT == 0 && maps.may_wait() {
+        flow.state |= FLOW_WAITING;
+        if maps.add_flow(key, flow) {
+            maps.add_waiting(1);
+            return;
+        }
+        flow.state &= !FLOW_WAITING;
+    }
+    if !maps.add_new_flow(key, flow) {
+        // Never drop for lack of an entry: the hash finds the same backend again.
+        maps.count(Event::ConntrackFull);
+    }
+}

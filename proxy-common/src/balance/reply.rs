@@ -1,0 +1,176 @@
+//! Replies: packets of backends, on their way to the client.
+
+use super::{Arrival, Counted, Entry, Maps, Quick, Translation, client_key, snat_slot};
+use crate::{
+    family::Family,
+    filter,
+    layout::*,
+    packet::{FIN, RST, SYN, Tuple},
+    retry, snat,
+    timeouts::is_closed,
+};
+
+/// The first half of [`leaving`](super::leaving): all there is to do but for refusals of SYNs.
+#[inline(always)]
+pub fn answering<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, tcp_flags: u8) -> Quick<F::Words> {
+    let Some(config) = maps.config() else {
+        return Quick::Pass;
+    };
+    if maps.filter(filter::backend_port(tuple.src_port)) && maps.client(filter::client::<F>(tuple.dst)) {
+        let state = reply_state(tuple.proto, tcp_flags);
+        if snat::in_range(config, tuple.dst_port)
+            && let Some((entry, slot)) = snat_slot(maps, config, tuple.dst_port, tuple.src, tuple.src_port, tuple.proto)
+            && slot.client == tuple.dst
+        {
+            if tcp_flags & (SYN | RST) != 0 && retry::is_open(slot.state) {
+                if tcp_flags & RST != 0 {
+                    return Quick::Undecided;
+                }
+                retry::answered(maps, slot.backend_id);
+            }
+            entry.note(maps, state);
+            if slot.state & FLOW_ASKED != 0 {
+                entry.clear(FLOW_ASKED);
+            }
+            let tuple = Tuple {
+                src: slot.frontend,
+                src_port: slot.frontend_port,
+                dst_port: slot.client_port,
+                ..*tuple
+            };
+            return translate(tuple, Counted::reply(slot.backend_id));
+        }
+        let key = FlowKey {
+            client: tuple.dst,
+            client_port: tuple.dst_port,
+            ..client_key::<F>(tuple)
+        };
+        match reply(maps, maps.flow(&key), tuple, state, tcp_flags) {
+            Quick::Pass => {}
+            quick => return quick,
+        }
+        match reply(maps, maps.new_flow(&key), tuple, state, tcp_flags) {
+            Quick::Pass => {}
+            quick => return quick,
+        }
+    }
+    if snat::in_range(config, tuple.src_port)
+        && maps.filter(filter::backend::<F>(tuple.dst, tuple.dst_port, tuple.proto))
+        && let Some((_, slot)) = snat_slot(maps, config, tuple.src_port, tuple.dst, tuple.dst_port, tuple.proto)
+        && slot.client == tuple.src
+        && slot.snat != tuple.src
+    {
+        let tuple = Tuple {
+            src: slot.snat,
+            ..*tuple
+        };
+        return translate(tuple, Counted::ELSEWHERE);
+    }
+    Quick::Pass
+}
+
+/// A reply, if the entry is the flow that it answers.
+#[inline(always)]
+fn reply<F: Family, M: Maps<F>>(
+    maps: &M,
+    entry: Option<Entry<'_, Flow<F::Words>>>,
+    tuple: &Tuple<F::Words>,
+    state: u16,
+    tcp_flags: u8,
+) -> Quick<F::Words> {
+    let Some(entry) = entry else { return Quick::Pass };
+    let flow = entry.read();
+    if flow.backend != tuple.src
+        || flow.backend_port != tuple.src_port
+        || flow.state & (FLOW_SNAT | FLOW_SUPERSEDED) != 0
+    {
+        return Quick::Pass;
+    }
+    if tcp_flags & SYN != 0 && is_closed(flow.state) {
+        // The client took its port anew, to dial the backend itself.
+        entry.note(maps, FLOW_SUPERSEDED);
+        return Quick::Pass;
+    }
+    if tcp_flags & (SYN | RST) != 0 && retry::is_open(flow.state) {
+        if tcp_flags & RST != 0 {
+            return Quick::Undecided;
+        }
+        retry::answered(maps, flow.backend_id);
+    }
+    entry.note(maps, state);
+    if flow.state & (FLOW_ASKED | FLOW_WAITING) != 0 {
+        entry.clear(FLOW_ASKED | FLOW_WAITING);
+        if flow.state & FLOW_WAITING != 0 {
+            maps.add_waiting(-1);
+        }
+    }
+    let tuple = Tuple {
+        src: flow.frontend,
+        src_port: flow.frontend_port,
+        ..*tuple
+    };
+    translate(tuple, Counted::reply(flow.backend_id))
+}
+
+/// A reply that comes back to the address that this node put in place of the client's.
+#[inline(always)]
+pub(super) fn snat_reply_arriving<F: Family, M: Maps<F>>(
+    maps: &M,
+    config: &Config,
+    arrival: &Arrival<F::Words>,
+) -> Quick<F::Words> {
+    let tuple = &arrival.tuple;
+    let Some((entry, slot)) = snat_slot(maps, config, tuple.dst_port, tuple.src, tuple.src_port, tuple.proto) else {
+        return Quick::Pass;
+    };
+    // A port translated under the client's own address comes back through the client's device: `leaving` does it.
+    if slot.snat != tuple.dst || slot.snat == slot.client {
+        return Quick::Pass;
+    }
+    if arrival.tcp_flags & (SYN | RST) != 0 && retry::is_open(slot.state) {
+        if arrival.tcp_flags & RST != 0 {
+            return Quick::Undecided;
+        }
+        retry::answered(maps, slot.backend_id);
+    }
+    entry.note(maps, reply_state(tuple.proto, arrival.tcp_flags));
+    if slot.state & FLOW_ASKED != 0 {
+        entry.clear(FLOW_ASKED);
+    }
+    let local = slot.state & FLOW_LOCAL_CLIENT != 0;
+    let mut tuple = Tuple {
+        dst: slot.client,
+        ..*tuple
+    };
+    let mut counted = Counted::ELSEWHERE;
+    if arrival.sends_on && !local {
+        tuple.src = slot.frontend;
+        tuple.src_port = slot.frontend_port;
+        tuple.dst_port = slot.client_port;
+        counted = Counted::reply(slot.backend_id);
+    }
+    Quick::Translate(Translation { tuple, local, counted })
+}
+
+#[inline(always)]
+fn reply_state(proto: u8, tcp_flags: u8) -> u16 {
+    let mut state = FLOW_ANSWERED;
+    if proto == TCP {
+        if tcp_flags & FIN != 0 {
+            state |= FLOW_BACKEND_FIN;
+        }
+        if tcp_flags & RST != 0 {
+            state |= FLOW_RESET;
+        }
+    }
+    state
+}
+
+#[inline(always)]
+fn translate<A: Copy>(tuple: Tuple<A>, counted: Counted) -> Quick<A> {
+    Quick::Translate(Translation {
+        tuple,
+        local: true,
+        counted,
+    })
+}
