@@ -1,130 +1,23 @@
 //! The decision on the host: the same source as in the kernel, over `std` maps.
 
-use std::{
-    cell::{Cell, RefCell},
-    collections::{HashMap, HashSet},
-    ptr::NonNull,
-};
+use std::{collections::HashSet, hash::Hash};
 
 use proptest::prelude::*;
 use shunt_common::{
-    balance::{Arrival, Entry, From, Maps, Scratch, Translation, Verdict, arriving, leaving},
+    balance::{Arrival, From, Translation, Verdict, arriving, leaving},
     event::Event,
     family::{Family, V4, V6},
-    filter,
     layout::*,
     packet::{ACK, FIN, RST, SYN, Tuple},
-    snat,
 };
+
+use crate::support::Node;
 
 #[path = "balance/retry.rs"]
 mod retry;
+mod support;
 
-type Flows<A> = RefCell<HashMap<FlowKey<A>, Box<Flow<A>>>>;
-
-/// A node: its maps, its clock, its sockets.
-struct Node<F: Family> {
-    config: Config,
-    filter: RefCell<HashSet<u32>>,
-    frontends: RefCell<HashMap<FrontendKey<F::Words>, Frontend>>,
-    slots: RefCell<Vec<Slot<F::Words>>>,
-    affinity: RefCell<HashMap<AffinityKey<F::Words>, Box<Affinity>>>,
-    members: RefCell<HashMap<MemberKey, u32>>,
-    ids: RefCell<Vec<(F::Words, u16)>>,
-    source_ranges: RefCell<HashSet<SourceRangeKey<F::Words>>>,
-    flows: Flows<F::Words>,
-    new_flows: Flows<F::Words>,
-    snat: RefCell<HashMap<u32, Box<SnatSlot<F::Words>>>>,
-    collided: RefCell<HashSet<u32>>,
-    clients: RefCell<HashSet<u32>>,
-    waiting: Cell<i64>,
-    most_waiting: Cell<i64>,
-    backends: RefCell<HashMap<u32, Box<BackendState>>>,
-    sockets: RefCell<HashSet<Tuple<F::Words>>>,
-    events: RefCell<Vec<Event>>,
-    now: Cell<u32>,
-}
-
-impl<F: Family> Node<F>
-where
-    F::Words: std::hash::Hash,
-{
-    fn new(config: Config) -> Self {
-        Self {
-            config,
-            filter: RefCell::default(),
-            frontends: RefCell::default(),
-            slots: RefCell::default(),
-            affinity: RefCell::default(),
-            members: RefCell::default(),
-            ids: RefCell::default(),
-            source_ranges: RefCell::default(),
-            flows: RefCell::default(),
-            new_flows: RefCell::default(),
-            snat: RefCell::default(),
-            collided: RefCell::default(),
-            clients: RefCell::default(),
-            waiting: Cell::default(),
-            most_waiting: Cell::default(),
-            backends: RefCell::default(),
-            sockets: RefCell::default(),
-            events: RefCell::default(),
-            now: Cell::new(1000),
-        }
-    }
-
-    fn serve(&self, addr: F::Words, port: u16, proto: u8, backends: &[(F::Words, u16, bool)]) {
-        self.serve_as(Frontend::default(), addr, port, proto, backends);
-    }
-
-    fn serve_as(&self, frontend: Frontend, addr: F::Words, port: u16, proto: u8, backends: &[(F::Words, u16, bool)]) {
-        let mut slots = self.slots.borrow_mut();
-        let mut ids = self.ids.borrow_mut();
-        let frontend = Frontend {
-            slot_base: slots.len() as u32,
-            slot_count: backends.len() as u32,
-            ..frontend
-        };
-        for &(addr, port, local) in backends {
-            let known = ids.iter().position(|&id| id == (addr, port));
-            let backend = known.unwrap_or(ids.len()) as u32;
-            if known.is_none() {
-                ids.push((addr, port));
-            }
-            let member = MemberKey {
-                slot_base: frontend.slot_base,
-                backend,
-            };
-            self.members.borrow_mut().insert(member, slots.len() as u32);
-            slots.push(Slot {
-                addr,
-                port,
-                flags: u16::from(local) * BACKEND_LOCAL,
-                backend,
-            });
-            self.filter
-                .borrow_mut()
-                .extend([filter::backend::<F>(addr, port, proto), filter::backend_port(port)]);
-        }
-        self.filter.borrow_mut().extend(if addr == F::UNSPECIFIED {
-            vec![filter::node_port(port)]
-        } else {
-            vec![filter::frontend::<F>(addr, port, proto), filter::service::<F>(addr)]
-        });
-        for scope in [SCOPE_INTERNAL, SCOPE_EXTERNAL] {
-            self.frontends.borrow_mut().insert(
-                FrontendKey {
-                    addr,
-                    port,
-                    proto,
-                    scope,
-                    reserved: 0,
-                },
-                frontend,
-            );
-        }
-    }
-
+impl<F: Family<Words: Hash>> Node<F> {
     fn arrive(&self, tuple: Tuple<F::Words>, tcp_flags: u8, from: From, sends_on: bool) -> Verdict<F::Words> {
         arriving::<F, _>(
             self,
@@ -150,145 +43,6 @@ where
             Verdict::Translate(to) => to.tuple,
             other => panic!("{tuple:?} got {other:?}"),
         }
-    }
-}
-
-fn entry<'m, T: Copy>(value: Option<&mut Box<T>>) -> Option<Entry<'m, T>> {
-    // SAFETY: boxes of the maps stay where they are until the test removes them, which no test does while it holds one.
-    value.map(|value| unsafe { Entry::new(NonNull::from(&mut **value)) })
-}
-
-impl<F: Family> Maps<F> for Node<F>
-where
-    F::Words: std::hash::Hash,
-{
-    fn config(&self) -> Option<&Config> {
-        Some(&self.config)
-    }
-    fn filter(&self, bit: u32) -> bool {
-        self.filter.borrow().contains(&bit)
-    }
-    fn frontend(&self, key: &FrontendKey<F::Words>) -> Option<Frontend> {
-        self.frontends.borrow().get(key).copied()
-    }
-    fn slot(&self, index: u32) -> Option<Slot<F::Words>> {
-        self.slots.borrow().get(index as usize).copied()
-    }
-    fn is_node_addr(&self, addr: &F::Words) -> bool {
-        F::words(F::config(&self.config).node) == *addr
-    }
-    fn affinity(&self, key: &AffinityKey<F::Words>) -> Option<Entry<'_, Affinity>> {
-        entry(self.affinity.borrow_mut().get_mut(key))
-    }
-    fn add_affinity(&self, key: &AffinityKey<F::Words>, value: &Affinity) -> bool {
-        let mut affinity = self.affinity.borrow_mut();
-        let free = !affinity.contains_key(key);
-        affinity.entry(*key).or_insert_with(|| Box::new(*value));
-        free
-    }
-    fn replace_affinity(&self, entry: Entry<'_, Affinity>, old: &Affinity, new: &Affinity) -> bool {
-        let same = entry.read() == *old;
-        if same {
-            entry.write(new);
-        }
-        same
-    }
-    fn affinity_now(&self) -> u32 {
-        (u64::from(self.now.get()) * TICK_NS / AFFINITY_TICK_NS) as u32
-    }
-    fn member(&self, key: &MemberKey) -> Option<u32> {
-        self.members.borrow().get(key).copied()
-    }
-    fn in_source_ranges(&self, key: &SourceRangeKey<F::Words>) -> bool {
-        self.source_ranges.borrow().contains(key)
-    }
-    fn address(&self, _addr: &F::Words) -> u32 {
-        0
-    }
-    fn fragment(&self, _key: &FragmentKey<F::Words>) -> Option<FragmentPorts> {
-        None
-    }
-    fn add_fragment(&self, _key: &FragmentKey<F::Words>, _ports: &FragmentPorts) {}
-    fn flow(&self, key: &FlowKey<F::Words>) -> Option<Entry<'_, Flow<F::Words>>> {
-        entry(self.flows.borrow_mut().get_mut(key))
-    }
-    fn add_flow(&self, key: &FlowKey<F::Words>, flow: &Flow<F::Words>) -> bool {
-        self.flows.borrow_mut().insert(*key, Box::new(*flow));
-        true
-    }
-    fn new_flow(&self, key: &FlowKey<F::Words>) -> Option<Entry<'_, Flow<F::Words>>> {
-        entry(self.new_flows.borrow_mut().get_mut(key))
-    }
-    fn add_new_flow(&self, key: &FlowKey<F::Words>, flow: &Flow<F::Words>) -> bool {
-        self.new_flows.borrow_mut().insert(*key, Box::new(*flow));
-        true
-    }
-    fn remove_flow(&self, key: &FlowKey<F::Words>) {
-        self.flows.borrow_mut().remove(key);
-    }
-    fn remove_new_flow(&self, key: &FlowKey<F::Words>) {
-        self.new_flows.borrow_mut().remove(key);
-    }
-    fn snat(&self, index: u32) -> Option<Entry<'_, SnatSlot<F::Words>>> {
-        if index >= snat::entries(&self.config) {
-            return None;
-        }
-        let mut slots = self.snat.borrow_mut();
-        // SAFETY: all zeros is a slot that was never used.
-        let slot = slots
-            .entry(index)
-            .or_insert_with(|| Box::new(unsafe { std::mem::zeroed() }));
-        entry(Some(slot))
-    }
-    fn claim(&self, slot: Entry<'_, SnatSlot<F::Words>>, seen: u32, now: u32) -> bool {
-        // SAFETY: one thread, a live entry.
-        unsafe {
-            let free = *slot.last_seen() == seen;
-            *slot.last_seen() = now;
-            free
-        }
-    }
-    fn socket_takes(&self, reply: &Tuple<F::Words>) -> bool {
-        self.sockets.borrow().contains(reply)
-    }
-    fn scratch(&self) -> Option<&mut Scratch<F::Words>> {
-        // SAFETY: all zeros is a value of every field. Leaked: a few hundred bytes per packet of a test.
-        Some(Box::leak(Box::new(unsafe { std::mem::zeroed() })))
-    }
-    fn collided(&self, bit: u32) -> bool {
-        self.collided.borrow().contains(&bit)
-    }
-    fn set_collided(&self, bit: u32) {
-        self.collided.borrow_mut().insert(bit);
-    }
-    fn may_wait(&self) -> bool {
-        self.waiting.get() < self.most_waiting.get()
-    }
-    fn add_waiting(&self, more: i64) {
-        self.waiting.set(self.waiting.get() + more);
-    }
-    fn client(&self, bit: u32) -> bool {
-        self.clients.borrow().contains(&bit)
-    }
-    fn set_client(&self, bit: u32) {
-        self.clients.borrow_mut().insert(bit);
-    }
-    fn count_flow(&self, _backend: u32) {}
-    fn count(&self, event: Event) {
-        self.events.borrow_mut().push(event);
-    }
-    fn now(&self) -> u32 {
-        self.now.get()
-    }
-    fn backend_flags(&self, _backend: u32) -> u16 {
-        BACKEND_SERVING
-    }
-    fn backend(&self, backend: u32) -> Option<Entry<'_, BackendState>> {
-        let mut backends = self.backends.borrow_mut();
-        entry(Some(backends.entry(backend).or_default()))
-    }
-    fn epoch(&self) -> u16 {
-        self.now.get() as u16
     }
 }
 
@@ -694,7 +448,7 @@ fn the_cluster_networks_are_internal_wherever_they_come_in() {
 /// There and back through whichever hooks: the client sees the frontend that it dialled, and the backend one sender.
 fn round_trip<F: Family>(client: F::Words, client_port: u16, frontend: F::Words, backend: F::Words, proto: u8, case: u8)
 where
-    F::Words: std::hash::Hash,
+    F::Words: Hash,
 {
     let local = case & 1 != 0;
     let from = if case & 2 != 0 { From::Pod } else { From::Network };

@@ -4,26 +4,23 @@
 //! side must see, and compares whole packets. The second throws mangled packets at the same node and checks what must hold of
 //! any packet: nothing out of bounds, no other length, and checksums exactly as right or wrong as they were.
 
-use std::{
-    cell::{Cell, RefCell, UnsafeCell},
-    collections::{HashMap, HashSet},
-    hash::Hash,
-    ptr::NonNull,
-};
+use std::{cell::UnsafeCell, collections::HashMap, hash::Hash};
 
 use proptest::{collection::vec, prelude::*, sample::Index};
 use shunt_common::{
     access::{Access, Number},
-    balance::{Arrival, Entry, From, Maps, Scratch, Verdict, arriving, leaving},
+    balance::{Arrival, From, Verdict, arriving, leaving},
     checksum::{self, Difference},
-    event::Event,
     family::{Family, V4, V6},
-    filter,
     layout::*,
     odd::{self, Fate, Place},
     packet::{self, ACK, ETHERNET, Headers, Packet, SYN, Tuple},
     snat,
 };
+
+use crate::support::Node;
+
+mod support;
 
 /// Flows that wait in `flows`: few, so that both ways are taken.
 const MOST_WAITING: i64 = 3;
@@ -78,156 +75,6 @@ impl Access for Frame {
     fn changed(&self, _difference: Difference) {}
 }
 
-type Flows<A> = RefCell<HashMap<FlowKey<A>, Box<Flow<A>>>>;
-
-/// A node's maps.
-struct Node<F: Family> {
-    config: Config,
-    filter: RefCell<HashSet<u32>>,
-    frontends: RefCell<HashMap<FrontendKey<F::Words>, Frontend>>,
-    slots: RefCell<Vec<Slot<F::Words>>>,
-    addresses: RefCell<HashMap<F::Words, u32>>,
-    fragments: RefCell<HashMap<FragmentKey<F::Words>, FragmentPorts>>,
-    flows: Flows<F::Words>,
-    new_flows: Flows<F::Words>,
-    snat: RefCell<HashMap<u32, Box<SnatSlot<F::Words>>>>,
-    collided: RefCell<HashSet<u32>>,
-    clients: RefCell<HashSet<u32>>,
-    waiting: Cell<i64>,
-    backends: RefCell<HashMap<u32, Box<BackendState>>>,
-    scratch: UnsafeCell<Scratch<F::Words>>,
-    now: Cell<u32>,
-}
-
-fn entry<'m, T: Copy>(value: Option<&mut Box<T>>) -> Option<Entry<'m, T>> {
-    // SAFETY: boxes stay where they are until they are removed, which nobody does who holds one.
-    value.map(|value| unsafe { Entry::new(NonNull::from(&mut **value)) })
-}
-
-impl<F: Family<Words: Hash>> Maps<F> for Node<F> {
-    fn config(&self) -> Option<&Config> {
-        Some(&self.config)
-    }
-    fn filter(&self, bit: u32) -> bool {
-        self.filter.borrow().contains(&bit)
-    }
-    fn frontend(&self, key: &FrontendKey<F::Words>) -> Option<Frontend> {
-        self.frontends.borrow().get(key).copied()
-    }
-    fn slot(&self, index: u32) -> Option<Slot<F::Words>> {
-        self.slots.borrow().get(index as usize).copied()
-    }
-    fn is_node_addr(&self, addr: &F::Words) -> bool {
-        F::words(F::config(&self.config).node) == *addr
-    }
-    fn address(&self, addr: &F::Words) -> u32 {
-        self.addresses.borrow().get(addr).copied().unwrap_or(0)
-    }
-    fn fragment(&self, key: &FragmentKey<F::Words>) -> Option<FragmentPorts> {
-        self.fragments.borrow().get(key).copied()
-    }
-    fn add_fragment(&self, key: &FragmentKey<F::Words>, ports: &FragmentPorts) {
-        self.fragments.borrow_mut().insert(*key, *ports);
-    }
-    fn affinity(&self, _key: &AffinityKey<F::Words>) -> Option<Entry<'_, Affinity>> {
-        None
-    }
-    fn add_affinity(&self, _key: &AffinityKey<F::Words>, _value: &Affinity) -> bool {
-        true
-    }
-    fn replace_affinity(&self, _entry: Entry<'_, Affinity>, _old: &Affinity, _new: &Affinity) -> bool {
-        true
-    }
-    fn affinity_now(&self) -> u32 {
-        1
-    }
-    fn member(&self, _key: &MemberKey) -> Option<u32> {
-        None
-    }
-    fn in_source_ranges(&self, _key: &SourceRangeKey<F::Words>) -> bool {
-        true
-    }
-    fn flow(&self, key: &FlowKey<F::Words>) -> Option<Entry<'_, Flow<F::Words>>> {
-        entry(self.flows.borrow_mut().get_mut(key))
-    }
-    fn add_flow(&self, key: &FlowKey<F::Words>, flow: &Flow<F::Words>) -> bool {
-        self.flows.borrow_mut().insert(*key, Box::new(*flow));
-        true
-    }
-    fn new_flow(&self, key: &FlowKey<F::Words>) -> Option<Entry<'_, Flow<F::Words>>> {
-        entry(self.new_flows.borrow_mut().get_mut(key))
-    }
-    fn add_new_flow(&self, key: &FlowKey<F::Words>, flow: &Flow<F::Words>) -> bool {
-        self.new_flows.borrow_mut().insert(*key, Box::new(*flow));
-        true
-    }
-    fn remove_flow(&self, key: &FlowKey<F::Words>) {
-        self.flows.borrow_mut().remove(key);
-    }
-    fn remove_new_flow(&self, key: &FlowKey<F::Words>) {
-        self.new_flows.borrow_mut().remove(key);
-    }
-    fn snat(&self, index: u32) -> Option<Entry<'_, SnatSlot<F::Words>>> {
-        if index >= snat::entries(&self.config) {
-            return None;
-        }
-        let mut slots = self.snat.borrow_mut();
-        // SAFETY: all zeros is a slot that was never used.
-        let slot = slots
-            .entry(index)
-            .or_insert_with(|| Box::new(unsafe { std::mem::zeroed() }));
-        entry(Some(slot))
-    }
-    fn claim(&self, slot: Entry<'_, SnatSlot<F::Words>>, seen: u32, now: u32) -> bool {
-        // SAFETY: one thread, a live entry.
-        unsafe {
-            let free = *slot.last_seen() == seen;
-            *slot.last_seen() = now;
-            free
-        }
-    }
-    fn socket_takes(&self, _reply: &Tuple<F::Words>) -> bool {
-        false
-    }
-    fn scratch(&self) -> Option<&mut Scratch<F::Words>> {
-        // SAFETY: one packet at a time, as on a CPU.
-        Some(unsafe { &mut *self.scratch.get() })
-    }
-    fn collided(&self, bit: u32) -> bool {
-        self.collided.borrow().contains(&bit)
-    }
-    fn set_collided(&self, bit: u32) {
-        self.collided.borrow_mut().insert(bit);
-    }
-    fn may_wait(&self) -> bool {
-        self.waiting.get() < MOST_WAITING
-    }
-    fn add_waiting(&self, more: i64) {
-        self.waiting.set(self.waiting.get() + more);
-    }
-    fn client(&self, bit: u32) -> bool {
-        self.clients.borrow().contains(&bit)
-    }
-    fn set_client(&self, bit: u32) {
-        self.clients.borrow_mut().insert(bit);
-    }
-    fn count_flow(&self, _backend: u32) {}
-    fn count(&self, _event: Event) {}
-    fn now(&self) -> u32 {
-        self.now.get()
-    }
-    fn backend_flags(&self, _backend: u32) -> u16 {
-        BACKEND_SERVING
-    }
-    fn backend(&self, backend: u32) -> Option<Entry<'_, BackendState>> {
-        let mut backends = self.backends.borrow_mut();
-        entry(Some(backends.entry(backend).or_default()))
-    }
-    fn epoch(&self) -> u16 {
-        Maps::<F>::now(self) as u16
-    }
-}
-
 /// Addresses of the test, by number: the same in both families.
 trait Addresses: Family<Words: Hash> {
     fn addr(n: u16) -> Self::Words;
@@ -277,57 +124,17 @@ fn node<F: Addresses>() -> Node<F> {
     config.v4.service_cidr_count = 1;
     config.v6.service_cidr_count = 1;
     config.flags = CONFIG_ANSWER_PING;
-    let node = Node::<F> {
-        config,
-        filter: RefCell::default(),
-        frontends: RefCell::default(),
-        slots: RefCell::default(),
-        addresses: RefCell::default(),
-        fragments: RefCell::default(),
-        flows: RefCell::default(),
-        new_flows: RefCell::default(),
-        snat: RefCell::default(),
-        collided: RefCell::default(),
-        clients: RefCell::default(),
-        waiting: Cell::default(),
-        backends: RefCell::default(),
-        // SAFETY: all zeros is a value of every field.
-        scratch: UnsafeCell::new(unsafe { std::mem::zeroed() }),
-        now: Cell::new(1000),
-    };
-    for (id, backend) in BACKENDS.enumerate() {
-        node.slots.borrow_mut().push(Slot {
-            addr: F::addr(backend),
-            port: 8080,
-            flags: (backend % 2) * BACKEND_LOCAL,
-            backend: id as u32,
-        });
-    }
+    let node = Node::<F>::new(config);
+    node.most_waiting.set(MOST_WAITING);
+    let backends: Vec<_> = BACKENDS.map(|n| (F::addr(n), 8080, n % 2 == 1)).collect();
     for n in 0..FRONTENDS {
         let addr = F::addr(SERVICES + n);
         // The last has nobody behind it.
-        let slot_count = if n + 1 == FRONTENDS { 0 } else { BACKENDS.len() as u32 };
-        let flags = ADDRESS_CLUSTER_IP | if slot_count > 0 { ADDRESS_READY } else { 0 };
+        let behind = if n + 1 == FRONTENDS { &[] } else { &backends[..] };
+        let flags = ADDRESS_CLUSTER_IP | if behind.is_empty() { 0 } else { ADDRESS_READY };
         node.addresses.borrow_mut().insert(addr, flags);
         for proto in [TCP, UDP, SCTP] {
-            let mut filter = node.filter.borrow_mut();
-            filter.extend([filter::frontend::<F>(addr, 80, proto), filter::service::<F>(addr)]);
-            filter.insert(filter::backend_port(8080));
-            filter.extend(BACKENDS.map(|n| filter::backend::<F>(F::addr(n), 8080, proto)));
-            for scope in [SCOPE_INTERNAL, SCOPE_EXTERNAL] {
-                let key = FrontendKey {
-                    addr,
-                    port: 80,
-                    proto,
-                    scope,
-                    reserved: 0,
-                };
-                let frontend = Frontend {
-                    slot_count,
-                    ..Frontend::default()
-                };
-                node.frontends.borrow_mut().insert(key, frontend);
-            }
+            node.serve(addr, 80, proto, behind);
         }
     }
     node

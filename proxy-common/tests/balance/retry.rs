@@ -1,5 +1,9 @@
 //! A SYN that is not answered, or refused, finds another backend; what was answered stays.
 
+use std::collections::HashMap;
+
+use shunt_common::balance::Maps;
+
 use super::*;
 
 /// Backends of the tests, half of them on the node.
