@@ -1,0 +1,318 @@
+//! The pinned maps with the types of [`shunt_common::layout`]: all that the agent and the command line know of the kernel.
+
+use std::{
+    fs, io,
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use shunt_common::{
+    event::Event,
+    family::{Family, V4, V6},
+    layout::{
+        Affinity, AffinityKey, BackendState, Config, FLOW_SNAT, Flow, FlowKey, Frontend, FrontendKey, MemberKey,
+        NAME_LEN, ServiceInfo, Slot, SnatSlot, SocketPeer, SourceRangeKey, Traffic, names,
+    },
+    snat,
+};
+
+use super::sys;
+
+mod error;
+mod family;
+mod pinned;
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
+mod usage;
+
+use self::pinned::open_pin;
+pub use self::{
+    error::{MapError, Result},
+    family::MapFamily,
+    pinned::{Array, Map, links_dir, maps_dir, progs_dir},
+    usage::Usage,
+};
+
+/// The settings of `shunt run` that say how large a map is, for messages.
+pub mod settings {
+    /// Entries of `frontends4`, `frontends6`, `services`, `addresses4`, `addresses6`, `source_ranges4` and `source_ranges6`.
+    pub const MAX_FRONTENDS: &str = "--max-frontends";
+    /// Entries of `slots4` and `slots6`.
+    pub const MAX_SLOTS: &str = "--max-slots";
+    /// Entries of `backends`, `members4` and `members6`.
+    pub const MAX_BACKENDS: &str = "--max-backends";
+    /// Entries of `flows4` and `flows6`.
+    pub const MAX_FLOWS: &str = "--max-flows";
+    /// Entries of `new_flows4` and `new_flows6`.
+    pub const MAX_NEW_FLOWS: &str = "--max-new-flows";
+    /// Entries of `snat4` and `snat6`.
+    pub const MAX_SNAT: &str = "--max-snat";
+    /// Entries of `affinity4` and `affinity6`.
+    pub const MAX_AFFINITY: &str = "--max-affinity";
+    /// Entries of `sockets`.
+    pub const MAX_SOCKETS: &str = "--max-sockets";
+    /// Entries of `node_addrs4` and `node_addrs6`: follows from the addresses that are admitted.
+    pub const NODEPORT_ADDRESSES: &str = "--nodeport-addresses";
+}
+
+/// A connection table of one family.
+pub type FlowMap<F> = Map<FlowKey<<F as Family>::Addr>, Flow<<F as Family>::Addr>>;
+
+/// The maps that exist once per family.
+pub struct PerFamily<F: MapFamily> {
+    /// What clients dial.
+    pub frontends: Map<FrontendKey<F::Addr>, Frontend>,
+    /// What they reach.
+    pub slots: Array<Slot<F::Addr>>,
+    /// Flows seen in both directions.
+    pub flows: FlowMap<F>,
+    /// Flows not yet answered.
+    pub new_flows: FlowMap<F>,
+    /// Owners of translated source ports.
+    pub snat: Array<SnatSlot<F::Addr>>,
+    /// Addresses that node ports answer on.
+    pub node_addrs: Map<F::Addr, u32>,
+    /// Backends that are kept for clients.
+    pub affinity: Map<AffinityKey<F::Addr>, Affinity>,
+    /// Backends among the slots of frontends with affinity, and where.
+    pub members: Map<MemberKey, u32>,
+    /// Who may dial a Service's load balancer addresses.
+    pub source_ranges: Map<SourceRangeKey<F::Addr>, u32>,
+    /// Addresses of Services, with `ADDRESS_*` bits.
+    pub addresses: Map<F::Addr, u32>,
+}
+
+impl<F: MapFamily> PerFamily<F> {
+    fn open(root: &Path) -> Result<Self> {
+        let i = F::INDEX;
+        Ok(Self {
+            frontends: Map::open(root, names::FRONTENDS[i], settings::MAX_FRONTENDS)?,
+            slots: Array::open(root, names::SLOTS[i], settings::MAX_SLOTS)?,
+            flows: Map::open(root, names::FLOWS[i], settings::MAX_FLOWS)?,
+            new_flows: Map::open(root, names::NEW_FLOWS[i], settings::MAX_NEW_FLOWS)?,
+            snat: Array::open(root, names::SNAT[i], settings::MAX_SNAT)?,
+            node_addrs: Map::open(root, names::NODE_ADDRS[i], settings::NODEPORT_ADDRESSES)?,
+            affinity: Map::open(root, names::AFFINITY[i], settings::MAX_AFFINITY)?,
+            members: Map::open(root, names::MEMBERS[i], settings::MAX_BACKENDS)?,
+            source_ranges: Map::open(root, names::SOURCE_RANGES[i], settings::MAX_FRONTENDS)?,
+            addresses: Map::open(root, names::ADDRESSES[i], settings::MAX_FRONTENDS)?,
+        })
+    }
+
+    /// Both flow maps: unanswered flows first, so that one that moves during a walk is not missed.
+    pub fn flow_maps(&self) -> [&FlowMap<F>; 2] {
+        [&self.new_flows, &self.flows]
+    }
+
+    /// Gives back the translated source port of a flow that is being deleted, unless another flow owns it by now.
+    pub fn release_snat(&self, config: &Config, key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>) {
+        if flow.state & FLOW_SNAT == 0 {
+            return;
+        }
+        let index = snat::index::<F>(
+            config,
+            flow.snat_port,
+            F::words(flow.backend),
+            flow.backend_port,
+            key.proto,
+        );
+        let Some(slot) = self.snat.get(index) else { return };
+        let owned = slot.client == key.client
+            && slot.client_port == key.client_port
+            && slot.proto == key.proto
+            && slot.frontend == flow.frontend
+            && slot.frontend_port == flow.frontend_port
+            && slot.backend == flow.backend
+            && slot.backend_port == flow.backend_port;
+        if owned {
+            self.snat.release(index, slot.last_seen);
+        }
+    }
+
+    fn writes(&self) -> u64 {
+        [
+            self.frontends.writes(),
+            self.slots.writes(),
+            self.flows.writes(),
+            self.new_flows.writes(),
+            self.snat.writes(),
+            self.node_addrs.writes(),
+            self.affinity.writes(),
+            self.members.writes(),
+            self.source_ranges.writes(),
+            self.addresses.writes(),
+        ]
+        .into_iter()
+        .sum()
+    }
+}
+
+/// All pinned maps.
+pub struct Maps {
+    /// IPv4.
+    pub v4: PerFamily<V4>,
+    /// IPv6.
+    pub v6: PerFamily<V6>,
+    /// See [`shunt_common::filter`].
+    pub filter: Array<u64>,
+    /// Backend states by id.
+    pub backends: Map<u32, BackendState>,
+    /// Services by number.
+    pub services: Map<u32, ServiceInfo>,
+    /// Flows that wait for their first answer in `flows`, per family.
+    pub waiting: Map<u32, u64>,
+    /// What connected sockets dialled, by cookie (`SO_COOKIE`).
+    pub sockets: Map<u64, SocketPeer>,
+    config: Map<u32, Config>,
+    events: OwnedFd,
+    traffic: OwnedFd,
+    cpus: usize,
+    root: PathBuf,
+}
+
+impl Maps {
+    /// Opens all maps that an agent has pinned under `bpf_root`.
+    ///
+    /// # Errors
+    /// [`MapError::NoAgent`] when there are none, and what [`Map::open`] says.
+    pub fn open(bpf_root: &Path) -> Result<Self> {
+        // A missing folder and a missing map are the same to a user: no agent got that far.
+        let dir = maps_dir(bpf_root);
+        if let Err(source) = fs::metadata(&dir) {
+            return Err(match source.kind() {
+                io::ErrorKind::PermissionDenied => MapError::Permission { path: dir, source },
+                _ => MapError::NoAgent {
+                    root: bpf_root.into(),
+                    path: dir,
+                },
+            });
+        }
+        let cpus = aya::util::nr_cpus().map_err(|(_, source)| MapError::Kernel {
+            action: "count the CPUs of",
+            map: names::EVENTS,
+            source,
+        })?;
+        Ok(Self {
+            v4: PerFamily::open(bpf_root)?,
+            v6: PerFamily::open(bpf_root)?,
+            filter: Array::open(bpf_root, names::FILTER, "")?,
+            backends: Map::open(bpf_root, names::BACKENDS, settings::MAX_BACKENDS)?,
+            services: Map::open(bpf_root, names::SERVICES, settings::MAX_FRONTENDS)?,
+            waiting: Map::open(bpf_root, names::WAITING, "")?,
+            sockets: Map::open(bpf_root, names::SOCKETS, settings::MAX_SOCKETS)?,
+            config: Map::open(bpf_root, names::CONFIG, "")?,
+            events: open_pin(bpf_root, names::EVENTS, size_of::<u32>(), size_of::<u64>())?.0,
+            traffic: open_pin(bpf_root, names::TRAFFIC, size_of::<u32>(), size_of::<Traffic>())?.0,
+            cpus,
+            root: bpf_root.into(),
+        })
+    }
+
+    /// The `--bpf-root` these were opened from.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// What the programs know of this node.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn config(&self) -> Result<Config> {
+        Ok(self.config.get(&0)?.unwrap_or_default())
+    }
+
+    /// Replaces what the programs know of this node, when it differs. Says whether it did.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn set_config(&self, config: &Config) -> Result<bool> {
+        if self.config()? == *config {
+            return Ok(false);
+        }
+        self.config.set(&0, config)?;
+        Ok(true)
+    }
+
+    /// Counters of all events since the maps were made, summed over CPUs.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn events(&self) -> Result<Vec<(Event, u64)>> {
+        Event::ALL
+            .iter()
+            .map(|&event| {
+                let per_cpu = sys::lookup_per_cpu::<u64>(self.events.as_fd(), &(event as u32), self.cpus);
+                let per_cpu = per_cpu.map_err(|source| MapError::Kernel {
+                    action: "read",
+                    map: names::EVENTS,
+                    source,
+                })?;
+                Ok((event, per_cpu.iter().sum()))
+            })
+            .collect()
+    }
+
+    /// What a backend got and sent, summed over CPUs; zeros where that is not counted.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn traffic(&self, backend: u32) -> Result<Traffic> {
+        match sys::lookup_per_cpu::<Traffic>(self.traffic.as_fd(), &backend, self.cpus) {
+            Ok(per_cpu) => Ok(per_cpu.iter().fold(Traffic::default(), |sum, one| Traffic {
+                to_packets: sum.to_packets + one.to_packets,
+                to_bytes: sum.to_bytes + one.to_bytes,
+                from_packets: sum.from_packets + one.from_packets,
+                from_bytes: sum.from_bytes + one.from_bytes,
+            })),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Traffic::default()),
+            Err(source) => Err(MapError::Kernel {
+                action: "read",
+                map: names::TRAFFIC,
+                source,
+            }),
+        }
+    }
+
+    /// Forgets what a backend got and sent.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn forget_traffic(&self, backend: u32) -> Result<()> {
+        match sys::delete(self.traffic.as_fd(), &backend) {
+            Ok(_was_there) => Ok(()),
+            Err(source) => Err(MapError::Kernel {
+                action: "delete from",
+                map: names::TRAFFIC,
+                source,
+            }),
+        }
+    }
+
+    /// Writes to all maps by this process since it opened them: what the kernel was asked to change.
+    pub fn writes(&self) -> u64 {
+        let shared = [
+            self.filter.writes(),
+            self.backends.writes(),
+            self.services.writes(),
+            self.config.writes(),
+        ];
+        let shared: u64 = shared.into_iter().sum();
+        shared + self.v4.writes() + self.v6.writes()
+    }
+}
+
+/// A name as [`ServiceInfo`] keeps it; cut to [`NAME_LEN`] − 1 bytes, which no valid name exceeds.
+pub fn name_bytes(name: &str) -> [u8; NAME_LEN] {
+    let mut bytes = [0; NAME_LEN];
+    let len = name.len().min(NAME_LEN - 1);
+    bytes[..len].copy_from_slice(&name.as_bytes()[..len]);
+    bytes
+}
+
+/// The name in a field of [`ServiceInfo`].
+pub fn name_str(bytes: &[u8; NAME_LEN]) -> String {
+    let len = bytes.iter().position(|&byte| byte == 0).unwrap_or(NAME_LEN);
+    String::from_utf8_lossy(&bytes[..len]).into_owned()
+}

@@ -1,0 +1,91 @@
+//! Real maps in a bpf root of their own, for the tests of everything above them.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use shunt_common::{
+    event::MAX_EVENTS,
+    layout::{CLIENT_WORDS, COLLIDED_WORDS, FILTER_WORDS},
+};
+
+use super::*;
+
+/// How large the maps are.
+#[derive(Clone, Copy)]
+pub(crate) struct Capacities {
+    pub(crate) frontends: u32,
+    pub(crate) slots: u32,
+    pub(crate) backends: u32,
+    pub(crate) flows: u32,
+}
+
+impl Default for Capacities {
+    fn default() -> Self {
+        Self {
+            frontends: 256,
+            slots: 4096,
+            backends: 256,
+            flows: 1024,
+        }
+    }
+}
+
+/// A bpf root that removes itself.
+pub(crate) struct Root(pub(crate) PathBuf);
+
+impl Root {
+    pub(crate) fn new(capacities: Capacities) -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let root = PathBuf::from(format!("/sys/fs/bpf/shunt-test-{}-{number}", std::process::id()));
+        fs::create_dir_all(maps_dir(&root)).expect("a bpf file system at /sys/fs/bpf and root");
+        let this = Self(root);
+        this.family::<V4>(capacities);
+        this.family::<V6>(capacities);
+        use sys::create::{ARRAY, BPF_F_NO_PREALLOC, HASH, PERCPU_ARRAY, PERCPU_HASH};
+        this.make::<u32, u64>(names::FILTER, ARRAY, FILTER_WORDS as u32, sys::BPF_F_MMAPABLE);
+        this.make::<u32, u64>(names::CLIENTS, ARRAY, CLIENT_WORDS as u32, 0);
+        this.make::<u32, u64>(names::WAITING, ARRAY, 2, 0);
+        this.make::<u32, u64>(names::COLLIDED, ARRAY, COLLIDED_WORDS as u32, 0);
+        this.make::<u32, BackendState>(names::BACKENDS, ARRAY, capacities.backends, 0);
+        this.make::<u32, ServiceInfo>(names::SERVICES, HASH, capacities.frontends, 0);
+        this.make::<u64, SocketPeer>(names::SOCKETS, HASH, 1024, 0);
+        this.make::<u32, Config>(names::CONFIG, ARRAY, 1, 0);
+        this.make::<u32, u64>(names::EVENTS, PERCPU_ARRAY, MAX_EVENTS as u32, 0);
+        this.make::<u32, Traffic>(names::TRAFFIC, PERCPU_HASH, capacities.backends, BPF_F_NO_PREALLOC);
+        this
+    }
+
+    fn family<F: MapFamily>(&self, capacities: Capacities) {
+        use sys::create::{ARRAY, BPF_F_NO_PREALLOC, HASH, LPM_TRIE, LRU_HASH};
+        let i = F::INDEX;
+        let (trie, frontends) = (names::SOURCE_RANGES[i], capacities.frontends);
+        self.make::<SourceRangeKey<F::Addr>, u32>(trie, LPM_TRIE, frontends, BPF_F_NO_PREALLOC);
+        self.make::<AffinityKey<F::Addr>, Affinity>(names::AFFINITY[i], LRU_HASH, capacities.flows, 0);
+        self.make::<MemberKey, u32>(names::MEMBERS[i], HASH, capacities.backends, BPF_F_NO_PREALLOC);
+        self.make::<FrontendKey<F::Addr>, Frontend>(names::FRONTENDS[i], HASH, capacities.frontends, 0);
+        self.make::<u32, Slot<F::Addr>>(names::SLOTS[i], ARRAY, capacities.slots, sys::BPF_F_MMAPABLE);
+        self.make::<FlowKey<F::Addr>, Flow<F::Addr>>(names::FLOWS[i], LRU_HASH, capacities.flows, 0);
+        self.make::<FlowKey<F::Addr>, Flow<F::Addr>>(names::NEW_FLOWS[i], LRU_HASH, capacities.flows, 0);
+        self.make::<u32, SnatSlot<F::Addr>>(names::SNAT[i], ARRAY, 1024, sys::BPF_F_MMAPABLE);
+        self.make::<F::Addr, u32>(names::NODE_ADDRS[i], HASH, 64, 0);
+        self.make::<F::Addr, u32>(names::ADDRESSES[i], HASH, capacities.frontends, 0);
+    }
+
+    fn make<K, V>(&self, name: &str, map_type: u32, entries: u32, flags: u32) {
+        let fd = sys::create::map(map_type, size_of::<K>(), size_of::<V>(), entries, flags).expect(name);
+        sys::create::pin(fd.as_fd(), &maps_dir(&self.0).join(name)).expect(name);
+    }
+
+    pub(crate) fn maps(&self) -> Maps {
+        Maps::open(&self.0).expect("maps just made")
+    }
+}
+
+impl Drop for Root {
+    fn drop(&mut self) {
+        // bpffs knows no recursive removal of its own, but unlinks pins like files.
+        if let Err(error) = fs::remove_dir_all(&self.0) {
+            eprintln!("cannot remove {}: {error}", self.0.display());
+        }
+    }
+}

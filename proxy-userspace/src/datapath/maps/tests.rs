@@ -1,0 +1,122 @@
+//! The pinned maps, on maps of this kernel.
+
+use std::collections::HashSet;
+
+use shunt_common::layout::{SCOPE_EXTERNAL, TCP};
+
+use super::{
+    testing::{Capacities, Root},
+    *,
+};
+
+fn key(n: u16) -> FrontendKey<[u8; 4]> {
+    FrontendKey {
+        addr: [10, 96, 0, 1],
+        port: n,
+        proto: TCP,
+        scope: SCOPE_EXTERNAL,
+        reserved: 0,
+    }
+}
+
+#[test]
+fn a_root_without_an_agent_says_what_to_do() {
+    let error = Maps::open(Path::new("/sys/fs/bpf/shunt-nobody"))
+        .err()
+        .expect("no maps there");
+    let message = error.to_string();
+    assert!(
+        message.contains("no agent has run with --bpf-root /sys/fs/bpf/shunt-nobody"),
+        "{message}"
+    );
+    assert!(!message.contains('\n'));
+}
+
+#[test]
+fn a_map_of_another_layout_is_not_touched() {
+    let root = Root::new(Capacities::default());
+    let path = maps_dir(&root.0).join(names::SERVICES);
+    fs::remove_file(&path).expect("pin");
+    let fd = sys::create::map(sys::create::HASH, 4, 8, 16, 0).expect("map");
+    sys::create::pin(fd.as_fd(), &path).expect("pin");
+    let message = Maps::open(&root.0).err().expect("wrong value size").to_string();
+    assert!(message.contains("the value's size is 8, expected 128"), "{message}");
+}
+
+#[test]
+fn what_is_written_is_walked_and_deleted_in_batches() {
+    let root = Root::new(Capacities {
+        frontends: 8192,
+        ..Default::default()
+    });
+    let map = root.maps().v4.frontends;
+    for n in 0..5000 {
+        let value = Frontend {
+            slot_base: u32::from(n),
+            ..Default::default()
+        };
+        map.set(&key(n), &value).expect("room");
+    }
+    let entries = map.entries().expect("walk");
+    assert!(
+        entries
+            .iter()
+            .all(|(key, value)| u32::from(key.port) == value.slot_base)
+    );
+    let seen: HashSet<u16> = entries.iter().map(|(key, _)| key.port).collect();
+    assert_eq!((entries.len(), seen.len()), (5000, 5000));
+
+    // Keys that are not there, first, last and in between, do not stop the deletion of the others.
+    let doomed: Vec<_> = (4000..6000).chain([7000]).chain(0..10).map(key).collect();
+    assert_eq!(map.delete_all(&doomed).expect("delete"), 1010);
+    assert_eq!(map.count(|_| true).expect("walk"), 3990);
+    assert!(!map.delete(&key(4000)).expect("delete"));
+    assert_eq!(map.get(&key(11)).expect("read").map(|f| f.slot_base), Some(11));
+}
+
+#[test]
+fn a_full_map_names_its_setting() {
+    let root = Root::new(Capacities {
+        frontends: 16,
+        ..Default::default()
+    });
+    let map = root.maps().v4.frontends;
+    let error = (0..100)
+        .find_map(|n| map.set(&key(n), &Frontend::default()).err())
+        .expect("16 entries at most");
+    assert_eq!(
+        error.to_string(),
+        "map frontends4 is full (16 entries): start the agent with a larger --max-frontends"
+    );
+}
+
+#[test]
+fn mapped_slots_and_the_kernel_see_one_memory() {
+    let root = Root::new(Capacities::default());
+    let maps = root.maps();
+    // Twelve bytes in a stride of sixteen: a wrong stride would show in the second element.
+    for index in 0..10 {
+        let slot = Slot {
+            addr: [10, 0, 0, index as u8],
+            port: 80,
+            flags: 0,
+            backend: index,
+        };
+        maps.v4.slots.set(index, slot);
+    }
+    let by_syscall: Map<u32, Slot<[u8; 4]>> = Map::open(&root.0, names::SLOTS[0], "").expect("open");
+    for index in 0..10 {
+        let slot = by_syscall.get(&index).expect("read").expect("there");
+        assert_eq!((slot.addr[3], slot.backend), (index as u8, index));
+    }
+    assert_eq!(maps.v4.slots.get(4096), None);
+    assert!(maps.filter.set_bits(7, 0b110));
+    assert!(!maps.filter.set_bits(7, 0b100));
+}
+
+#[test]
+fn names_survive_the_map() {
+    let longest = "x".repeat(63);
+    assert_eq!(name_str(&name_bytes(&longest)), longest);
+    assert_eq!(name_str(&name_bytes("")), "");
+}
