@@ -240,6 +240,67 @@ fn flows_of_a_backend_that_goes_without_xdp() {
     flows_of_a_backend_that_goes("off");
 }
 
+/// B7 for sockets that are connected to nobody, where the hook sees each datagram: it goes where the one before went while that
+/// endpoint serves, to another when it does not, and is refused when there is none. In pods and on nodes, by every kind of frontend.
+#[test]
+fn datagrams_of_a_socket_leave_a_backend_that_goes() {
+    let cluster = Cluster::start("off");
+    let mut ways = Vec::new();
+    for name in ["hooked", "node-a", "node-b"] {
+        let client = || cluster.lab.client(name, Sockets::Hooked).unwrap();
+        let node = if name == "node-b" { name } else { "node-a" };
+        let node_ips = cluster.lab.node_ips(node).unwrap();
+        let mut frontends: Vec<SocketAddr> = ["10.96.0.1", "fd96::1", "::ffff:10.96.0.1"]
+            .map(|ip| SocketAddr::new(ip.parse().unwrap(), 80))
+            .into();
+        frontends.extend(node_ips.iter().map(|ip| SocketAddr::new(*ip, NODE_PORT)));
+        if name != "hooked" {
+            frontends.push(SocketAddr::from(([127, 0, 0, 1], NODE_PORT)));
+        }
+        ways.extend(frontends.into_iter().map(|to| (client(), to)));
+    }
+    let server = |conn: &Conn| conn.ask("again").unwrap().server;
+    for (leaving, other) in [("web-b", "web-a"), ("web-a", "web-b")] {
+        cluster.endpoints(&[("web-a", ""), ("web-b", "")]);
+        wait_until("somebody is there", || {
+            ways.iter().all(|(client, to)| client.udp(*to).is_ok())
+        });
+        let open: Vec<Conn> = ways
+            .iter()
+            .map(|(client, to)| open_to(client, Proto::Udp, *to, leaving))
+            .collect();
+        let new_only_to_other = || {
+            ways.iter().all(|(client, to)| {
+                let counts = client.udp_many(*to, 16).unwrap();
+                counts.len() == 1 && counts.contains_key(other)
+            })
+        };
+        cluster.endpoints(&[(leaving, "ready: false, serving: true, terminating: true"), (other, "")]);
+        wait_until("new flows go elsewhere", new_only_to_other);
+        for conn in &open {
+            assert_eq!(server(conn), leaving, "{}", conn.peer);
+        }
+        cluster.endpoints(&[
+            (leaving, "ready: false, serving: false, terminating: true"),
+            (other, ""),
+        ]);
+        for conn in &open {
+            wait_until(&format!("{}: datagrams move on", conn.peer), || server(conn) == other);
+        }
+        cluster.endpoints(&[(leaving, "")]);
+        for (conn, (_, to)) in open.iter().zip(&ways) {
+            wait_until(&format!("{to}: and back"), || server(conn) == leaving);
+            assert_eq!(conn.ask("who").unwrap().peer, *to, "the frontend answers");
+        }
+        cluster.endpoints(&[]);
+        for conn in &open {
+            wait_until(&format!("{}: nobody left", conn.peer), || {
+                conn.ask("anybody?").is_err_and(|error| error.is_refused())
+            });
+        }
+    }
+}
+
 /// What an application with the socket notices, if it tries until then.
 fn error_within(conn: &Conn, time: Duration) -> DialError {
     let began = Instant::now();
