@@ -18,7 +18,7 @@ pub mod names {
     pub const SLOTS: [&str; 2] = ["slots4", "slots6"];
     /// `LRU_HASH` [`FlowKey`](super::FlowKey) → [`Flow`](super::Flow): flows seen in both directions.
     pub const FLOWS: [&str; 2] = ["flows4", "flows6"];
-    /// `LRU_HASH` [`FlowKey`](super::FlowKey) → [`Flow`](super::Flow): flows not yet answered (a SYN flood fills this).
+    /// `LRU_HASH` [`FlowKey`](super::FlowKey) → [`Flow`](super::Flow): flows not yet confirmed (a SYN flood fills this).
     pub const NEW_FLOWS: [&str; 2] = ["new_flows4", "new_flows6"];
     /// `ARRAY`, memory-mappable: index by port and backend → [`SnatSlot`](super::SnatSlot).
     pub const SNAT: [&str; 2] = ["snat4", "snat6"];
@@ -228,7 +228,7 @@ pub const FLOW_AGAIN: u16 = 1 << 12;
 /// [`Flow::state`]: the SYN finds out whether a silent backend answers again.
 pub const FLOW_TRIAL: u16 = 1 << 13;
 
-/// [`Flow::state`]: in `flows` from the first packet on, and counted in `waiting` until it is answered.
+/// [`Flow::state`]: in `flows` from the first packet on, and counted in `waiting` until the client has spoken after an answer.
 pub const FLOW_WAITING: u16 = 1 << 15;
 
 /// One flow: what its packets carry on either side of this node.

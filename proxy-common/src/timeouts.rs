@@ -7,7 +7,8 @@
 //! <https://docs.kernel.org/networking/nf_conntrack-sysctl.html>).
 
 use crate::layout::{
-    FLOW_ANSWERED, FLOW_BACKEND_FIN, FLOW_CLIENT_FIN, FLOW_CONFIRMED, FLOW_RESET, TCP, TICK_NS, Timeouts, UDP,
+    FLOW_ANSWERED, FLOW_BACKEND_FIN, FLOW_CLIENT_FIN, FLOW_CONFIRMED, FLOW_RESET, FLOW_SNAT, FLOW_WAITING, TCP,
+    TICK_NS, Timeouts, UDP,
 };
 
 /// Both FINs.
@@ -44,6 +45,14 @@ pub fn is_closed(state: u16) -> bool {
     state & FLOW_RESET != 0 || state & FINISHED == FINISHED
 }
 
+/// Whether only one side may be there: nobody has answered, or the client of a TCP connection has not acknowledged the answer.
+#[inline(always)]
+pub fn is_unconfirmed(proto: u8, state: u16) -> bool {
+    // Connections that were in `flows` before they were answered are noted there by the one bit, others by the other.
+    let half_open = state & FLOW_WAITING != 0 || state & (FLOW_SNAT | FLOW_CONFIRMED) == FLOW_SNAT;
+    state & FLOW_ANSWERED == 0 || (proto == TCP && half_open)
+}
+
 impl Timeouts {
     /// Ticks that a flow of this protocol in this state (`FLOW_*` bits) may be silent.
     #[inline(always)]
@@ -58,7 +67,7 @@ impl Timeouts {
                 self.udp
             };
         }
-        if state & FLOW_ANSWERED == 0 {
+        if is_unconfirmed(proto, state) {
             self.tcp_unanswered
         } else if proto != TCP {
             self.sctp_established
@@ -91,6 +100,9 @@ mod tests {
             (TCP, 0, 60),
             (TCP, FLOW_ANSWERED, 86_400),
             (TCP, FLOW_ANSWERED | FLOW_CONFIRMED, 86_400),
+            (TCP, FLOW_ANSWERED | FLOW_WAITING, 60),
+            (TCP, FLOW_ANSWERED | FLOW_SNAT, 60),
+            (TCP, FLOW_ANSWERED | FLOW_SNAT | FLOW_CONFIRMED, 86_400),
             (TCP, FLOW_ANSWERED | FLOW_CLIENT_FIN, 3600),
             (TCP, FLOW_ANSWERED | FLOW_BACKEND_FIN, 3600),
             (TCP, FLOW_ANSWERED | FINISHED, 10),

@@ -111,7 +111,7 @@ fn a_flow_is_confirmed_by_both_sides_and_then_moves() {
     assert_eq!((node.new_flows.borrow().len(), node.flows.borrow().len()), (0, 1));
 }
 
-/// Some first packets may wait for their answers where open flows are; a flood of them may not.
+/// Some first packets may wait for both sides to speak where open flows are; a flood of them may not, though it is answered.
 #[test]
 fn few_unanswered_flows_stand_among_the_open_ones() {
     let node = node(&[REMOTE]);
@@ -126,13 +126,23 @@ fn few_unanswered_flows_stand_among_the_open_ones() {
         "sent again"
     );
     assert_eq!((tables(), node.waiting.get()), ((0, 1), 1));
+    assert_eq!(node.leave(back(sent), SYN | ACK), back(dialled));
+    for flags in [SYN, RST, RST | ACK] {
+        node.translated(dialled, flags, From::Pod, false);
+        assert_eq!((tables(), node.waiting.get()), ((0, 1), 1), "answered");
+    }
+    node.flows
+        .borrow_mut()
+        .values_mut()
+        .for_each(|flow| flow.state &= !FLOW_RESET);
     for _ in 0..2 {
-        assert_eq!(node.leave(back(sent), SYN | ACK), back(dialled));
-        assert_eq!((tables(), node.waiting.get()), ((0, 1), 0), "answered once");
+        node.translated(dialled, ACK, From::Pod, false);
+        assert_eq!((tables(), node.waiting.get()), ((0, 1), 0), "confirmed once");
     }
     for n in 1..=100 {
         let dialled = to(CLIENT, 40_000 + n, ip(10, 96, 0, 1), 80);
-        node.translated(dialled, SYN, From::Pod, false);
+        let sent = node.translated(dialled, SYN, From::Pod, false).tuple;
+        assert_eq!(node.leave(back(sent), SYN | ACK), back(dialled));
     }
     assert_eq!((tables(), node.waiting.get()), ((98, 3), 2));
     // One whose source is translated is answered elsewhere.
@@ -558,6 +568,29 @@ fn the_port_that_was_closed_first_is_used_again_first() {
     for client in [1, 3, 4, 6, 8, 10, 11, 12] {
         node.translated(outsider(client, TCP), ACK, From::Network, true);
     }
+}
+
+/// L3: a flood of SYNs that the backend answers holds no source port for long.
+#[test]
+fn a_port_whose_client_never_acknowledged_is_soon_free() {
+    let node = node_with_few_ports(TCP);
+    let kept = open_from_outside(&node, 1, TCP).unwrap();
+    let half_open = |client| match node.arrive(outsider(client, TCP), SYN, From::Network, true) {
+        Verdict::Translate(to) => {
+            node.translated(back(to.tuple), SYN | ACK, From::Network, true);
+            true
+        }
+        _ => false,
+    };
+    let flood = |clients: std::ops::Range<u8>| clients.filter(|&client| half_open(client)).count();
+    assert_eq!(flood(2..20), 7);
+    assert_eq!(open_from_outside(&node, 20, TCP), None, "they may be slow");
+    node.now.set(node.now.get() + 3);
+    assert_eq!(flood(21..30), 7);
+    node.now.set(node.now.get() + 3);
+    assert!(open_from_outside(&node, 30, TCP).is_some_and(|port| port != kept));
+    let to = node.translated(outsider(1, TCP), ACK, From::Network, true).tuple;
+    assert_eq!(to.src_port, kept);
 }
 
 #[test]

@@ -138,7 +138,7 @@ pub(crate) static SOCKETS: HashMap<u64, SocketPeer, 131_072> = HashMap::new();
 #[btf_map(name = "senders")]
 pub(crate) static SENDERS: SkStorage<SocketPeers> = SkStorage::new();
 
-/// Most flows of a family that may wait for their first answer in `flows`: set when the programs are loaded.
+/// Most flows of a family that may wait in `flows` for both sides to speak: set when the programs are loaded.
 #[unsafe(no_mangle)]
 static MOST_WAITING: Global<u32> = Global::new(0);
 

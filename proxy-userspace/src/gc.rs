@@ -203,7 +203,8 @@ mod tests {
     use shunt_common::{
         family::{Family, V4, V6},
         layout::{
-            FLOW_ANSWERED, FLOW_BACKEND_FIN, FLOW_CLIENT_FIN, FLOW_RESET, FLOW_SNAT, Flow, FlowKey, SnatSlot, TCP,
+            FLOW_ANSWERED, FLOW_BACKEND_FIN, FLOW_CLIENT_FIN, FLOW_CONFIRMED, FLOW_RESET, FLOW_SNAT, Flow, FlowKey,
+            SnatSlot, TCP,
         },
     };
 
@@ -309,7 +310,7 @@ mod tests {
             maps.v4.snat.set(index.into(), slot);
             maps.v4.flows.set(&key, &flow).unwrap();
         };
-        place(1, FLOW_ANSWERED, 3000);
+        place(1, FLOW_ANSWERED | FLOW_CONFIRMED, 3000);
         place(2, closed, 50);
         place(3, closed, 60);
         place(4, FLOW_ANSWERED | FLOW_RESET, 20);

@@ -7,6 +7,7 @@ use etherparse::{
 };
 
 use shunt::datapath::maps::Maps;
+use shunt_common::layout::{Flow, FlowKey, TCP};
 
 #[path = "support/loaded.rs"]
 mod loaded;
@@ -91,50 +92,60 @@ fn segment(from: &str, from_port: u16, to: &str, to_port: u16, flags: &str) -> V
     bytes
 }
 
-/// L3: first packets without end, from everywhere, and every open flow is still there.
+/// L3: first packets without end, from everywhere, and every open flow is still there; also when the backend answers them all,
+/// as a server with SYN cookies does.
 #[test]
 fn a_flood_of_first_packets_evicts_no_open_flow() {
     const OPEN: u16 = 700;
+    const FLOOD: u16 = 4_000;
     let loaded = Loaded::new("flood");
-    for (program, leaving) in [("tc_node_in", "tc_node_out"), ("xdp_node", "tc_node_out")] {
+    let leaving = "tc_node_out";
+    for program in ["tc_node_in", "xdp_node"] {
         for v6 in [0, 1] {
             let (client, web, backend) = (CLIENT[v6], WEB[v6], BACKEND[v6]);
             let ports = 20_000..20_000 + OPEN;
-            for port in ports.clone() {
-                loaded.run(program, &segment(client, port, web, 80, "SYN"));
-                loaded.run(leaving, &segment(backend, 8080, client, port, "SYN ACK"));
-                loaded.run(program, &segment(client, port, web, 80, "ACK"));
-            }
-            for n in 0..20_000_u16 {
-                let source = match v6 {
-                    0 => format!("198.18.{}.{}", n >> 8, n & 255),
-                    _ => format!("2001:db8:18::{n:x}"),
+            for (udp, answered) in [(false, false), (false, true), (true, false), (true, true)] {
+                let case = format!("{program}, IPv{}, UDP {udp}, answered {answered}", 4 + 2 * v6);
+                for port in ports.clone() {
+                    loaded.run(program, &segment(client, port, web, 80, "SYN"));
+                    loaded.run(leaving, &segment(backend, 8080, client, port, "SYN ACK"));
+                    loaded.run(program, &segment(client, port, web, 80, "ACK"));
+                }
+                for n in 0..FLOOD {
+                    let source = match v6 {
+                        0 => format!("198.18.{}.{}", n >> 8, n & 255),
+                        _ => format!("2001:db8:18::{n:x}"),
+                    };
+                    let port = 1000 + n;
+                    let (request, answer) = if udp {
+                        let packet = |from, from_port, to, to_port| packet(from, from_port, to, to_port, true);
+                        (packet(&source, port, web, 80), packet(backend, 8080, &source, port))
+                    } else {
+                        let answer = segment(backend, 8080, &source, port, "SYN ACK");
+                        (segment(&source, port, web, 80, "SYN"), answer)
+                    };
+                    loaded.run(program, &request);
+                    if answered {
+                        let (_, out) = loaded.run(leaving, &answer);
+                        assert_ne!(out, answer, "{case}: a reply is translated");
+                    }
+                }
+                let maps = Maps::open(&loaded.root).unwrap();
+                let left: BTreeSet<u16> = match v6 {
+                    0 => tcp_ports(maps.v4.flows.entries().unwrap()),
+                    _ => tcp_ports(maps.v6.flows.entries().unwrap()),
                 };
-                loaded.run(program, &segment(&source, 1000 + n, web, 80, "SYN"));
+                let lost = ports.clone().filter(|port| !left.contains(port)).count();
+                assert_eq!(lost, 0, "{case}");
             }
-            let maps = Maps::open(&loaded.root).unwrap();
-            let left: BTreeSet<u16> = match v6 {
-                0 => maps
-                    .v4
-                    .flows
-                    .entries()
-                    .unwrap()
-                    .iter()
-                    .map(|(key, _)| key.client_port)
-                    .collect(),
-                _ => maps
-                    .v6
-                    .flows
-                    .entries()
-                    .unwrap()
-                    .iter()
-                    .map(|(key, _)| key.client_port)
-                    .collect(),
-            };
-            let lost: Vec<u16> = ports.filter(|port| !left.contains(port)).collect();
-            assert_eq!(lost, Vec::<u16>::new(), "{program}, IPv{}", 4 + 2 * v6);
         }
     }
+}
+
+/// The clients' ports of the connections among some flows.
+fn tcp_ports<A>(flows: Vec<(FlowKey<A>, Flow<A>)>) -> BTreeSet<u16> {
+    let tcp = flows.iter().filter(|(key, _)| key.proto == TCP);
+    tcp.map(|(key, _)| key.client_port).collect()
 }
 
 #[test]

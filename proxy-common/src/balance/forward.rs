@@ -95,6 +95,9 @@ fn forward<F: Family, M: Maps<F>>(
     }
     let state = client_state(tcp_flags);
     let passed = entry.note(maps, state);
+    if flow.state & (FLOW_WAITING | FLOW_ANSWERED) == FLOW_WAITING | FLOW_ANSWERED && confirms(tuple.proto, tcp_flags) {
+        confirm(maps, entry);
+    }
     if tuple.proto == TCP {
         // Connections stay until their backend is gone for good; it is enough to ask for that once in a while.
         if passed && maps.backend_flags(flow.backend_id) & BACKEND_GONE != 0 && is_silent(maps, entry, tuple.proto) {
@@ -135,6 +138,20 @@ fn client_state(tcp_flags: u8) -> u16 {
         state |= FLOW_RESET;
     }
     state
+}
+
+/// Whether a client's packet after an answer says that it is there: a SYN may come from a forged address, whose owner resets
+/// what it gets.
+#[inline(always)]
+fn confirms(proto: u8, tcp_flags: u8) -> bool {
+    proto != TCP || tcp_flags & (SYN | ACK | RST) == ACK
+}
+
+/// Both sides of a flow in `flows` have spoken: it waits no more.
+#[inline(never)]
+fn confirm<F: Family, M: Maps<F>>(maps: &M, entry: Entry<'_, Flow<F::Words>>) {
+    entry.clear(FLOW_WAITING);
+    maps.add_waiting(-1);
 }
 
 /// What the slot of a translated source has seen of the backend's side: replies to it do not pass by the flow.
@@ -192,7 +209,7 @@ pub(super) fn unconfirmed<F: Family, M: Maps<F>>(
         tcp_flags,
         ..
     } = scratch.arrival;
-    let confirms = proto != TCP || tcp_flags & (SYN | ACK) == ACK;
+    let confirms = confirms(proto, tcp_flags);
     let flow = &mut scratch.flow;
     entry.copy_to(flow);
     if flow.state & FLOW_SNAT != 0

@@ -43,7 +43,7 @@ pub trait Maps<F: Family> {
     fn add_flow(&self, key: &FlowKey<F::Words>, flow: &Flow<F::Words>) -> bool;
     /// Removes from `flows`.
     fn remove_flow(&self, key: &FlowKey<F::Words>);
-    /// Whether few enough flows wait for an answer in `flows` that one more may.
+    /// Whether few enough flows wait in `flows` for both sides to speak that one more may.
     fn may_wait(&self) -> bool;
     /// Notes that one more flow waits there, or one less.
     fn add_waiting(&self, more: i64);

@@ -98,11 +98,8 @@ fn reply<F: Family, M: Maps<F>>(
         retry::answered(maps, flow.backend_id);
     }
     entry.note(maps, state);
-    if flow.state & (FLOW_ASKED | FLOW_WAITING) != 0 {
-        entry.clear(FLOW_ASKED | FLOW_WAITING);
-        if flow.state & FLOW_WAITING != 0 {
-            maps.add_waiting(-1);
-        }
+    if flow.state & FLOW_ASKED != 0 {
+        entry.clear(FLOW_ASKED);
     }
     let tuple = Tuple {
         src: flow.frontend,

@@ -1,9 +1,16 @@
 //! The search for a source port under which the backend sees a translated flow.
 
 use super::{Maps, Opaque, Scratch, client_key};
-use crate::{family::Family, hash, layout::*, packet::Tuple, snat, timeouts::is_closed};
+use crate::{
+    family::Family,
+    hash,
+    layout::*,
+    packet::Tuple,
+    snat,
+    timeouts::{is_closed, is_unconfirmed},
+};
 
-/// Ticks ([`TICK_NS`]) after which a source port may serve another connection, when its own is closed or was never answered
+/// Ticks ([`TICK_NS`]) after which a source port may serve another connection, when its own is closed or was never confirmed
 /// and no other port is left; else the node's [`Timeouts`] say when.
 const HURRY_TICKS: u32 = 2;
 
@@ -43,7 +50,7 @@ pub(crate) struct Search {
 ///
 /// Among the ports looked at (all of a range of up to [`MAX_WHOLE`], else as many, and some more that depend on the time, so
 /// that a client's retransmission looks at others), the first is taken that is free: never used, or whose flow is over by the
-/// node's [`Timeouts`]. When there is none, that which has been closed, or has waited for a first answer, for the longest
+/// node's [`Timeouts`]. When there is none, that which has been closed, or was not confirmed, for the longest
 /// time, of [`HURRY_TICKS`] at least. Never the port of an open flow.
 #[inline(always)]
 pub(super) fn translate_source<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
@@ -225,8 +232,8 @@ fn look<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
     }
 }
 
-/// Whether nobody would miss what a slot holds; in a hurry, nobody but a client that was never answered, or a backend that has
-/// the port in TIME_WAIT. `limit` is lent.
+/// Whether nobody would miss what a slot holds; in a hurry, nobody but a client that has not completed its handshake, or a
+/// backend that has the port in TIME_WAIT. `limit` is lent.
 #[inline(always)]
 fn is_free<A: Copy>(config: &Config, slot: &SnatSlot<A>, now: u32, hurry: bool, limit: &mut Opaque) -> bool {
     let timeouts = &config.timeouts;
@@ -236,7 +243,7 @@ fn is_free<A: Copy>(config: &Config, slot: &SnatSlot<A>, now: u32, hurry: bool, 
         0
     } else if is_closed(slot.state) {
         if hurry { HURRY_TICKS } else { timeouts.time_wait }
-    } else if hurry && slot.state & FLOW_ANSWERED == 0 {
+    } else if hurry && is_unconfirmed(slot.proto, slot.state) {
         // A SYN flood must not use the range up.
         HURRY_TICKS
     } else {
