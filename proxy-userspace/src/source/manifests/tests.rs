@@ -1,5 +1,7 @@
 //! Manifests in, plans out.
 
+use std::{collections::BTreeSet, net::IpAddr};
+
 use super::*;
 use crate::{model::Model, plan::Scope};
 
