@@ -358,6 +358,65 @@ fn affinity_ends_when_the_client_is_idle_for_the_time_out() {
     assert!(changed.len() >= 9, "only these moved: {changed:?}");
 }
 
+/// P1 for a client outside, whose backend follows from its address and is the same through both nodes: it leaves a backend that
+/// goes, does not come back to it while it opens flows, and does once it has been idle for the time-out.
+fn affinity_of_outside_clients(xdp: &str) {
+    const TIME_OUT: Duration = Duration::from_secs(3);
+    let spec = format!(
+        "  sessionAffinity: ClientIP\n  sessionAffinityConfig: {{ clientIP: {{ timeoutSeconds: {} }} }}\n",
+        TIME_OUT.as_secs()
+    );
+    let all = PODS.map(|(pod, _)| pod);
+    // A Service for each family and protocol, with endpoints of its own.
+    let cases = [
+        (1, false, Proto::Tcp),
+        (2, true, Proto::Tcp),
+        (3, false, Proto::Udp),
+        (4, true, Proto::Udp),
+    ];
+    let documents = |cluster: &Cluster, without: &[String]| -> Vec<String> {
+        let of = |(i, &(number, ..)): (usize, &(u8, bool, Proto))| {
+            let left = |pod: &&str| without.get(i).is_none_or(|gone| gone != pod);
+            let pods: Vec<_> = all.into_iter().filter(left).collect();
+            cluster.documents(&format!("web{number}"), number, &spec, &ready(&pods))
+        };
+        cases.iter().enumerate().flat_map(of).collect()
+    };
+    let cluster = Cluster::start_with(xdp, &[], |cluster| documents(cluster, &[]));
+    let client = cluster.client("client");
+    let servers = || -> Vec<String> {
+        let of = |&(number, v6, proto): &(u8, bool, Proto)| {
+            let dialled = NODES.map(|node| SocketAddr::new(cluster.ip(node, v6), node_port(number)));
+            let [first, second] = dialled.map(|to| dial(&client, proto, to).server);
+            assert_eq!(first, second, "{proto} to {dialled:?}");
+            first
+        };
+        cases.iter().map(of).collect()
+    };
+    let first = servers();
+    cluster.apply(&documents(&cluster, &first));
+    let second = servers();
+    assert!(first.iter().zip(&second).all(|(first, second)| first != second));
+    cluster.apply(&documents(&cluster, &[]));
+    let began = Instant::now();
+    while began.elapsed() < 2 * TIME_OUT {
+        assert_eq!(servers(), second, "after {:?}", began.elapsed());
+        thread::sleep(TIME_OUT / 4);
+    }
+    thread::sleep(TIME_OUT);
+    assert_eq!(servers(), first);
+}
+
+#[test]
+fn affinity_of_outside_clients_ends_with_the_time_out_with_xdp() {
+    affinity_of_outside_clients("native");
+}
+
+#[test]
+fn affinity_of_outside_clients_ends_with_the_time_out_without_xdp() {
+    affinity_of_outside_clients("off");
+}
+
 /// Dials that must come to nothing: no answer, and nothing that says so.
 fn silence(client: &Client, proto: Proto, to: SocketAddr) {
     let dial = Dial {
