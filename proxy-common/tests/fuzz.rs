@@ -188,12 +188,63 @@ fn run<F: Addresses>(node: &Node<F>, frame: &[u8], place: Place) -> (Action, Vec
     (action, frame.0.into_inner())
 }
 
-/// Through the node: in and, if it passes, out.
-fn across<F: Addresses>(node: &Node<F>, frame: &[u8], from: From) -> (Action, Vec<u8>) {
-    match run(node, frame, Place::In(from)) {
+/// What the XDP program does first with what the network brings: an answer, a frame that is sent on at once, or one for tc.
+fn express<F: Addresses>(node: &Node<F>, frame: &[u8]) -> (Action, Vec<u8>, bool) {
+    let frame = Frame(UnsafeCell::new(frame.to_vec()));
+    let Some(headers) = packet::parse::<F>(&frame, ETHERNET) else {
+        return (Action::Pass, frame.0.into_inner(), false);
+    };
+    let arrival = Arrival {
+        tuple: headers.tuple,
+        tcp_flags: headers.tcp_flags,
+        from: From::Network,
+        sends_on: true,
+    };
+    let (action, sent) = match arriving(node, &arrival) {
+        Verdict::Pass => (Action::Pass, false),
+        Verdict::Drop | Verdict::Reset => (Action::Drop, false),
+        Verdict::Refuse => (Action::Refuse, false),
+        Verdict::Translate(to) => {
+            let sent = !to.local && packet::decrement_hops::<F>(&frame, headers.l3);
+            // Without hops left the kernel shall tell the sender.
+            if to.local || sent {
+                assert!(packet::update_checksum::<F>(&frame, &headers, &to.tuple));
+                assert!(packet::write_tuple::<F>(&frame, &headers, &to.tuple));
+            }
+            (Action::Pass, sent)
+        }
+    };
+    (action, frame.0.into_inner(), sent)
+}
+
+/// Through the node: in and, if it passes, out; on a network device with XDP first, which may take both steps and one hop.
+fn across<F: Addresses>(node: &Node<F>, frame: &[u8], from: From, xdp: bool) -> (Action, Vec<u8>) {
+    let mut frame = frame.to_vec();
+    if xdp && from == From::Network {
+        let (action, after, sent) = express(node, &frame);
+        if sent || action != Action::Pass {
+            return (action, after);
+        }
+        frame = after;
+    }
+    match run(node, &frame, Place::In(from)) {
         (Action::Pass, frame) => run(node, &frame, Place::Out),
         other => other,
     }
+}
+
+/// The frame with one hop less, and its header's checksum made anew.
+fn one_hop_less<F: Family>(mut frame: Vec<u8>) -> Vec<u8> {
+    if F::HEADER == 40 {
+        frame[ETHERNET + 7] -= 1;
+        return frame;
+    }
+    let header = ETHERNET..ETHERNET + usize::from(frame[ETHERNET] & 15) * 4;
+    frame[ETHERNET + 8] -= 1;
+    frame[ETHERNET + 10..ETHERNET + 12].fill(0);
+    let value = !checksum::fold(sum(&frame[header]));
+    frame[ETHERNET + 10..ETHERNET + 12].copy_from_slice(&value.to_ne_bytes());
+    frame
 }
 
 /// A packet as a sender means it.
@@ -201,6 +252,8 @@ fn across<F: Addresses>(node: &Node<F>, frame: &[u8], from: From) -> (Action, Ve
 struct Sent<A> {
     tuple: Tuple<A>,
     flags: u8,
+    /// Hop limit.
+    hops: u8,
     /// IPv4 options in words, or IPv6 extension headers by kind.
     more: Vec<u8>,
     payload: Vec<u8>,
@@ -222,7 +275,7 @@ fn addr_bytes<F: Family>(addr: F::Words) -> Vec<u8> {
 fn ip<F: Family>(
     src: F::Words,
     dst: F::Words,
-    proto: u8,
+    (proto, hops): (u8, u8),
     more: &[u8],
     mut l4: Vec<u8>,
     checksum: Option<usize>,
@@ -244,7 +297,7 @@ fn ip<F: Family>(
         let options = vec![1; more.len().min(10) * 4];
         let mut header = vec![0x45 + (options.len() / 4) as u8, 0];
         header.extend(((20 + options.len() + l4.len()) as u16).to_be_bytes());
-        header.extend([0, 7, 0x40, 0, 64, proto, 0, 0]);
+        header.extend([0, 7, 0x40, 0, hops, proto, 0, 0]);
         header.extend(src.iter().chain(&dst).chain(&options));
         let value = !checksum::fold(sum(&header));
         header[10..12].copy_from_slice(&value.to_ne_bytes());
@@ -255,7 +308,7 @@ fn ip<F: Family>(
         let extensions: Vec<u8> = next[1..].iter().flat_map(|&next| [next, 0, 0, 0, 0, 0, 0, 0]).collect();
         frame.extend([0x60, 0, 0, 0]);
         frame.extend(((extensions.len() + l4.len()) as u16).to_be_bytes());
-        frame.extend([next[0], 64]);
+        frame.extend([next[0], hops]);
         frame.extend(src.iter().chain(&dst).chain(&extensions));
     }
     frame.extend(l4);
@@ -281,7 +334,7 @@ impl<A: Copy> Sent<A> {
             6
         };
         l4.extend(&self.payload);
-        ip::<F>(src, dst, proto, &self.more, l4, Some(checksum))
+        ip::<F>(src, dst, (proto, self.hops), &self.more, l4, Some(checksum))
     }
 
     fn with(&self, tuple: Tuple<A>) -> Self
@@ -297,7 +350,7 @@ fn error<F: Family>(src: F::Words, dst: F::Words, about: &[u8]) -> Vec<u8> {
     let (proto, kind) = if F::HEADER == 20 { (1, 3) } else { (58, 2) };
     let mut l4 = vec![kind, 4, 0, 0, 0, 0, 5, 0];
     l4.extend(&about[ETHERNET..]);
-    ip::<F>(src, dst, proto, &[], l4, Some(2))
+    ip::<F>(src, dst, (proto, 64), &[], l4, Some(2))
 }
 
 fn back<A: Copy>(tuple: Tuple<A>) -> Tuple<A> {
@@ -319,6 +372,9 @@ struct Step {
     frontend_port: u16,
     udp: bool,
     pod: bool,
+    /// Whether there is XDP: each packet of a flow may find it on or off.
+    xdp: bool,
+    hops: u8,
     more: Vec<u8>,
     payload: Vec<u8>,
 }
@@ -331,20 +387,26 @@ fn step() -> impl Strategy<Value = Step> {
         0..=FRONTENDS + 1,
         frontend_port,
         any::<bool>(),
+        any::<bool>(),
+        prop_oneof![4 => Just(64u8), 1 => 0..3u8],
         vec(any::<u8>(), 0..5),
         vec(any::<u8>(), 0..40),
     )
-        .prop_map(|(client, port, frontend, frontend_port, udp, more, payload)| Step {
-            client,
-            // Some in the SNAT range, some not.
-            port: if port < 3 { 10_300 + port } else { 40_000 + port },
-            frontend,
-            frontend_port,
-            udp,
-            pod: client % 2 == 0,
-            more,
-            payload,
-        })
+        .prop_map(
+            |(client, port, frontend, frontend_port, udp, xdp, hops, more, payload)| Step {
+                client,
+                // Some in the SNAT range, some not.
+                port: if port < 3 { 10_300 + port } else { 40_000 + port },
+                frontend,
+                frontend_port,
+                udp,
+                pod: client % 2 == 0,
+                xdp,
+                hops,
+                more,
+                payload,
+            },
+        )
 }
 
 /// What each side must see, flow by flow.
@@ -367,12 +429,13 @@ fn play<F: Addresses>(steps: &[Step]) {
         let sent = Sent {
             tuple: dialled,
             flags: if flows.contains_key(&dialled) { ACK } else { SYN },
+            hops: step.hops,
             more: step.more.clone(),
             payload: step.payload.clone(),
         };
         let from = if step.pod { From::Pod } else { From::Network };
         let frame = sent.frame::<F>();
-        let (action, out) = across(&node, &frame, from);
+        let (action, out) = across(&node, &frame, from, step.xdp);
         let known = step.frontend + 1 < FRONTENDS && step.frontend_port == 80;
         if !known {
             let wanted = match step.frontend {
@@ -403,14 +466,27 @@ fn play<F: Addresses>(steps: &[Step]) {
             1,
             "{step:?}: {flows:?}"
         );
-        assert_eq!(out, sent.with(seen).frame::<F>(), "{step:?}");
+        // XDP leaves extension headers to tc, and the last hop to the kernel.
+        let express = step.xdp && step.hops > 1 && (F::HEADER == 20 || step.more.is_empty());
+        let hop = |sends_on: bool, frame| {
+            if express && sends_on {
+                one_hop_less::<F>(frame)
+            } else {
+                frame
+            }
+        };
+        assert_eq!(out, hop(translated, sent.with(seen).frame::<F>()), "{step:?}");
 
         // An error about it finds the client, and shows what it dialled.
         let backend_side = if backend % 2 == 1 { From::Pod } else { From::Network };
-        let (action, out) = across(&node, &error::<F>(F::addr(ROUTER), seen.src, &out), From::Network);
+        let about = error::<F>(F::addr(ROUTER), seen.src, &out);
+        let (action, out) = across(&node, &about, From::Network, step.xdp);
         assert_eq!(
             (action, out),
-            (Action::Pass, error::<F>(dialled.dst, dialled.src, &frame)),
+            (
+                Action::Pass,
+                error::<F>(dialled.dst, dialled.src, &hop(translated, frame))
+            ),
             "{step:?}"
         );
 
@@ -419,13 +495,14 @@ fn play<F: Addresses>(steps: &[Step]) {
             flags: SYN | ACK,
             ..sent.with(back(seen))
         };
-        let (action, shown) = across(&node, &answer.frame::<F>(), backend_side);
+        let (action, shown) = across(&node, &answer.frame::<F>(), backend_side, step.xdp);
         assert_eq!(
             (action, &shown),
-            (Action::Pass, &answer.with(back(dialled)).frame::<F>()),
+            (Action::Pass, &hop(translated, answer.with(back(dialled)).frame::<F>())),
             "{step:?}"
         );
-        let (action, out) = across(&node, &error::<F>(F::addr(ROUTER), dialled.dst, &shown), from);
+        let about = error::<F>(F::addr(ROUTER), dialled.dst, &shown);
+        let (action, out) = across(&node, &about, from, step.xdp);
         let src = if seen.src == dialled.src {
             F::addr(ROUTER)
         } else {
@@ -433,7 +510,10 @@ fn play<F: Addresses>(steps: &[Step]) {
         };
         assert_eq!(
             (action, out),
-            (Action::Pass, error::<F>(src, seen.dst, &answer.frame::<F>())),
+            (
+                Action::Pass,
+                error::<F>(src, seen.dst, &hop(translated, answer.frame::<F>()))
+            ),
             "{step:?}"
         );
     }
@@ -511,11 +591,12 @@ fn mangle<F: Addresses>(steps: &[Step], changes: &[(Index, u8)], cut: Option<Ind
         let sent = Sent {
             tuple,
             flags: SYN,
+            hops: step.hops,
             more: step.more.clone(),
             payload: step.payload.clone(),
         };
         let frame = sent.frame::<F>();
-        let (_, out) = across(&node, &frame, From::Network);
+        let (_, out) = across(&node, &frame, From::Network, false);
         let reply = sent.with(back(seen::<F>(&out))).frame::<F>();
         let about = error::<F>(F::addr(ROUTER), seen::<F>(&out).src, &out);
         for mut frame in [frame, reply, about] {
@@ -527,8 +608,11 @@ fn mangle<F: Addresses>(steps: &[Step], changes: &[(Index, u8)], cut: Option<Ind
             if let Some(cut) = cut {
                 frame.truncate(ETHERNET + F::HEADER + cut.index(frame.len() - ETHERNET - F::HEADER + 1));
             }
-            for place in [Place::In(From::Pod), Place::In(From::Network), Place::Out] {
-                let (action, out) = run(&node, &frame, place);
+            let tc = [Place::In(From::Pod), Place::In(From::Network), Place::Out];
+            let results = tc.map(|place| (Some(place), run(&node, &frame, place)));
+            let (action, out, _) = express(&node, &frame);
+            // No place: XDP.
+            for (place, (action, out)) in results.into_iter().chain([(None, (action, out))]) {
                 assert_eq!(out.len(), frame.len());
                 match action {
                     // A checksum that is cut off cannot be right; one of a first fragment covers what is not here, and is
