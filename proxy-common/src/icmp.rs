@@ -13,14 +13,15 @@ use crate::{
 
 /// Length of an ICMP or ICMPv6 error's own header.
 const ICMP: usize = 8;
-/// Most bytes that are quoted: the longest IPv4 header, and a TCP header without options.
+/// Most bytes that are quoted: the longest IPv4 header, and a TCP header without options or the start of an SCTP packet.
 const MAX_QUOTE: usize = 60 + 20;
 
 /// How many bytes of the refused packet are quoted, from its IP header on. The whole TCP header, because the kernel
-/// refuses to cut a socket buffer before a checksum that is still to be filled in.
+/// refuses to cut a socket buffer before a checksum that is still to be filled in; an SCTP INIT up to its tag, without which
+/// its sender takes the error for a forged one ([RFC 5927](https://www.rfc-editor.org/rfc/rfc5927)).
 #[inline(always)]
 pub fn quote_len<A: Copy>(headers: &Headers<A>) -> usize {
-    headers.l4 - headers.l3 + if headers.tuple.proto == TCP { 20 } else { 8 }
+    headers.l4 - headers.l3 + if headers.tuple.proto == UDP { 8 } else { 20 }
 }
 
 /// Length of the headers that go in front of the quote, after Ethernet.

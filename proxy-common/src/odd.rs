@@ -15,7 +15,7 @@ use crate::{
     family::Family,
     fragment, icmp_error,
     layout::{SCTP, TCP, UDP},
-    packet::{ETHERNET, Headers, SCTP_CHECKSUM, Tuple, checksum_offset, differences, port_word},
+    packet::{ACK, ETHERNET, FIN, Headers, RST, SCTP_CHECKSUM, SYN, Tuple, checksum_offset, differences, port_word},
 };
 
 /// Where a packet is seen.
@@ -188,18 +188,27 @@ fn read_ports<A: Copy>(packet: &impl Access, scratch: &mut Scratch<A>) -> bool {
     if packet.load::<u8>(odd.path.l4 + last).is_none() {
         return false;
     }
-    arrival.tcp_flags = 0;
-    if odd.tuple.proto == TCP {
-        let Some(flags) = packet.load::<u8>(odd.path.l4 + 13) else {
-            return false;
-        };
-        arrival.tcp_flags = flags;
-    }
+    arrival.tcp_flags = match odd.tuple.proto {
+        TCP => match packet.load::<u8>(odd.path.l4 + 13) {
+            Some(flags) => flags,
+            None => return false,
+        },
+        UDP => 0,
+        // The type of the first chunk (RFC 9260, section 3.2).
+        _ => match packet.load::<u8>(odd.path.l4 + 12) {
+            Some(1) => SYN,
+            Some(2) => SYN | ACK,
+            Some(6) => RST,
+            // SHUTDOWN, and its answer.
+            Some(7 | 8) => FIN,
+            _ => ACK,
+        },
+    };
     true
 }
 
-/// Brings an SCTP packet's checksum up to date, which covers its ports but no address. A first fragment does not say how long its datagram is: with other ports its checksum would
-/// be wrong.
+/// Brings an SCTP packet's checksum up to date, which covers its ports but no address. A first fragment does not say how long its
+/// datagram is: with other ports its checksum would be wrong.
 #[inline(never)]
 fn update_sctp<F: Family>(packet: &impl Access, path: &Path, difference: u32) -> bool {
     if difference == 0 {
@@ -218,6 +227,11 @@ fn update_sctp<F: Family>(packet: &impl Access, path: &Path, difference: u32) ->
         return false;
     };
     let length = (u32::from(u16::from_be(length)) + fixed).wrapping_sub(path.l4 - l3);
+    if sum == 0 {
+        // `CHECKSUM_PARTIAL`: the device that sends it computes it over the zero that its socket left. (A finished checksum is zero
+        // once in 2^32 packets; that packet is lost, and sent again with others.)
+        return true;
+    }
     let new = sum ^ crc32c::first_word_changed(difference, length);
     packet.changed(Difference::word32(sum, new));
     path.more == 0 && packet.store(path.l4 + SCTP_CHECKSUM as u32, new)

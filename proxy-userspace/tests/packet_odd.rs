@@ -656,11 +656,16 @@ fn options_and_extension_headers_are_stepped_over() {
 
 /// An SCTP INIT.
 fn sctp(from: (&str, u16), to: (&str, u16)) -> Vec<u8> {
+    chunk(1, from, to)
+}
+
+/// An SCTP packet with a chunk of this type.
+fn chunk(kind: u8, from: (&str, u16), to: (&str, u16)) -> Vec<u8> {
     let mut packet = [
         &from.1.to_be_bytes()[..],
         &to.1.to_be_bytes(),
         &[0; 8],
-        &[1, 0, 0, 21],
+        &[kind, 0, 0, 21],
         &[7; 17],
         &[0; 3],
     ]
@@ -716,9 +721,56 @@ fn sctp_is_translated_with_its_checksum() {
         );
         let parts = fragments(&sctp(client, (WEB[v6], 80)), v6, 21, 16);
         assert_eq!(loaded.run("tc_node_in", &parts[0]), (TC_ACT_SHOT, parts[0].clone()));
-        // Refused, and unknown.
+        // `CHECKSUM_PARTIAL` in a veth: a zero is not a checksum yet, and whoever computes it starts from zero.
+        let unfinished = |mut frame: Vec<u8>| {
+            frame[ETHERNET + IP[v6] + 8..][..4].fill(0);
+            frame
+        };
+        assert_eq!(
+            through(
+                &loaded,
+                "tc_pod_in",
+                &unfinished(sctp((CLIENT[v6], 47_300), (WEB[v6], 80)))
+            ),
+            unfinished(sctp((CLIENT[v6], 47_300), (BACKEND[v6], 8080)))
+        );
+        // Refused, and unknown: with the INIT's tag quoted, or its sender does not believe it.
         for to in [(EMPTY[v6], 80), (WEB[v6], 81)] {
-            assert_eq!(loaded.run("tc_node_in", &sctp(client, to)).0, TC_ACT_REDIRECT);
+            let init = sctp(client, to);
+            let (verdict, answer) = loaded.run("tc_node_in", &init);
+            assert_eq!(verdict, TC_ACT_REDIRECT);
+            assert_eq!(answer[ETHERNET + IP[v6] + 8..], init[ETHERNET..][..IP[v6] + 20]);
+        }
+    }
+}
+
+/// L1 and F10: an association stays with its backend when that leaves its Service; the next from the same port finds another.
+#[test]
+fn sctp_associations_stay_with_their_backend() {
+    let [data, init, init_ack, abort] = [0, 1, 2, 6];
+    for ends in [false, true] {
+        let loaded = Loaded::new(if ends { "sctp-ends" } else { "sctp-stays" });
+        let clients = [0, 1].map(|v6| (CLIENT[v6], 47_500));
+        let ask = |kind, v6: usize| through(&loaded, "tc_pod_in", &chunk(kind, clients[v6], (WEB[v6], 80)));
+        let at = |kind, v6: usize, pod: [&str; 2]| chunk(kind, clients[v6], (pod[v6], 8080));
+        for v6 in FAMILIES {
+            assert_eq!(ask(init, v6), at(init, v6, BACKEND));
+            let reply = through(
+                &loaded,
+                "tc_pod_out",
+                &chunk(init_ack, (BACKEND[v6], 8080), clients[v6]),
+            );
+            assert_eq!(reply, chunk(init_ack, (WEB[v6], 80), clients[v6]));
+            assert_eq!(ask(data, v6), at(data, v6, BACKEND));
+        }
+        loaded.serve(false);
+        for v6 in FAMILIES {
+            assert_eq!(ask(data, v6), at(data, v6, BACKEND));
+            if ends {
+                assert_eq!(ask(abort, v6), at(abort, v6, BACKEND));
+            }
+            assert_eq!(ask(init, v6), at(init, v6, REMOTE));
+            assert_eq!(ask(data, v6), at(data, v6, REMOTE));
         }
     }
 }

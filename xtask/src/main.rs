@@ -8,6 +8,7 @@ mod run;
 mod setup;
 mod shell;
 mod test;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -38,6 +39,8 @@ enum Verb {
     BenchPeer(bench::peer::Args),
     /// Formatting, lints and all tests: host, kernel and cluster. Needs root or sudo.
     Test(test::Args),
+    /// Runs tests in another kernel, one of Debian's, under QEMU: packets through all programs, and SCTP sockets.
+    Vm(vm::Args),
 }
 
 fn main() -> ExitCode {
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
         Verb::Bench(args) => bench::bench(&args),
         Verb::BenchPeer(args) => bench::peer::run(&args),
         Verb::Test(args) => test::test(&args),
+        Verb::Vm(args) => vm::vm(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -31,6 +31,16 @@ const PROGRAMS: [(&str, &str); 7] = [
     ("nsenter", "util-linux"),
 ];
 
+/// Programs that `cargo xtask vm` calls besides, which nothing else needs.
+const VM_PROGRAMS: [(&str, &str); 6] = [
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("busybox", "busybox-static"),
+    ("cpio", "cpio"),
+    ("dpkg-deb", "dpkg"),
+    ("modprobe", "kmod"),
+    ("xz", "xz-utils"),
+];
+
 /// A compiler that can build for BPF: one with the source of `core`.
 struct Toolchain {
     rustc: PathBuf,
@@ -52,7 +62,7 @@ pub(crate) fn setup() -> Result<()> {
     let mut apt = Apt::default();
     let toolchain = toolchain(&mut apt)?;
     let linker = bpf_linker(&tools, &toolchain, &mut apt)?;
-    programs(&mut apt)?;
+    programs(&PROGRAMS, "for tests and the demo", &mut apt)?;
 
     let mut text = String::from("# Written by `cargo xtask setup`, read by proxy-userspace/build.rs.\n");
     let mut set = |key: &str, value: &str| text.push_str(&format!("{key}={value}\n"));
@@ -70,6 +80,15 @@ pub(crate) fn setup() -> Result<()> {
         say("setup", format_args!("BPF programs are built by {}", toolchain.what));
     }
     Ok(())
+}
+
+/// Installs what `cargo xtask vm` needs besides [`setup`].
+///
+/// # Errors
+///
+/// With what to do, when something is missing and cannot be installed.
+pub(crate) fn vm() -> Result<()> {
+    programs(&VM_PROGRAMS, "for tests in another kernel", &mut Apt::default())
 }
 
 /// Finds a toolchain with the source of `core`, or adds that to one.
@@ -280,18 +299,18 @@ fn llvm_dev(toolchain: &Toolchain, apt: &mut Apt) -> Result<u32> {
     )))
 }
 
-fn programs(apt: &mut Apt) -> Result<()> {
-    let missing = || PROGRAMS.iter().filter(|(program, _)| which(program).is_none());
+fn programs(needed: &[(&str, &'static str)], why: &str, apt: &mut Apt) -> Result<()> {
+    let missing = || needed.iter().filter(|(program, _)| which(program).is_none());
     let mut packages: Vec<&str> = missing().map(|(_, package)| *package).collect();
     if packages.is_empty() {
         return Ok(());
     }
-    if apt.install(&packages, "for tests and the demo").is_err() {
+    if apt.install(&packages, why).is_err() {
         // Ubuntu has no package bpftool: it comes with the kernel's tools.
         for package in packages.iter_mut().filter(|package| **package == "bpftool") {
             *package = "linux-tools-generic";
         }
-        apt.install(&packages, "for tests and the demo")?;
+        apt.install(&packages, why)?;
     }
     let left: Vec<&str> = missing().map(|(program, _)| *program).collect();
     if !left.is_empty() {

@@ -171,7 +171,7 @@ fn recall<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> b
         return true;
     }
     // Another CPU may have moved the flow to `flows` since that was looked at. Chosen anew, a connection would be cut in two.
-    if scratch.arrival.tuple.proto == TCP
+    if scratch.arrival.tuple.proto != UDP
         && scratch.arrival.tcp_flags & SYN == 0
         && let Some(flow) = maps.flow(&scratch.key)
         && explains(maps, flow, scratch)

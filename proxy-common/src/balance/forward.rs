@@ -98,7 +98,7 @@ fn forward<F: Family, M: Maps<F>>(
     if flow.state & (FLOW_WAITING | FLOW_ANSWERED) == FLOW_WAITING | FLOW_ANSWERED && confirms(tuple.proto, tcp_flags) {
         confirm(maps, entry);
     }
-    if tuple.proto == TCP {
+    if tuple.proto != UDP {
         // Connections stay until their backend is gone for good; it is enough to ask for that once in a while.
         if passed && maps.backend_flags(flow.backend_id) & BACKEND_GONE != 0 && is_silent(maps, entry, tuple.proto) {
             return None;

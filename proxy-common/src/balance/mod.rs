@@ -114,7 +114,7 @@ impl Counted {
 pub struct Arrival<A> {
     /// What it carries.
     pub tuple: Tuple<A>,
-    /// TCP flags; 0 for other protocols.
+    /// TCP flags; 0 for UDP; for SCTP those that mean what its first chunk does.
     pub tcp_flags: u8,
     /// Where it came in.
     pub from: From,

@@ -152,7 +152,7 @@ pub(super) fn snat_reply_arriving<F: Family, M: Maps<F>>(
 #[inline(always)]
 fn reply_state(proto: u8, tcp_flags: u8) -> u16 {
     let mut state = FLOW_ANSWERED;
-    if proto == TCP {
+    if proto != UDP {
         if tcp_flags & FIN != 0 {
             state |= FLOW_BACKEND_FIN;
         }

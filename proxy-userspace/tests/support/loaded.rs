@@ -1,6 +1,7 @@
 //! The programs loaded over maps of a test's own, and run by `BPF_PROG_TEST_RUN`.
 
 use std::{
+    cell::RefCell,
     io,
     os::fd::{AsRawFd, BorrowedFd},
     path::PathBuf,
@@ -43,6 +44,7 @@ const TC_ACT_REDIRECT: u32 = 7;
 /// The programs in a folder of this test's own.
 pub(crate) struct Loaded {
     datapath: Datapath,
+    syncer: RefCell<Syncer>,
     /// Where everything is pinned.
     pub(crate) root: PathBuf,
 }
@@ -71,8 +73,7 @@ impl Loaded {
             count_traffic: false,
         };
         let datapath = load(&config).unwrap();
-        let loaded = Self { datapath, root };
-        let maps = Arc::new(Maps::open(&loaded.root).unwrap());
+        let maps = Arc::new(Maps::open(&root).unwrap());
         let settings = NodeSettings {
             addresses: NODE.map(|address| address.parse().unwrap()).into(),
             cluster_cidrs: Vec::new(),
@@ -85,11 +86,23 @@ impl Loaded {
             host_netns: 0,
         };
         maps.set_config(&node::config(&settings, 20_000).unwrap()).unwrap();
+        let loaded = Self {
+            datapath,
+            syncer: RefCell::new(Syncer::new(maps).unwrap()),
+            root,
+        };
+        loaded.serve(true);
+        loaded
+    }
+
+    /// Puts [`BACKEND`] behind [`WEB`], or [`REMOTE`] in its place.
+    pub(crate) fn serve(&self, local: bool) {
         let mut frontends = Vec::new();
         for v6 in [0, 1] {
             for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
                 for scope in [Scope::Internal, Scope::External] {
-                    frontends.push(frontend(WEB[v6], protocol, scope, Some((BACKEND[v6], true))));
+                    let web = if local { BACKEND } else { REMOTE };
+                    frontends.push(frontend(WEB[v6], protocol, scope, Some((web[v6], local))));
                     frontends.push(frontend(FAR[v6], protocol, scope, Some((REMOTE[v6], false))));
                     frontends.push(frontend(EMPTY[v6], protocol, scope, None));
                 }
@@ -100,8 +113,7 @@ impl Loaded {
             frontends,
             ..ServicePlan::empty(ObjectName::new("default", "web"))
         };
-        Syncer::new(maps).unwrap().apply(&plan).unwrap();
-        loaded
+        self.syncer.borrow_mut().apply(&plan).unwrap();
     }
 
     /// Runs a program once: its verdict, and the packet as it is then.

@@ -12,6 +12,8 @@ pub enum Proto {
     Tcp,
     /// UDP.
     Udp,
+    /// SCTP, one-to-one sockets (RFC 6458, section 4), where the kernel has them: see [`crate::has_sctp`].
+    Sctp,
 }
 
 impl fmt::Display for Proto {
@@ -19,6 +21,7 @@ impl fmt::Display for Proto {
         f.pad(match self {
             Self::Tcp => "TCP",
             Self::Udp => "UDP",
+            Self::Sctp => "SCTP",
         })
     }
 }

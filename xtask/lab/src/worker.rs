@@ -15,7 +15,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use socket2::{Domain, SockAddr, Socket, Type};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::protocol::{Answer, Dial, DialError, Outcome, Proto, Reply, Request, Stage};
 
@@ -123,7 +123,7 @@ fn once(proto: Proto, to: SocketAddr, dial: &Dial) -> Result<Answer, DialError> 
     let padding = "x".repeat(dial.padding);
     let mut open = Open::dial(proto, to, dial)?;
     let answer = open.ask(&format!("{ONCE} {padding}"), dial.timeout, began)?;
-    if let Open::Tcp { stream, .. } = &mut open {
+    if let Open::Stream { stream, .. } = &mut open {
         // Until the server has closed; what the answer was is known already.
         let _ = stream.read(&mut [0; 1]);
     }
@@ -132,7 +132,8 @@ fn once(proto: Proto, to: SocketAddr, dial: &Dial) -> Result<Answer, DialError> 
 
 /// An open socket of a client.
 enum Open {
-    Tcp {
+    /// TCP, or SCTP, whose one-to-one sockets take the same calls.
+    Stream {
         stream: BufReader<TcpStream>,
         local: SocketAddr,
         peer: SocketAddr,
@@ -148,26 +149,27 @@ impl Open {
     fn dial(proto: Proto, to: SocketAddr, dial: &Dial) -> Result<Self, DialError> {
         let began = Instant::now();
         let at = |stage| move |error| failure(stage, &error, began);
-        let kind = match proto {
-            Proto::Tcp => Type::STREAM,
-            Proto::Udp => Type::DGRAM,
-        };
-        let socket = Socket::new(Domain::for_address(to), kind, None).map_err(at(Stage::Bind))?;
+        let socket = socket(proto, to).map_err(at(Stage::Bind))?;
         if let Some(bind) = dial.bind {
             socket.set_reuse_address(true).map_err(at(Stage::Bind))?;
             socket.bind(&bind.into()).map_err(at(Stage::Bind))?;
         }
         match proto {
-            Proto::Tcp => {
+            Proto::Tcp | Proto::Sctp => {
+                if proto == Proto::Sctp {
+                    report_icmp(&socket, to).map_err(at(Stage::Bind))?;
+                }
                 socket
                     .connect_timeout(&to.into(), dial.timeout)
                     .map_err(at(Stage::Connect))?;
                 let stream = TcpStream::from(socket);
-                stream.set_nodelay(true).map_err(at(Stage::Connect))?;
+                if proto == Proto::Tcp {
+                    stream.set_nodelay(true).map_err(at(Stage::Connect))?;
+                }
                 let local = stream.local_addr().map_err(at(Stage::Connect))?;
                 let peer = stream.peer_addr().map_err(at(Stage::Connect))?;
                 thread::sleep(SETTLE);
-                Ok(Self::Tcp {
+                Ok(Self::Stream {
                     stream: BufReader::new(stream),
                     local,
                     peer,
@@ -190,14 +192,14 @@ impl Open {
 
     fn local(&self) -> SocketAddr {
         match self {
-            Self::Tcp { local, .. } => *local,
+            Self::Stream { local, .. } => *local,
             Self::Udp { socket, to, .. } => socket.local_addr().unwrap_or(unspecified(*to)),
         }
     }
 
     fn peer(&self) -> SocketAddr {
         match self {
-            Self::Tcp { stream, peer, .. } => stream.get_ref().peer_addr().unwrap_or(*peer),
+            Self::Stream { stream, peer, .. } => stream.get_ref().peer_addr().unwrap_or(*peer),
             Self::Udp { socket, to, .. } => socket.peer_addr().unwrap_or(*to),
         }
     }
@@ -206,7 +208,7 @@ impl Open {
     fn ask(&mut self, text: &str, timeout: Duration, began: Instant) -> Result<Answer, DialError> {
         let at = |stage| move |error| failure(stage, &error, began);
         let (answer, peer) = match self {
-            Self::Tcp { stream, .. } => {
+            Self::Stream { stream, .. } => {
                 stream
                     .get_ref()
                     .set_read_timeout(Some(timeout))
@@ -262,6 +264,26 @@ impl Open {
     }
 }
 
+/// A socket for `address`'s family alone: an SCTP association over both would tell the peer addresses that no Service translates.
+fn socket(proto: Proto, address: SocketAddr) -> io::Result<Socket> {
+    let (kind, protocol) = match proto {
+        Proto::Tcp => (Type::STREAM, Protocol::TCP),
+        Proto::Udp => (Type::DGRAM, Protocol::UDP),
+        Proto::Sctp => (Type::STREAM, Protocol::from(libc::IPPROTO_SCTP)),
+    };
+    let socket = Socket::new(Domain::for_address(address), kind, Some(protocol))?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    Ok(socket)
+}
+
+/// Whether this kernel has SCTP sockets: it is a module that small machines leave out.
+#[must_use]
+pub fn has_sctp() -> bool {
+    Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::from(libc::IPPROTO_SCTP))).is_ok()
+}
+
 fn failure(stage: Stage, error: &io::Error, began: Instant) -> DialError {
     let after = began.elapsed();
     match (error.kind(), error.raw_os_error()) {
@@ -276,7 +298,7 @@ fn failure(stage: Stage, error: &io::Error, began: Instant) -> DialError {
     }
 }
 
-/// Makes ICMP errors reach an unconnected UDP socket as errors of its calls (ip(7), `IP_RECVERR`).
+/// Makes ICMP errors reach an unconnected UDP socket, or an SCTP socket, as errors of its calls (ip(7), `IP_RECVERR`).
 fn report_icmp(socket: &Socket, to: SocketAddr) -> io::Result<()> {
     let (level, option) = match to {
         SocketAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_RECVERR),
@@ -312,16 +334,13 @@ fn serve(name: &str, listen: &[(Proto, SocketAddr)]) -> Result<()> {
     for &(proto, address) in listen {
         let cannot = || format!("{name}: cannot listen on {proto} {address}");
         match proto {
-            Proto::Tcp => {
-                let socket = Socket::new(Domain::for_address(address), Type::STREAM, None).with_context(cannot)?;
+            Proto::Tcp | Proto::Sctp => {
+                let socket = socket(proto, address).with_context(cannot)?;
                 socket.set_reuse_address(true).with_context(cannot)?;
-                if address.is_ipv6() {
-                    socket.set_only_v6(true).with_context(cannot)?;
-                }
                 socket.bind(&address.into()).with_context(cannot)?;
                 socket.listen(BACKLOG).with_context(cannot)?;
                 let (listener, name) = (TcpListener::from(socket), name.to_owned());
-                thread::spawn(move || accept(&listener, &name));
+                thread::spawn(move || accept(&listener, proto, &name));
             }
             Proto::Udp => {
                 let (socket, name) = (UdpSocket::bind(address).with_context(cannot)?, name.to_owned());
@@ -332,7 +351,7 @@ fn serve(name: &str, listen: &[(Proto, SocketAddr)]) -> Result<()> {
     Ok(())
 }
 
-fn accept(listener: &TcpListener, name: &str) {
+fn accept(listener: &TcpListener, proto: Proto, name: &str) {
     loop {
         // A client that reset its connection before it was accepted is no reason to stop.
         let Ok((stream, peer)) = listener.accept() else {
@@ -342,13 +361,15 @@ fn accept(listener: &TcpListener, name: &str) {
         // Without a thread the connection is closed, which the client sees.
         let _ = thread::Builder::new()
             .stack_size(128 * 1024)
-            .spawn(move || echo_lines(stream, peer, &name));
+            .spawn(move || echo_lines(stream, proto, peer, &name));
     }
 }
 
 /// Answers every line with the server's name, the peer and the line; speaks enough HTTP for curl.
-fn echo_lines(mut stream: TcpStream, peer: SocketAddr, name: &str) -> io::Result<()> {
-    stream.set_nodelay(true)?;
+fn echo_lines(mut stream: TcpStream, proto: Proto, peer: SocketAddr, name: &str) -> io::Result<()> {
+    if proto == Proto::Tcp {
+        stream.set_nodelay(true)?;
+    }
     let mut lines = BufReader::new(stream.try_clone()?).lines();
     while let Some(line) = lines.next() {
         let line = line?;
