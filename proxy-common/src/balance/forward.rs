@@ -144,7 +144,7 @@ fn client_state(tcp_flags: u8) -> u16 {
 /// what it gets.
 #[inline(always)]
 fn confirms(proto: u8, tcp_flags: u8) -> bool {
-    proto != TCP || tcp_flags & (SYN | ACK | RST) == ACK
+    proto == UDP || tcp_flags & (SYN | ACK | RST) == ACK
 }
 
 /// Both sides of a flow in `flows` have spoken: it waits no more.
