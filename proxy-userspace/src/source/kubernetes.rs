@@ -8,6 +8,7 @@
 use std::{
     collections::{HashMap, HashSet, hash_map::DefaultHasher},
     hash::{Hash, Hasher},
+    net::IpAddr,
     path::PathBuf,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -119,6 +120,7 @@ impl Kubernetes {
 
         let mut state = State::default();
         let mut batch = Vec::with_capacity(BATCH);
+        let mut server = connection.address();
         loop {
             let wait = state.deadline();
             tokio::select! {
@@ -140,11 +142,32 @@ impl Kubernetes {
                 followers.spawn(async move { tracing::warn!("{}", missing_node(&client, &node_name).await) });
             }
             let events = state.take_events();
+            if let Some(name) = server.and_then(|address| served_as(address, &events)) {
+                server = None;
+                tracing::warn!("{}", waits_for_itself(name));
+            }
             if !events.is_empty() && !tx.send(events).await {
                 return Ok(());
             }
         }
     }
+}
+
+/// The Service among these that has the API server's address as cluster IP.
+fn served_as(server: IpAddr, events: &[Event]) -> Option<&ObjectName> {
+    events.iter().find_map(|event| match event {
+        Event::Service(service) if service.cluster_ips.contains(&server) => Some(&service.name),
+        _ => None,
+    })
+}
+
+/// Says that the agent depends on its own work.
+fn waits_for_itself(name: &ObjectName) -> String {
+    format!(
+        "the API server's address is the cluster IP of Service {name}, which this agent serves itself: after a reboot of this node \
+         it would wait for itself; give a real address, by clientConnection.kubeconfig or KUBERNETES_SERVICE_HOST \
+         (deploy/MIGRATION.md, step 2)"
+    )
 }
 
 /// Says what Nodes there are when the own one is not.

@@ -54,6 +54,10 @@ use store::Store;
 
 /// What clients are let in with at first.
 const FIRST_TOKEN: &str = "first-token";
+/// The address of the Service `default/kubernetes` where a test makes one: real servers have it in their certificate too.
+pub const CLUSTER_IP: &str = "10.96.0.1";
+/// Where a pod finds its service account, from `/run` on.
+const SERVICE_ACCOUNT: &str = "secrets/kubernetes.io/serviceaccount";
 /// The first version; real ones do not begin with 1 either.
 const FIRST_VERSION: u64 = 1000;
 
@@ -135,8 +139,8 @@ impl ApiServer {
         address: SocketAddr,
         bind: impl Fn() -> io::Result<TcpListener> + Send + 'static,
     ) -> Result<Self> {
-        let certified = rcgen::generate_simple_self_signed(vec![address.ip().to_string(), "localhost".to_owned()])
-            .context("cannot make a certificate")?;
+        let names = [address.ip().to_string(), CLUSTER_IP.to_owned(), "localhost".to_owned()];
+        let certified = rcgen::generate_simple_self_signed(names).context("cannot make a certificate")?;
         let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(certified.signing_key.serialize_der()));
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let mut tls = rustls::ServerConfig::builder_with_provider(provider)
@@ -149,8 +153,11 @@ impl ApiServer {
 
         let folder = TempDir::new().context("cannot make a folder for the kubeconfig")?;
         let server_url = format!("https://{address}");
-        fs::write(folder.path().join("ca.crt"), certified.cert.pem())?;
-        fs::write(folder.path().join("token"), FIRST_TOKEN)?;
+        let account = folder.path().join(SERVICE_ACCOUNT);
+        fs::create_dir_all(&account)?;
+        fs::write(account.join("ca.crt"), certified.cert.pem())?;
+        fs::write(account.join("token"), FIRST_TOKEN)?;
+        fs::write(account.join("namespace"), "kube-system")?;
         fs::write(
             folder.path().join("kubeconfig"),
             format!(
@@ -158,7 +165,7 @@ impl ApiServer {
                  clusters: [{{ name: test, cluster: {{ server: '{server_url}', certificate-authority: '{0}/ca.crt' }} }}]\n\
                  users: [{{ name: test, user: {{ tokenFile: '{0}/token' }} }}]\n\
                  contexts: [{{ name: test, context: {{ cluster: test, user: test }} }}]\n",
-                folder.path().display()
+                account.display()
             ),
         )?;
 
@@ -206,6 +213,18 @@ impl ApiServer {
     #[must_use]
     pub fn kubeconfig(&self) -> PathBuf {
         self.folder.path().join("kubeconfig")
+    }
+
+    /// A folder that a pod has as `/run`: a service account, with the same certificate and token.
+    #[must_use]
+    pub fn run_folder(&self) -> PathBuf {
+        self.folder.path().to_owned()
+    }
+
+    /// The certificate that clients trust.
+    #[must_use]
+    pub fn certificate(&self) -> PathBuf {
+        self.folder.path().join(SERVICE_ACCOUNT).join("ca.crt")
     }
 
     /// Creates or replaces an object.
@@ -302,14 +321,15 @@ impl ApiServer {
         token.clone_into(&mut self.shared.lock().token);
     }
 
-    /// Writes another token into the file that the kubeconfig names, as a kubelet does before one expires.
+    /// Writes another token into the file that kubeconfig and service account have, as a kubelet does before one expires.
     ///
     /// # Errors
     /// When the file cannot be written.
     pub fn write_token(&self, token: &str) -> io::Result<()> {
-        let new = self.folder.path().join("token.new");
+        let account = self.folder.path().join(SERVICE_ACCOUNT);
+        let new = account.join("token.new");
         fs::write(&new, token)?;
-        fs::rename(new, self.folder.path().join("token"))
+        fs::rename(new, account.join("token"))
     }
 
     /// Closes the port and all connections: the server is away.

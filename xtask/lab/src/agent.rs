@@ -1,8 +1,10 @@
 //! The agent of one node, as a process in the node's namespace.
 
 use std::{
+    ffi::CString,
     fs,
     io::{BufRead, BufReader, Read},
+    net::SocketAddr,
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Output, Stdio},
@@ -12,7 +14,11 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::{
+    mount::{MountPropagationFlags, mount_bind, mount_change},
+    process::{Pid, Signal, kill_process},
+    thread::{UnshareFlags, unshare_unsafe},
+};
 
 use crate::{
     capabilities,
@@ -41,6 +47,9 @@ pub struct AgentOptions {
     pub capabilities: Option<Vec<String>>,
     /// Whether the agent has to find out the node's addresses itself; else it gets them as `--node-ip`.
     pub finds_addresses: bool,
+    /// What a kubelet gives to a pod for the API server: its address in the environment, and what the agent is to see as `/run`,
+    /// with the service account in `secrets/kubernetes.io/serviceaccount`.
+    pub pod: Option<(SocketAddr, PathBuf)>,
 }
 
 impl AgentOptions {
@@ -54,6 +63,17 @@ impl AgentOptions {
             shunt: None,
             capabilities: None,
             finds_addresses: true,
+            pod: None,
+        }
+    }
+
+    /// The same in a pod with a service account ([`Self::pod`]).
+    #[must_use]
+    pub fn in_pod(server: SocketAddr, run: &Path) -> Self {
+        Self {
+            extra: Vec::new(),
+            pod: Some((server, run.to_owned())),
+            ..Self::kubeconfig(run)
         }
     }
 
@@ -67,6 +87,7 @@ impl AgentOptions {
             shunt: None,
             capabilities: None,
             finds_addresses: false,
+            pod: None,
         }
     }
 
@@ -118,6 +139,21 @@ pub fn find_shunt() -> Result<PathBuf> {
         .context("no shunt binary: run `cargo xtask build` and set SHUNT_BIN=target/release/shunt")
 }
 
+/// Makes `command` start in a mount namespace of its own, where this folder is `/run` (and `/var/run`).
+fn mount_as_run(command: &mut Command, folder: &Path) -> Result<()> {
+    let folder = CString::new(folder.as_os_str().as_encoded_bytes()).context("a path with a zero in it")?;
+    let mount = move || {
+        // SAFETY: changes this thread's view of mounts only; it is a child's only thread, just forked.
+        unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;
+        mount_change(c"/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+        mount_bind(&folder, c"/run")?;
+        Ok(())
+    };
+    // SAFETY: between fork and exec only system calls are made, with texts that were made before.
+    unsafe { command.pre_exec(mount) };
+    Ok(())
+}
+
 /// What a running agent has printed so far.
 #[derive(Debug, Default)]
 struct Printed {
@@ -152,6 +188,7 @@ pub struct Agent {
     bpf_root: PathBuf,
     shunt: PathBuf,
     capabilities: Option<Vec<String>>,
+    pod: Option<(SocketAddr, PathBuf)>,
     args: Vec<String>,
     child: Option<Child>,
     printed: Arc<Printed>,
@@ -200,6 +237,7 @@ impl Agent {
             bpf_root,
             shunt,
             capabilities: options.capabilities.clone(),
+            pod: options.pod.clone(),
             args,
             child: None,
             printed: Arc::default(),
@@ -213,6 +251,11 @@ impl Agent {
         command.process_group(0);
         crate::client::join_cgroup(&mut command, &self.cgroup)?;
         self.ns.enter(&mut command)?;
+        if let Some((server, run)) = &self.pod {
+            command.env("KUBERNETES_SERVICE_HOST", server.ip().to_string());
+            command.env("KUBERNETES_SERVICE_PORT", server.port().to_string());
+            mount_as_run(&mut command, run)?;
+        }
         if let Some(names) = &self.capabilities {
             capabilities::keep_only(&mut command, names)?;
         }

@@ -1,6 +1,6 @@
 //! The API server's address and credentials, read again when they no longer work.
 
-use std::{path::Path, sync::PoisonError, time::Duration};
+use std::{net::IpAddr, path::Path, sync::PoisonError, time::Duration};
 
 use anyhow::{Context, anyhow};
 use http_body_util::BodyExt;
@@ -66,6 +66,26 @@ impl Connection {
         self.current.read().unwrap_or_else(PoisonError::into_inner).1.clone()
     }
 
+    /// The server's address, if it has no name.
+    pub(super) fn address(&self) -> Option<IpAddr> {
+        let server: http::Uri = self.server().parse().ok()?;
+        let host = server.host()?;
+        host.trim_start_matches('[').trim_end_matches(']').parse().ok()
+    }
+
+    /// What to do about a server that cannot be reached.
+    fn advice(&self, cause: &str) -> &'static str {
+        match (self.kubeconfig.is_some(), cause.contains("certificate")) {
+            (true, true) => "check the certificate authority in the kubeconfig",
+            (true, false) => "check that the API server runs, and its address in the kubeconfig",
+            (false, true) => "check that KUBERNETES_SERVICE_HOST stands in its certificate",
+            (false, false) => {
+                "check that the API server runs, and that KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT lead to it \
+                 without a service proxy: on a new node a cluster IP does not (deploy/MIGRATION.md, step 2)"
+            }
+        }
+    }
+
     /// Reads the credentials again: a client keeps the token of a file for a minute, certificates and addresses for ever.
     pub(super) async fn renew(&self) {
         match read(self.kubeconfig.as_deref()).await {
@@ -92,6 +112,7 @@ impl Connection {
     pub(super) async fn send(&self, request: http::Request<Vec<u8>>) -> Result<Body, Failure> {
         let unreachable = |cause: String| Failure::Unreachable {
             server: self.server(),
+            advice: self.advice(&cause),
             cause,
         };
         let client = self.client();

@@ -26,7 +26,12 @@ pub(super) enum Failure {
         retry_after: Option<Duration>,
     },
     /// No connection, or none that can be trusted.
-    Unreachable { server: String, cause: String },
+    Unreachable {
+        server: String,
+        cause: String,
+        /// What to do about it, which depends on where the address comes from.
+        advice: &'static str,
+    },
     /// A connection that worked has broken off.
     Cut(String),
     /// A connection on which nothing comes any more.
@@ -95,14 +100,9 @@ impl Failure {
                     _ => "see the API server's log".to_owned(),
                 },
             ),
-            Self::Unreachable { server, cause } => (
-                format!("{server} cannot be reached: {cause}"),
-                if cause.contains("certificate") {
-                    "check the certificate authority in the kubeconfig".to_owned()
-                } else {
-                    "check that the API server runs, and its address in the kubeconfig".to_owned()
-                },
-            ),
+            Self::Unreachable { server, cause, advice } => {
+                (format!("{server} cannot be reached: {cause}"), (*advice).to_owned())
+            }
             Self::Cut(cause) => (
                 format!("the connection broke off: {cause}"),
                 "check what lies between here and the API server".to_owned(),

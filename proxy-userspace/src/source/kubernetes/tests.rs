@@ -648,8 +648,7 @@ async fn failures_say_what_to_do() {
 async fn a_foreign_certificate_is_named() {
     let (server, other) = (server(), server());
     // The other's authority.
-    let ca = |server: &ApiServer| server.kubeconfig().with_file_name("ca.crt");
-    std::fs::copy(ca(&other), ca(&server)).unwrap();
+    std::fs::copy(other.certificate(), server.certificate()).unwrap();
     let connection = Connection::new(Some(&server.kubeconfig()), Metrics::default())
         .await
         .unwrap();
