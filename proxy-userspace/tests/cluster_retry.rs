@@ -170,24 +170,24 @@ fn dial(client: &Client, to: SocketAddr) -> Result<Answer, shunt_lab::DialError>
 }
 
 /// One backend fails in whatever way: no client fails, and one at most waits for it.
-fn clients_find_another_backend(xdp: &str) {
+fn clients_find_another_backend(xdp: &str, bad: &str) {
     let cluster = Cluster::start(xdp);
     for (client, to) in &cluster.ways(1) {
-        let case = |mood: Mood| format!("{mood:?}: {to} from {}", client.name());
+        let case = |mood: Mood| format!("{bad} {mood:?}: {to} from {}", client.name());
         for (mood, slowest) in [(Mood::Silent, 2), (Mood::Resets, 1), (Mood::Unreachable, 1)] {
             let open = loop {
                 let conn = client.open(Proto::Tcp, *to, &Dial::default()).unwrap();
-                if conn.ask("first").unwrap().server == BAD {
+                if conn.ask("first").unwrap().server == bad {
                     break conn;
                 }
             };
             let retries = cluster.events("retry");
             let held = cluster.events("refusal_held");
-            cluster.set(BAD, mood);
+            cluster.set(bad, mood);
             let mut waited = None;
             for _ in 0..64 {
                 let answer = dial(client, *to).unwrap_or_else(|error| panic!("{}: {error}", case(mood)));
-                assert_ne!(answer.server, BAD);
+                assert_ne!(answer.server, bad);
                 assert_eq!(answer.peer, *to);
                 if answer.latency >= RETRANSMISSION / 2 {
                     waited = Some(answer.latency);
@@ -201,7 +201,7 @@ fn clients_find_another_backend(xdp: &str) {
                 "{}: {waited:?}",
                 case(mood)
             );
-            let silent = &cluster.row("web", BAD, to.is_ipv6())["silent"];
+            let silent = &cluster.row("web", bad, to.is_ipv6())["silent"];
             assert_eq!(silent["failures"], 1, "{}", case(mood));
             let remaining = Duration::from_millis(silent["remainingMs"].as_u64().unwrap());
             assert!(remaining > Duration::ZERO && remaining <= SILENCE, "{remaining:?}");
@@ -214,7 +214,7 @@ fn clients_find_another_backend(xdp: &str) {
             assert_eq!(cluster.events("refusal_held"), held + refused, "{}", case(mood));
             assert_eq!(
                 open.ask("still there?").unwrap().server,
-                BAD,
+                bad,
                 "an open connection stays"
             );
             cluster.heal(client, *to);
@@ -228,12 +228,18 @@ fn clients_find_another_backend(xdp: &str) {
 
 #[test]
 fn clients_find_another_backend_with_xdp() {
-    clients_find_another_backend("native");
+    clients_find_another_backend("native", BAD);
 }
 
 #[test]
 fn clients_find_another_backend_without_xdp() {
-    clients_find_another_backend("off");
+    clients_find_another_backend("off", BAD);
+}
+
+/// Its refusals leave by the device that the client's packets came in through, and no source is translated.
+#[test]
+fn clients_find_another_backend_than_one_on_their_node() {
+    clients_find_another_backend("native", "web-a");
 }
 
 /// When all refuse, the first client has tried them all, and the next one hears it at once.
