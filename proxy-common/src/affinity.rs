@@ -57,7 +57,7 @@ pub fn slot_index<F: Family, M: Maps<F>>(
 
 /// Keeps another backend for a client from now on.
 #[inline(always)]
-pub(crate) fn replace<F: Family, M: Maps<F>>(maps: &M, key: &AffinityKey<F::Words>, backend: u32) {
+pub fn replace<F: Family, M: Maps<F>>(maps: &M, key: &AffinityKey<F::Words>, backend: u32) {
     let new = Affinity {
         last_used: maps.affinity_now(),
         backend,

@@ -383,6 +383,41 @@ fn other<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>, any: 
     true
 }
 
+/// For a connection of a socket, which nobody could move later: the slot at `index`, or another one while its backend is silent and
+/// that one's is not. A silence ends without a trial here: no answer would be seen.
+#[inline(never)]
+pub fn socket_slot<F: Family, M: Maps<F>>(maps: &M, frontend: &Frontend, index: u32, choice: u32) -> u32 {
+    let now = maps.affinity_now();
+    if !is_silent_at(maps, index, now) {
+        return index;
+    }
+    // What the first choice was made of says nothing about this one.
+    let seed = hash::mix(u64::from(choice)) as u32;
+    let mut offset = 0;
+    for i in 0..PROBES {
+        offset = if i < ANYWHERE {
+            hash::pick(seed.rotate_left(9 * i), frontend.slot_count)
+        } else if offset + 1 >= frontend.slot_count {
+            0
+        } else {
+            offset + 1
+        };
+        let other = frontend.slot_base.wrapping_add(offset);
+        if !is_silent_at(maps, other, now) {
+            return other;
+        }
+    }
+    index
+}
+
+#[inline(always)]
+fn is_silent_at<F: Family, M: Maps<F>>(maps: &M, index: u32, now: u32) -> bool {
+    match maps.slot(index).and_then(|slot| maps.backend(slot.backend)) {
+        Some(backend) => is_silent(&backend.read(), now),
+        None => false,
+    }
+}
+
 /// Takes the chosen backend: for a trial if it was silent until now, and for the client's later flows too if it keeps its backend.
 #[inline(never)]
 fn take<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {

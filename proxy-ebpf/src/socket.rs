@@ -21,6 +21,7 @@ use shunt_common::{
     family::{Family, V4, V6, Words6},
     filter, hash,
     layout::*,
+    retry,
 };
 
 use crate::maps::{BACKENDS, Hook, KernelFamily, KernelMaps, SENDERS, SOCKETS, count};
@@ -181,13 +182,19 @@ fn choose<F: Peer>(ctx: &SockAddrContext, addr: F::Words, call: Call) -> Result<
     let choice = hash::mix(cookie ^ u64::from(frontend.slot_base) << 40) as u32;
     let slot = if frontend.slot_count == 0 {
         None
-    } else if frontend.flags & FRONTEND_AFFINITY != 0 {
-        Maps::<F>::slot(&maps, kept_slot::<F>(ctx, &frontend, choice))
     } else {
-        Maps::<F>::slot(
-            &maps,
-            frontend.slot_base.wrapping_add(hash::pick(choice, frontend.slot_count)),
-        )
+        let avoids_silent = proto == TCP && frontend.flags & FRONTEND_NO_RETRY == 0;
+        let index = if frontend.flags & FRONTEND_AFFINITY != 0 {
+            kept_slot::<F>(ctx, &frontend, choice, avoids_silent)
+        } else {
+            let index = frontend.slot_base.wrapping_add(hash::pick(choice, frontend.slot_count));
+            if avoids_silent {
+                retry::socket_slot::<F, _>(&maps, &frontend, index, choice)
+            } else {
+                index
+            }
+        };
+        Maps::<F>::slot(&maps, index)
     };
     let Some(slot) = slot else {
         count(if frontend.flags & FRONTEND_DROP != 0 {
@@ -257,7 +264,7 @@ fn is_host<F: Peer>(ctx: &SockAddrContext, maps: &KernelMaps) -> bool {
 
 /// [`affinity::slot_index`] for a socket: all sockets of a network namespace are one client.
 #[inline(never)]
-fn kept_slot<F: Peer>(ctx: &SockAddrContext, frontend: &Frontend, choice: u32) -> u32 {
+fn kept_slot<F: Peer>(ctx: &SockAddrContext, frontend: &Frontend, choice: u32, avoids_silent: bool) -> u32 {
     // SAFETY: the helper takes the program's own context.
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     let key = AffinityKey {
@@ -266,7 +273,18 @@ fn kept_slot<F: Peer>(ctx: &SockAddrContext, frontend: &Frontend, choice: u32) -
         set: frontend.set,
         netns: [netns as u32, (netns >> 32) as u32],
     };
-    affinity::slot_index::<F, _>(&KernelMaps::new(ctx.as_ptr(), Hook::Socket), &key, frontend, choice)
+    let maps = KernelMaps::new(ctx.as_ptr(), Hook::Socket);
+    let kept = affinity::slot_index::<F, _>(&maps, &key, frontend, choice);
+    if !avoids_silent {
+        return kept;
+    }
+    let index = retry::socket_slot::<F, _>(&maps, frontend, kept, choice);
+    if index != kept
+        && let Some(slot) = Maps::<F>::slot(&maps, index)
+    {
+        affinity::replace::<F, _>(&maps, &key, slot.backend);
+    }
+    index
 }
 
 /// A remembered address; words, not bytes, for LLVM's sake ([`shunt_common::family::Family::Words`]).

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use shunt_common::balance::Maps;
+use shunt_common::{balance::Maps, hash, retry::socket_slot};
 
 use super::*;
 
@@ -265,6 +265,47 @@ fn a_silent_backends_share_falls_to_all_others_and_nobody_else_moves() {
         shares.len() == 3 && shares.values().all(|n| (850..1150).contains(n)),
         "{shares:?}"
     );
+}
+
+/// A socket's connection stays where it is led to, so it is led elsewhere while a backend is known to be silent.
+#[test]
+fn sockets_pass_over_a_silent_backend() {
+    const SOCKETS: u32 = 12_000;
+    let node = node(4, 0);
+    let frontend = Frontend {
+        slot_count: 4,
+        ..Frontend::default()
+    };
+    let now = Maps::<V4>::affinity_now(&node);
+    let shares = || {
+        let mut shares = [0u32; 4];
+        for socket in 0..SOCKETS {
+            let choice = hash::mix(socket.into()) as u32;
+            let index = hash::pick(choice, frontend.slot_count);
+            shares[socket_slot::<V4, _>(&node, &frontend, index, choice) as usize] += 1;
+        }
+        shares
+    };
+    let silence = |id: u32, failures, until| {
+        Maps::<V4>::backend(&node, id).unwrap().write(&BackendState {
+            failures,
+            silent_until: until,
+            ..BackendState::default()
+        });
+    };
+    let evenly = |shares: &[u32]| shares.iter().all(|n| n.abs_diff(SOCKETS / shares.len() as u32) < 200);
+    let before = shares();
+    assert!(evenly(&before), "{before:?}");
+    silence(0, 1, now + 1);
+    let without_one = shares();
+    assert!(without_one[0] == 0 && evenly(&without_one[1..]), "{without_one:?}");
+    silence(0, 1, now);
+    assert_eq!(shares(), before, "its silence is over");
+    (0..4).for_each(|id| silence(id, 3, now + 100));
+    assert_eq!(shares(), before, "all are silent");
+    (0..3).for_each(|id| silence(id, 3, now + 100));
+    silence(3, 0, 0);
+    assert_eq!(shares(), [0, 0, 0, SOCKETS]);
 }
 
 #[test]
