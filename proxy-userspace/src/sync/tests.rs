@@ -1,4 +1,5 @@
 use std::{
+    collections::HashSet,
     net::IpAddr,
     sync::atomic::{AtomicBool, Ordering},
     thread,
@@ -7,13 +8,21 @@ use std::{
 use shunt_common::{
     family::{Family, V4},
     filter,
+    layout::FRONTEND_AFFINITY,
+    maglev,
 };
 
-use super::*;
+use super::{
+    table::{Choice, FamilyIndex, FrontendTable},
+    *,
+};
 use crate::{
-    datapath::maps::testing::{Capacities, Root},
+    datapath::maps::{
+        name_str,
+        testing::{Capacities, Root},
+    },
     object::Protocol,
-    plan::{FrontendKind, Scope},
+    plan::{Backend, BackendSet, Frontend, FrontendAddress, FrontendKind, Scope, Table},
 };
 
 fn name(name: &str) -> ObjectName {
