@@ -1,0 +1,276 @@
+//! Services.
+
+use std::{net::IpAddr, sync::Arc};
+
+use ipnet::IpNet;
+use k8s_openapi::api::core::v1::{Service, ServiceSpec};
+
+use super::{left_alone, name, report::Report};
+use crate::object::{self, Problem, ServicePort, TrafficPolicy};
+
+/// Annotation of a Service: `false`, and no connection tries another backend; `true`, and those of pods' sockets do too
+/// ([`Retry`]).
+pub const ANNOTATION_RETRY: &str = "shunt.dev/retry";
+
+/// Seconds that `sessionAffinity: ClientIP` lasts unless said otherwise (API reference, `ClientIPConfig`).
+pub const DEFAULT_AFFINITY_SECS: u32 = 10_800;
+/// Most seconds that the API admits in `timeoutSeconds`: a day.
+const MAX_AFFINITY_SECS: u32 = 86_400;
+
+/// A Service; `None` when it has no frontends here: headless, `ExternalName`, another proxy's (SPEC F5–F7), or broken.
+pub fn service(service: &Service, problems: &mut Vec<Problem>) -> Option<object::Service> {
+    if left_alone(&service.metadata) {
+        return None;
+    }
+    let name = name("Service", &service.metadata, problems)?;
+    let mut report = Report {
+        kind: "Service",
+        name: &name,
+        problems,
+    };
+    // Namespaces are DNS labels and so are Services' names: the map of names has room for no more.
+    for (field, part) in [("metadata.namespace", &name.namespace), ("metadata.name", &name.name)] {
+        if part.len() >= shunt_common::layout::NAME_LEN {
+            report.push(field, "is longer than the 63 characters of a DNS label; shorten it");
+            return None;
+        }
+    }
+    let Some(spec) = &service.spec else {
+        report.push("spec", "is missing; a Service needs at least ports");
+        return None;
+    };
+    let service_type = spec.type_.as_deref().unwrap_or_default();
+    if service_type == "ExternalName" || is_headless(service) {
+        return None;
+    }
+    if !matches!(service_type, "" | "ClusterIP" | "NodePort" | "LoadBalancer") {
+        report.push(
+            "spec.type",
+            format!("{service_type:?} is no type; use ClusterIP, NodePort, LoadBalancer or ExternalName (ClusterIP is served)"),
+        );
+    }
+    let has_node_ports = matches!(service_type, "NodePort" | "LoadBalancer");
+
+    let cluster_ips = distinct(cluster_ips_of(service), &mut report);
+    let external_ips = spec.external_ips.iter().flatten().enumerate();
+    let external_ips = external_ips.map(|(i, text)| (format!("spec.externalIPs[{i}]"), text.as_str()));
+    let external_ips = distinct(external_ips, &mut report);
+    let mut load_balancer_ips = distinct(load_balancer_ips_of(service), &mut report);
+    let ports = ports(spec, has_node_ports, &mut report);
+    let affinity_secs = affinity_secs(spec, &mut report);
+    let external_policy = report.policy("spec.externalTrafficPolicy", spec.external_traffic_policy.as_deref());
+    let internal_policy = report.policy("spec.internalTrafficPolicy", spec.internal_traffic_policy.as_deref());
+    // Only there does the API give it a meaning.
+    let health_checked = service_type == "LoadBalancer" && external_policy == TrafficPolicy::Local;
+    let health_check_node_port = match spec.health_check_node_port {
+        Some(port) if port != 0 && health_checked => report.port(|| "spec.healthCheckNodePort".to_owned(), port),
+        _ => None,
+    };
+
+    let source_ranges = source_ranges(spec, &mut report);
+    let asked_ranges = spec
+        .load_balancer_source_ranges
+        .as_ref()
+        .is_some_and(|ranges| !ranges.is_empty());
+    if asked_ranges && source_ranges.is_empty() && !load_balancer_ips.is_empty() {
+        // An empty list would mean everybody: the opposite of what was asked for.
+        report.push(
+            "spec.loadBalancerSourceRanges",
+            "has no valid CIDR; the load balancer addresses are not served until it has",
+        );
+        load_balancer_ips.clear();
+    }
+
+    let retry = report.retry(service.metadata.annotations.as_ref());
+
+    Some(object::Service {
+        created: service
+            .metadata
+            .creation_timestamp
+            .as_ref()
+            .map(|time| time.0.as_second()),
+        cluster_ips,
+        external_ips,
+        load_balancer_ips,
+        ports,
+        affinity_secs,
+        external_policy,
+        internal_policy,
+        health_check_node_port,
+        source_ranges,
+        publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
+        retry,
+        name,
+    })
+}
+
+/// Addresses that clients may dial, each once.
+fn distinct<'t>(fields: impl IntoIterator<Item = (String, &'t str)>, report: &mut Report<'_>) -> Vec<IpAddr> {
+    let mut ips = Vec::new();
+    for (field, text) in fields {
+        if let Some(ip) = report.frontend_ip(|| field.clone(), text)
+            && !ips.contains(&ip)
+        {
+            ips.push(ip);
+        }
+    }
+    ips
+}
+
+/// Ports with names, numbers and node ports of their own.
+fn ports(spec: &ServiceSpec, has_node_ports: bool, report: &mut Report<'_>) -> Vec<ServicePort> {
+    let mut ports: Vec<ServicePort> = Vec::new();
+    for (i, port) in spec.ports.iter().flatten().enumerate() {
+        let number = report.port(|| format!("spec.ports[{i}].port"), port.port);
+        let protocol = report.protocol(|| format!("spec.ports[{i}].protocol"), port.protocol.as_deref());
+        let node_port = match port.node_port {
+            None | Some(0) => None,
+            Some(number) if has_node_ports => report.port(|| format!("spec.ports[{i}].nodePort"), number),
+            Some(number) => {
+                report.push(
+                    format!("spec.ports[{i}].nodePort"),
+                    format!("{number} is not served; set spec.type to NodePort or LoadBalancer"),
+                );
+                None
+            }
+        };
+        let (Some(number), Some(protocol)) = (number, protocol) else {
+            continue;
+        };
+        let port_name: Arc<str> = port.name.as_deref().unwrap_or_default().into();
+        if let Some(other) = ports.iter().position(|other| other.name == port_name) {
+            report.push(
+                format!("spec.ports[{i}].name"),
+                match &*port_name {
+                    "" => format!("is missing; give every port a name when there are several (spec.ports[{other}] has none either)"),
+                    name => format!("{name:?} is already the name of spec.ports[{other}]"),
+                },
+            );
+            continue;
+        }
+        if ports
+            .iter()
+            .any(|other| (other.port, other.protocol) == (number, protocol))
+        {
+            report.push(
+                format!("spec.ports[{i}].port"),
+                format!("{number}/{protocol} stands there twice; the first is served"),
+            );
+            continue;
+        }
+        let twice =
+            |other: &ServicePort| node_port.is_some() && (other.node_port, other.protocol) == (node_port, protocol);
+        let node_port = match ports.iter().any(twice) {
+            false => node_port,
+            true => {
+                report.push(
+                    format!("spec.ports[{i}].nodePort"),
+                    format!(
+                        "{} stands there twice; the first is served",
+                        node_port.unwrap_or_default()
+                    ),
+                );
+                None
+            }
+        };
+        ports.push(ServicePort {
+            name: port_name,
+            protocol,
+            port: number,
+            node_port,
+        });
+    }
+    if spec.ports.iter().flatten().next().is_none() {
+        report.push("spec.ports", "is empty; nothing can be served");
+    }
+    ports
+}
+
+/// How long a client keeps its backend; `None`: it does not.
+fn affinity_secs(spec: &ServiceSpec, report: &mut Report<'_>) -> Option<u32> {
+    match spec.session_affinity.as_deref() {
+        None | Some("" | "None") => None,
+        Some("ClientIP") => {
+            let asked = spec
+                .session_affinity_config
+                .as_ref()
+                .and_then(|config| config.client_ip.as_ref()?.timeout_seconds);
+            match asked.map(u32::try_from) {
+                None => Some(DEFAULT_AFFINITY_SECS),
+                Some(Ok(secs)) if (1..=MAX_AFFINITY_SECS).contains(&secs) => Some(secs),
+                Some(_) => {
+                    report.push(
+                        "spec.sessionAffinityConfig.clientIP.timeoutSeconds",
+                        format!(
+                            "{} is out of bounds; use 1 to {MAX_AFFINITY_SECS} ({DEFAULT_AFFINITY_SECS} is served)",
+                            asked.unwrap_or_default()
+                        ),
+                    );
+                    Some(DEFAULT_AFFINITY_SECS)
+                }
+            }
+        }
+        Some(other) => {
+            report.push(
+                "spec.sessionAffinity",
+                format!("{other:?} is no affinity; use None or ClientIP (None is served)"),
+            );
+            None
+        }
+    }
+}
+
+fn source_ranges(spec: &ServiceSpec, report: &mut Report<'_>) -> Vec<IpNet> {
+    let mut source_ranges: Vec<IpNet> = Vec::new();
+    for (i, text) in spec.load_balancer_source_ranges.iter().flatten().enumerate() {
+        match text.trim().parse::<IpNet>() {
+            Ok(range) => source_ranges.push(range.trunc()),
+            Err(_) => report.push(
+                format!("spec.loadBalancerSourceRanges[{i}]"),
+                format!("{text:?} is no CIDR such as 203.0.113.0/24; nobody is let in by it"),
+            ),
+        }
+    }
+    source_ranges
+}
+
+/// Whether a Service is headless: `clusterIP: None`.
+fn is_headless(service: &Service) -> bool {
+    cluster_ips_of(service).iter().any(|(_, ip)| *ip == "None")
+}
+
+/// `spec.clusterIPs`, or `spec.clusterIP` alone as older objects have it, each with its field.
+fn cluster_ips_of(service: &Service) -> Vec<(String, &str)> {
+    let Some(spec) = &service.spec else { return Vec::new() };
+    let mut all: Vec<(String, &str)> = spec
+        .cluster_ips
+        .iter()
+        .flatten()
+        .enumerate()
+        .map(|(i, ip)| (format!("spec.clusterIPs[{i}]"), &**ip))
+        .collect();
+    if let Some(ip) = spec.cluster_ip.as_deref()
+        && !all.iter().any(|(_, other)| *other == ip)
+    {
+        all.insert(0, ("spec.clusterIP".to_owned(), ip));
+    }
+    all.retain(|(_, ip)| !ip.is_empty());
+    all
+}
+
+/// `status.loadBalancer.ingress[].ip`, each with its field.
+fn load_balancer_ips_of(service: &Service) -> Vec<(String, &str)> {
+    let ingress = service
+        .status
+        .iter()
+        .filter_map(|status| status.load_balancer.as_ref()?.ingress.as_ref());
+    let mut all = Vec::new();
+    for (i, ingress) in ingress.flatten().enumerate() {
+        // `Proxy`: the load balancer terminates or rewrites, packets never carry its address to a node (SPEC F3).
+        let proxied = ingress.ip_mode.as_deref() == Some("Proxy");
+        if let Some(text) = ingress.ip.as_deref().filter(|text| !text.is_empty() && !proxied) {
+            all.push((format!("status.loadBalancer.ingress[{i}].ip"), text));
+        }
+    }
+    all
+}
