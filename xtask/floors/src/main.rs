@@ -11,6 +11,7 @@
 #![feature(core_intrinsics)]
 #![expect(internal_features, reason = "volatile access without alignment, as packets need it")]
 
+mod flow;
 mod nat;
 mod replay;
 mod socket;

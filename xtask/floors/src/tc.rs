@@ -8,11 +8,13 @@ use aya_ebpf::{
 };
 use shunt_common::{
     family::{V4, V6},
-    hash,
-    layout::{Flow, FlowKey, FrontendKey, SCOPE_EXTERNAL, SCOPE_INTERNAL, Slot, TCP},
+    layout::{FlowKey, SCOPE_EXTERNAL, SCOPE_INTERNAL},
 };
 
-use crate::wire::{Seen, Wire, addresses, bytes, fold32, parse, ports, rewrite, snat_slot, value};
+use crate::{
+    flow::{flow, open},
+    wire::{Seen, Wire, addresses, fold32, parse, ports, rewrite, snat_slot},
+};
 
 /// The transport checksum by the kernel, the rest into the packet.
 #[inline(always)]
@@ -53,8 +55,7 @@ fn forward<F: Wire>(ctx: &TcContext) -> i32 {
     let Some(old) = parse::<F>(ctx.data(), ctx.data_end()) else {
         return TC_ACT_SHOT;
     };
-    let key = old.key::<F>();
-    let Some(flow) = value::<_, Flow<F::Words>>(F::FLOWS.get_ptr_mut(bytes::<_, FlowKey<F::Addr>>(&key))) else {
+    let Some(flow) = flow::<F>(&old.key::<F>()) else {
         return TC_ACT_SHOT;
     };
     let new = Seen {
@@ -76,7 +77,7 @@ fn reply<F: Wire>(ctx: &TcContext) -> i32 {
         client_port: u16::from_be(old.dst_port),
         ..old.key::<F>()
     };
-    let Some(flow) = value::<_, Flow<F::Words>>(F::FLOWS.get_ptr_mut(bytes::<_, FlowKey<F::Addr>>(&key))) else {
+    let Some(flow) = flow::<F>(&key) else {
         return TC_ACT_SHOT;
     };
     let new = Seen {
@@ -93,8 +94,7 @@ fn snat_in<F: Wire>(ctx: &TcContext) -> i32 {
     let Some(old) = parse::<F>(ctx.data(), ctx.data_end()) else {
         return TC_ACT_SHOT;
     };
-    let key = old.key::<F>();
-    let Some(flow) = value::<_, Flow<F::Words>>(F::FLOWS.get_ptr_mut(bytes::<_, FlowKey<F::Addr>>(&key))) else {
+    let Some(flow) = flow::<F>(&old.key::<F>()) else {
         return TC_ACT_SHOT;
     };
     let new = Seen {
@@ -153,73 +153,19 @@ fn snat_reply_out<F: Wire>(ctx: &TcContext) -> i32 {
     translate::<F>(ctx, &old, &new)
 }
 
-/// A new flow as it is usually done: frontend, miss, slot, and an entry for each direction. The source of a flow through a
-/// node port is translated where it leaves.
+/// A new flow. Its source, where it comes through a node port, is translated where it leaves.
 #[inline(always)]
 fn new_flow<F: Wire>(ctx: &TcContext, node_port: bool) -> i32 {
     let Some(old) = parse::<F>(ctx.data(), ctx.data_end()) else {
         return TC_ACT_SHOT;
     };
-    let (src_port, dst_port) = (u16::from_be(old.src_port), u16::from_be(old.dst_port));
-    let frontend_key = FrontendKey {
-        addr: if node_port { F::UNSPECIFIED } else { old.dst },
-        port: dst_port,
-        proto: TCP,
-        scope: if node_port { SCOPE_EXTERNAL } else { SCOPE_INTERNAL },
-        reserved: 0,
+    let (addr, scope) = match node_port {
+        true => (F::UNSPECIFIED, SCOPE_EXTERNAL),
+        false => (old.dst, SCOPE_INTERNAL),
     };
-    // SAFETY: read at once; the entry is freed after this run only.
-    let Some(frontend) = (unsafe { F::FRONTENDS.get(bytes::<_, FrontendKey<F::Addr>>(&frontend_key)) }) else {
+    let Some(new) = open::<F>(&old, addr, scope, old.src) else {
         return TC_ACT_SHOT;
     };
-    let mut key = FlowKey {
-        frontend: old.dst,
-        frontend_port: dst_port,
-        ..old.key::<F>()
-    };
-    if F::FLOOR_FLOWS.get_ptr(bytes::<_, FlowKey<F::Addr>>(&key)).is_some() {
-        return TC_ACT_SHOT;
-    }
-    let choice = hash::flow::<F>(old.src, src_port, old.dst, dst_port, TCP);
-    let index = frontend.slot_base + hash::pick(choice, frontend.slot_count);
-    let Some(slot) = value::<_, Slot<F::Words>>(F::SLOTS.get_ptr_mut(index)) else {
-        return TC_ACT_SHOT;
-    };
-    let flow = Flow {
-        frontend: old.dst,
-        backend: slot.addr,
-        snat: old.src,
-        frontend_port: dst_port,
-        backend_port: slot.port,
-        snat_port: src_port,
-        state: 0,
-        backend_id: slot.backend,
-        last_seen: 1,
-        epoch: 0,
-        asked: 0,
-        tried: 0,
-    };
-    let new = Seen {
-        dst: slot.addr,
-        dst_port: slot.port.to_be(),
-        ..old
-    };
-    if F::FLOOR_FLOWS
-        .insert(bytes::<_, FlowKey<F::Addr>>(&key), bytes::<_, Flow<F::Addr>>(&flow), 0)
-        .is_err()
-    {
-        return TC_ACT_SHOT;
-    }
-    key.client = slot.addr;
-    key.frontend = old.src;
-    key.client_port = slot.port;
-    key.frontend_port = src_port;
-    if F::FLOOR_FLOWS
-        .insert(bytes::<_, FlowKey<F::Addr>>(&key), bytes::<_, Flow<F::Addr>>(&flow), 0)
-        .is_err()
-    {
-        return TC_ACT_SHOT;
-    }
     translate::<F>(ctx, &old, &new)
 }
 

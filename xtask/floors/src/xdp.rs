@@ -9,11 +9,13 @@ use aya_ebpf::{
 };
 use shunt_common::{
     family::{V4, V6, Words6},
-    hash,
-    layout::{Flow, FlowKey, FrontendKey, SCOPE_EXTERNAL, Slot, TCP},
+    layout::{SCOPE_EXTERNAL, TCP},
 };
 
-use crate::wire::{L3, Seen, Wire, bytes, get, parse, rewrite, set, snat_slot, value};
+use crate::{
+    flow::{flow, open},
+    wire::{L3, Seen, Wire, get, parse, rewrite, set, snat_slot},
+};
 
 /// The kernel's `struct bpf_fib_lookup`, without its unions.
 #[repr(C)]
@@ -77,8 +79,7 @@ fn forward<F: Wire>(ctx: &XdpContext) -> u32 {
     let Some(old) = parse::<F>(ctx.data(), ctx.data_end()) else {
         return XDP_ABORTED;
     };
-    let key = old.key::<F>();
-    let Some(flow) = value::<_, Flow<F::Words>>(F::FLOWS.get_ptr_mut(bytes::<_, FlowKey<F::Addr>>(&key))) else {
+    let Some(flow) = flow::<F>(&old.key::<F>()) else {
         return XDP_ABORTED;
     };
     let new = Seen {
@@ -98,8 +99,7 @@ fn local<F: Wire>(ctx: &XdpContext) -> u32 {
     let Some(old) = parse::<F>(ctx.data(), ctx.data_end()) else {
         return XDP_ABORTED;
     };
-    let key = old.key::<F>();
-    let Some(flow) = value::<_, Flow<F::Words>>(F::FLOWS.get_ptr_mut(bytes::<_, FlowKey<F::Addr>>(&key))) else {
+    let Some(flow) = flow::<F>(&old.key::<F>()) else {
         return XDP_ABORTED;
     };
     let new = Seen {
@@ -131,75 +131,17 @@ fn reply<F: Wire>(ctx: &XdpContext) -> u32 {
     send_on::<F>(ctx, &new)
 }
 
-/// A new flow to a node port as it is usually done: frontend, miss, slot, and an entry for each direction.
+/// A new flow to a node port.
 #[inline(always)]
 fn new_flow<F: Wire>(ctx: &XdpContext, remote: bool) -> u32 {
     let Some(old) = parse::<F>(ctx.data(), ctx.data_end()) else {
         return XDP_ABORTED;
     };
-    let (src_port, dst_port) = (u16::from_be(old.src_port), u16::from_be(old.dst_port));
-    let frontend_key = FrontendKey {
-        addr: F::UNSPECIFIED,
-        port: dst_port,
-        proto: TCP,
-        scope: SCOPE_EXTERNAL,
-        reserved: 0,
-    };
-    // SAFETY: read at once; the entry is freed after this run only.
-    let Some(frontend) = (unsafe { F::FRONTENDS.get(bytes::<_, FrontendKey<F::Addr>>(&frontend_key)) }) else {
+    let src = if remote { F::words(F::NODE) } else { old.src };
+    let Some(new) = open::<F>(&old, F::UNSPECIFIED, SCOPE_EXTERNAL, src) else {
         return XDP_ABORTED;
     };
-    let mut key = FlowKey {
-        frontend: old.dst,
-        frontend_port: dst_port,
-        ..old.key::<F>()
-    };
-    if F::FLOOR_FLOWS.get_ptr(bytes::<_, FlowKey<F::Addr>>(&key)).is_some() {
-        return XDP_ABORTED;
-    }
-    let choice = hash::flow::<F>(old.src, src_port, old.dst, dst_port, TCP);
-    let index = frontend.slot_base + hash::pick(choice, frontend.slot_count);
-    let Some(slot) = value::<_, Slot<F::Words>>(F::SLOTS.get_ptr_mut(index)) else {
-        return XDP_ABORTED;
-    };
-    let snat = if remote { F::words(F::NODE) } else { old.src };
-    let flow = Flow {
-        frontend: old.dst,
-        backend: slot.addr,
-        snat,
-        frontend_port: dst_port,
-        backend_port: slot.port,
-        snat_port: src_port,
-        state: 0,
-        backend_id: slot.backend,
-        last_seen: 1,
-        epoch: 0,
-        asked: 0,
-        tried: 0,
-    };
-    let new = Seen {
-        src: snat,
-        dst: slot.addr,
-        src_port: old.src_port,
-        dst_port: slot.port.to_be(),
-        ..old
-    };
-    if F::FLOOR_FLOWS
-        .insert(bytes::<_, FlowKey<F::Addr>>(&key), bytes::<_, Flow<F::Addr>>(&flow), 0)
-        .is_err()
-    {
-        return XDP_ABORTED;
-    }
-    key.client = slot.addr;
-    key.frontend = old.src;
-    key.client_port = slot.port;
-    key.frontend_port = src_port;
-    if F::FLOOR_FLOWS
-        .insert(bytes::<_, FlowKey<F::Addr>>(&key), bytes::<_, Flow<F::Addr>>(&flow), 0)
-        .is_err()
-    {
-        return XDP_ABORTED;
-    }
+    let new = Seen { src, ..new };
     rewrite::<F>(&old, &new, true);
     if remote { send_on::<F>(ctx, &new) } else { XDP_PASS }
 }
