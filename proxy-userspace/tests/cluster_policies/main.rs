@@ -302,7 +302,7 @@ fn is_refused(client: &Client, proto: Proto, to: SocketAddr) {
     };
     match client.once(proto, to, &dial) {
         Ok(answer) => panic!("{proto} {to} from {}: answered by {}", client.name(), answer.server),
-        // IPv6 keeps an early error until the first retransmission: see `cluster_services.rs`.
+        // IPv6 keeps an early error until the first retransmission: see `cluster_services`.
         Err(error) => {
             let quick = error.after().is_some_and(|after| after < Duration::from_millis(1500));
             assert!(
