@@ -201,6 +201,75 @@ fn path_mtu_discovery_works_without_xdp() {
     path_mtu("off");
 }
 
+/// What a datagram with so many hops gets: an answer, or an error, which the kernel gives to the socket that the quoted packet is of.
+fn with_hops(cluster: &Cluster, from: &str, to: SocketAddr, hops: u32) -> io::Result<usize> {
+    cluster.lab.ns(from).unwrap().run(|| {
+        let socket = Socket::new(Domain::for_address(to), Type::DGRAM, Some(Protocol::UDP))?;
+        match to {
+            SocketAddr::V4(_) => socket.set_ttl_v4(hops)?,
+            SocketAddr::V6(_) => socket.set_unicast_hops_v6(hops)?,
+        }
+        let (level, option) = match to {
+            SocketAddr::V4(_) => (libc::SOL_IP, libc::IP_RECVERR),
+            SocketAddr::V6(_) => (libc::SOL_IPV6, libc::IPV6_RECVERR),
+        };
+        let on: libc::c_int = 1;
+        // SAFETY: the call reads a number of the size that it is told.
+        let set = unsafe {
+            let size = size_of_val(&on) as u32;
+            libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const on).cast(), size)
+        };
+        assert_eq!(set, 0, "{}", io::Error::last_os_error());
+        socket.connect(&to.into())?;
+        socket.set_read_timeout(Some(Duration::from_secs(2)))?;
+        let socket = UdpSocket::from(socket);
+        socket.send(b"hello\n")?;
+        socket.recv(&mut [0; 2048])
+    })
+}
+
+/// The last hop: whoever would have to forward the packet tells the client, about the packet that the client sent, and one hop
+/// more gets an answer. A backend here is one hop behind its node, one there two.
+fn hop_limits(xdp: &str) {
+    let lab = Lab::new().unwrap();
+    for node in ["node-a", "node-b"] {
+        let all = [("ipv4.icmp_ratelimit", "0"), ("ipv6.icmp.ratelimit", "0")];
+        lab.ns(node).unwrap().sysctl(&all).unwrap();
+    }
+    let cluster = Cluster::start(lab, xdp, &[]);
+    for v6 in [false, true] {
+        // The fabric is a router before the node.
+        for (from, before) in [("packets", 0), ("client", 1)] {
+            for number in [1, 2] {
+                for to in [cluster_ip(number, v6), cluster.node_port(number, v6)] {
+                    let enough = before + 1 + u32::from(number);
+                    for hops in before + 1..enough + 2 {
+                        let result = with_hops(&cluster, from, to, hops);
+                        let case = format!("{to} from {from} with {hops} hops, --xdp {xdp}: {result:?}");
+                        match result {
+                            Ok(_) => assert!(hops >= enough, "{case}"),
+                            Err(error) => {
+                                assert_eq!(error.raw_os_error(), Some(libc::EHOSTUNREACH), "{case}");
+                                assert!(hops < enough, "{case}");
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_last_hop_is_told_with_xdp() {
+    hop_limits("native");
+}
+
+#[test]
+fn the_last_hop_is_told_without_xdp() {
+    hop_limits("off");
+}
+
 const BOTH: [Proto; 2] = [Proto::Tcp, Proto::Udp];
 
 /// Whether an echo request with so many hops is answered, by whom it went to.
