@@ -654,6 +654,69 @@ fn options_and_extension_headers_are_stepped_over() {
     }
 }
 
+/// Packets that lie about their lengths, whose payload does not fit their checksum, or that are at their last hop: translated as
+/// any other, and as wrong as before, so that whoever would have noticed does.
+#[test]
+fn lies_are_passed_on_as_they_are() {
+    let loaded = Loaded::new("lies");
+    // Offset from the IP header, and what is written there.
+    let lies = |v6: usize, udp: bool| -> Vec<(usize, Vec<u8>)> {
+        let (length, hops, l4) = ([2, 4][v6], [8, 7][v6], IP[v6]);
+        let mut lies: Vec<_> = [0, 7, 19, 20, 27, 0xffff]
+            .map(|claimed: u16| (length, claimed.to_be_bytes().to_vec()))
+            .into();
+        lies.extend([0, 1, 255].map(|left| (hops, vec![left])));
+        // A payload that the checksum does not fit.
+        lies.push((l4 + 25, b"?".to_vec()));
+        if udp {
+            lies.extend([0, 7, 0xffff].map(|claimed: u16| (l4 + 4, claimed.to_be_bytes().to_vec())));
+        } else {
+            lies.extend([0x00, 0x40, 0xf0].map(|offset| (l4 + 12, vec![offset])));
+        }
+        lies
+    };
+    for v6 in FAMILIES {
+        for udp in [false, true] {
+            let client = (CLIENT[v6], 46_500);
+            let requests = [
+                (
+                    packet(client, (WEB[v6], 80), udp),
+                    packet(client, (BACKEND[v6], 8080), udp),
+                ),
+                (
+                    packet((BACKEND[v6], 8080), client, udp),
+                    packet((WEB[v6], 80), client, udp),
+                ),
+            ];
+            // The flow is there.
+            through(&loaded, "tc_node_in", &requests[0].0);
+            for (offset, bytes) in lies(v6, udp) {
+                let lie = |frame: &[u8]| {
+                    let mut frame = frame.to_vec();
+                    frame[ETHERNET + offset..][..bytes.len()].copy_from_slice(&bytes);
+                    frame
+                };
+                let case = format!("IPv{}, UDP {udp}, {bytes:02x?} at {offset}", 4 + 2 * v6);
+                for (program, n) in [
+                    ("xdp_node", 0),
+                    ("tc_node_in", 0),
+                    ("tc_pod_in", 0),
+                    ("tc_node_out", 1),
+                    ("tc_pod_out", 1),
+                ] {
+                    let (sent, wanted) = &requests[n];
+                    assert_eq!(through(&loaded, program, &lie(sent)), lie(wanted), "{program}: {case}");
+                }
+                // To nobody: refused or dropped.
+                for (program, dropped, back) in ARRIVING {
+                    let (verdict, _) = loaded.run(program, &lie(&packet(client, (EMPTY[v6], 80), udp)));
+                    assert!([dropped, back].contains(&verdict), "{program}: {case}: {verdict}");
+                }
+            }
+        }
+    }
+}
+
 /// An SCTP INIT.
 fn sctp(from: (&str, u16), to: (&str, u16)) -> Vec<u8> {
     chunk(1, from, to)
