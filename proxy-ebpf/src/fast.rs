@@ -18,9 +18,11 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use shunt_common::{
+    access::Access,
     balance::{Counted, Maps, Quick, Translation, answering},
     event::Event,
     family::{V4, V6, Words6},
+    layout::TCP,
     packet::{self, ETHERNET, Headers, Packet, Tuple},
 };
 
@@ -163,8 +165,8 @@ fn send<F: FastFamily>(
         l4_protocol: arrived.proto,
         sport: arrived.src_port.to_be(),
         dport: arrived.dst_port.to_be(),
-        // None: the kernel compares the packet's own length, or its segments', with the MTU, and tells it.
-        tot_len: 0,
+        // Without it the kernel would compare the length with the device's MTU, and not the route's. It tells the MTU in its place.
+        tot_len: length(ctx, headers, segments) as u16,
         ifindex: ingress,
         flowinfo: 0,
         src: words::<F>(arrived.src),
@@ -215,6 +217,22 @@ fn send<F: FastFamily>(
     let size = size_of::<bpf_redir_neigh>() as i32;
     // SAFETY: the helper reads `hop` and notes where to send.
     unsafe { bpf_redirect_neigh(fib.ifindex, &raw mut hop, size, 0) as i32 }
+}
+
+/// Length of the packet from its IP header on; of one of the segments that it will be cut into.
+#[inline(always)]
+fn length<A>(ctx: &TcContext, headers: &Headers<A>, segments: u32) -> u32 {
+    if segments == 0 {
+        return ctx.len().wrapping_sub(ETHERNET as u32);
+    }
+    let transport = if headers.tuple.proto == TCP {
+        // The data offset, in words.
+        let offset = Buffer(ctx).load::<u8>((headers.l4 + 12) as u32);
+        u32::from(offset.unwrap_or(0) >> 4) * 4
+    } else {
+        8
+    };
+    (headers.l4 - ETHERNET) as u32 + transport + segments
 }
 
 /// Gives the packet to the pod's end of its device.

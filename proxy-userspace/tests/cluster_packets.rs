@@ -75,10 +75,10 @@ impl Cluster {
         SocketAddr::new(ip, NODE_PORT + number - 1)
     }
 
-    /// How many packets the fabric would not forward because they were too big.
-    fn too_big(&self, v6: bool) -> u64 {
-        let fabric = self.lab.ns("fabric").unwrap();
-        let read = |path: &str| fabric.run(|| fs::read_to_string(path)).unwrap();
+    /// How many packets a node or the fabric would not forward because they were too big.
+    fn too_big(&self, router: &str, v6: bool) -> u64 {
+        let router = self.lab.ns(router).unwrap();
+        let read = |path: &str| router.run(|| fs::read_to_string(path)).unwrap();
         if v6 {
             let text = read("/proc/thread-self/net/snmp6");
             let line = text
@@ -178,11 +178,11 @@ fn path_mtu(xdp: &str) {
             (&outside, cluster.node_port(2, v6), "node-a", 2),
             (&outside, cluster.node_port(1, v6), "client", 1),
         ] {
-            let before = cluster.too_big(v6);
+            let before = cluster.too_big("fabric", v6);
             let answer = transfer(client, Proto::Tcp, to, BULK);
             assert_eq!((answer.echo.len() > BULK, answer.peer), (true, to));
             assert_eq!(answer.seen_peer.ip(), cluster.ip(seen, v6), "{to}");
-            let too_big = cluster.too_big(v6) - before;
+            let too_big = cluster.too_big("fabric", v6) - before;
             assert!(
                 too_big >= narrow_links,
                 "{to}, --xdp {xdp}: only {too_big} packets met a narrow link"
@@ -199,6 +199,35 @@ fn path_mtu_discovery_works_with_xdp() {
 #[test]
 fn path_mtu_discovery_works_without_xdp() {
     path_mtu("off");
+}
+
+/// L6 where the node itself is the router before the narrow link, as with an overlay network: it tells the client about packets
+/// that it has translated already.
+fn path_mtu_of_the_node(xdp: &str, extra: &[&str]) {
+    let lab = Lab::new().unwrap();
+    let narrow = ["10.44.1.0/24 via 192.168.50.12", "fd44:0:0:b::/64 via fd50::12"];
+    let narrow = narrow.map(|way| format!("route replace {way} mtu lock 1300"));
+    lab.ns("node-a").unwrap().ip(&narrow).unwrap();
+    let cluster = Cluster::start(lab, xdp, extra);
+    for v6 in [false, true] {
+        for (from, to) in [("packets", cluster_ip(2, v6)), ("client", cluster.node_port(2, v6))] {
+            let before = cluster.too_big("node-a", v6);
+            let answer = transfer(&cluster.client(from), Proto::Tcp, to, BULK);
+            assert_eq!((answer.echo.len() > BULK, answer.peer), (true, to));
+            let too_big = cluster.too_big("node-a", v6) - before;
+            assert!(
+                too_big > 0,
+                "{to} from {from}, --xdp {xdp}: no packet met the narrow link"
+            );
+        }
+    }
+}
+
+#[test]
+fn path_mtu_discovery_works_from_the_node_itself() {
+    path_mtu_of_the_node("native", &[]);
+    path_mtu_of_the_node("off", &[]);
+    path_mtu_of_the_node("off", &["--fast-path", "on"]);
 }
 
 /// What a datagram with so many hops gets: an answer, or an error, which the kernel gives to the socket that the quoted packet is of.
