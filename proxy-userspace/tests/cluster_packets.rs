@@ -430,8 +430,8 @@ fn unknown_ports_and_addresses_without_xdp() {
 
 /// L7 with sockets, and bulk TCP: datagrams that need six fragments there and back, by ClusterIP and node port, to backends
 /// here and there; with `offloads`, segments of 64 KiB whose payload stands in pages, and checksums still to be filled in.
-fn large(lab: Lab, xdp: &str) {
-    let cluster = Cluster::start(lab, xdp, &[]);
+fn large(lab: Lab, xdp: &str, extra: &[&str]) {
+    let cluster = Cluster::start(lab, xdp, extra);
     for v6 in [false, true] {
         for name in ["packets", "client"] {
             let client = cluster.client(name);
@@ -455,20 +455,19 @@ fn large(lab: Lab, xdp: &str) {
 
 #[test]
 fn fragments_and_bulk_with_xdp() {
-    large(Lab::new().unwrap(), "native");
+    large(Lab::new().unwrap(), "native", &[]);
 }
 
 #[test]
 fn fragments_and_bulk_without_xdp() {
-    large(Lab::new().unwrap(), "off");
+    large(Lab::new().unwrap(), "off", &[]);
 }
 
 #[test]
 fn fragments_and_bulk_with_offloads() {
-    large(
-        Lab::builder().strict_rp_filter().checksum_offload().build().unwrap(),
-        "off",
-    );
+    let lab = || Lab::builder().strict_rp_filter().checksum_offload().build().unwrap();
+    large(lab(), "off", &[]);
+    large(lab(), "off", &["--fast-path", "on"]);
 }
 
 /// The VLAN of the next frame that a packet socket gets and that satisfies a test; `None` in vain.
