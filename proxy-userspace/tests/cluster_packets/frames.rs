@@ -1,6 +1,7 @@
 //! Frames that no socket of a client sends.
 
 use std::{
+    ffi::CString,
     io,
     net::IpAddr,
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
@@ -8,9 +9,9 @@ use std::{
 };
 
 use etherparse::PacketBuilder;
-use shunt_lab::Lab;
+use shunt_lab::{Lab, Proto};
 
-use crate::{Cluster, cluster_ip};
+use crate::{BOTH, Cluster, cluster_ip};
 
 /// The VLAN of the next frame that a packet socket gets and that satisfies a test; `None` in vain.
 fn tag_of_answer(socket: &OwnedFd, is_it: impl Fn(&[u8]) -> bool) -> Option<u16> {
@@ -45,26 +46,20 @@ fn tag_of_answer(socket: &OwnedFd, is_it: impl Fn(&[u8]) -> bool) -> Option<u16>
     None
 }
 
-/// Frames with a VLAN tag in them, from the wire: XDP leaves them to tc, for which the kernel takes the tag out, and what goes
-/// back has it again.
-fn vlan(xdp: &str) {
-    const VLAN: u16 = 100;
-    let cluster = Cluster::start(Lab::new().unwrap(), xdp, &[]);
-    let link = cluster
-        .lab
-        .ns("node-a")
-        .unwrap()
-        .output("ip", &["-o", "link", "show", "eth0"])
-        .unwrap();
-    let mac: Vec<u8> = {
-        let mut words = link.split_whitespace().skip_while(|word| *word != "link/ether");
-        let text = words.nth(1).unwrap();
-        text.split(':')
-            .map(|byte| u8::from_str_radix(byte, 16).unwrap())
-            .collect()
-    };
-    let mac: [u8; 6] = mac.try_into().unwrap();
-    let socket = cluster.lab.ns("fabric").unwrap().run(|| {
+/// The MAC address of a device.
+fn mac_of(cluster: &Cluster, ns: &str, device: &str) -> [u8; 6] {
+    let ns = cluster.lab.ns(ns).unwrap();
+    let link = ns.output("ip", &["-o", "link", "show", device]).unwrap();
+    let mut words = link.split_whitespace().skip_while(|word| *word != "link/ether");
+    let bytes = words.nth(1).unwrap().split(':');
+    let mac: Vec<u8> = bytes.map(|byte| u8::from_str_radix(byte, 16).unwrap()).collect();
+    mac.try_into().unwrap()
+}
+
+/// A packet socket on a device: gets all frames, and says what tag they had.
+fn packet_socket(cluster: &Cluster, ns: &str, device: &str) -> OwnedFd {
+    let device = CString::new(device).unwrap();
+    cluster.lab.ns(ns).unwrap().run(|| {
         // SAFETY: the calls take numbers, and structures that outlive them with their sizes.
         unsafe {
             let all = u32::from((libc::ETH_P_ALL as u16).to_be()) as i32;
@@ -76,12 +71,21 @@ fn vlan(xdp: &str) {
             let mut address: libc::sockaddr_ll = std::mem::zeroed();
             address.sll_family = libc::AF_PACKET as u16;
             address.sll_protocol = all as u16;
-            address.sll_ifindex = libc::if_nametoindex(c"node-a".as_ptr()) as i32;
+            address.sll_ifindex = libc::if_nametoindex(device.as_ptr()) as i32;
             let bound = libc::bind(fd, (&raw const address).cast(), size_of_val(&address) as u32);
             assert_eq!(bound, 0, "{}", io::Error::last_os_error());
             OwnedFd::from_raw_fd(fd)
         }
-    });
+    })
+}
+
+/// Frames with a VLAN tag in them, from the wire: XDP leaves them to tc, for which the kernel takes the tag out, and what goes
+/// back has it again.
+fn vlan(xdp: &str) {
+    const VLAN: u16 = 100;
+    let cluster = Cluster::start(Lab::new().unwrap(), xdp, &[]);
+    let mac = mac_of(&cluster, "node-a", "eth0");
+    let socket = packet_socket(&cluster, "fabric", "node-a");
     let ours = [2, 0, 0, 0, 0, 9];
     for v6 in [false, true] {
         let frame = |port: Option<u16>| {
@@ -125,4 +129,97 @@ fn vlan_tags_stay_with_xdp() {
 #[test]
 fn vlan_tags_stay_without_xdp() {
     vlan("off");
+}
+
+/// Sends a frame out of a packet socket's ring, whose memory the kernel takes as it is: but for the Ethernet header the packet
+/// stands in the pages of its socket buffer, headers and all.
+fn send_in_pages(socket: &OwnedFd, frame: &[u8]) {
+    const PAGE: u32 = 4096;
+    let check = |result: i64| assert!(result >= 0, "{}", io::Error::last_os_error());
+    let fd = socket.as_raw_fd();
+    let set = |option: libc::c_int, value: *const libc::c_void, size: usize| {
+        // SAFETY: callers pass a structure that outlives the call, with its size.
+        check(unsafe { libc::setsockopt(fd, libc::SOL_PACKET, option, value, size as u32) }.into());
+    };
+    let version = libc::tpacket_versions::TPACKET_V2 as libc::c_int;
+    set(libc::PACKET_VERSION, (&raw const version).cast(), size_of_val(&version));
+    let ring = libc::tpacket_req {
+        tp_block_size: PAGE,
+        tp_block_nr: 1,
+        tp_frame_size: PAGE,
+        tp_frame_nr: 1,
+    };
+    set(libc::PACKET_TX_RING, (&raw const ring).cast(), size_of_val(&ring));
+    // SAFETY: the ring is a page long, its frame begins with a header, and the packet behind that fits in.
+    unsafe {
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let ring = libc::mmap(std::ptr::null_mut(), PAGE as usize, access, libc::MAP_SHARED, fd, 0);
+        assert_ne!(ring, libc::MAP_FAILED, "{}", io::Error::last_os_error());
+        let header = ring.cast::<libc::tpacket2_hdr>();
+        let begin = size_of::<libc::tpacket2_hdr>().next_multiple_of(libc::TPACKET_ALIGNMENT);
+        assert!(begin + frame.len() <= PAGE as usize);
+        ring.cast::<u8>()
+            .add(begin)
+            .copy_from_nonoverlapping(frame.as_ptr(), frame.len());
+        (*header).tp_len = frame.len() as u32;
+        (&raw mut (*header).tp_status).write_volatile(libc::TP_STATUS_SEND_REQUEST);
+        check(libc::send(fd, std::ptr::null(), 0, 0) as i64);
+        check(libc::munmap(ring, PAGE as usize).into());
+    }
+}
+
+/// First packets whose headers stand in pages, from a pod and from the network, to backends here and there: answered as others.
+fn in_pages(xdp: &str) {
+    let cluster = Cluster::start(Lab::new().unwrap(), xdp, &[]);
+    let pod_device = cluster.lab.device("packets").unwrap();
+    for (ns, device, to_mac, client) in [
+        ("packets", "eth0", mac_of(&cluster, "node-a", &pod_device), "packets"),
+        ("fabric", "node-a", mac_of(&cluster, "node-a", "eth0"), "client"),
+    ] {
+        let from_mac = mac_of(&cluster, ns, device);
+        let answers = packet_socket(&cluster, ns, device);
+        for v6 in [false, true] {
+            for (number, proto) in [1, 2].into_iter().flat_map(|number| BOTH.map(|proto| (number, proto))) {
+                let to = cluster_ip(number, v6);
+                let ethernet = PacketBuilder::ethernet2(from_mac, to_mac);
+                let (ip, source): (_, Vec<u8>) = match (cluster.ip(client, v6), to.ip()) {
+                    (IpAddr::V4(from), IpAddr::V4(to)) => {
+                        (ethernet.ipv4(from.octets(), to.octets(), 9), to.octets().into())
+                    }
+                    (IpAddr::V6(from), IpAddr::V6(to)) => {
+                        (ethernet.ipv6(from.octets(), to.octets(), 9), to.octets().into())
+                    }
+                    _ => unreachable!("one family"),
+                };
+                let mut frame = Vec::new();
+                match proto {
+                    Proto::Tcp => ip.tcp(5100, 80, 1, 1000).syn().write(&mut frame, &[]).unwrap(),
+                    _ => ip.udp(5100, 80).write(&mut frame, b"hello\n").unwrap(),
+                }
+                let sender = packet_socket(&cluster, ns, device);
+                send_in_pages(&sender, &frame);
+                let (source_at, payload) = [(26, 34), (22, 54)][usize::from(v6)];
+                let is_answer = |frame: &[u8]| {
+                    frame.len() > payload + 13
+                        && frame[source_at..].starts_with(&source)
+                        && frame[payload..].starts_with(&[0, 80, 5100u16.to_be_bytes()[0], 5100u16.to_be_bytes()[1]])
+                        && (proto == Proto::Udp || frame[payload + 13] == 0x12)
+                };
+                assert!(
+                    tag_of_answer(&answers, is_answer).is_some(),
+                    "{proto} {to} from {client}, --xdp {xdp}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn headers_in_pages_are_read_with_xdp() {
+    in_pages("native");
+}
+
+#[test]
+fn headers_in_pages_are_read_without_xdp() {
+    in_pages("off");
 }
