@@ -20,8 +20,11 @@ use rustix::fs::statfs;
 use serde::Serialize;
 
 use crate::datapath::{
+    bpf::{
+        link::{self, Hook},
+        probe,
+    },
     capability,
-    link::{self, Hook},
     load::{is_bpffs, kernel},
 };
 
@@ -174,7 +177,7 @@ fn features(rows: &mut Rows) {
         };
         rows.add(name, need, found, advice);
     }
-    let batch = link::probe_batch()
+    let batch = probe::probe_batch()
         .map(|()| "works".to_owned())
         .map_err(|e| e.to_string());
     rows.add(
@@ -274,9 +277,9 @@ fn features(rows: &mut Rows) {
     let attached = std::thread::spawn(|| -> io::Result<[io::Result<()>; 2]> {
         // SAFETY: nothing else runs in this thread that a new network namespace could surprise.
         unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }?;
-        let xdp = link::load_trivial(XDP, Some(Hook::Xdp), 2)
+        let xdp = probe::load_trivial(XDP, Some(Hook::Xdp), 2)
             .and_then(|program| link::create(program.as_fd(), LOOPBACK, Hook::Xdp, XDP_FLAGS_SKB_MODE));
-        let tcx = link::load_trivial(SCHED_CLS, None, -1)
+        let tcx = probe::load_trivial(SCHED_CLS, None, -1)
             .and_then(|program| link::create(program.as_fd(), LOOPBACK, Hook::TcxIngress, 0));
         Ok([xdp.map(drop), tcx.map(drop)])
     });
@@ -301,7 +304,7 @@ fn features(rows: &mut Rows) {
 }
 
 fn cgroup_links() -> io::Result<String> {
-    let program = link::load_trivial(CGROUP_SOCK_ADDR, Some(Hook::Connect4), 1)?;
+    let program = probe::load_trivial(CGROUP_SOCK_ADDR, Some(Hook::Connect4), 1)?;
     // No cgroup at all, so that nothing is attached: a kernel that knows such links looks at the descriptor first.
     let not_a_cgroup = fs::File::open("/dev/null")?;
     match link::create(program.as_fd(), not_a_cgroup.as_raw_fd() as u32, Hook::Connect4, 0) {

@@ -11,7 +11,9 @@ use std::{
 use serde::Serialize;
 
 use crate::datapath::{
-    Paths, clsact, link,
+    Paths,
+    bpf::{self, link},
+    clsact,
     load::{MOUNT_SOURCE, is_bpffs},
     lock::{LockError, RootLock},
 };
@@ -94,7 +96,7 @@ fn versions(root: &Path) -> Result<Vec<PathBuf>, CleanupError> {
 fn remove_version(root: &Path, version: &Path, removed: &mut Removed) -> Result<(), CleanupError> {
     // Off the devices first, then the rest.
     for pin in entries(&version.join("links"))? {
-        match link::open(&pin) {
+        match bpf::open(&pin) {
             Ok(link) => link::detach(link.as_fd()).map_err(io_error("detach", &pin))?,
             // Not a link any more than a file that somebody put there; the pin goes in any case.
             Err(error) => tracing::debug!("{}: {error}", pin.display()),

@@ -19,9 +19,13 @@ use serde::{Deserialize, Serialize};
 use tracing::{debug, info, warn};
 
 use super::{
-    CGROUP_PROGRAMS, NODE_PROGRAMS, POD_PROGRAMS, Paths, XDP_PROGRAM, clsact,
+    CGROUP_PROGRAMS, NODE_PROGRAMS, POD_PROGRAMS, Paths, XDP_PROGRAM,
+    bpf::{
+        self,
+        link::{self, Hook, OpenLink, Target},
+    },
+    clsact,
     devices::{Device, Role, XdpState},
-    link::{self, Hook, OpenLink, Target},
     load::Datapath,
     pods::PodDevices,
     rtnl, unescape,
@@ -339,7 +343,7 @@ impl Attacher {
             error,
         };
         let link = link::create(fd.as_fd(), directory.as_raw_fd() as u32, hook, 0).map_err(attach_error)?;
-        link::pin_over(link.as_fd(), pin).map_err(pin_error)?;
+        bpf::pin_over(link.as_fd(), pin).map_err(pin_error)?;
         if let Some(old) = old {
             // Of another --cgroup-root, or of a cgroup that is gone.
             let _ = link::detach(old.fd.as_fd());
@@ -516,7 +520,7 @@ impl Attacher {
                 held.current = true;
                 if held.pin != pin {
                     // Renamed. The old pin is swept later; the other device that may have had this name is held open.
-                    link::pin_over(held.fd.as_fd(), &pin)?;
+                    bpf::pin_over(held.fd.as_fd(), &pin)?;
                     held.pin = pin;
                 }
                 return Ok(());
@@ -531,7 +535,7 @@ impl Attacher {
             _ => 0,
         };
         let link = link::create(fd.as_fd(), device.index, hook, flags)?;
-        link::pin_over(link.as_fd(), &pin)?;
+        bpf::pin_over(link.as_fd(), &pin)?;
         links.insert(
             key,
             Held {

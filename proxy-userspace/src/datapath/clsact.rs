@@ -15,7 +15,7 @@ use netlink_packet_route::{
     tc::{TcHandle as Handle, TcMessage},
 };
 
-use super::{Paths, escape, link::Hook, rtnl, unescape};
+use super::{Paths, bpf::link::Hook, escape, rtnl, unescape};
 
 /// Before all others: a filter that ends the search ("ok") must not hide Service traffic.
 const PRIORITY: u16 = 1;

@@ -19,9 +19,9 @@ use rustix::fs::{FlockOperation, flock, statfs};
 use tracing::warn;
 
 use super::{
-    CGROUP_PROGRAMS, Capacities, NODE_PROGRAMS, POD_PROGRAMS, Paths, XDP_PROGRAM, link,
+    CGROUP_PROGRAMS, Capacities, NODE_PROGRAMS, POD_PROGRAMS, Paths, XDP_PROGRAM,
+    bpf::{self, map::MapInfo, probe},
     lock::{LockError, RootLock},
-    sys::MapInfo,
     upgrade::Upgrade,
 };
 
@@ -248,8 +248,8 @@ pub fn load(config: &LoadConfig) -> Result<Datapath, LoadError> {
     let most_waiting = capacities.flows / WAITING_SHARE;
     loader.override_global("MOST_WAITING", &most_waiting, true);
     // A kernel that does not let it be tried has no BPF for us either, which the programs' loading will tell.
-    let csum_ipv6 = if link::probe_csum_ipv6().unwrap_or(false) {
-        link::BPF_F_IPV6
+    let csum_ipv6 = if probe::probe_csum_ipv6().unwrap_or(false) {
+        probe::BPF_F_IPV6
     } else {
         0
     };
@@ -299,7 +299,7 @@ pub fn load(config: &LoadConfig) -> Result<Datapath, LoadError> {
     let root_error = |path: PathBuf, what| move |error| LoadError::Root { path, what, error };
     for (&name, fd) in &programs {
         let path = paths.program(name);
-        link::pin_over(fd.as_fd(), &path).map_err(root_error(path, "pin the program"))?;
+        bpf::pin_over(fd.as_fd(), &path).map_err(root_error(path, "pin the program"))?;
     }
     for name in all_programs().filter(|name| !programs.contains_key(name)) {
         let path = paths.program(name);

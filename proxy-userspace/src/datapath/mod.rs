@@ -21,10 +21,10 @@ use std::path::{Path, PathBuf};
 use shunt_common::layout::{LAYOUT_VERSION, names};
 
 pub mod attach;
+pub mod bpf;
 pub mod capability;
 pub(crate) mod clsact;
 pub mod devices;
-pub mod link;
 pub mod load;
 pub mod lock;
 pub mod maps;
@@ -32,10 +32,9 @@ pub mod netns;
 pub(crate) mod pods;
 pub(crate) mod rtnl;
 pub mod sockets;
-pub mod sys;
 pub mod upgrade;
 
-use link::Hook;
+use bpf::link::Hook;
 
 /// The socket programs, attached to the cgroup root.
 pub const CGROUP_PROGRAMS: [(&str, Hook); 9] = [

@@ -31,16 +31,21 @@ use shunt_common::layout::{LAYOUT_VERSION, names};
 use tracing::{info, warn};
 
 use super::{
-    Capacities, Paths, link,
-    sys::{self, BPF_ANY, BPF_NOEXIST, Cursor, MapInfo, MappedArray},
+    Capacities, Paths,
+    bpf::{
+        self, MappedArray,
+        map::{
+            self, BPF_ANY, BPF_NOEXIST, Cursor, MapInfo,
+            types::{ARRAY, HASH, LPM_TRIE, LRU_HASH},
+        },
+    },
 };
 
 /// Entries read at once.
 const BATCH: usize = 4096;
-/// `enum bpf_map_type`: `HASH`, `ARRAY`, `LRU_HASH`, `LPM_TRIE`. Per-CPU maps are programs' own memory and counters, and socket
+/// Types of maps. Per-CPU maps are programs' own memory and counters, and socket
 /// storage cannot be listed.
-const COPIED: [u32; 4] = [1, ARRAY, 9, 11];
-const ARRAY: u32 = 2;
+const COPIED: [u32; 4] = [HASH, ARRAY, LRU_HASH, LPM_TRIE];
 /// What programs write.
 const WRITTEN: [&[&str]; 5] = [
     &names::NEW_FLOWS,
@@ -71,8 +76,8 @@ struct Map {
 
 impl Map {
     fn open(folder: &Path, name: &str) -> io::Result<Self> {
-        let fd = sys::obj_get(&folder.join(name))?;
-        let info = sys::map_info(fd.as_fd())?;
+        let fd = bpf::open(&folder.join(name))?;
+        let info = map::map_info(fd.as_fd())?;
         Ok(Self { fd, info })
     }
 
@@ -81,7 +86,7 @@ impl Map {
         let (mut cursor, mut room, mut copied) = (Cursor::default(), BATCH, 0);
         let mut value = vec![0; self.info.value_size as usize];
         loop {
-            let batch = match sys::lookup_batch_raw(old.fd.as_fd(), &old.info, &mut cursor, room) {
+            let batch = match map::lookup_batch_raw(old.fd.as_fd(), &old.info, &mut cursor, room) {
                 // One bucket's chain is longer than the room.
                 Err(error) if error.raw_os_error() == Some(libc::ENOSPC) && room < old.info.max_entries as usize => {
                     room *= 2;
@@ -96,7 +101,7 @@ impl Map {
                     continue;
                 }
                 value[..old_value.len()].copy_from_slice(old_value);
-                match sys::update_raw(self.fd.as_fd(), &self.info, key, &value, flags) {
+                match map::update_raw(self.fd.as_fd(), &self.info, key, &value, flags) {
                     Ok(()) => copied += 1,
                     Err(error) if flags == BPF_NOEXIST && error.raw_os_error() == Some(libc::EEXIST) => {}
                     Err(error) => return Err(error),
@@ -170,7 +175,7 @@ impl Upgrade {
             }
         }
         for (name, fd) in &same {
-            link::pin_over(fd.as_fd(), &self.maps.join(name))?;
+            bpf::pin_over(fd.as_fd(), &self.maps.join(name))?;
         }
         Ok(())
     }
@@ -268,7 +273,7 @@ impl Upgrade {
         }
         let bits = MappedArray::<u64>::new(new.fd.as_fd(), new.info.max_entries)?;
         for index in 0..new.info.max_entries.min(old.info.max_entries) {
-            let word = sys::lookup::<u32, u64>(old.fd.as_fd(), &index)?.unwrap_or_default();
+            let word = map::lookup::<u32, u64>(old.fd.as_fd(), &index)?.unwrap_or_default();
             if word != 0 {
                 bits.atomic(index).fetch_or(word, Ordering::Relaxed);
             }
@@ -303,14 +308,11 @@ fn extends(new: &MapInfo, old: &MapInfo) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::{
-        sys::create::{ARRAY, HASH},
-        *,
-    };
+    use super::*;
 
     fn map(map_type: u32, key: usize, value: usize) -> Map {
-        let fd = sys::create::map(map_type, key, value, 64, 0).unwrap();
-        let info = sys::map_info(fd.as_fd()).unwrap();
+        let fd = map::create(map_type, key, value, 64, 0).unwrap();
+        let info = map::map_info(fd.as_fd()).unwrap();
         Map { fd, info }
     }
 
@@ -321,11 +323,11 @@ mod tests {
         assert!(can(&new, &old) && can(&new, &new) && !can(&old, &new));
         assert!(!can(&map(HASH, 8, 8), &old) && !can(&map(ARRAY, 4, 8), &old));
         for key in 0..50u32 {
-            sys::update(old.fd.as_fd(), &key, &u64::from(key), BPF_ANY).unwrap();
+            map::update(old.fd.as_fd(), &key, &u64::from(key), BPF_ANY).unwrap();
         }
-        sys::update(new.fd.as_fd(), &7u32, &[1u64, 2], BPF_ANY).unwrap();
+        map::update(new.fd.as_fd(), &7u32, &[1u64, 2], BPF_ANY).unwrap();
         assert_eq!(new.copy_from(&old, BPF_NOEXIST).unwrap(), 49, "what is there stays");
-        let value = |key: u32| sys::lookup::<u32, [u64; 2]>(new.fd.as_fd(), &key).unwrap();
+        let value = |key: u32| map::lookup::<u32, [u64; 2]>(new.fd.as_fd(), &key).unwrap();
         assert_eq!((value(7), value(8), value(50)), (Some([1, 2]), Some([8, 0]), None));
         assert_eq!(new.copy_from(&old, BPF_ANY).unwrap(), 50);
         assert_eq!(value(7), Some([7, 0]));
@@ -334,9 +336,9 @@ mod tests {
     #[test]
     fn zeros_of_an_array_are_left_out() {
         let (old, new) = (map(ARRAY, 4, 12), map(ARRAY, 4, 20));
-        sys::update(old.fd.as_fd(), &5u32, &[1u32, 0, 3], BPF_ANY).unwrap();
+        map::update(old.fd.as_fd(), &5u32, &[1u32, 0, 3], BPF_ANY).unwrap();
         assert_eq!(new.copy_from(&old, BPF_ANY).unwrap(), 1);
-        let value = |key: u32| sys::lookup::<u32, [u32; 5]>(new.fd.as_fd(), &key).unwrap();
+        let value = |key: u32| map::lookup::<u32, [u32; 5]>(new.fd.as_fd(), &key).unwrap();
         assert_eq!((value(5), value(6)), (Some([1, 0, 3, 0, 0]), Some([0; 5])));
     }
 }

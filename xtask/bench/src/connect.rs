@@ -14,7 +14,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use shunt::datapath::link::{self, Hook};
+use shunt::datapath::bpf::link::{self, Hook};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::{

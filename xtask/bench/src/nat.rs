@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use aya::{EbpfLoader, maps::HashMap, programs::SchedClassifier};
-use shunt::datapath::link::{self, Hook};
+use shunt::datapath::bpf::link::{self, Hook};
 
 use crate::replay::FLOORS;
 

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use aya::{Ebpf, EbpfLoader, programs::Program};
-use shunt::datapath::{load::Datapath, sys};
+use shunt::datapath::{bpf::map, load::Datapath};
 use shunt_common::layout::names;
 
 pub(crate) static FLOORS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/shunt-floors"));
@@ -143,7 +143,7 @@ impl Replay {
             .iter()
             .map(|&(port, last)| u32::from(port) | u32::from(last) << 16)
             .collect();
-        sys::update_batch(map, &keys, &values).map_err(|(error, done)| anyhow::anyhow!("ports, entry {done}: {error}"))
+        map::update_batch(map, &keys, &values).map_err(|(error, done)| anyhow::anyhow!("ports, entry {done}: {error}"))
     }
 
     fn map(&self, name: &str) -> Result<BorrowedFd<'_>> {
@@ -182,12 +182,12 @@ impl Replay {
             next: self.next,
             base: script.base,
         };
-        sys::update(self.map("script")?, &0u32, &value, 0).context("script")?;
+        map::update(self.map("script")?, &0u32, &value, 0).context("script")?;
         let (target, wrapper) = match hook {
             Hook::Xdp => ("xdp_target", "replay_xdp"),
             Hook::Tc => ("tc_target", "replay_tc"),
         };
-        sys::update(self.map(target)?, &0u32, &(program.as_raw_fd() as u32), 0).context(target)?;
+        map::update(self.map(target)?, &0u32, &(program.as_raw_fd() as u32), 0).context(target)?;
         self.run(hook, self.program(wrapper)?, &packet, repeat)
             .context("BPF_PROG_TEST_RUN")
     }

@@ -5,10 +5,9 @@ use std::{net::IpAddr, sync::Arc};
 use anyhow::{Context, Result};
 use shunt::{
     datapath::{
-        Capacities,
+        Capacities, bpf,
         load::{Datapath, LoadConfig, load},
         maps::Maps,
-        sys,
     },
     object::{ObjectName, Protocol},
     plan::{Backend, Frontend, FrontendAddress, FrontendId, FrontendKind, Scope, ServicePlan, Table},
@@ -233,8 +232,8 @@ impl World {
         self.open::<V4>(false, &mut clients)?;
         self.open::<V6>(true, &mut clients)?;
         let indices: Vec<u32> = (0..).take(CLIENT_WORDS).collect();
-        let map = sys::obj_get(&self.datapath.paths().map(names::CLIENTS))?;
-        sys::update_batch(std::os::fd::AsFd::as_fd(&map), &indices, &clients)
+        let map = bpf::open(&self.datapath.paths().map(names::CLIENTS))?;
+        bpf::map::update_batch(std::os::fd::AsFd::as_fd(&map), &indices, &clients)
             .map_err(|(error, _)| error)
             .context("clients")
     }
@@ -343,12 +342,12 @@ impl World {
         }
         let paths = self.datapath.paths();
         let suffix = if v6 { "6" } else { "4" };
-        let map = sys::obj_get(&paths.map(&format!("flows{suffix}")))?;
-        sys::update_batch(std::os::fd::AsFd::as_fd(&map), &keys, &flows)
+        let map = bpf::open(&paths.map(&format!("flows{suffix}")))?;
+        bpf::map::update_batch(std::os::fd::AsFd::as_fd(&map), &keys, &flows)
             .map_err(|(error, _)| error)
             .context("flows")?;
-        let map = sys::obj_get(&paths.map(&format!("snat{suffix}")))?;
-        sys::update_batch(std::os::fd::AsFd::as_fd(&map), &indices, &slots)
+        let map = bpf::open(&paths.map(&format!("snat{suffix}")))?;
+        bpf::map::update_batch(std::os::fd::AsFd::as_fd(&map), &indices, &slots)
             .map_err(|(error, _)| error)
             .context("snat")
     }
@@ -372,10 +371,10 @@ impl World {
             epoch: 0,
             owner: 0,
         };
-        let map = sys::obj_get(&self.datapath.paths().map(if v6 { "snat6" } else { "snat4" }))?;
+        let map = bpf::open(&self.datapath.paths().map(if v6 { "snat6" } else { "snat4" }))?;
         let keys: Vec<u32> = (0..SNAT_SLOTS).collect();
         let values = vec![old; keys.len()];
-        sys::update_batch(std::os::fd::AsFd::as_fd(&map), &keys, &values)
+        bpf::map::update_batch(std::os::fd::AsFd::as_fd(&map), &keys, &values)
             .map_err(|(error, _)| error)
             .context("snat")
     }

@@ -16,7 +16,7 @@ use shunt_common::{
     snat,
 };
 
-use super::sys;
+use super::bpf::map;
 
 mod error;
 mod family;
@@ -243,7 +243,7 @@ impl Maps {
         Event::ALL
             .iter()
             .map(|&event| {
-                let per_cpu = sys::lookup_per_cpu::<u64>(self.events.as_fd(), &(event as u32), self.cpus);
+                let per_cpu = map::lookup_per_cpu::<u64>(self.events.as_fd(), &(event as u32), self.cpus);
                 let per_cpu = per_cpu.map_err(|source| MapError::Kernel {
                     action: "read",
                     map: names::EVENTS,
@@ -259,7 +259,7 @@ impl Maps {
     /// # Errors
     /// The kernel's.
     pub fn traffic(&self, backend: u32) -> Result<Traffic> {
-        match sys::lookup_per_cpu::<Traffic>(self.traffic.as_fd(), &backend, self.cpus) {
+        match map::lookup_per_cpu::<Traffic>(self.traffic.as_fd(), &backend, self.cpus) {
             Ok(per_cpu) => Ok(per_cpu.iter().fold(Traffic::default(), |sum, one| Traffic {
                 to_packets: sum.to_packets + one.to_packets,
                 to_bytes: sum.to_bytes + one.to_bytes,
@@ -280,7 +280,7 @@ impl Maps {
     /// # Errors
     /// The kernel's.
     pub fn forget_traffic(&self, backend: u32) -> Result<()> {
-        match sys::delete(self.traffic.as_fd(), &backend) {
+        match map::delete(self.traffic.as_fd(), &backend) {
             Ok(_was_there) => Ok(()),
             Err(source) => Err(MapError::Kernel {
                 action: "delete from",

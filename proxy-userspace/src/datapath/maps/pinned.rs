@@ -12,7 +12,10 @@ use aya::Pod;
 use shunt_common::layout::{LAYOUT_VERSION, Octets, SnatSlot};
 
 use super::{MapError, Result};
-use crate::datapath::sys::{self, Cursor, MappedArray};
+use crate::datapath::bpf::{
+    self, MappedArray,
+    map::{self, Cursor},
+};
 
 /// Entries read by one batch call: enough to make its cost vanish, few enough for the second-level cache.
 const BATCH: usize = 2048;
@@ -34,7 +37,7 @@ pub fn links_dir(bpf_root: &Path) -> PathBuf {
 
 pub(super) fn open_pin(bpf_root: &Path, name: &'static str, key: usize, value: usize) -> Result<(OwnedFd, u32)> {
     let path = maps_dir(bpf_root).join(name);
-    let fd = sys::obj_get(&path).map_err(|source| match source.kind() {
+    let fd = bpf::open(&path).map_err(|source| match source.kind() {
         io::ErrorKind::NotFound => MapError::NoAgent {
             root: bpf_root.into(),
             path: path.clone(),
@@ -49,7 +52,7 @@ pub(super) fn open_pin(bpf_root: &Path, name: &'static str, key: usize, value: u
             source,
         },
     })?;
-    let info = sys::map_info(fd.as_fd()).map_err(|source| MapError::Kernel {
+    let info = map::map_info(fd.as_fd()).map_err(|source| MapError::Kernel {
         action: "inspect",
         map: name,
         source,
@@ -145,7 +148,7 @@ impl<K: Pod, V: Pod> Map<K, V> {
     /// # Errors
     /// The kernel's.
     pub fn get(&self, key: &K) -> Result<Option<V>> {
-        sys::lookup(self.fd.as_fd(), key).map_err(|error| self.error("read", error))
+        map::lookup(self.fd.as_fd(), key).map_err(|error| self.error("read", error))
     }
 
     /// Creates or replaces an entry.
@@ -154,7 +157,7 @@ impl<K: Pod, V: Pod> Map<K, V> {
     /// [`MapError::Full`], or the kernel's.
     pub fn set(&self, key: &K, value: &V) -> Result<()> {
         self.writes.fetch_add(1, Ordering::Relaxed);
-        sys::update(self.fd.as_fd(), key, value, sys::BPF_ANY).map_err(|error| self.error("write", error))
+        map::update(self.fd.as_fd(), key, value, map::BPF_ANY).map_err(|error| self.error("write", error))
     }
 
     /// Deletes an entry; says whether it was there.
@@ -163,7 +166,7 @@ impl<K: Pod, V: Pod> Map<K, V> {
     /// The kernel's.
     pub fn delete(&self, key: &K) -> Result<bool> {
         self.writes.fetch_add(1, Ordering::Relaxed);
-        sys::delete(self.fd.as_fd(), key).map_err(|error| self.error("delete from", error))
+        map::delete(self.fd.as_fd(), key).map_err(|error| self.error("delete from", error))
     }
 
     /// Deletes many entries; returns how many were there.
@@ -172,7 +175,7 @@ impl<K: Pod, V: Pod> Map<K, V> {
     /// The kernel's.
     pub fn delete_all(&self, keys: &[K]) -> Result<usize> {
         self.writes.fetch_add(keys.len() as u64, Ordering::Relaxed);
-        sys::delete_batch(self.fd.as_fd(), keys).map_err(|error| self.error("delete from", error))
+        map::delete_batch(self.fd.as_fd(), keys).map_err(|error| self.error("delete from", error))
     }
 
     /// Calls `visit` with every entry, a batch at a time, without marking LRU entries as used. An error of `visit`
@@ -187,7 +190,7 @@ impl<K: Pod, V: Pod> Map<K, V> {
         loop {
             keys.clear();
             values.clear();
-            match sys::lookup_batch(self.fd.as_fd(), &mut cursor, &mut keys, &mut values, room) {
+            match map::lookup_batch(self.fd.as_fd(), &mut cursor, &mut keys, &mut values, room) {
                 Ok(at_end) => {
                     visit(&keys, &values)?;
                     if at_end {

@@ -8,6 +8,7 @@ use super::{
     testing::{Capacities, Root},
     *,
 };
+use crate::datapath::bpf;
 
 fn key(n: u16) -> FrontendKey<[u8; 4]> {
     FrontendKey {
@@ -37,8 +38,8 @@ fn a_map_of_another_layout_is_not_touched() {
     let root = Root::new(Capacities::default());
     let path = maps_dir(&root.0).join(names::SERVICES);
     fs::remove_file(&path).expect("pin");
-    let fd = sys::create::map(sys::create::HASH, 4, 8, 16, 0).expect("map");
-    sys::create::pin(fd.as_fd(), &path).expect("pin");
+    let fd = map::create(map::types::HASH, 4, 8, 16, 0).expect("map");
+    bpf::pin(fd.as_fd(), &path).expect("pin");
     let message = Maps::open(&root.0).err().expect("wrong value size").to_string();
     assert!(message.contains("the value's size is 8, expected 128"), "{message}");
 }

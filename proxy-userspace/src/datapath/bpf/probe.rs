@@ -1,0 +1,122 @@
+//! What the kernel lets one do, tried out with the smallest programs and maps.
+
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+};
+
+use super::{Command, bpf, bpf_fd, link::Hook, map, raw};
+
+/// Flag of `bpf_l4_csum_replace` (kernel 6.16): the packet is an IPv6 one.
+pub const BPF_F_IPV6: u32 = 1 << 7;
+
+/// Loads the smallest program there is, `return verdict`, to probe what the kernel lets one do with it.
+///
+/// # Errors
+/// The kernel's: `EPERM` without `CAP_BPF`, `EINVAL` when it does not know the type.
+pub fn load_trivial(program_type: u32, hook: Option<Hook>, verdict: i32) -> io::Result<OwnedFd> {
+    // r0 = verdict; exit
+    load_code(program_type, hook, [0xb7 | (u64::from(verdict as u32) << 32), 0x95])
+}
+
+/// Loads a program of so many instructions, as they stand in memory on a little-endian machine.
+fn load_code<const N: usize>(program_type: u32, hook: Option<Hook>, code: [u64; N]) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attr {
+        prog_type: u32,
+        insn_cnt: u32,
+        insns: u64,
+        license: u64,
+        log_level: u32,
+        log_size: u32,
+        log_buf: u64,
+        kern_version: u32,
+        prog_flags: u32,
+        prog_name: [u8; 16],
+        prog_ifindex: u32,
+        expected_attach_type: u32,
+    }
+    // An instruction is bytes (code, registers), a __s16 and a __s32: on big-endian machines not the same as one number.
+    let code = code.map(|word| {
+        let [op, regs, o0, o1, i0, i1, i2, i3] = word.to_le_bytes();
+        let (offset, immediate) = (i16::from_le_bytes([o0, o1]), i32::from_le_bytes([i0, i1, i2, i3]));
+        let ([o0, o1], [i0, i1, i2, i3]) = (offset.to_ne_bytes(), immediate.to_ne_bytes());
+        [op, regs, o0, o1, i0, i1, i2, i3]
+    });
+    let mut attr = Attr {
+        prog_type: program_type,
+        insn_cnt: code.len() as u32,
+        insns: code.as_ptr().expose_provenance() as u64,
+        license: c"GPL".as_ptr().expose_provenance() as u64,
+        log_level: 0,
+        log_size: 0,
+        log_buf: 0,
+        kern_version: 0,
+        prog_flags: 0,
+        prog_name: *b"shunt_check\0\0\0\0\0",
+        prog_ifindex: 0,
+        expected_attach_type: hook.map_or(0, |h| h as u32),
+    };
+    // SAFETY: `insns` and `license` outlive the call; the command returns a descriptor.
+    unsafe { bpf_fd(Command::ProgLoad, &mut attr) }
+}
+
+/// Whether `bpf_l4_csum_replace` knows [`BPF_F_IPV6`]. Before, it spoiled the sum that a device had computed over an IPv6
+/// packet (`CHECKSUM_COMPLETE`): an IPv4 header's own checksum makes up for new addresses, and IPv6 has none.
+///
+/// # Errors
+/// The kernel's: `EPERM` without `CAP_BPF` and `CAP_NET_ADMIN`.
+pub fn probe_csum_ipv6() -> io::Result<bool> {
+    const SCHED_CLS: u32 = 3;
+    const BPF_F_PSEUDO_HDR: u32 = 1 << 4;
+    let set = |register: u64, value: u32| 0xb7 | register << 8 | u64::from(value) << 32;
+    // return bpf_l4_csum_replace(ctx, 24, 0, 0, BPF_F_PSEUDO_HDR | BPF_F_IPV6)
+    let program = load_code(
+        SCHED_CLS,
+        None,
+        [
+            set(2, 24),
+            set(3, 0),
+            set(4, 0),
+            set(5, BPF_F_PSEUDO_HDR | BPF_F_IPV6),
+            0x85 | 11 << 32,
+            0x95,
+        ],
+    )?;
+    #[repr(C)]
+    struct Attr {
+        prog_fd: u32,
+        retval: u32,
+        data_size_in: u32,
+        data_size_out: u32,
+        data_in: u64,
+        data_out: u64,
+        repeat: u32,
+        duration: u32,
+        rest: [u64; 6],
+    }
+    let packet = [0_u8; 64];
+    let mut attr = Attr {
+        prog_fd: raw(program.as_fd()),
+        retval: 0,
+        data_size_in: packet.len() as u32,
+        data_size_out: 0,
+        data_in: packet.as_ptr().expose_provenance() as u64,
+        data_out: 0,
+        repeat: 1,
+        duration: 0,
+        rest: [0; 6],
+    };
+    // SAFETY: `data_in` outlives the call and is as long as said; nothing is written but the attribute.
+    unsafe { bpf(Command::ProgTestRun, &mut attr) }?;
+    Ok(attr.retval == 0)
+}
+
+/// Tries a batch operation on a small map of its own.
+///
+/// # Errors
+/// `EINVAL` or `ENOTSUPP` before kernel 5.6.
+pub fn probe_batch() -> io::Result<()> {
+    let map = map::create(map::types::HASH, 4, 4, 2, 0)?;
+    map::update_batch(map.as_fd(), &[1_u32, 2], &[3_u32, 4]).map_err(|(error, _)| error)
+}
