@@ -1,6 +1,7 @@
 //! The agent of one node, as a process in the node's namespace.
 
 use std::{
+    env,
     ffi::CString,
     fs,
     io::{BufRead, BufReader, Read},
@@ -29,6 +30,8 @@ use crate::{
 
 /// How long an agent may take until its datapath is live; on an emulated machine the verifier takes most of it.
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
+/// Seconds to take instead of [`READY_TIMEOUT`], where the kernel's verifier runs in an emulated machine.
+const READY_ENV: &str = "SHUNT_LAB_READY_SECONDS";
 /// How long an agent may take to end at SIGTERM.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -126,7 +129,7 @@ impl AgentOptions {
 ///
 /// When there is none; says how to build it.
 pub fn find_shunt() -> Result<PathBuf> {
-    if let Some(path) = std::env::var_os("SHUNT_BIN") {
+    if let Some(path) = env::var_os("SHUNT_BIN") {
         return Ok(path.into());
     }
     let exe = std::env::current_exe().context("the running program's path")?;
@@ -290,7 +293,11 @@ impl Agent {
     ///
     /// With what the agent printed, when it ends or is not ready in time.
     pub fn wait_ready(&mut self) -> Result<()> {
-        let deadline = Instant::now() + READY_TIMEOUT;
+        let timeout = env::var(READY_ENV)
+            .ok()
+            .and_then(|text| text.parse().ok())
+            .map_or(READY_TIMEOUT, Duration::from_secs);
+        let deadline = Instant::now() + timeout;
         let printed = Arc::clone(&self.printed);
         let mut lines = printed.lines.lock().unwrap_or_else(PoisonError::into_inner);
         while lines.1.is_none() {
@@ -303,7 +310,7 @@ impl Agent {
             }
             if Instant::now() >= deadline {
                 bail!(
-                    "the agent of {} is not ready after {READY_TIMEOUT:?}: {}",
+                    "the agent of {} is not ready after {timeout:?}: {}",
                     self.node,
                     lines.0.trim()
                 );

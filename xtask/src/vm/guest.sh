@@ -9,6 +9,8 @@ ip link set lo up
 modprobe sctp
 # A missing module is a failure here, not a reason to leave the test out.
 export SHUNT_EXPECT_SCTP=1
+# Agents load their programs for a minute or more here.
+export SHUNT_LAB_READY_SECONDS=600
 cd {folder}
 failed=0
 echo "{begin}"
