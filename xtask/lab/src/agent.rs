@@ -132,7 +132,7 @@ pub fn find_shunt() -> Result<PathBuf> {
     if let Some(path) = env::var_os("SHUNT_BIN") {
         return Ok(path.into());
     }
-    let exe = std::env::current_exe().context("the running program's path")?;
+    let exe = env::current_exe().context("the running program's path")?;
     // target/<profile>/xtask or target/<profile>/deps/<test>
     exe.ancestors()
         .skip(1)
