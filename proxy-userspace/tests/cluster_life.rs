@@ -1,16 +1,17 @@
 //! What becomes of open flows when their backend goes. Needs root.
 
 use std::{
-    fs,
     net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
 };
 
 use shunt_lab::{Agent, AgentOptions, Client, Conn, Dial, DialError, Lab, PodSpec, Port, Proto, Sockets};
 use tempfile::TempDir;
+use web::{APP, NODE_PORT};
 
-const APP: u16 = 8080;
-const NODE_PORT: u16 = 30080;
+#[path = "support/web.rs"]
+mod web;
+
 const PODS: [(&str, &str); 2] = [("web-a", "node-a"), ("web-b", "node-b")];
 
 /// Two nodes, a Service with endpoints by hand, and clients whose sockets no hook sees.
@@ -36,19 +37,7 @@ impl Cluster {
             lab,
             manifests,
         };
-        let ports = |proto: &str, name: &str| {
-            format!("{{ name: {name}, protocol: {proto}, port: 80, targetPort: {APP}, nodePort: {NODE_PORT} }}")
-        };
-        cluster.write(
-            "service.yaml",
-            &format!(
-                "apiVersion: v1\nkind: Service\nmetadata: {{ name: web }}\nspec:\n  type: NodePort\n  clusterIP: 10.96.0.1\n  \
-                 clusterIPs: [10.96.0.1, 'fd96::1']\n  ipFamilyPolicy: RequireDualStack\n  ipFamilies: [IPv4, IPv6]\n  \
-                 ports: [{}, {}]\n",
-                ports("TCP", "tcp"),
-                ports("UDP", "udp"),
-            ),
-        );
+        cluster.write("service.yaml", &web::service());
         cluster.endpoints(&[("web-a", ""), ("web-b", "")]);
         let options = AgentOptions::manifests(cluster.manifests.path())
             .xdp(xdp)
@@ -61,35 +50,17 @@ impl Cluster {
     }
 
     fn write(&self, file: &str, text: &str) {
-        let path = self.manifests.path().join(file);
-        let hidden = path.with_extension("new");
-        fs::write(&hidden, text).unwrap();
-        fs::rename(hidden, path).unwrap();
+        web::write(self.manifests.path(), file, text);
     }
 
     /// The endpoints of `web`, with conditions other than ready.
     fn endpoints(&self, pods: &[(&str, &str)]) {
-        let mut documents = Vec::new();
-        for (family, v6) in [("IPv4", false), ("IPv6", true)] {
-            let endpoints: Vec<String> = pods
-                .iter()
-                .map(|(pod, conditions)| {
-                    let node = PODS.iter().find(|(name, _)| name == pod).unwrap().1;
-                    format!(
-                        "{{ addresses: ['{}'], nodeName: {node}, conditions: {{ {conditions} }} }}",
-                        self.ip(pod, v6)
-                    )
-                })
-                .collect();
-            documents.push(format!(
-                "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{ name: web-{}, labels: {{ \
-                 kubernetes.io/service-name: web }} }}\naddressType: {family}\nports: [{{ name: tcp, protocol: TCP, port: {APP} \
-                 }}, {{ name: udp, protocol: UDP, port: {APP} }}]\nendpoints: [{}]\n",
-                family.to_lowercase(),
-                endpoints.join(", "),
-            ));
-        }
-        self.write("endpoints.yaml", &documents.join("---\n"));
+        let node = |pod: &str| PODS.iter().find(|(name, _)| *name == pod).unwrap().1;
+        let pods: Vec<_> = pods
+            .iter()
+            .map(|&(pod, conditions)| (pod, node(pod), conditions))
+            .collect();
+        self.write("endpoints.yaml", &web::slices(&self.lab, &pods));
     }
 
     /// Takes a pod off the network without a word.

@@ -3,7 +3,7 @@
 
 use std::{
     collections::BTreeMap,
-    env, fs, io,
+    env, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::{
         Mutex,
@@ -17,10 +17,11 @@ use etherparse::PacketBuilder;
 use shunt_lab::{Agent, AgentOptions, Client, Conn, Lab, PodSpec, Port, Proto, Sockets};
 use socket2::{Domain, Protocol, Socket, Type};
 use tempfile::TempDir;
+use web::{APP, CLUSTER_IPS, NODE_PORT};
 
-const APP: u16 = 8080;
-const NODE_PORT: u16 = 30080;
-const CLUSTER_IPS: [&str; 2] = ["10.96.0.1", "fd96::1"];
+#[path = "support/web.rs"]
+mod web;
+
 const PODS: [(&str, &str); 4] = [
     ("web-a", "node-a"),
     ("web-b", "node-a"),
@@ -104,20 +105,7 @@ impl Cluster {
             lab,
             manifests: TempDir::new().unwrap(),
         };
-        let port = |proto: &str| {
-            format!("{{ name: {proto}, protocol: {proto}, port: 80, targetPort: {APP}, nodePort: {NODE_PORT} }}")
-        };
-        cluster.write(
-            "service.yaml",
-            &format!(
-                "apiVersion: v1\nkind: Service\nmetadata: {{ name: web }}\nspec:\n  type: NodePort\n  clusterIP: {0}\n  \
-                 clusterIPs: [{0}, '{1}']\n  ipFamilyPolicy: RequireDualStack\n  ipFamilies: [IPv4, IPv6]\n  ports: [{2}, {3}]\n",
-                CLUSTER_IPS[0],
-                CLUSTER_IPS[1],
-                port("TCP"),
-                port("UDP"),
-            ),
-        );
+        cluster.write("service.yaml", &web::service());
         cluster.write("flooded.yaml", &flooded(&cluster.lab));
         cluster.serve(&[0, 1, 2, 3]);
         let options = AgentOptions::manifests(cluster.manifests.path())
@@ -131,12 +119,12 @@ impl Cluster {
     }
 
     fn write(&self, file: &str, text: &str) {
-        write(&self.manifests, file, text);
+        web::write(self.manifests.path(), file, text);
     }
 
     /// Puts these of [`PODS`] behind the Service.
     fn serve(&self, pods: &[usize]) {
-        write(&self.manifests, "endpoints.yaml", &endpoints(&self.lab, pods));
+        self.write("endpoints.yaml", &endpoints(&self.lab, pods));
     }
 
     /// Who dials what: a hooked pod, one whose packets are seen, a host outside, and a process on the node.
@@ -158,34 +146,9 @@ impl Cluster {
     }
 }
 
-fn write(folder: &TempDir, file: &str, text: &str) {
-    let path = folder.path().join(file);
-    let hidden = path.with_extension("new");
-    fs::write(&hidden, text).unwrap();
-    fs::rename(hidden, path).unwrap();
-}
-
 fn endpoints(lab: &Lab, pods: &[usize]) -> String {
-    let mut documents = Vec::new();
-    for (family, v6) in [("IPv4", false), ("IPv6", true)] {
-        let endpoints: Vec<String> = pods
-            .iter()
-            .map(|&pod| {
-                let (name, node) = PODS[pod];
-                let ips = lab.ips(name).unwrap();
-                let ip = ips.iter().find(|ip| ip.is_ipv6() == v6).unwrap();
-                format!("{{ addresses: ['{ip}'], nodeName: {node} }}")
-            })
-            .collect();
-        documents.push(format!(
-            "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{ name: web-{}, labels: {{ \
-             kubernetes.io/service-name: web }} }}\naddressType: {family}\nports: [{{ name: TCP, protocol: TCP, port: {APP} }}, \
-             {{ name: UDP, protocol: UDP, port: {APP} }}]\nendpoints: [{}]\n",
-            family.to_lowercase(),
-            endpoints.join(", "),
-        ));
-    }
-    documents.join("---\n")
+    let pods: Vec<_> = pods.iter().map(|&pod| (PODS[pod].0, PODS[pod].1, "")).collect();
+    web::slices(lab, &pods)
 }
 
 /// A Service with an endpoint that answers nothing.
@@ -331,7 +294,7 @@ fn nothing_is_lost_in_two_minutes_of_everything() {
                 thread::sleep(random.between(Duration::from_millis(200), Duration::from_secs(2)));
                 let set = 1 + random.below(15);
                 let pods: Vec<usize> = (0..PODS.len()).filter(|pod| set & 1 << pod != 0).collect();
-                write(manifests, "endpoints.yaml", &endpoints(lab, &pods));
+                web::write(manifests.path(), "endpoints.yaml", &endpoints(lab, &pods));
                 counts_of.churns.fetch_add(1, Ordering::Relaxed);
             }
         });

@@ -1,7 +1,6 @@
 //! What becomes of flows when the source ports towards a backend are used up. Needs root.
 
 use std::{
-    fs,
     net::SocketAddr,
     thread,
     time::{Duration, Instant},
@@ -9,9 +8,11 @@ use std::{
 
 use shunt_lab::{Agent, AgentOptions, Client, Conn, Dial, DialError, Lab, PodSpec, Port, Proto};
 use tempfile::TempDir;
+use web::{APP, NODE_PORT};
 
-const APP: u16 = 8080;
-const NODE_PORT: u16 = 30080;
+#[path = "support/web.rs"]
+mod web;
+
 /// Source ports per backend.
 const PORTS: usize = 16;
 /// Of their flows, those that end.
@@ -23,26 +24,8 @@ fn start(xdp: &str) -> (Lab, Agent, TempDir) {
     lab.add_pod(&PodSpec::new("web", "node-b", &[Port::tcp(APP), Port::udp(APP)]))
         .unwrap();
     let manifests = TempDir::new().unwrap();
-    let port = |proto: &str| {
-        format!("{{ name: {proto}, protocol: {proto}, port: 80, targetPort: {APP}, nodePort: {NODE_PORT} }}")
-    };
-    let mut documents = vec![format!(
-        "apiVersion: v1\nkind: Service\nmetadata: {{ name: web }}\nspec:\n  type: NodePort\n  clusterIP: 10.96.0.1\n  \
-         clusterIPs: [10.96.0.1, 'fd96::1']\n  ipFamilyPolicy: RequireDualStack\n  ipFamilies: [IPv4, IPv6]\n  \
-         ports: [{}, {}]\n",
-        port("TCP"),
-        port("UDP"),
-    )];
-    for ip in lab.ips("web").unwrap() {
-        let family = if ip.is_ipv4() { "IPv4" } else { "IPv6" };
-        documents.push(format!(
-            "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{ name: web-{}, labels: {{ \
-             kubernetes.io/service-name: web }} }}\naddressType: {family}\nports: [{{ name: TCP, protocol: TCP, port: {APP} }}, \
-             {{ name: UDP, protocol: UDP, port: {APP} }}]\nendpoints: [{{ addresses: ['{ip}'], nodeName: node-b }}]\n",
-            family.to_lowercase(),
-        ));
-    }
-    fs::write(manifests.path().join("web.yaml"), documents.join("---\n")).unwrap();
+    let endpoints = web::slices(&lab, &[("web", "node-b", "")]);
+    web::write(manifests.path(), "web.yaml", &[web::service(), endpoints].join("---\n"));
     let options = AgentOptions::manifests(manifests.path())
         .xdp(xdp)
         .args(&["--snat-ports", &format!("20000-{}", 20_000 + PORTS - 1)])

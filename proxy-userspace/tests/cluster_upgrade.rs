@@ -12,38 +12,14 @@ use std::{
 use shunt_common::layout::LAYOUT_VERSION;
 use shunt_lab::{Agent, AgentOptions, Client, Conn, Dial, Lab, PodSpec, Port, Proto, Sockets};
 use tempfile::TempDir;
+use web::{APP, NODE_PORT};
 
-const APP: u16 = 8080;
-const NODE_PORT: u16 = 30080;
+#[path = "support/web.rs"]
+mod web;
 
 fn write(lab: &Lab, manifests: &Path) {
-    let port = |proto: &str| {
-        format!("{{ name: {proto}, protocol: {proto}, port: 80, targetPort: {APP}, nodePort: {NODE_PORT} }}")
-    };
-    let mut documents = vec![format!(
-        "apiVersion: v1\nkind: Service\nmetadata: {{ name: web }}\nspec:\n  type: NodePort\n  clusterIP: 10.96.0.1\n  \
-         clusterIPs: [10.96.0.1, 'fd96::1']\n  ipFamilyPolicy: RequireDualStack\n  ipFamilies: [IPv4, IPv6]\n  \
-         ports: [{}, {}]\n",
-        port("TCP"),
-        port("UDP"),
-    )];
-    for v6 in [false, true] {
-        let family = if v6 { "IPv6" } else { "IPv4" };
-        let endpoint = |pod: &str, node: &str| {
-            let ips = lab.ips(pod).unwrap();
-            let ip = ips.iter().find(|ip| ip.is_ipv6() == v6).unwrap();
-            format!("{{ addresses: ['{ip}'], nodeName: {node} }}")
-        };
-        documents.push(format!(
-            "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{ name: web-{}, labels: {{ \
-             kubernetes.io/service-name: web }} }}\naddressType: {family}\nports: [{{ name: TCP, protocol: TCP, port: {APP} }}, \
-             {{ name: UDP, protocol: UDP, port: {APP} }}]\nendpoints: [{}, {}]\n",
-            family.to_lowercase(),
-            endpoint("web-a", "node-a"),
-            endpoint("web-b", "node-b"),
-        ));
-    }
-    fs::write(manifests.join("web.yaml"), documents.join("---\n")).unwrap();
+    let endpoints = web::slices(lab, &[("web-a", "node-a", ""), ("web-b", "node-b", "")]);
+    web::write(manifests, "web.yaml", &[web::service(), endpoints].join("---\n"));
 }
 
 /// What the node's programs are attached to.
