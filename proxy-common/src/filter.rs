@@ -17,11 +17,12 @@ use crate::{
 
 const BITS: u32 = FILTER_HASHED_WORDS as u32 * 64;
 const CLIENT_BITS: u32 = CLIENT_WORDS as u32 * 64;
-/// Odd, with well-spread bits: the golden ratio, and the square roots of three, five and seven.
+/// Odd, with well-spread bits: the golden ratio, and the square roots of three, five, seven and eleven.
 const FRONTEND: u64 = 0x9e37_79b9_7f4a_7c15;
 const BACKEND: u64 = 0xbb67_ae85_84ca_a73b;
 const SERVICE: u64 = 0x3c6e_f372_fe94_f82b;
 const CLIENT: u64 = 0xa54f_f53a_5f1d_36f1;
+const UNCONFIRMED: u64 = 0x510e_527f_ade6_82d1;
 
 /// The bit of a frontend that has an address of its own.
 #[inline(always)]
@@ -57,6 +58,12 @@ pub fn backend_port(port: u16) -> u32 {
 #[inline(always)]
 pub fn client<F: Family>(addr: F::Words) -> u32 {
     hash(F::fold(addr), CLIENT, CLIENT_BITS)
+}
+
+/// The bit in `clients` of a client that has, or had, flows in `new_flows`.
+#[inline(always)]
+pub fn unconfirmed<F: Family>(addr: F::Words) -> u32 {
+    hash(F::fold(addr), UNCONFIRMED, CLIENT_BITS)
 }
 
 #[inline(always)]

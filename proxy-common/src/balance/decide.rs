@@ -15,9 +15,11 @@ use super::{
 use crate::{
     event::Event,
     family::Family,
+    filter,
     layout::*,
-    packet::{RST, SYN, Tuple},
+    packet::{ACK, RST, SYN, Tuple},
     reset, retry,
+    timeouts::is_closed,
 };
 
 /// The second half of [`arriving`](super::arriving): a packet towards a possible frontend that no established flow of its
@@ -87,17 +89,21 @@ fn find<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Ste
         }
     }
     scratch.retry.begin();
-    let again = retry::again(maps, scratch) as u32;
-    scratch.search.flag.set(again);
-    match scratch.search.flag.get() {
-        0 => {
-            let recalled = recall(maps, scratch);
-            if scratch.search.flag.hide(recalled) {
-                return Step::Translate;
+    let held = held(maps, scratch) as u32;
+    scratch.held.set(held);
+    if scratch.held.get() == Held::Perhaps as u32 {
+        let again = retry::again(maps, scratch) as u32;
+        scratch.search.flag.set(again);
+        match scratch.search.flag.get() {
+            0 => {
+                let recalled = recall(maps, scratch);
+                if scratch.search.flag.hide(recalled) {
+                    return Step::Translate;
+                }
             }
+            1 => return Step::Translate,
+            _ => {}
         }
-        1 => return Step::Translate,
-        _ => {}
     }
     let outcome = look_up(maps, scratch) as u32;
     scratch.search.flag.set(outcome);
@@ -125,6 +131,38 @@ fn find<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Ste
     }
     retry::avoid_silent(maps, scratch);
     Step::Open
+}
+
+/// What two look-ups say of a client's port. Almost all connections need no more of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub(super) enum Held {
+    /// No flow has it.
+    No,
+    /// A connection to the same frontend has it that is over, and is opened anew.
+    Over,
+    /// A closer look is due.
+    Perhaps,
+}
+
+/// Whether a flow has the port that the packet in `scratch.arrival` comes from.
+#[inline(never)]
+fn held<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Held {
+    let tuple = &scratch.arrival.tuple;
+    if maps.client(filter::unconfirmed::<F>(tuple.src)) || maps.collided(collided_bit::<F>(tuple)) {
+        return Held::Perhaps;
+    }
+    let Some(entry) = maps.flow(&client_key::<F>(tuple)) else {
+        return Held::No;
+    };
+    let flow = entry.read();
+    let same = (flow.frontend == tuple.dst) & (flow.frontend_port == tuple.dst_port);
+    let anew = scratch.arrival.tcp_flags & (SYN | ACK | RST) == SYN;
+    if same & anew & (flow.state & FLOW_SNAT == 0) & is_closed(flow.state) {
+        Held::Over
+    } else {
+        Held::Perhaps
+    }
 }
 
 /// Whether the packet is of an open connection to a backend that is no more. The connection is closed then.

@@ -1,7 +1,8 @@
 //! A flow is opened: to the chosen backend, under a key that no live flow has.
 
 use super::{
-    From, Maps, Scratch, client_key, collided_bit, flow::is_over, forward::towards_backend, shared_key, snat_slot,
+    From, Maps, Scratch, client_key, collided_bit, decide::Held, flow::is_over, forward::towards_backend, shared_key,
+    snat_slot,
 };
 use crate::{event::Event, family::Family, filter, layout::*, packet::Tuple, retry, snat};
 
@@ -16,6 +17,7 @@ pub(super) fn open<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Wor
         chosen: slot,
         flow,
         retry,
+        held: known,
         over,
         ..
     } = scratch;
@@ -56,7 +58,11 @@ pub(super) fn open<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Wor
     }
 
     *key = client_key::<F>(tuple);
-    let mut held = holder(maps, &config.timeouts, key, tuple, slot, now);
+    let mut held = match known.get() {
+        NOT_HELD => Holder::Nobody,
+        HELD_OVER => Holder::Over,
+        _ => holder(maps, &config.timeouts, key, tuple, slot, now),
+    };
     if port_is_lent(maps, config, tuple, slot) {
         held = Holder::Other;
     }
@@ -68,6 +74,9 @@ pub(super) fn open<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Wor
     }
     over.set(u32::from(matches!(held, Holder::Over)));
 }
+
+const NOT_HELD: u32 = Held::No as u32;
+const HELD_OVER: u32 = Held::Over as u32;
 
 /// Who holds the entry of a client's side.
 enum Holder {
@@ -169,6 +178,10 @@ pub(super) fn remember<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F:
             return;
         }
         flow.state &= !FLOW_WAITING;
+    }
+    let unconfirmed = filter::unconfirmed::<F>(arrival.tuple.src);
+    if !maps.client(unconfirmed) {
+        maps.set_client(unconfirmed);
     }
     if !maps.add_new_flow(key, flow) {
         // Never drop for lack of an entry: the hash finds the same backend again.

@@ -27,6 +27,8 @@ pub struct Scratch<A> {
     pub(super) slot: SnatSlot<A>,
     pub(crate) search: Search,
     pub(crate) retry: retry::Progress,
+    /// [`Held`](super::decide::Held): what is known of the client's port.
+    pub(super) held: Opaque,
     /// Whether the flow is written over one that is over.
     pub(super) over: Opaque,
     pub(crate) odd: Odd<A>,
