@@ -165,6 +165,13 @@ impl Node {
         serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("shunt {args:?}: {error}"))
     }
 
+    /// Asserts that one pod answers at all of [`FRONTENDS`].
+    fn is_answered_by(&self, pod: &str) {
+        for (address, port) in FRONTENDS {
+            assert_eq!(self.dial(address, port).as_deref(), Some(pod), "{address} port {port}");
+        }
+    }
+
     /// Who answers a process in the node's cgroup that connects; `None` when it is refused.
     fn dial(&self, address: &str, port: u16) -> Option<String> {
         let script = format!(
@@ -293,13 +300,7 @@ fn manifests_become_connections_and_the_command_line_shows_them() {
     let ready = agent.ready();
     assert!(ready.starts_with("ready: 1 services, 2 backends, took "), "{ready}");
 
-    for (address, port) in FRONTENDS {
-        assert_eq!(
-            node.dial(address, port).as_deref(),
-            Some("pod1"),
-            "{address} port {port}"
-        );
-    }
+    node.is_answered_by("pod1");
     let services = node.json(&["services", "-n", "shop"]);
     assert_eq!(
         services.as_array().unwrap().len(),
@@ -469,13 +470,7 @@ fn a_full_map_is_told_by_its_setting_and_the_rest_serves() {
         .unwrap()
         .to_owned();
     assert!(line.contains("Service shop/other: map frontends"), "{line}");
-    for (address, port) in FRONTENDS {
-        assert_eq!(
-            node.dial(address, port).as_deref(),
-            Some("pod1"),
-            "{address} port {port}"
-        );
-    }
+    node.is_answered_by("pod1");
     // Room appears: what did not fit is brought in without being asked for.
     fs::remove_file(node.manifests.path().join("web.yaml")).unwrap();
     node.until("the other Service is served", || {

@@ -1,6 +1,6 @@
 //! Where it is measured: a node in a namespace, shunt's programs loaded, Services in the maps and flows open.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result};
 use shunt::{
@@ -74,6 +74,29 @@ pub(crate) fn backend(v6: bool, local: bool, n: u8) -> IpAddr {
     }
 }
 
+/// The settings of a node with these addresses, as they are by default.
+pub(crate) fn node_settings(addresses: &[IpAddr]) -> NodeSettings {
+    NodeSettings {
+        addresses: addresses.to_vec(),
+        cluster_cidrs: Vec::new(),
+        service_cidrs: Vec::new(),
+        answer_ping: true,
+        retry_silence: Duration::from_secs(1),
+        snat_ports: 10_240..=29_999,
+        timeouts: Default::default(),
+        loopback: false,
+        host_netns: 0,
+    }
+}
+
+fn node_port(v6: bool) -> FrontendAddress {
+    if v6 {
+        FrontendAddress::NodePortV6
+    } else {
+        FrontendAddress::NodePortV4
+    }
+}
+
 fn frontends(address: FrontendAddress, protocol: Protocol, port: u16, backends: Vec<Backend>) -> [Frontend; 2] {
     [Scope::Internal, Scope::External].map(|scope| Frontend {
         id: FrontendId {
@@ -133,30 +156,15 @@ impl World {
         })?;
         let maps = Arc::new(Maps::open(&bpf_root)?);
         let node = lab.node_ips("node-a")?;
-        let settings = NodeSettings {
-            addresses: node.to_vec(),
-            cluster_cidrs: Vec::new(),
-            service_cidrs: Vec::new(),
-            answer_ping: true,
-            retry_silence: std::time::Duration::from_secs(1),
-            snat_ports: 10_240..=29_999,
-            timeouts: Default::default(),
-            loopback: false,
-            host_netns: 0,
-        };
+        let settings = node_settings(&node);
         let config = node::config(&settings, SNAT_SLOTS)?;
         maps.set_config(&config)?;
         node::set_addresses(&maps, &node.into_iter().collect())?;
         let mut syncer = Syncer::new(maps)?;
         let mut all = Vec::new();
         for v6 in [false, true] {
-            let node_port = if v6 {
-                FrontendAddress::NodePortV6
-            } else {
-                FrontendAddress::NodePortV4
-            };
             all.extend(frontends(
-                node_port,
+                node_port(v6),
                 Protocol::Tcp,
                 REMOTE_PORT,
                 backends(v6, false, BACKENDS),
@@ -169,13 +177,8 @@ impl World {
         syncer.apply(&plan("remote".to_owned(), all))?;
         let mut all = Vec::new();
         for v6 in [false, true] {
-            let node_port = if v6 {
-                FrontendAddress::NodePortV6
-            } else {
-                FrontendAddress::NodePortV4
-            };
             all.extend(frontends(
-                node_port,
+                node_port(v6),
                 Protocol::Tcp,
                 LOCAL_PORT,
                 backends(v6, true, BACKENDS),

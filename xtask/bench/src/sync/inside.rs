@@ -11,10 +11,7 @@ use shunt::{
     },
     model::Model,
     object::{Event, NodeFacts},
-    sync::{
-        Syncer,
-        node::{self, NodeSettings},
-    },
+    sync::{Syncer, node},
 };
 use shunt_lab::Lab;
 
@@ -22,7 +19,7 @@ use super::{
     CHANGE_US, FIRST_SYNC_S, capacities, line,
     objects::{self, Generation},
 };
-use crate::report::Line;
+use crate::{report::Line, world::node_settings};
 
 /// First sync and changes of one endpoint.
 pub(super) fn measure(services: u32, changes: u32) -> Result<Vec<Line>> {
@@ -44,17 +41,7 @@ fn in_namespace(lab: &Lab, services: u32, changes: u32) -> Result<Vec<Line>> {
         count_traffic: false,
     })?;
     let maps = Arc::new(Maps::open(&bpf_root)?);
-    let settings = NodeSettings {
-        addresses: lab.node_ips("node-a")?.to_vec(),
-        cluster_cidrs: Vec::new(),
-        service_cidrs: Vec::new(),
-        answer_ping: true,
-        retry_silence: std::time::Duration::from_secs(1),
-        snat_ports: 10_240..=29_999,
-        timeouts: Default::default(),
-        loopback: false,
-        host_netns: 0,
-    };
+    let settings = node_settings(&lab.node_ips("node-a")?);
     maps.set_config(&node::config(&settings, capacities.snat)?)?;
     let mut syncer = Syncer::new(maps)?;
     let mut model = Model::new(NodeFacts {
