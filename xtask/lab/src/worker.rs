@@ -264,7 +264,8 @@ impl Open {
     }
 }
 
-/// A socket for `address`'s family alone: an SCTP association over both would tell the peer addresses that no Service translates.
+/// A socket for `address`'s family alone, unless that is IPv4 in IPv6's clothes (`::ffff:…`): an SCTP association over both would tell
+/// the peer addresses that no Service translates.
 fn socket(proto: Proto, address: SocketAddr) -> io::Result<Socket> {
     let (kind, protocol) = match proto {
         Proto::Tcp => (Type::STREAM, Protocol::TCP),
@@ -272,7 +273,7 @@ fn socket(proto: Proto, address: SocketAddr) -> io::Result<Socket> {
         Proto::Sctp => (Type::STREAM, Protocol::from(libc::IPPROTO_SCTP)),
     };
     let socket = Socket::new(Domain::for_address(address), kind, Some(protocol))?;
-    if address.is_ipv6() {
+    if address.ip().to_canonical().is_ipv6() {
         socket.set_only_v6(true)?;
     }
     Ok(socket)
