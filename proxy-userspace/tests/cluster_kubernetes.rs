@@ -548,7 +548,7 @@ fn misbehaviour_is_not_felt() {
     for agent in &mut cluster.agents {
         assert!(agent.is_running());
         let output = agent.output();
-        let advice = "allow get, list and watch on services (ClusterRole)";
+        let advice = "allow list and watch on services (ClusterRole)";
         assert!(output.contains(advice), "{output}");
         assert!(output.contains("watching services works again"), "{output}");
     }
@@ -701,7 +701,7 @@ fn bad_input_is_one_line_that_says_what_to_do() {
     server.faults(|faults| faults.refuse = Some(Refusal::status(403)));
     let mut forbidden = heals(
         "missing RBAC",
-        "(403); allow get, list and watch on services (ClusterRole); what is known goes on serving, trying again",
+        "(403); allow list and watch on services (ClusterRole); what is known goes on serving, trying again",
     );
     server.faults(|faults| faults.refuse = None);
     forbidden.wait_ready().unwrap();

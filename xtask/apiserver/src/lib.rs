@@ -19,6 +19,7 @@ mod serve;
 mod store;
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     net::{SocketAddr, TcpListener},
     path::PathBuf,
@@ -374,6 +375,17 @@ impl ApiServer {
     pub fn request(&self, text: &str) -> Option<String> {
         let state = self.shared.lock();
         state.requests.iter().find(|request| request.contains(text)).cloned()
+    }
+
+    /// What was asked for, in the words of a ClusterRole: `discovery.k8s.io/endpointslices watch`.
+    #[must_use]
+    pub fn permissions(&self) -> BTreeSet<String> {
+        let state = self.shared.lock();
+        state
+            .requests
+            .iter()
+            .filter_map(|line| serve::permission(line))
+            .collect()
     }
 
     /// Forgets the requests of before.

@@ -81,6 +81,29 @@ impl Target {
     }
 }
 
+/// What a request line asks for, in the words of a ClusterRole: `group/resource verb`.
+pub(crate) fn permission(line: &str) -> Option<String> {
+    let (method, rest) = line.split_once(' ')?;
+    let uri = rest.split(' ').next()?;
+    let (path, query) = uri.split_once('?').unwrap_or((uri, ""));
+    let target = Target::parse(path)?;
+    let group = match path.strip_prefix("/apis/") {
+        Some(rest) => rest.split('/').next()?,
+        None => "",
+    };
+    let watches = query.split('&').any(|pair| pair == "watch=true" || pair == "watch=1");
+    let verb = match method {
+        "GET" if target.name.is_some() => "get",
+        "GET" if watches => "watch",
+        "GET" => "list",
+        "POST" => "create",
+        "PUT" => "update",
+        "PATCH" => "patch",
+        _ => "delete",
+    };
+    Some(format!("{group}/{} {verb}", target.kind.plural()))
+}
+
 /// Answers one request.
 pub(crate) async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> Result<Answer, Infallible> {
     let path = request.uri().path().to_owned();

@@ -94,7 +94,7 @@ impl Failure {
                 format!("{} ({})", status.message, status.code),
                 match status.code {
                     401 => "give a kubeconfig or service account whose token or certificate is still valid".to_owned(),
-                    403 => format!("allow get, list and watch on {plural} (ClusterRole)"),
+                    403 => format!("allow list and watch on {plural} (ClusterRole)"),
                     404 => "check that this is the address of a Kubernetes API server".to_owned(),
                     429 => "the API server is overloaded, see its priority and fairness settings".to_owned(),
                     _ => "see the API server's log".to_owned(),
