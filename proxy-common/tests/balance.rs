@@ -655,3 +655,26 @@ fn datagrams_that_go_on_after_an_answer_are_a_stream() {
         FLOW_ANSWERED | FLOW_CONFIRMED
     );
 }
+
+/// L2: the entry of a single datagram may outlast its source port, which others take when it was silent for long, or the agent gives
+/// up. With its next datagram the client gets a port of its own again, and so its answer.
+#[test]
+fn datagrams_of_a_flow_that_has_lost_its_port_get_another() {
+    for is_given_up in [false, true] {
+        let node = node_with_few_ports(UDP);
+        let ask = |client| {
+            let dialled = outsider(client, UDP);
+            let sent = node.translated(dialled, 0, From::Network, true).tuple;
+            let answer = node.translated(back(sent), 0, From::Network, true).tuple;
+            assert_eq!(answer, back(dialled), "client {client}");
+        };
+        (1..=8).for_each(ask);
+        node.now.set(node.now.get() + node.config.timeouts.udp + 1);
+        if is_given_up {
+            let mut slots = node.snat.borrow_mut();
+            slots.values_mut().for_each(|slot| slot.last_seen = 0);
+        }
+        (9..=12).for_each(ask);
+        (1..=4).for_each(ask);
+    }
+}

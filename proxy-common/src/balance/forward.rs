@@ -128,6 +128,33 @@ fn forward<F: Family, M: Maps<F>>(
     Some(towards_backend(&flow, arrival))
 }
 
+/// Whether a flow's translated source port, if it has one, is still its own: after a silence another flow may have it, or the agent may
+/// have given it up.
+#[inline(never)]
+fn has_port<F: Family, M: Maps<F>>(maps: &M, entry: Entry<'_, Flow<F::Words>>, tuple: &Tuple<F::Words>) -> bool {
+    let Some(config) = maps.config() else { return false };
+    let flow = entry.read();
+    if flow.state & FLOW_SNAT == 0 {
+        return true;
+    }
+    match snat_slot(
+        maps,
+        config,
+        flow.snat_port,
+        flow.backend,
+        flow.backend_port,
+        tuple.proto,
+    ) {
+        Some((_, slot)) => {
+            slot.client == tuple.src
+                && slot.client_port == tuple.src_port
+                && slot.frontend == flow.frontend
+                && slot.frontend_port == flow.frontend_port
+        }
+        None => false,
+    }
+}
+
 #[inline(always)]
 fn client_state(tcp_flags: u8) -> u16 {
     let mut state = 0;
@@ -201,6 +228,9 @@ pub(super) fn unconfirmed<F: Family, M: Maps<F>>(
     entry: Entry<'_, Flow<F::Words>>,
     scratch: &mut Scratch<F::Words>,
 ) -> bool {
+    if scratch.arrival.tuple.proto == UDP && !has_port(maps, entry, &scratch.arrival.tuple) {
+        return false;
+    }
     if !explains(maps, entry, scratch) {
         return false;
     }
