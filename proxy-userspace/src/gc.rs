@@ -15,11 +15,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use shunt_common::layout::{Config, FLOW_WAITING, TICK_NS, Timeouts};
+use shunt_common::layout::{Config, FLOW_WAITING, Flow, FlowKey, TICK_NS, Timeouts};
 use tracing::{debug, warn};
 
 use crate::{
-    datapath::maps::{MapFamily, Maps, PerFamily, Result},
+    datapath::maps::{FlowMap, MapFamily, Maps, PerFamily, Result},
     sync::ids::IdSet,
 };
 
@@ -86,6 +86,22 @@ pub fn collect(maps: &Maps, mut pause: impl FnMut() -> bool) -> Result<Option<Wa
     Ok(done.then_some(walk))
 }
 
+/// Deletes flows that are still over, and counts them. Since they were read a client may have taken its port again, and without its
+/// entry the answer would not be translated: hence one by one, each looked at just before.
+fn delete_over<F: MapFamily>(
+    map: &FlowMap<F>,
+    over: &[FlowKey<F::Addr>],
+    is_over: impl Fn(&FlowKey<F::Addr>, &Flow<F::Addr>) -> bool,
+) -> Result<u64> {
+    let mut deleted = 0;
+    for key in over {
+        if map.get(key)?.is_some_and(|flow| is_over(key, &flow)) && map.delete(key)? {
+            deleted += 1;
+        }
+    }
+    Ok(deleted)
+}
+
 fn collect_family<F: MapFamily>(
     all: &Maps,
     maps: &PerFamily<F>,
@@ -98,17 +114,20 @@ fn collect_family<F: MapFamily>(
     for map in maps.flow_maps() {
         map.for_each_batch(|keys, flows| {
             let now = now();
+            // A program may have written a later tick than `now`.
+            let is_over = |key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>| {
+                now.saturating_sub(flow.last_seen) > config.timeouts.of(key.proto, flow.state)
+            };
             let mut over = Vec::new();
             for (key, flow) in keys.iter().zip(flows) {
                 walk.referenced.insert(flow.backend_id);
-                // A program may have written a later tick than `now`.
-                if now.saturating_sub(flow.last_seen) > config.timeouts.of(key.proto, flow.state) {
+                if is_over(key, flow) {
                     over.push(*key);
                 } else if flow.state & FLOW_WAITING != 0 {
                     waiting += 1;
                 }
             }
-            let deleted = map.delete_all(&over)? as u64;
+            let deleted = delete_over::<F>(map, &over, is_over)?;
             walk.deleted += deleted;
             walk.flows += (keys.len() as u64).saturating_sub(deleted);
             go_on = go_on && pause();
@@ -282,6 +301,26 @@ mod tests {
     fn closed_and_idle_flows_go_and_open_ones_stay() {
         check_family::<V4>(&Root::new(Capacities::default()), |maps| &maps.v4);
         check_family::<V6>(&Root::new(Capacities::default()), |maps| &maps.v6);
+    }
+
+    /// L2: a client that takes its port again while the walk is under way keeps its entry.
+    #[test]
+    fn a_flow_that_goes_on_meanwhile_stays() {
+        let root = Root::new(Capacities::default());
+        let maps = root.maps();
+        let is_over = |_: &FlowKey<_>, flow: &Flow<_>| now().saturating_sub(flow.last_seen) > 60;
+        let entries = [1, 2].map(|n| flow::<V4>(n, FLOW_ANSWERED, 100, 1));
+        for table in maps.v4.flow_maps() {
+            for (key, flow) in &entries {
+                table.set(key, flow).unwrap();
+            }
+            let over = entries.map(|(key, _)| key);
+            let (key, again) = flow::<V4>(2, FLOW_ANSWERED, 0, 1);
+            table.set(&key, &again).unwrap();
+            assert_eq!(delete_over::<V4>(table, &over, is_over).unwrap(), 1);
+            assert_eq!(table.entries().unwrap().len(), 1);
+            assert!(table.get(&key).unwrap().is_some());
+        }
     }
 
     #[test]
