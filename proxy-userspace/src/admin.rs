@@ -29,12 +29,21 @@ const NOT_FOUND: &str = "404 page not found\n";
 const PLAIN: &str = "text/plain; charset=utf-8";
 
 /// Answers health checks until it is dropped.
-pub async fn serve_health(address: SocketAddr, health: Health, metrics: Metrics) {
+///
+/// # Errors
+/// With `hard_fail`, when it cannot listen.
+pub async fn serve_health(
+    address: SocketAddr,
+    hard_fail: bool,
+    health: Health,
+    metrics: Metrics,
+) -> anyhow::Result<()> {
     let listening = Listening {
         subject: "--healthz-bind-address".to_owned(),
         trouble: Box::new(|message| tracing::warn!("--healthz-bind-address: {message}")),
         address,
         both_families: true,
+        hard_fail,
         consequence: "load balancers and probes take this node for dead",
     };
     let answer = move |request: hyper::Request<_>| {
@@ -47,23 +56,27 @@ pub async fn serve_health(address: SocketAddr, health: Health, metrics: Metrics)
         }
         async move { response }
     };
-    http::serve(listening, |_| true, answer).await;
+    http::serve(listening, |_| true, answer).await
 }
 
 /// Answers scrapes until it is dropped.
-pub async fn serve_metrics(address: SocketAddr, exporter: Exporter) {
+///
+/// # Errors
+/// With `hard_fail`, when it cannot listen.
+pub async fn serve_metrics(address: SocketAddr, hard_fail: bool, exporter: Exporter) -> anyhow::Result<()> {
     let listening = Listening {
         subject: "--metrics-bind-address".to_owned(),
         trouble: Box::new(|message| tracing::warn!("--metrics-bind-address: {message}")),
         address,
         both_families: true,
+        hard_fail,
         consequence: "nobody can read this agent's metrics",
     };
     let answer = move |request: hyper::Request<_>| {
         let (path, exporter) = (request.uri().path().to_owned(), exporter.clone());
         async move { answer_metrics(&path, exporter).await }
     };
-    http::serve(listening, |_| true, answer).await;
+    http::serve(listening, |_| true, answer).await
 }
 
 async fn answer_metrics(path: &str, exporter: Exporter) -> Response<String> {

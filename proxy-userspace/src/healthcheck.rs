@@ -155,6 +155,7 @@ async fn serve(state: State, port: u16, v6: bool) {
         subject: format!("Service {}: spec.healthCheckNodePort", state.service),
         address: SocketAddr::new(unspecified, port),
         both_families: false,
+        hard_fail: false,
         consequence: "load balancers cannot see this node's endpoints",
         trouble: Box::new({
             let (service, reports) = (state.service.clone(), state.reports.clone());
@@ -167,7 +168,8 @@ async fn serve(state: State, port: u16, v6: bool) {
         let response = answer(&state);
         async move { response }
     };
-    http::serve(listening, move |address| admitted.is_admitted(address), answer).await;
+    // Does not fail: the port is tried again.
+    let _ = http::serve(listening, move |address| admitted.is_admitted(address), answer).await;
 }
 
 #[derive(Serialize)]

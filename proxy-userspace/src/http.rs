@@ -31,6 +31,8 @@ pub struct Listening {
     pub address: SocketAddr,
     /// Whether 0.0.0.0 means IPv6 too, as it does where Go programs listen, kube-proxy among them.
     pub both_families: bool,
+    /// Whether an address that cannot be listened on ends the server, instead of being tried again (`bindAddressHardFail`).
+    pub hard_fail: bool,
     /// What goes wrong as long as it cannot listen.
     pub consequence: &'static str,
     /// Gets the one message about that.
@@ -39,7 +41,10 @@ pub struct Listening {
 
 impl Listening {
     /// Tries until the port is free: one warning names it, and one line says when it works.
-    async fn listener(&self) -> TcpListener {
+    ///
+    /// # Errors
+    /// The first failure, if it is to end the server.
+    async fn listener(&self) -> anyhow::Result<TcpListener> {
         let mut failures = 0;
         loop {
             match self.listen() {
@@ -47,8 +52,14 @@ impl Listening {
                     if failures >= 2 {
                         info!("{}: listening on {} now", self.subject, self.address);
                     }
-                    return listener;
+                    return Ok(listener);
                 }
+                Err(error) if self.hard_fail => anyhow::bail!(
+                    "{}: cannot listen on {}: {error}; free the port, choose another, or set bindAddressHardFail to false to have it tried \
+                     again",
+                    self.subject,
+                    self.address
+                ),
                 Err(error) => {
                     failures += 1;
                     if failures == 2 {
@@ -89,19 +100,22 @@ fn listen(address: SocketAddr, only_v6: bool) -> io::Result<TcpListener> {
 }
 
 /// Listens as soon as it can and answers those who dial an address that `admits` says yes to, until it is dropped.
-pub async fn serve<F, A>(listening: Listening, admits: impl Fn(IpAddr) -> bool, answer: F)
+///
+/// # Errors
+/// When it cannot listen and that is to be its end.
+pub async fn serve<F, A>(listening: Listening, admits: impl Fn(IpAddr) -> bool, answer: F) -> anyhow::Result<()>
 where
     F: Fn(Request<Incoming>) -> A + Clone + Send + 'static,
     A: Future<Output = Response<String>> + Send + 'static,
 {
-    let listener = listening.listener().await;
+    let listener = listening.listener().await?;
     let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     // Ends the connections too when the listener goes.
     let mut connections = JoinSet::new();
     loop {
         while connections.try_join_next().is_some() {}
         let Ok(permit) = room.clone().acquire_owned().await else {
-            return;
+            return Ok(());
         };
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,

@@ -669,6 +669,25 @@ fn a_configuration_that_cannot_be_is_told_in_one_line() {
     }
 }
 
+/// `bindAddressHardFail`: whoever would rather have the agent restarted than without its health check gets that.
+#[test]
+fn a_port_in_use_ends_an_agent_that_is_told_so() {
+    let node = Node::new();
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("config.yaml");
+    let head =
+        "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nbindAddressHardFail: true\n";
+    // A pod's server has the port.
+    for setting in ["healthz", "metrics"] {
+        fs::write(&config, format!("{head}{setting}BindAddress: 10.244.0.1:8080\n")).unwrap();
+        let (code, log) = node.start(&["--config", &config.display().to_string()]).wait();
+        let lines: Vec<_> = log.lines().filter(|line| line.starts_with("shunt: ")).collect();
+        assert_eq!((code, lines.len()), (Some(1), 1), "{log}");
+        let told = format!("shunt: --{setting}-bind-address: cannot listen on 10.244.0.1:8080: Address already in use");
+        assert!(lines[0].starts_with(&told), "{log}");
+    }
+}
+
 #[test]
 fn an_unknown_field_and_a_port_in_use_are_told_and_the_agent_serves() {
     let node = Node::new();

@@ -141,12 +141,13 @@ async fn serve(settings: Settings, begin: Instant) -> anyhow::Result<()> {
     }
     // End with this value.
     let mut servers = JoinSet::new();
+    let hard_fail = settings.bind_address_hard_fail;
     if let Some(address) = settings.healthz_bind_address {
-        servers.spawn(admin::serve_health(address, health.clone(), metrics.clone()));
+        servers.spawn(admin::serve_health(address, hard_fail, health.clone(), metrics.clone()));
     }
     if let Some(address) = settings.metrics_bind_address {
         let exporter = Exporter::new(&metrics, health.clone(), maps.clone());
-        servers.spawn(admin::serve_metrics(address, exporter));
+        servers.spawn(admin::serve_metrics(address, hard_fail, exporter));
     }
 
     let (tx, mut events) = mpsc::channel(QUEUE);
@@ -215,6 +216,7 @@ async fn serve(settings: Settings, begin: Instant) -> anyhow::Result<()> {
                     debug!("{reclaimed} backend ids are free again");
                 }
             }
+            Some(ended) = servers.join_next() => ended.context("a server of the agent has failed")??,
             () = agent.addresses_changed() => agent.write_addresses(),
             () = tokio::time::sleep(retry), if waits_for_retry => {
                 agent.pending.extend(agent.syncer.failed().iter().cloned());
@@ -449,10 +451,10 @@ impl Agent {
     }
 }
 
-/// The Node's name: as given, or the host name in lower case, as a kubelet takes it.
+/// The Node's name: as given, or the host name; in lower case, as kubelet and kube-proxy have it.
 fn node_name(settings: &Settings) -> anyhow::Result<String> {
     if let Some(name) = &settings.node_name {
-        return Ok(name.clone());
+        return Ok(name.trim().to_lowercase());
     }
     let host = rustix::system::uname();
     let name = host

@@ -23,6 +23,7 @@ pub(super) struct KubeProxyConfiguration {
     kind: String,
     #[serde(with = "or_empty")]
     bind_address: Option<Address>,
+    bind_address_hard_fail: Option<bool>,
     #[serde(deserialize_with = "or_null")]
     client_connection: ClientConnection,
     #[serde(rename = "clusterCIDR", with = "or_empty")]
@@ -113,8 +114,6 @@ impl fmt::Display for DetectLocalMode {
 /// Fields that mean nothing here, with the values besides empty ones that kube-proxy has by default
 /// (<https://github.com/kubernetes/kubernetes/blob/master/pkg/proxy/apis/config/v1alpha1/defaults.go>), or that come to the same here.
 const UNUSED: &[(&str, &[&str])] = &[
-    // A port in use is tried again until it is free.
-    ("bindAddressHardFail", &[]),
     ("clientConnection.acceptContentTypes", &[]),
     ("clientConnection.burst", &["10"]),
     (
@@ -230,6 +229,7 @@ impl KubeProxyConfiguration {
             &mut to.metrics_bind_address,
             self.metrics_bind_address.map(|listen| listen.0),
         );
+        set(&mut to.bind_address_hard_fail, self.bind_address_hard_fail);
         set_option(&mut to.kubeconfig, self.client_connection.kubeconfig.map(PathBuf::from));
         set_option(&mut to.node_name, self.hostname_override);
         self.conntrack.write(&mut to.conntrack);
@@ -298,6 +298,7 @@ impl From<&Settings> for KubeProxyConfiguration {
             api_version: API_VERSION.to_owned(),
             kind: KIND.to_owned(),
             bind_address: settings.bind_address.map(Address),
+            bind_address_hard_fail: Some(settings.bind_address_hard_fail),
             client_connection: ClientConnection {
                 kubeconfig: settings.kubeconfig.as_ref().map(text),
             },

@@ -99,6 +99,8 @@ pub struct Settings {
     pub healthz_bind_address: Option<SocketAddr>,
     /// `--metrics-bind-address`; `None`: no such server.
     pub metrics_bind_address: Option<SocketAddr>,
+    /// `bindAddressHardFail`: an agent that cannot listen on either ends.
+    pub bind_address_hard_fail: bool,
 }
 
 impl Default for Settings {
@@ -131,6 +133,7 @@ impl Default for Settings {
             capacities: Capacities::default(),
             healthz_bind_address: Some((Ipv4Addr::UNSPECIFIED, HEALTHZ_PORT).into()),
             metrics_bind_address: Some((Ipv4Addr::LOCALHOST, METRICS_PORT).into()),
+            bind_address_hard_fail: false,
         }
     }
 }

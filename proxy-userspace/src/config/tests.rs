@@ -193,6 +193,7 @@ fn every_field_arrives_and_ours_stands_over_theirs() {
         },
         healthz_bind_address: None,
         metrics_bind_address: Some("[2001:db8::1]:9000".parse().unwrap()),
+        bind_address_hard_fail: true,
     };
     assert_eq!(settings, expected);
     let unused = "c.yaml: KubeProxyConfiguration: shunt has no use for detectLocal.interfaceNamePrefix: ignored";
