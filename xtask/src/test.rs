@@ -18,8 +18,8 @@ use crate::{
 /// Arguments of `test`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Run the long test alone: two minutes of clients, churn, killed agents and a SYN flood at once. SHUNT_LONG_SECONDS and
-    /// SHUNT_LONG_SEED set its length and repeat its course.
+    /// Run the long tests alone: two minutes of clients, churn, killed agents and a SYN flood at once (SHUNT_LONG_SECONDS and
+    /// SHUNT_LONG_SEED set its length and repeat its course), and an API server that is away for a minute.
     #[arg(long)]
     long: bool,
     /// Passed on to the tests: names of those to run, `--nocapture`, … Only tests are run then.
@@ -57,7 +57,8 @@ pub(crate) fn test(args: &Args) -> Result<()> {
         sections.run("long test", || {
             let mut filter = vec!["--ignored".to_owned(), "--nocapture".to_owned()];
             filter.extend_from_slice(&args.filter);
-            tests(&mut userspace(&["cluster_long".to_owned()]), &filter).map(Outcome::Tests)
+            let long = ["cluster_long", "cluster_kubernetes"].map(str::to_owned);
+            tests(&mut userspace(&long), &filter).map(Outcome::Tests)
         });
         return sections.summary(began.elapsed());
     }
