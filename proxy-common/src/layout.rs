@@ -203,8 +203,8 @@ pub const FLOW_ANSWERED: u16 = 1 << 0;
 pub const FLOW_CLIENT_FIN: u16 = 1 << 1;
 /// [`Flow::state`]: the backend sent FIN.
 pub const FLOW_BACKEND_FIN: u16 = 1 << 2;
-/// [`Flow::state`]: either side sent RST.
-pub const FLOW_RESET: u16 = 1 << 3;
+/// [`Flow::state`]: the client sent RST, or somebody in its name: taken back when it sends anything else.
+pub const FLOW_CLIENT_RESET: u16 = 1 << 3;
 /// [`Flow::state`]: the backend is on this node.
 pub const FLOW_LOCAL_BACKEND: u16 = 1 << 4;
 /// [`Flow::state`]: the source (address, port, or the port alone) is translated; `snat` and `snat_port` say to what.
@@ -228,6 +228,10 @@ pub const FLOW_AGAIN: u16 = 1 << 12;
 /// [`Flow::state`]: the SYN finds out whether a silent backend answers again.
 pub const FLOW_TRIAL: u16 = 1 << 13;
 
+/// [`Flow::state`]: the backend sent RST, or somebody in its name: taken back when it sends anything else.
+pub const FLOW_BACKEND_RESET: u16 = 1 << 14;
+/// [`Flow::state`]: either side sent RST.
+pub const FLOW_RESET: u16 = FLOW_CLIENT_RESET | FLOW_BACKEND_RESET;
 /// [`Flow::state`]: in `flows` from the first packet on, and counted in `waiting` until the client has spoken after an answer.
 pub const FLOW_WAITING: u16 = 1 << 15;
 

@@ -79,6 +79,7 @@ impl Timeouts {
     }
 
     /// The same for the source port that the flow's packets have towards the backend.
+    #[inline(always)]
     pub fn of_port(&self, proto: u8, state: u16) -> u32 {
         if state & (FLOW_RESET | FINISHED) == FINISHED {
             self.time_wait

@@ -13,6 +13,8 @@ use shunt_common::{
 
 use crate::support::Node;
 
+#[path = "balance/reset.rs"]
+mod reset;
 #[path = "balance/retry.rs"]
 mod retry;
 mod support;
@@ -131,10 +133,6 @@ fn few_unanswered_flows_stand_among_the_open_ones() {
         node.translated(dialled, flags, From::Pod, false);
         assert_eq!((tables(), node.waiting.get()), ((0, 1), 1), "answered");
     }
-    node.flows
-        .borrow_mut()
-        .values_mut()
-        .for_each(|flow| flow.state &= !FLOW_RESET);
     for _ in 0..2 {
         node.translated(dialled, ACK, From::Pod, false);
         assert_eq!((tables(), node.waiting.get()), ((0, 1), 0), "confirmed once");

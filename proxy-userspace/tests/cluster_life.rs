@@ -5,7 +5,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use shunt_lab::{Agent, AgentOptions, Client, Conn, Dial, DialError, Lab, PodSpec, Port, Proto, Sockets};
+use etherparse::PacketBuilder;
+use shunt_lab::{Agent, AgentOptions, Client, Conn, Dial, DialError, Lab, NetNs, PodSpec, Port, Proto, Sockets};
+use socket2::{Domain, Protocol, Socket, Type};
 use tempfile::TempDir;
 use web::{APP, NODE_PORT};
 
@@ -209,6 +211,79 @@ fn flows_of_a_backend_that_goes_with_xdp() {
 #[test]
 fn flows_of_a_backend_that_goes_without_xdp() {
     flows_of_a_backend_that_goes("off");
+}
+
+/// Sends an RST that the receiver does not believe: almost every sequence number is out of its window.
+fn stray_reset(ns: &NetNs, from: SocketAddr, to: SocketAddr) {
+    let builder = match (from.ip(), to.ip()) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => PacketBuilder::ipv4(from.octets(), to.octets(), 64),
+        (IpAddr::V6(from), IpAddr::V6(to)) => PacketBuilder::ipv6(from.octets(), to.octets(), 64),
+        _ => unreachable!("one family"),
+    };
+    let mut packet = Vec::new();
+    builder
+        .tcp(from.port(), to.port(), 0x1234_5678, 64_000)
+        .rst()
+        .write(&mut packet, &[])
+        .unwrap();
+    ns.run(|| {
+        let socket = Socket::new(Domain::for_address(to), Type::RAW, Some(Protocol::from(255))).unwrap();
+        if to.is_ipv4() {
+            socket.set_header_included_v4(true).unwrap();
+        }
+        socket.send_to(&packet, &SocketAddr::new(to.ip(), 0).into()).unwrap();
+    });
+}
+
+/// L1: a connection that a stranger tries to reset, in the name of either side, is not forgotten while it lives on.
+fn stray_resets(xdp: &str) {
+    let cluster = Cluster::start(xdp);
+    let ways = cluster.ways();
+    let open: Vec<Vec<Conn>> = PODS
+        .iter()
+        .map(|(pod, _)| {
+            ways.iter()
+                .map(|(client, to)| open_to(client, Proto::Tcp, *to, pod))
+                .collect()
+        })
+        .collect();
+    for ((pod, _), conns) in PODS.iter().zip(&open) {
+        for (conn, (client, to)) in conns.iter().zip(&ways) {
+            let seen = conn.ask("second").unwrap().seen_peer;
+            stray_reset(&cluster.lab.ns(client.name()).unwrap(), conn.local, *to);
+            let server = SocketAddr::new(cluster.ip(pod, to.is_ipv6()), APP);
+            stray_reset(&cluster.lab.ns(pod).unwrap(), server, seen);
+            assert_eq!(conn.ask("third").unwrap().server, *pod, "{to}");
+        }
+    }
+    // What counts as closed goes after ten seconds, and is looked for every ten.
+    std::thread::sleep(Duration::from_secs(22));
+    for ((pod, _), conns) in PODS.iter().zip(&open) {
+        // Forgotten, it would be taken for a new one, which goes elsewhere now.
+        let other = PODS.iter().find(|(other, _)| other != pod).unwrap().0;
+        cluster.endpoints(&[(other, ""), (pod, "ready: false, serving: true, terminating: true")]);
+        let moved = |(client, to): &(Client, SocketAddr)| {
+            let counts = client.tcp_many(*to, 16).unwrap();
+            counts.len() == 1 && counts.contains_key(other)
+        };
+        wait_until("new flows go elsewhere", || ways.iter().all(moved));
+        for (conn, (_, to)) in conns.iter().zip(&ways) {
+            let answer = conn
+                .ask("fourth")
+                .unwrap_or_else(|error| panic!("{to} to {pod}: {error}"));
+            assert_eq!(answer.server, *pod, "{to}");
+        }
+    }
+}
+
+#[test]
+fn a_stray_reset_breaks_no_connection_with_xdp() {
+    stray_resets("native");
+}
+
+#[test]
+fn a_stray_reset_breaks_no_connection_without_xdp() {
+    stray_resets("off");
 }
 
 /// B7 for sockets that are connected to nobody, where the hook sees each datagram: it goes where the one before went while that

@@ -7,7 +7,7 @@ use etherparse::{
 };
 
 use shunt::datapath::maps::Maps;
-use shunt_common::layout::{Flow, FlowKey, TCP};
+use shunt_common::layout::{FLOW_RESET, Flow, FlowKey, TCP};
 
 #[path = "support/loaded.rs"]
 mod loaded;
@@ -87,6 +87,7 @@ fn segment(from: &str, from_port: u16, to: &str, to_port: u16, flags: &str) -> V
         "SYN" => 0x02,
         "SYN ACK" => 0x12,
         "ACK" => 0x10,
+        "RST" => 0x04,
         other => panic!("{other}"),
     };
     bytes
@@ -146,6 +147,57 @@ fn a_flood_of_first_packets_evicts_no_open_flow() {
 fn tcp_ports<A>(flows: Vec<(FlowKey<A>, Flow<A>)>) -> BTreeSet<u16> {
     let tcp = flows.iter().filter(|(key, _)| key.proto == TCP);
     tcp.map(|(key, _)| key.client_port).collect()
+}
+
+/// L1: an RST closes a connection for the node until its sender says something else; the other side may have been in the middle of it.
+#[test]
+fn a_reset_is_taken_back_by_its_own_side_only() {
+    let loaded = Loaded::new("reset");
+    let maps = Maps::open(&loaded.root).unwrap();
+    for (n, (arriving, ..)) in ARRIVING.into_iter().enumerate() {
+        let leaving = if arriving == "tc_pod_in" {
+            "tc_pod_out"
+        } else {
+            "tc_node_out"
+        };
+        for v6 in [0, 1] {
+            for client in [true, false] {
+                let port = 30_000 + 2 * n as u16 + u16::from(client);
+                let send = |client, flags| {
+                    let (program, sent, wanted) = if client {
+                        let wanted = segment(CLIENT[v6], port, BACKEND[v6], 8080, flags);
+                        (arriving, segment(CLIENT[v6], port, WEB[v6], 80, flags), wanted)
+                    } else {
+                        let wanted = segment(WEB[v6], 80, CLIENT[v6], port, flags);
+                        (leaving, segment(BACKEND[v6], 8080, CLIENT[v6], port, flags), wanted)
+                    };
+                    let (_, out) = loaded.run(program, &sent);
+                    // All but the checksum, which the helper has left as wrong as it was.
+                    let addresses = 14..14 + 20 + 20 * v6 + 4;
+                    assert_eq!(out[addresses.clone()], wanted[addresses], "{program}: {flags}");
+                    let state = match v6 {
+                        0 => state_of(maps.v4.flows.entries().unwrap(), port),
+                        _ => state_of(maps.v6.flows.entries().unwrap(), port),
+                    };
+                    state & FLOW_RESET != 0
+                };
+                let case = format!("{arriving}, IPv{}, by the client {client}", 4 + 2 * v6);
+                for (from_client, flags) in [(true, "SYN"), (false, "SYN ACK"), (true, "ACK")] {
+                    assert!(!send(from_client, flags), "{case}");
+                }
+                assert!(send(client, "RST"), "{case}");
+                assert!(send(!client, "ACK"), "{case}");
+                assert!(send(client, "RST"), "{case}");
+                assert!(!send(client, "ACK"), "{case}");
+            }
+        }
+    }
+}
+
+/// `FLOW_*` bits of the flow from that port.
+fn state_of<A>(flows: Vec<(FlowKey<A>, Flow<A>)>, port: u16) -> u16 {
+    let flow = flows.iter().find(|(key, _)| key.client_port == port);
+    flow.expect("a flow").1.state
 }
 
 #[test]

@@ -194,7 +194,8 @@ fn orphan<F: Family, M: Maps<F>>(maps: &M, entry: Entry<'_, Flow<F::Words>>, tup
         && maps.backend_flags(flow.backend_id) & BACKEND_GONE != 0
         && is_silent(maps, entry, TCP);
     if is {
-        entry.note(maps, FLOW_RESET);
+        // In its name: that is how the client will see it.
+        entry.note(maps, FLOW_BACKEND_RESET);
     }
     is
 }

@@ -51,13 +51,16 @@ pub(crate) fn snat_slot<'m, F: Family, M: Maps<F>>(
         .then_some((entry, slot))
 }
 
+/// Ticks ([`TICK_NS`]) after an RST, in which its sender may show that it was not its own.
+const RESET_TICKS: u32 = 2;
+
 /// Whether nobody would miss the flow; `closed_ticks`: how long after both sides' FIN.
 #[inline(always)]
 pub(super) fn is_over(timeouts: &Timeouts, state: u16, proto: u8, last_seen: u32, now: u32, closed_ticks: u32) -> bool {
     // Another CPU may have written a later tick than the one this decision began with.
     let idle = now.saturating_sub(last_seen);
     let limit = if state & FLOW_RESET != 0 {
-        0
+        RESET_TICKS
     } else if is_closed(state) {
         closed_ticks
     } else {

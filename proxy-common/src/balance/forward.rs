@@ -95,8 +95,8 @@ fn forward<F: Family, M: Maps<F>>(
     }
     let state = client_state(tcp_flags);
     let passed = entry.note(maps, state);
-    if flow.state & (FLOW_WAITING | FLOW_ANSWERED) == FLOW_WAITING | FLOW_ANSWERED && confirms(tuple.proto, tcp_flags) {
-        confirm(maps, entry);
+    if flow.state & (FLOW_WAITING | FLOW_CLIENT_RESET) != 0 {
+        goes_on(maps, entry, tuple.proto, tcp_flags);
     }
     if tuple.proto != UDP {
         // Connections stay until their backend is gone for good; it is enough to ask for that once in a while.
@@ -162,7 +162,7 @@ fn client_state(tcp_flags: u8) -> u16 {
         state |= FLOW_CLIENT_FIN;
     }
     if tcp_flags & RST != 0 {
-        state |= FLOW_RESET;
+        state |= FLOW_CLIENT_RESET;
     }
     state
 }
@@ -174,11 +174,25 @@ fn confirms(proto: u8, tcp_flags: u8) -> bool {
     proto == UDP || tcp_flags & (SYN | ACK | RST) == ACK
 }
 
-/// Both sides of a flow in `flows` have spoken: it waits no more.
+/// A client has sent something on a flow that waits for it in `flows`, or that it has reset.
 #[inline(never)]
-fn confirm<F: Family, M: Maps<F>>(maps: &M, entry: Entry<'_, Flow<F::Words>>) {
-    entry.clear(FLOW_WAITING);
-    maps.add_waiting(-1);
+fn goes_on<F: Family, M: Maps<F>>(maps: &M, entry: Entry<'_, Flow<F::Words>>, proto: u8, tcp_flags: u8) {
+    let flow = entry.read();
+    if flow.state & (FLOW_WAITING | FLOW_ANSWERED) == FLOW_WAITING | FLOW_ANSWERED && confirms(proto, tcp_flags) {
+        // Both sides have spoken.
+        entry.clear(FLOW_WAITING);
+        maps.add_waiting(-1);
+    }
+    // Who resets a connection sends nothing more on it: somebody else did, or the backend did not believe it.
+    if flow.state & FLOW_CLIENT_RESET != 0 && tcp_flags & RST == 0 {
+        entry.clear(FLOW_CLIENT_RESET);
+        if flow.state & FLOW_SNAT != 0
+            && let Some(config) = maps.config()
+            && let Some((slot, _)) = snat_slot(maps, config, flow.snat_port, flow.backend, flow.backend_port, proto)
+        {
+            slot.clear(FLOW_CLIENT_RESET);
+        }
+    }
 }
 
 /// What the slot of a translated source has seen of the backend's side: replies to it do not pass by the flow.

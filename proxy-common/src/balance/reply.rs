@@ -1,6 +1,6 @@
 //! Replies: packets of backends, on their way to the client.
 
-use super::{Arrival, Counted, Entry, Maps, Quick, Translation, client_key, snat_slot};
+use super::{Arrival, Counted, Entry, Maps, Quick, Tracked, Translation, client_key, snat_slot};
 use crate::{
     family::Family,
     filter,
@@ -29,9 +29,7 @@ pub fn answering<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, tcp_f
                 retry::answered(maps, slot.backend_id);
             }
             entry.note(maps, state);
-            if slot.state & FLOW_ASKED != 0 {
-                entry.clear(FLOW_ASKED);
-            }
+            goes_on(entry, slot.state, tcp_flags);
             let tuple = Tuple {
                 src: slot.frontend,
                 src_port: slot.frontend_port,
@@ -98,9 +96,7 @@ fn reply<F: Family, M: Maps<F>>(
         retry::answered(maps, flow.backend_id);
     }
     entry.note(maps, state);
-    if flow.state & FLOW_ASKED != 0 {
-        entry.clear(FLOW_ASKED);
-    }
+    goes_on(entry, flow.state, tcp_flags);
     let tuple = Tuple {
         src: flow.frontend,
         src_port: flow.frontend_port,
@@ -131,9 +127,7 @@ pub(super) fn snat_reply_arriving<F: Family, M: Maps<F>>(
         retry::answered(maps, slot.backend_id);
     }
     entry.note(maps, reply_state(tuple.proto, arrival.tcp_flags));
-    if slot.state & FLOW_ASKED != 0 {
-        entry.clear(FLOW_ASKED);
-    }
+    goes_on(entry, slot.state, arrival.tcp_flags);
     let local = slot.state & FLOW_LOCAL_CLIENT != 0;
     let mut tuple = Tuple {
         dst: slot.client,
@@ -149,6 +143,18 @@ pub(super) fn snat_reply_arriving<F: Family, M: Maps<F>>(
     Quick::Translate(Translation { tuple, local, counted })
 }
 
+/// Takes back what was noted of a backend that sends after all: that it is asked whether it is there, or has reset the connection.
+#[inline(always)]
+fn goes_on<T: Tracked>(entry: Entry<'_, T>, state: u16, tcp_flags: u8) {
+    if state & (FLOW_ASKED | FLOW_BACKEND_RESET) != 0 {
+        entry.clear(if tcp_flags & RST == 0 {
+            FLOW_ASKED | FLOW_BACKEND_RESET
+        } else {
+            FLOW_ASKED
+        });
+    }
+}
+
 #[inline(always)]
 fn reply_state(proto: u8, tcp_flags: u8) -> u16 {
     let mut state = FLOW_ANSWERED;
@@ -157,7 +163,7 @@ fn reply_state(proto: u8, tcp_flags: u8) -> u16 {
             state |= FLOW_BACKEND_FIN;
         }
         if tcp_flags & RST != 0 {
-            state |= FLOW_RESET;
+            state |= FLOW_BACKEND_RESET;
         }
     }
     state

@@ -233,21 +233,17 @@ fn look<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
 }
 
 /// Whether nobody would miss what a slot holds; in a hurry, nobody but a client that has not completed its handshake, or a
-/// backend that has the port in TIME_WAIT. `limit` is lent.
+/// backend that has the port in TIME_WAIT, or an RST that is not taken back. `limit` is lent.
 #[inline(always)]
 fn is_free<A: Copy>(config: &Config, slot: &SnatSlot<A>, now: u32, hurry: bool, limit: &mut Opaque) -> bool {
     let timeouts = &config.timeouts;
     limit.set(if slot.last_seen == 0 {
         return true;
-    } else if slot.state & FLOW_RESET != 0 {
-        0
-    } else if is_closed(slot.state) {
-        if hurry { HURRY_TICKS } else { timeouts.time_wait }
-    } else if hurry && is_unconfirmed(slot.proto, slot.state) {
+    } else if hurry && (is_closed(slot.state) || is_unconfirmed(slot.proto, slot.state)) {
         // A SYN flood must not use the range up.
         HURRY_TICKS
     } else {
-        timeouts.of(slot.proto, slot.state)
+        timeouts.of_port(slot.proto, slot.state)
     });
     now.saturating_sub(slot.last_seen) > limit.get()
 }
