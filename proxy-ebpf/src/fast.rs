@@ -8,10 +8,13 @@
 //! hops left) goes through the stack as ever.
 //!
 //! Asking the routing tables costs more than all the rest, so the way to a pod is remembered for a second.
+//!
+//! Deciding and sending are steps of their own, that each have the stack to themselves: [`decide`] leaves what it found in
+//! [`Scratch`], and [`send_on`] reads the packet's headers once more.
 
 use aya_ebpf::{
     EbpfContext, Global,
-    bindings::{TC_ACT_SHOT, bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1},
+    bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1},
     btf_maps::{HashMap, LruHashMap, PerCpuArray},
     helpers::{bpf_fib_lookup, bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_change_type},
     macros::btf_map,
@@ -19,7 +22,7 @@ use aya_ebpf::{
 };
 use shunt_common::{
     access::Access,
-    balance::{Counted, Maps, Quick, Translation, answering},
+    balance::{Counted, From, Maps, Quick, Scratch, Translation, answering, established},
     event::Event,
     family::{V4, V6, Words6},
     layout::TCP,
@@ -28,7 +31,7 @@ use shunt_common::{
 
 use crate::{
     maps::{Hook, KernelFamily, KernelMaps, bytes, count},
-    tc::{Buffer, count_traffic, rewrite},
+    tc::{Buffer, ODD, UNDECIDED, arrival, count_traffic, headers, rewrite, translate},
     xdp::{FibLookup, words},
 };
 
@@ -91,7 +94,11 @@ const PACKET_HOST: u32 = 0;
 
 /// The packet is as it was and goes through the stack; no action has this number.
 // Not an `Option`: LLVM leaves the pointer to the place of one in the register of the result, which the verifier forbids.
-pub(crate) const SLOW: i32 = i32::MIN;
+const SLOW: i32 = i32::MIN;
+/// The packet goes to a backend, or back to a translated client, as [`Scratch::translation`] says; no action has this number.
+pub(crate) const TRANSLATED: i32 = i32::MIN + 3;
+/// The packet is a reply that would become [`Scratch::translation`] on its way out; no action has this number.
+const REPLY: i32 = i32::MIN + 4;
 
 /// Whether there is a fast path.
 #[inline(always)]
@@ -99,36 +106,93 @@ pub(crate) fn is_on() -> bool {
     FAST_PATH.load() != 0
 }
 
-/// A packet that was not translated where it arrived: sends it on if it is a reply that would be on its way out.
+/// What becomes of a packet that arrives, as far as open flows tell. For theirs, [`send_on`] is next.
 #[inline(never)]
-pub(crate) fn send_reply<F: FastFamily>(ctx: &TcContext, headers: &Headers<F::Words>) -> i32 {
+pub(crate) fn decide<F: FastFamily>(ctx: &TcContext, from: From) -> i32 {
+    let Some(headers) = headers::<F>(ctx) else { return ODD };
     let maps = KernelMaps::new(ctx.as_ptr(), Hook::Tc);
-    match answering::<F, _>(&maps, &headers.tuple, headers.tcp_flags) {
-        Quick::Translate(out) => send::<F>(ctx, headers, &headers.tuple, &out),
-        _ => SLOW,
+    let (translation, next) = match established::<F, _>(&maps, &arrival(&headers, from)) {
+        Quick::Undecided => return UNDECIDED,
+        Quick::Translate(to) => (to, TRANSLATED),
+        Quick::Pass => match answering::<F, _>(&maps, &headers.tuple, headers.tcp_flags) {
+            Quick::Translate(out) => (out, REPLY),
+            _ => return TC_ACT_UNSPEC,
+        },
+    };
+    let Some(scratch) = Maps::<F>::scratch(&maps) else {
+        return TC_ACT_UNSPEC;
+    };
+    scratch.translation = translation;
+    next
+}
+
+/// The action, after the step that `decided` asks for.
+#[inline(always)]
+pub(crate) fn send_on<F: FastFamily>(ctx: &TcContext, decided: i32) -> i32 {
+    // Asked again for the verifier, which takes what helpers return for any number.
+    if !is_on() {
+        return decided;
+    }
+    match decided {
+        TRANSLATED => match send_translated::<F>(ctx) {
+            SLOW => translate_only::<F>(ctx),
+            action => action,
+        },
+        REPLY => match send_reply::<F>(ctx) {
+            SLOW => TC_ACT_UNSPEC,
+            action => action,
+        },
+        action => action,
     }
 }
 
-/// A packet whose tuple was translated where it arrived: rewrites it and sends it on.
+/// Rewrites a packet that was translated where it arrived, and sends it on.
 #[inline(never)]
-pub(crate) fn send_translated<F: FastFamily>(
-    ctx: &TcContext,
-    headers: &Headers<F::Words>,
-    arrived: &Tuple<F::Words>,
-) -> i32 {
+fn send_translated<F: FastFamily>(ctx: &TcContext) -> i32 {
+    let Some((headers, scratch)) = decided::<F>(ctx) else {
+        return SLOW;
+    };
+    let to = &scratch.translation;
     let maps = KernelMaps::new(ctx.as_ptr(), Hook::Tc);
-    match answering::<F, _>(&maps, arrived, headers.tcp_flags) {
-        Quick::Translate(out) => send::<F>(ctx, headers, arrived, &out),
-        Quick::Pass => {
-            let as_it_arrived = Translation {
-                tuple: *arrived,
-                local: true,
-                counted: Counted::ELSEWHERE,
-            };
-            send::<F>(ctx, headers, arrived, &as_it_arrived)
-        }
-        _ => SLOW,
+    let left = match answering::<F, _>(&maps, &to.tuple, headers.tcp_flags) {
+        Quick::Translate(out) => out,
+        Quick::Pass => Translation {
+            counted: Counted::ELSEWHERE,
+            ..*to
+        },
+        Quick::Undecided => return SLOW,
+    };
+    let action = send::<F>(ctx, &headers, &to.tuple, &left);
+    if action != SLOW {
+        count_traffic(ctx, to.counted);
     }
+    action
+}
+
+/// Rewrites a packet that goes through the stack after all.
+#[inline(never)]
+fn translate_only<F: FastFamily>(ctx: &TcContext) -> i32 {
+    match decided::<F>(ctx) {
+        Some((headers, scratch)) => translate::<F>(ctx, &headers, &scratch.translation),
+        None => TC_ACT_SHOT,
+    }
+}
+
+/// Rewrites a reply and sends it on.
+#[inline(never)]
+fn send_reply<F: FastFamily>(ctx: &TcContext) -> i32 {
+    match decided::<F>(ctx) {
+        Some((headers, scratch)) => send::<F>(ctx, &headers, &headers.tuple, &scratch.translation),
+        None => SLOW,
+    }
+}
+
+/// The packet's headers, read once more, and what was decided about it.
+#[inline(always)]
+fn decided<'a, F: FastFamily>(ctx: &TcContext) -> Option<(Headers<F::Words>, &'a Scratch<F::Words>)> {
+    let headers = packet::parse::<F>(&Buffer(ctx), ETHERNET)?;
+    // This CPU's own memory, which no step from here on writes to.
+    Some((headers, F::SCRATCH.get(0)?))
 }
 
 /// Sends the packet on: with the tuple `left` into a pod here, else with `arrived`, for the program on the device it leaves

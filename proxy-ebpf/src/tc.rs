@@ -207,7 +207,7 @@ fn handle<F: FastFamily>(ctx: &TcContext, place: Place) -> i32 {
     if fast::is_on()
         && let Place::In(from) = place
     {
-        return shortcut::<F>(ctx, from);
+        return fast::decide::<F>(ctx, from);
     }
     let Some(headers) = headers::<F>(ctx) else { return ODD };
     let maps = KernelMaps::new(ctx.as_ptr(), Hook::Tc);
@@ -222,30 +222,9 @@ fn handle<F: FastFamily>(ctx: &TcContext, place: Place) -> i32 {
     }
 }
 
-/// [`handle`] with the fast path.
-#[inline(never)]
-fn shortcut<F: FastFamily>(ctx: &TcContext, from: From) -> i32 {
-    let Some(headers) = headers::<F>(ctx) else { return ODD };
-    let maps = KernelMaps::new(ctx.as_ptr(), Hook::Tc);
-    match established::<F, _>(&maps, &arrival(&headers, from)) {
-        Quick::Pass => match fast::send_reply::<F>(ctx, &headers) {
-            fast::SLOW => TC_ACT_UNSPEC,
-            action => action,
-        },
-        Quick::Translate(to) => match fast::send_translated::<F>(ctx, &headers, &to.tuple) {
-            fast::SLOW => translate::<F>(ctx, &headers, &to),
-            action => {
-                count_traffic(ctx, to.counted);
-                action
-            }
-        },
-        Quick::Undecided => UNDECIDED,
-    }
-}
-
 /// The headers of a plain packet.
 #[inline(always)]
-fn headers<F: KernelFamily>(ctx: &TcContext) -> Option<Headers<F::Words>> {
+pub(crate) fn headers<F: KernelFamily>(ctx: &TcContext) -> Option<Headers<F::Words>> {
     let buffer = Buffer(ctx);
     // Headers may stand in page fragments, where programs cannot read: have them pulled into the linear part.
     if buffer.bytes(0, ETHERNET + F::HEADER + 20).is_none() {
@@ -259,7 +238,7 @@ fn headers<F: KernelFamily>(ctx: &TcContext) -> Option<Headers<F::Words>> {
 }
 
 #[inline(always)]
-fn arrival<A: Copy>(headers: &Headers<A>, from: From) -> Arrival<A> {
+pub(crate) fn arrival<A: Copy>(headers: &Headers<A>, from: From) -> Arrival<A> {
     let Headers { tuple, tcp_flags, .. } = *headers;
     Arrival {
         tuple,
@@ -270,7 +249,7 @@ fn arrival<A: Copy>(headers: &Headers<A>, from: From) -> Arrival<A> {
 }
 
 #[inline(always)]
-fn translate<F: Family>(ctx: &TcContext, headers: &Headers<F::Words>, to: &Translation<F::Words>) -> i32 {
+pub(crate) fn translate<F: Family>(ctx: &TcContext, headers: &Headers<F::Words>, to: &Translation<F::Words>) -> i32 {
     if rewrite::<F>(ctx, headers, &to.tuple) {
         count_traffic(ctx, to.counted);
         TC_ACT_UNSPEC
@@ -289,24 +268,32 @@ pub(crate) fn count_traffic(ctx: &TcContext, counted: Counted) {
 }
 
 /// What [`handle`] says of a packet that is not plain TCP or UDP; no action has this number.
-const ODD: i32 = i32::MIN + 1;
+pub(crate) const ODD: i32 = i32::MIN + 1;
 /// What [`handle`] says of a packet that may open a flow, or refuses to; no action has this number.
-const UNDECIDED: i32 = i32::MIN + 2;
+pub(crate) const UNDECIDED: i32 = i32::MIN + 2;
 
-/// The action, after the step that `plain` asks for.
+/// The action, after the steps that `plain` asks for.
+///
+/// They are called one after the other from here and not by each other, because the BPF stack holds 512 bytes for a whole chain of
+/// calls.
 #[inline(always)]
 fn whole<F: FastFamily>(ctx: &TcContext, place: Place, plain: i32) -> i32 {
+    // An action, the least of which this is; the steps' numbers are below.
+    if plain >= TC_ACT_UNSPEC {
+        return plain;
+    }
     match (plain, place) {
         (ODD, _) => odd::<F>(ctx, place),
-        (UNDECIDED, Place::In(from)) => open::<F>(ctx, from),
+        (UNDECIDED, Place::In(from)) => fast::send_on::<F>(ctx, open::<F>(ctx, from)),
         (UNDECIDED, Place::Out) => refusal::<F>(ctx),
-        _ => plain,
+        (_, Place::In(_)) => fast::send_on::<F>(ctx, plain),
+        (_, Place::Out) => plain,
     }
 }
 
-/// A packet that may open a flow.
+/// A packet that may open a flow; with the fast path it is left to that, as [`fast::TRANSLATED`].
 #[inline(never)]
-fn open<F: FastFamily>(ctx: &TcContext, from: From) -> i32 {
+fn open<F: KernelFamily>(ctx: &TcContext, from: From) -> i32 {
     let Some(headers) = packet::parse::<F>(&Buffer(ctx), ETHERNET) else {
         return TC_ACT_UNSPEC;
     };
@@ -319,20 +306,8 @@ fn open<F: FastFamily>(ctx: &TcContext, from: From) -> i32 {
         Outcome::Drop => TC_ACT_SHOT,
         Outcome::Refuse => refuse::<F>(ctx, &headers),
         Outcome::Reset => reset::<F>(ctx, &headers),
-        Outcome::Translate => {
-            let to = &scratch.translation;
-            let sent = if fast::is_on() {
-                fast::send_translated::<F>(ctx, &headers, &to.tuple)
-            } else {
-                fast::SLOW
-            };
-            if sent == fast::SLOW {
-                translate::<F>(ctx, &headers, to)
-            } else {
-                count_traffic(ctx, to.counted);
-                sent
-            }
-        }
+        Outcome::Translate if fast::is_on() => fast::TRANSLATED,
+        Outcome::Translate => translate::<F>(ctx, &headers, &scratch.translation),
     }
 }
 

@@ -382,12 +382,12 @@ fn flows_of_a_service_are_counted() {
     });
 }
 
-/// A2: with --count-traffic a Service's packets and bytes are counted, both ways and in both families, by tc and by XDP; each
-/// once, though XDP may leave a packet to tc. Without, there are no samples.
+/// A2: with --count-traffic a Service's packets and bytes are counted, both ways and in both families, by tc, on its fast path too,
+/// and by XDP; each once, though XDP may leave a packet to tc. Without, there are no samples.
 #[test]
 fn traffic_of_a_service_is_counted_where_that_is_asked_for() {
-    for xdp in ["off", "native"] {
-        let world = World::with_xdp(xdp, &["--count-traffic", "on"]).started();
+    for (xdp, fast_path) in [("off", "off"), ("off", "on"), ("native", "off"), ("native", "on")] {
+        let world = World::with_xdp(xdp, &["--count-traffic", "on", "--fast-path", fast_path]).started();
         let ips = world.serve_web(json!({ "type": "NodePort" }));
         let clients = ["client-1", "client"].map(|name| world.lab.client(name, Sockets::Unhooked).unwrap());
         let sample = |what: &str, direction: &str| {
@@ -409,7 +409,12 @@ fn traffic_of_a_service_is_counted_where_that_is_asked_for() {
             let scrape = world.scrape();
             let so_far = (n + 1) as f64;
             for direction in ["to-backend", "from-backend"] {
-                assert_eq!(scrape.value(&sample("packets", direction)), so_far, "{ip} {}", scrape.0);
+                assert_eq!(
+                    scrape.value(&sample("packets", direction)),
+                    so_far,
+                    "{ip}, XDP {xdp}, fast path {fast_path}: {}",
+                    scrape.0
+                );
                 let bytes = scrape.value(&sample("bytes", direction));
                 assert!((1000.0 * so_far..1500.0 * so_far).contains(&bytes), "{ip}: {bytes}");
             }

@@ -80,6 +80,70 @@ fn a_new_flow_is_rewritten_and_its_reply_back() {
     }
 }
 
+/// Settings choose what the verifier sees of the programs: this kernel's takes them all. With each, flows are translated, and
+/// counted where that is asked for.
+#[test]
+fn programs_load_with_every_setting() {
+    for (fast_path, count_traffic) in [(false, true), (true, false), (true, true)] {
+        let loaded = Loaded::with("settings", |config| {
+            (config.socket_lb, config.fast_path, config.count_traffic) = (true, fast_path, count_traffic);
+        });
+        let maps = Maps::open(&loaded.root).unwrap();
+        for (n, (arriving, leaving)) in [("tc_node_in", "tc_node_out"), ("tc_pod_in", "tc_pod_out")]
+            .into_iter()
+            .enumerate()
+        {
+            for v6 in [0, 1] {
+                for udp in [false, true] {
+                    let case = format!(
+                        "{arriving}, IPv{}, UDP {udp}, fast path {fast_path}, counted {count_traffic}",
+                        4 + 2 * v6
+                    );
+                    let port = 42_000 + n as u16;
+                    let packet = |from: [&str; 2], from_port, to: [&str; 2], to_port| {
+                        packet(from[v6], from_port, to[v6], to_port, udp)
+                    };
+                    // Whether the fast path finds a way, which costs a hop, is up to this machine's routes.
+                    let carries = |bytes: &[u8]| bytes[[26..38, 22..58][v6].clone()].to_vec();
+                    let before = traffic(&maps);
+                    let request = packet(CLIENT, port, WEB, 80);
+                    let (_, out) = loaded.run(arriving, &request);
+                    assert_eq!(carries(&out), carries(&packet(CLIENT, port, BACKEND, 8080)), "{case}");
+                    let reply = packet(BACKEND, 8080, CLIENT, port);
+                    let (_, out) = loaded.run(arriving, &reply);
+                    assert_eq!(carries(&out), carries(&reply), "{case}");
+                    let (_, out) = loaded.run(leaving, &out);
+                    assert_eq!(carries(&out), carries(&packet(WEB, 80, CLIENT, port)), "{case}");
+                    let other = packet(CLIENT, port, BACKEND, 80);
+                    assert_eq!(loaded.run(arriving, &other), (TC_ACT_UNSPEC, other), "{case}");
+
+                    let more: Vec<u64> = traffic(&maps)
+                        .iter()
+                        .zip(before)
+                        .map(|(now, before)| now - before)
+                        .collect();
+                    let bytes = request.len() as u64 - 14;
+                    let expected = if count_traffic { [1, bytes, 1, bytes] } else { [0; 4] };
+                    assert_eq!(more, expected, "{case}");
+                }
+            }
+        }
+    }
+}
+
+/// Packets and bytes to all backends, and from them.
+fn traffic(maps: &Maps) -> [u64; 4] {
+    (0..64).fold([0; 4], |[to, to_bytes, from, from_bytes], backend| {
+        let more = maps.traffic(backend).unwrap();
+        [
+            to + more.to_packets,
+            to_bytes + more.to_bytes,
+            from + more.from_packets,
+            from_bytes + more.from_bytes,
+        ]
+    })
+}
+
 fn segment(from: &str, from_port: u16, to: &str, to_port: u16, flags: &str) -> Vec<u8> {
     let mut bytes = packet(from, from_port, to, to_port, false);
     let at = 14 + if from.contains(':') { 40 } else { 20 } + 13;

@@ -1,5 +1,6 @@
 //! Every frontend from everywhere, in clusters of several kinds.
 
+use shunt::datapath::maps::Maps;
 use shunt_lab::Cni;
 
 use super::*;
@@ -115,11 +116,13 @@ fn frontends_are_reached_by_the_fast_path() {
     }
 }
 
-/// ... and packets between pods, or a pod and the network, do not meet the node's own stack on their way.
+/// ... packets between pods, or a pod and the network, do not meet the node's own stack on their way, and are counted all the same.
 #[test]
 fn the_fast_path_leaves_the_nodes_stack_out() {
     for on in [false, true] {
-        let cluster = Cluster::start("off", &["--fast-path", if on { "on" } else { "off" }]);
+        let fast_path = if on { "on" } else { "off" };
+        let cluster = Cluster::start("off", &["--fast-path", fast_path, "--count-traffic", "on"]);
+        let maps = Maps::open(cluster.agents[0].bpf_root()).unwrap();
         for v6 in [false, true] {
             let address = if v6 { "fd96::2" } else { "10.96.0.2" };
             let node_port = SocketAddr::new(cluster.node_ip("node-a", v6), NODE_PORT);
@@ -131,9 +134,19 @@ fn the_fast_path_leaves_the_nodes_stack_out() {
                 }
                 let before = forwarded(&cluster, v6);
                 for proto in BOTH {
+                    let traffic_before = traffic(&maps);
                     for _ in 0..10 {
                         dial(&client, proto, to);
                     }
+                    let [to_backend, from_backend] = traffic(&maps);
+                    let counted = [to_backend - traffic_before[0], from_backend - traffic_before[1]];
+                    // A datagram each way; of a connection three packets at least.
+                    let as_sent = if proto == Proto::Udp {
+                        counted == [10, 10]
+                    } else {
+                        counted[0] >= 30 && counted[1] >= 30
+                    };
+                    assert!(as_sent, "{proto} {to} from {name}, fast path {on}: counted {counted:?}");
                 }
                 let packets = forwarded(&cluster, v6) - before;
                 let expected = if on { packets == 0 } else { packets >= 100 };
@@ -152,6 +165,14 @@ fn the_fast_path_leaves_the_nodes_stack_out() {
             }
         }
     }
+}
+
+/// Packets to all backends, and from them.
+fn traffic(maps: &Maps) -> [u64; 2] {
+    (0..64).fold([0; 2], |[to, from], backend| {
+        let more = maps.traffic(backend).unwrap();
+        [to + more.to_packets, from + more.from_packets]
+    })
 }
 
 /// Packets that node-a's stack has forwarded.

@@ -57,6 +57,11 @@ impl Drop for Loaded {
 
 impl Loaded {
     pub(crate) fn new(name: &str) -> Self {
+        Self::with(name, |_| ())
+    }
+
+    /// The same with other settings.
+    pub(crate) fn with(name: &str, set: impl FnOnce(&mut LoadConfig)) -> Self {
         let root = PathBuf::from(format!("/sys/fs/bpf/shunt-packets-{}-{name}", process::id()));
         let capacities = Capacities {
             flows: 1024,
@@ -64,7 +69,7 @@ impl Loaded {
             snat: 20_000,
             ..Capacities::default()
         };
-        let config = LoadConfig {
+        let mut config = LoadConfig {
             bpf_root: root.clone(),
             capacities,
             socket_lb: false,
@@ -72,6 +77,7 @@ impl Loaded {
             fast_path: false,
             count_traffic: false,
         };
+        set(&mut config);
         let datapath = load(&config).unwrap();
         let maps = Arc::new(Maps::open(&root).unwrap());
         let settings = NodeSettings {
