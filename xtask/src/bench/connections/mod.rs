@@ -30,8 +30,8 @@ const COUNTS: [usize; 4] = [1, 1_000, 10_000, 100_000];
 const QUICK_COUNTS: [usize; 2] = [1, 1_000];
 /// The number at which what does not depend on it is measured, and kube-proxy is compared with.
 const TYPICAL: usize = 10_000;
-/// Most Services that kube-proxy's rules are loaded for: `nft` takes a minute for so many, and longer than linearly for more.
-const KUBE_PROXY_MOST: [(Mode, usize); 2] = [(Mode::Iptables, 100_000), (Mode::Nftables, 10_000)];
+/// kube-proxy's, beside which all numbers of Services are measured.
+const MODES: [Mode; 2] = [Mode::Iptables, Mode::Nftables];
 
 /// One way through one cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +47,7 @@ impl Way {
         let name = match (self.means, self.seat) {
             (Means::Direct, _) => return "direct".to_owned(),
             (Means::Floor, _) => return "tc DNAT floor".to_owned(),
+            (Means::FloorOnPods, _) => return "tc DNAT floor on all pods' devices".to_owned(),
             (Means::FastPath, _) => return "shunt by tc, fast path".to_owned(),
             (Means::Shunt, Seat::HookedPod) => "shunt by socket".to_owned(),
             (Means::Shunt, _) => "shunt by tc".to_owned(),
@@ -149,9 +150,14 @@ pub(super) fn measure(bench: &mut Bench) -> Result<()> {
 
 /// Makes all clusters, some at a time.
 fn make(bench: &Bench, counts: &[usize], tools: &Tools) -> Result<Worlds> {
-    let mut wanted = vec![(Means::Direct, 0), (Means::Floor, 0), (Means::FastPath, 1)];
+    let mut wanted = vec![
+        (Means::Direct, 0),
+        (Means::Floor, 0),
+        (Means::FloorOnPods, 0),
+        (Means::FastPath, 1),
+    ];
     wanted.extend(counts.iter().map(|&count| (Means::Shunt, count)));
-    for (mode, most) in KUBE_PROXY_MOST {
+    for mode in MODES {
         if which(mode.program()).is_none() {
             say(
                 "missing",
@@ -159,8 +165,7 @@ fn make(bench: &Bench, counts: &[usize], tools: &Tools) -> Result<Worlds> {
             );
             continue;
         }
-        let counts = counts.iter().filter(|&&count| count <= most);
-        wanted.extend(counts.map(|&count| (Means::KubeProxy(mode), count)));
+        wanted.extend(counts.iter().map(|&count| (Means::KubeProxy(mode), count)));
     }
     // The slow ones first.
     wanted.sort_by_key(|&(means, count)| std::cmp::Reverse((count, means)));
@@ -323,16 +328,17 @@ fn connections(
     };
     let shunt = |count| way(Means::Shunt, count);
     let (direct, floor, fast) = (way(Means::Direct, 0), way(Means::Floor, 0), way(Means::FastPath, 1));
+    let floor_on_pods = way(Means::FloorOnPods, 0);
     let mut ways = vec![direct, fast];
     if dialled != Dialled::NodePortFar {
-        ways.push(floor);
+        ways.extend([floor, floor_on_pods]);
     }
     for &count in counts {
         ways.push(shunt(count));
         if dialled == Dialled::ClusterIp {
             ways.push(socket(count));
         }
-        let modes = [Mode::Iptables, Mode::Nftables].map(|mode| way(Means::KubeProxy(mode), count));
+        let modes = MODES.map(|mode| way(Means::KubeProxy(mode), count));
         ways.extend(modes);
     }
     ways.retain(|way| worlds.has(way.means, way.count));
@@ -373,18 +379,24 @@ fn connections(
     } else {
         fast_path
     });
+    rows.push(results.rate(shunt(fewest), floor_on_pods, false));
     rows.push(results.rate(floor, direct, false));
+    rows.push(results.rate(floor_on_pods, direct, false));
     for &count in counts {
         rows.push(results.rate(shunt(count), direct, true));
     }
-    for mode in [Mode::Iptables, Mode::Nftables] {
+    for mode in MODES {
         for &count in counts {
             rows.push(results.rate(way(Means::KubeProxy(mode), count), direct, true));
         }
     }
     rows.into_iter().flatten().for_each(|row| bench.row(row));
     latencies(bench, &results, |way| {
-        way.count == typical || matches!(way.means, Means::Direct | Means::Floor | Means::FastPath)
+        way.count == typical
+            || matches!(
+                way.means,
+                Means::Direct | Means::Floor | Means::FloorOnPods | Means::FastPath
+            )
     });
     draw(bench, &results, "new")
 }
@@ -416,7 +428,7 @@ fn kept(
     if dialled != Dialled::NodePortFar {
         ways.push(way(Means::Floor, 0));
     }
-    let modes = [Mode::Iptables, Mode::Nftables].map(|mode| way(Means::KubeProxy(mode), typical));
+    let modes = MODES.map(|mode| way(Means::KubeProxy(mode), typical));
     ways.extend(modes.into_iter().filter(|way| worlds.has(way.means, typical)));
     let mut samples = rounds(bench, worlds, &ways, dialled, load, plan)?;
     let (unit, what) = match load {

@@ -32,8 +32,10 @@ const PORT: u16 = 80;
 pub(super) enum Means {
     /// Not at all: clients dial pods.
     Direct,
-    /// By the floor program at tc.
+    /// By the floor program at tc, on the client's device and the node's.
     Floor,
+    /// By the same on every pod's device as well: any pod may be a client, which nobody knows beforehand.
+    FloorOnPods,
     /// By shunt with the settings that it has without being asked.
     Shunt,
     /// By shunt with `--fast-path on`.
@@ -127,7 +129,10 @@ impl World {
                 // By way of the node that the node port is on.
                 lab.route(&format!("{}/32", pods[1]), "node-a")?;
             }
-            Means::Floor => floor = Some(start_floor(&lab, tools, pods[0], node)?),
+            Means::Floor => floor = Some(start_floor(&lab, tools, pods[0], node, &["front"])?),
+            Means::FloorOnPods => {
+                floor = Some(start_floor(&lab, tools, pods[0], node, &["front", "hooked", "near"])?);
+            }
             Means::Shunt | Means::FastPath => {
                 let manifests = Folder::make()?;
                 fs::write(manifests.0.join("services.yaml"), yaml(&services(count, pods)?))?;
@@ -186,9 +191,12 @@ impl World {
     }
 }
 
-fn start_floor(lab: &Lab, tools: &Tools, backend: IpAddr, node: IpAddr) -> Result<Child> {
+fn start_floor(lab: &Lab, tools: &Tools, backend: IpAddr, node: IpAddr, pods: &[&str]) -> Result<Child> {
     let mut command = lab.command("node-a", Sockets::Unhooked, &tools.bench)?;
-    command.args(["nat", "--device", "eth0", "--device", &lab.device("front")?]);
+    command.args(["nat", "--device", "eth0"]);
+    for pod in pods {
+        command.args(["--device", &lab.device(pod)?]);
+    }
     let frontends = [SocketAddr::new(NEAR.0.into(), PORT), SocketAddr::new(node, NEAR.1)];
     for frontend in frontends {
         command.args(["--service", &format!("{frontend}={backend}:{APP}")]);
