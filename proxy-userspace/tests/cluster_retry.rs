@@ -133,6 +133,13 @@ impl Cluster {
         rows.as_array().unwrap().iter().find(is_it).unwrap().clone()
     }
 
+    /// What node-a knows of flows and backends, for a failure's message.
+    fn flows(&self) -> String {
+        ["conntrack", "backends", "status"]
+            .map(|verb| String::from_utf8_lossy(&self.agents[0].cli(&[verb]).unwrap().stdout).into_owned())
+            .join("\n")
+    }
+
     fn events(&self, name: &str) -> u64 {
         self.agents[0].json(&["status"]).unwrap()["events"][name]
             .as_u64()
@@ -189,7 +196,8 @@ fn clients_find_another_backend(xdp: &str, bad: &str) {
                 let answer = dial(client, *to).unwrap_or_else(|error| panic!("{}: {error}", case(mood)));
                 assert_ne!(answer.server, bad);
                 assert_eq!(answer.peer, *to);
-                if answer.latency >= RETRANSMISSION / 2 {
+                // Not by the latency alone: a busy machine has slow ones too.
+                if cluster.events("retry") > retries {
                     waited = Some(answer.latency);
                     break;
                 }
@@ -206,8 +214,10 @@ fn clients_find_another_backend(xdp: &str, bad: &str) {
             let remaining = Duration::from_millis(silent["remainingMs"].as_u64().unwrap());
             assert!(remaining > Duration::ZERO && remaining <= SILENCE, "{remaining:?}");
             for _ in 0..12 {
-                let answer = dial(client, *to).unwrap();
-                assert!(answer.latency < RETRANSMISSION / 2, "{}: {answer:?}", case(mood));
+                let answer = dial(client, *to).unwrap_or_else(|error| {
+                    panic!("{}: {error}; node-a's flows:\n{}", case(mood), cluster.flows())
+                });
+                assert!(answer.latency < RETRANSMISSION, "{}: {answer:?}", case(mood));
             }
             assert_eq!(cluster.events("retry"), retries + 1, "{}", case(mood));
             let refused = u64::from(mood != Mood::Silent);
