@@ -1,9 +1,9 @@
 //! Refusals of SYNs: held back while another backend may answer ([`crate::retry`]), else told to the client.
 
-use super::{Maps, Outcome, Quick, Scratch, answering, reply::snat_reply_arriving};
+use super::{Maps, Outcome, Quick, Scratch, decide::Step, reply::snat_reply_arriving, slow::answered_slowly};
 use crate::{family::Family, packet::Tuple, retry};
 
-/// [`answering`]'s second half: the refusal of a SYN, on its way out.
+/// [`answering`](super::answering)'s second half: the refusal of a SYN, on its way out.
 #[inline(always)]
 pub fn refused<F: Family, M: Maps<F>>(
     maps: &M,
@@ -22,16 +22,8 @@ pub(super) fn refuse_leaving<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scra
         return Outcome::Drop;
     }
     retry::end(maps, scratch);
-    tell_leaving(maps, scratch)
-}
-
-#[inline(never)]
-fn tell_leaving<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
-    match answering::<F, M>(maps, &scratch.arrival.tuple, scratch.arrival.tcp_flags) {
-        Quick::Translate(translation) => {
-            scratch.translation = translation;
-            Outcome::Translate
-        }
+    match answered_slowly(maps, scratch) {
+        Step::Translate => Outcome::Translate,
         _ => Outcome::Pass,
     }
 }

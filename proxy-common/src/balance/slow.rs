@@ -68,14 +68,25 @@ fn established_slowly<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::
 }
 
 /// [`leaving`](super::leaving) in the same way.
-#[inline(never)]
+#[inline(always)]
 pub(crate) fn leaving_slowly<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
+    match answered_slowly(maps, scratch) {
+        Step::Pass => Outcome::Pass,
+        Step::Translate => Outcome::Translate,
+        _ => refuse_leaving(maps, scratch),
+    }
+}
+
+/// [`answering`] in the same way. [`Step::Open`]: undecided.
+// It has returned when a refusal is judged, which asks it again: Linux 6.1 has no stack for two of it.
+#[inline(never)]
+pub(super) fn answered_slowly<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Step {
     match answering::<F, M>(maps, &scratch.arrival.tuple, scratch.arrival.tcp_flags) {
-        Quick::Pass => Outcome::Pass,
+        Quick::Pass => Step::Pass,
         Quick::Translate(translation) => {
             scratch.translation = translation;
-            Outcome::Translate
+            Step::Translate
         }
-        Quick::Undecided => refuse_leaving(maps, scratch),
+        Quick::Undecided => Step::Open,
     }
 }
