@@ -1,12 +1,22 @@
 //! The loaded programs under `BPF_PROG_TEST_RUN`: a packet in, a verdict and a packet out, byte for byte. Needs root.
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
+use aya_obj::{
+    Object,
+    generated::{
+        BPF_ADD, BPF_ALU, BPF_ALU64, BPF_CALL, BPF_JMP, BPF_K, BPF_LDX, BPF_MOV, BPF_PSEUDO_CALL, BPF_ST, BPF_STX,
+        BPF_X, bpf_insn,
+    },
+};
 use etherparse::{
     Icmpv4Type, Icmpv6Type, IpNumber, NetSlice, PacketBuilder, SlicedPacket, TransportSlice, icmpv4, icmpv6,
 };
 
-use shunt::datapath::maps::Maps;
+use shunt::datapath::{load, maps::Maps};
 use shunt_common::layout::{FLOW_RESET, Flow, FlowKey, TCP};
 
 #[path = "support/loaded.rs"]
@@ -129,6 +139,69 @@ fn programs_load_with_every_setting() {
             }
         }
     }
+}
+
+/// A chain of calls has 512 bytes of stack. Kernels before 6.8 round every function's share up to 32 bytes
+/// ([`stack`]), so what this one loads may be too much for them.
+#[test]
+fn chains_of_calls_fit_the_stack_of_older_kernels() {
+    let mut object = Object::parse(load::object()).unwrap();
+    let sections = object.functions.keys().map(|(section, _)| *section).collect();
+    object.relocate_calls(&sections).unwrap();
+    assert!(object.programs.len() >= 10);
+    for (name, program) in &object.programs {
+        let needed = stack(&object.functions[&program.function_key()].instructions);
+        assert!((32..=512).contains(&needed), "{name} needs {needed} bytes of stack");
+    }
+}
+
+/// The stack that a program needs where kernels round up (`check_max_stack_depth` of kernel/bpf/verifier.c), were all of its branches
+/// taken. It begins with its main function; the others stand behind it.
+fn stack(program: &[bpf_insn]) -> usize {
+    const STACK: u8 = 10;
+    const CALL: u32 = BPF_JMP | BPF_CALL;
+    const COPY: u32 = BPF_ALU64 | BPF_MOV | BPF_X;
+    const ADD: u32 = BPF_ALU64 | BPF_ADD | BPF_K;
+    // Its own share, and what it calls, by a function's first instruction.
+    let mut functions = BTreeMap::from([(0, (0, BTreeSet::new()))]);
+    let called = |at: usize, insn: &bpf_insn| {
+        let is_call = u32::from(insn.code) == CALL && u32::from(insn.src_reg()) == BPF_PSEUDO_CALL;
+        is_call.then(|| (at as i32 + 1 + insn.imm) as usize)
+    };
+    for (at, insn) in program.iter().enumerate() {
+        if let Some(callee) = called(at, insn) {
+            functions.entry(callee).or_default();
+        }
+    }
+    let mut pointers = BTreeSet::new();
+    for (at, insn) in program.iter().enumerate() {
+        let (_, (own, calls)) = functions.range_mut(..=at).next_back().unwrap();
+        calls.extend(called(at, insn));
+        let (code, to, from) = (u32::from(insn.code), insn.dst_reg(), insn.src_reg());
+        let below = match code & 7 {
+            BPF_LDX if from == STACK => -i32::from(insn.off),
+            BPF_ST | BPF_STX if to == STACK => -i32::from(insn.off),
+            _ if code == ADD && pointers.contains(&to) => -insn.imm,
+            _ => 0,
+        };
+        *own = below.max(*own);
+        if code == COPY && from == STACK {
+            pointers.insert(to);
+        } else if [BPF_LDX, BPF_ALU, BPF_ALU64].contains(&(code & 7)) {
+            pointers.remove(&to);
+        }
+    }
+    // Nothing calls itself.
+    fn deepest(functions: &BTreeMap<usize, (i32, BTreeSet<usize>)>, at: usize) -> usize {
+        let (own, calls) = &functions[&at];
+        let own = usize::try_from(*own).unwrap().max(1).next_multiple_of(32);
+        own + calls
+            .iter()
+            .map(|&callee| deepest(functions, callee))
+            .max()
+            .unwrap_or(0)
+    }
+    deepest(&functions, 0)
 }
 
 /// Packets and bytes to all backends, and from them.
