@@ -214,9 +214,8 @@ fn clients_find_another_backend(xdp: &str, bad: &str) {
             let remaining = Duration::from_millis(silent["remainingMs"].as_u64().unwrap());
             assert!(remaining > Duration::ZERO && remaining <= SILENCE, "{remaining:?}");
             for _ in 0..12 {
-                let answer = dial(client, *to).unwrap_or_else(|error| {
-                    panic!("{}: {error}; node-a's flows:\n{}", case(mood), cluster.flows())
-                });
+                let answer = dial(client, *to)
+                    .unwrap_or_else(|error| panic!("{}: {error}; node-a's flows:\n{}", case(mood), cluster.flows()));
                 assert!(answer.latency < RETRANSMISSION, "{}: {answer:?}", case(mood));
             }
             assert_eq!(cluster.events("retry"), retries + 1, "{}", case(mood));
