@@ -8,7 +8,7 @@
 //! A change of any layout here must raise [`LAYOUT_VERSION`].
 
 /// Version of everything in this module; maps are pinned under `<bpf-root>/v<LAYOUT_VERSION>/`.
-pub const LAYOUT_VERSION: u32 = 4;
+pub const LAYOUT_VERSION: u32 = 5;
 
 /// Names of the maps (at most 15 bytes: the kernel cuts them). Suffix `4`/`6`: one map per family.
 pub mod names {
@@ -56,6 +56,9 @@ pub mod names {
     pub const FAST_WORK: &str = "fast_work";
     /// `LRU_HASH` [`AffinityKey`](super::AffinityKey) → [`Affinity`](super::Affinity): see [`crate::affinity`].
     pub const AFFINITY: [&str; 2] = ["affinity4", "affinity6"];
+    /// `LRU_HASH` [`AffinityKey`](super::AffinityKey) → [`Affinity`](super::Affinity): of clients that have not spoken after an
+    /// answer (a SYN flood fills this).
+    pub const NEW_AFFINITY: [&str; 2] = ["new_affinity4", "new_affinity6"];
     /// `HASH` [`MemberKey`](super::MemberKey) → `u32` index into `slots`: which backends a frontend with affinity has.
     pub const MEMBERS: [&str; 2] = ["members4", "members6"];
     /// `LPM_TRIE` [`SourceRangeKey`](super::SourceRangeKey) → `u32`: who may dial a frontend with
@@ -264,9 +267,12 @@ pub struct Flow<A> {
     /// With [`FLOW_ASKED`]: `epoch` of the first packet that was not answered. Else with [`FLOW_RETRY`]: when the SYN was
     /// sent last, low half of a time in [`AFFINITY_TICK_NS`].
     pub asked: u16,
-    /// With [`FLOW_RETRY`]: the backends that were given up, one bit for each id modulo 32.
+    /// With [`FLOW_RETRY`]: the backends that were given up, one bit for each id modulo 31. [`TRIED_KEEP`].
     pub tried: u32,
 }
+
+/// [`Flow::tried`]: when the flow is confirmed, its client is known to keep the backend ([`crate::affinity`]).
+pub const TRIED_KEEP: u32 = 1 << 31;
 
 /// A translated source port towards one backend, and the flow that owns it: how replies find their way.
 ///

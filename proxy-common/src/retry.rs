@@ -15,8 +15,8 @@
 use crate::{
     affinity,
     balance::{
-        Arrival, Entry, From, Maps, Opaque, Outcome, Scratch, client_key, collided_bit, explains, look_up, shared_key,
-        snat_slot,
+        Arrival, Entry, From, Maps, Opaque, Outcome, Scratch, affinity_key, client_key, collided_bit, explains,
+        look_up, shared_key, snat_slot,
     },
     event::Event,
     family::Family,
@@ -127,7 +127,7 @@ fn silence(config: &Config, failures: u16) -> u32 {
 
 #[inline(always)]
 fn bit(backend: u32) -> u32 {
-    1 << (backend & 31)
+    1 << (backend % 31)
 }
 
 /// What a SYN gets.
@@ -248,7 +248,7 @@ fn give_up<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
     if scratch.flow.state & FLOW_REFUSED == 0 {
         fail(maps, scratch, true);
     }
-    let tried = scratch.flow.tried | bit(scratch.flow.backend_id);
+    let tried = scratch.flow.tried & !TRIED_KEEP | bit(scratch.flow.backend_id);
     scratch.retry.tried.set(tried);
 }
 
@@ -434,12 +434,7 @@ fn take<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
         scratch.retry.trial.set((FLOW_TRIAL | FLOW_AGAIN).into());
     }
     if frontend.flags & FRONTEND_AFFINITY != 0 {
-        let key = AffinityKey {
-            client: scratch.arrival.tuple.src,
-            service: frontend.service,
-            set: frontend.set,
-            netns: [0; 2],
-        };
+        let key = affinity_key::<F>(&scratch.arrival.tuple, frontend);
         affinity::replace(maps, &key, chosen.backend);
     }
 }
@@ -492,7 +487,7 @@ fn hold_back<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>, l
         return false;
     }
     fail(maps, scratch, false);
-    let tried = scratch.flow.tried | bit(scratch.flow.backend_id);
+    let tried = scratch.flow.tried & !TRIED_KEEP | bit(scratch.flow.backend_id);
     scratch.retry.tried.set(tried);
     let looked_up = look_up(maps, scratch) == Outcome::Translate;
     let may = looked_up & (scratch.frontend.flags & FRONTEND_NO_RETRY == 0) & (tried.count_ones() < MAX_BACKENDS);

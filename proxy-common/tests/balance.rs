@@ -13,6 +13,8 @@ use shunt_common::{
 
 use crate::support::Node;
 
+#[path = "balance/affinity.rs"]
+mod affinity;
 #[path = "balance/reset.rs"]
 mod reset;
 #[path = "balance/retry.rs"]

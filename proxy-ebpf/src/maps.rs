@@ -60,6 +60,7 @@ pub(crate) trait KernelFamily: Family {
     const SNAT: &'static Snat<Self::Addr>;
     const NODE_ADDRS: &'static NodeAddrs<Self::Addr>;
     const AFFINITY: &'static AffinityMap<Self::Addr>;
+    const NEW_AFFINITY: &'static AffinityMap<Self::Addr>;
     const MEMBERS: &'static Members;
     const SOURCE_RANGES: &'static SourceRanges<Self::Addr>;
     const SERVICE_ADDRS: &'static Addresses<Self::Addr>;
@@ -99,6 +100,10 @@ static NODE_ADDRS6: NodeAddrs<[u8; 16]> = NodeAddrs::new();
 static AFFINITY4: AffinityMap<[u8; 4]> = AffinityMap::new();
 #[btf_map(name = "affinity6")]
 static AFFINITY6: AffinityMap<[u8; 16]> = AffinityMap::new();
+#[btf_map(name = "new_affinity4")]
+static NEW_AFFINITY4: AffinityMap<[u8; 4]> = AffinityMap::new();
+#[btf_map(name = "new_affinity6")]
+static NEW_AFFINITY6: AffinityMap<[u8; 16]> = AffinityMap::new();
 #[btf_map(name = "members4")]
 static MEMBERS4: Members = Members::new();
 #[btf_map(name = "members6")]
@@ -150,6 +155,7 @@ impl KernelFamily for V4 {
     const SNAT: &'static Snat<[u8; 4]> = &SNAT4;
     const NODE_ADDRS: &'static NodeAddrs<[u8; 4]> = &NODE_ADDRS4;
     const AFFINITY: &'static AffinityMap<[u8; 4]> = &AFFINITY4;
+    const NEW_AFFINITY: &'static AffinityMap<[u8; 4]> = &NEW_AFFINITY4;
     const MEMBERS: &'static Members = &MEMBERS4;
     const SOURCE_RANGES: &'static SourceRanges<[u8; 4]> = &SOURCE_RANGES4;
     const SERVICE_ADDRS: &'static Addresses<[u8; 4]> = &ADDRESSES4;
@@ -167,6 +173,7 @@ impl KernelFamily for V6 {
     const SNAT: &'static Snat<[u8; 16]> = &SNAT6;
     const NODE_ADDRS: &'static NodeAddrs<[u8; 16]> = &NODE_ADDRS6;
     const AFFINITY: &'static AffinityMap<[u8; 16]> = &AFFINITY6;
+    const NEW_AFFINITY: &'static AffinityMap<[u8; 16]> = &NEW_AFFINITY6;
     const MEMBERS: &'static Members = &MEMBERS6;
     const SOURCE_RANGES: &'static SourceRanges<[u8; 16]> = &SOURCE_RANGES6;
     const SERVICE_ADDRS: &'static Addresses<[u8; 16]> = &ADDRESSES6;
@@ -289,6 +296,21 @@ impl<F: KernelFamily> Maps<F> for KernelMaps {
     #[inline(always)]
     fn add_affinity(&self, key: &AffinityKey<F::Words>, value: &Affinity) -> bool {
         F::AFFINITY.insert(bytes(key), value, BPF_NOEXIST.into()).is_ok()
+    }
+
+    #[inline(always)]
+    fn new_affinity(&self, key: &AffinityKey<F::Words>) -> Option<Entry<'_, Affinity>> {
+        entry(F::NEW_AFFINITY.get_ptr_mut(bytes(key)))
+    }
+
+    #[inline(always)]
+    fn add_new_affinity(&self, key: &AffinityKey<F::Words>, value: &Affinity) -> bool {
+        F::NEW_AFFINITY.insert(bytes(key), value, BPF_NOEXIST.into()).is_ok()
+    }
+
+    #[inline(always)]
+    fn remove_new_affinity(&self, key: &AffinityKey<F::Words>) {
+        let _gone_already = F::NEW_AFFINITY.remove(bytes(key));
     }
 
     #[inline(always)]

@@ -274,7 +274,7 @@ fn kept_slot<F: Peer>(ctx: &SockAddrContext, frontend: &Frontend, choice: u32, a
         netns: [netns as u32, (netns >> 32) as u32],
     };
     let maps = KernelMaps::new(ctx.as_ptr(), Hook::Socket);
-    let kept = affinity::slot_index::<F, _>(&maps, &key, frontend, choice);
+    let kept = affinity::slot_index::<F, _>(&maps, &key, frontend, choice, true);
     if !avoids_silent {
         return kept;
     }

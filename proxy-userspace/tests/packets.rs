@@ -22,7 +22,7 @@ use shunt_common::layout::{FLOW_RESET, Flow, FlowKey, TCP};
 #[path = "support/loaded.rs"]
 mod loaded;
 
-use loaded::{BACKEND, CLIENT, EMPTY, Loaded, WEB};
+use loaded::{BACKEND, CLIENT, EMPTY, KEPT, Loaded, WEB, kept_backend};
 
 const TC_ACT_UNSPEC: u32 = u32::MAX;
 const TC_ACT_REDIRECT: u32 = 7;
@@ -275,6 +275,84 @@ fn a_flood_of_first_packets_evicts_no_open_flow() {
                 };
                 let lost = ports.clone().filter(|port| !left.contains(port)).count();
                 assert_eq!(lost, 0, "{case}");
+            }
+        }
+    }
+}
+
+/// L3: and every client that was ever there keeps its backend (P1), though others are eligible by now.
+#[test]
+fn a_flood_of_first_packets_changes_no_clients_backend() {
+    const CLIENTS: u8 = 100;
+    const FLOOD: u16 = 4_000;
+    let loaded = Loaded::new("affinity");
+    for (program, leaving, port) in [
+        ("tc_pod_in", "tc_pod_out", 20_000),
+        ("tc_node_in", "tc_node_out", 20_010),
+        ("xdp_node", "tc_node_out", 20_020),
+    ] {
+        for v6 in [0, 1] {
+            let web = KEPT[v6];
+            let client = |n| match v6 {
+                0 => format!("10.44.0.{n}"),
+                _ => format!("fd44::{n:x}"),
+            };
+            let destination = |frame: &[u8]| match v6 {
+                0 => IpAddr::from(<[u8; 4]>::try_from(&frame[14 + 16..14 + 20]).unwrap()),
+                _ => IpAddr::from(<[u8; 16]>::try_from(&frame[14 + 24..14 + 40]).unwrap()),
+            };
+            // A whole connection, or an exchange of datagrams: whom it is with.
+            let dial = |client: &str, port, udp: bool| {
+                let sent = |from: &str, from_port, to: &str, to_port, flags| {
+                    if udp {
+                        packet(from, from_port, to, to_port, true)
+                    } else {
+                        segment(from, from_port, to, to_port, flags)
+                    }
+                };
+                let (_, out) = loaded.run(program, &sent(client, port, web, 80, "SYN"));
+                let server = destination(&out);
+                loaded.run(leaving, &sent(&server.to_string(), 8080, client, port, "SYN ACK"));
+                let (_, out) = loaded.run(program, &sent(client, port, web, 80, "ACK"));
+                assert_eq!(destination(&out), server);
+                server
+            };
+            for udp in [false, true] {
+                let what = format!("{program}, IPv{}, UDP {udp}", 4 + 2 * v6);
+                loaded.serve_kept(1);
+                let kept: IpAddr = kept_backend(v6 == 1, 1).parse().unwrap();
+                for n in 1..=CLIENTS {
+                    assert_eq!(dial(&client(n), port, udp), kept, "{what}");
+                }
+                loaded.serve_kept(8);
+                for n in 0..FLOOD {
+                    let source = match v6 {
+                        0 => format!("198.18.{}.{}", n >> 8, n & 255),
+                        _ => format!("2001:db8:18::{n:x}"),
+                    };
+                    let first = if udp {
+                        packet(&source, 1000, web, 80, true)
+                    } else {
+                        segment(&source, 1000, web, 80, "SYN")
+                    };
+                    let (_, out) = loaded.run(program, &first);
+                    if n % 2 == 0 {
+                        let server = destination(&out).to_string();
+                        let answer = segment(&server, 8080, &source, 1000, "SYN ACK");
+                        loaded.run(
+                            leaving,
+                            &if udp {
+                                packet(&server, 8080, &source, 1000, true)
+                            } else {
+                                answer
+                            },
+                        );
+                    }
+                }
+                let lost = (1..=CLIENTS)
+                    .filter(|&n| dial(&client(n), port + 1, udp) != kept)
+                    .count();
+                assert_eq!(lost, 0, "{what}");
             }
         }
     }

@@ -143,15 +143,21 @@ pub(super) fn choose<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::W
     Outcome::Translate
 }
 
-/// [`affinity::slot_index`] for a packet.
-#[inline(never)]
-fn kept_slot<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, frontend: &Frontend, scope: u8) -> u32 {
-    let key = AffinityKey {
+/// Who a packet's sender is to [`affinity`].
+#[inline(always)]
+pub(crate) fn affinity_key<F: Family>(tuple: &Tuple<F::Words>, frontend: &Frontend) -> AffinityKey<F::Words> {
+    AffinityKey {
         client: tuple.src,
         service: frontend.service,
         set: frontend.set,
         netns: [0; 2],
-    };
+    }
+}
+
+/// [`affinity::slot_index`] for a packet.
+#[inline(never)]
+fn kept_slot<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, frontend: &Frontend, scope: u8) -> u32 {
+    let key = affinity_key::<F>(tuple, frontend);
     // A client from outside may come in through several nodes, which choose alike if they look at what its flows have in
     // common. Only one node chooses for a client inside, and it may choose anew when the time-out is over.
     let choice = if scope == SCOPE_EXTERNAL {
@@ -159,5 +165,18 @@ fn kept_slot<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, frontend:
     } else {
         hash::flow::<F>(tuple.src, tuple.src_port, tuple.dst, tuple.dst_port, tuple.proto)
     };
-    affinity::slot_index(maps, &key, frontend, choice)
+    affinity::slot_index(maps, &key, frontend, choice, false)
+}
+
+/// The packet in `scratch.arrival` has confirmed the flow in `scratch.flow`: its client keeps the backend, if the frontend has
+/// affinity.
+#[inline(never)]
+pub(super) fn keep<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
+    let outcome = look_up(maps, scratch) as u32;
+    scratch.search.flag.set(outcome);
+    if scratch.search.flag.get() != Outcome::Translate as u32 || scratch.frontend.flags & FRONTEND_AFFINITY == 0 {
+        return;
+    }
+    let key = affinity_key::<F>(&scratch.arrival.tuple, &scratch.frontend);
+    affinity::confirm(maps, &key, scratch.flow.backend_id);
 }

@@ -3,7 +3,7 @@
 
 use super::{
     Arrival, Entry, Maps, Outcome, Scratch,
-    choose::choose,
+    choose::{choose, keep},
     client_key, collided_bit, explains,
     forward::{is_silent, unconfirmed},
     look_up,
@@ -96,8 +96,12 @@ fn find<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Ste
         scratch.search.flag.set(again);
         match scratch.search.flag.get() {
             0 => {
+                scratch.flow.tried = 0;
                 let recalled = recall(maps, scratch);
                 if scratch.search.flag.hide(recalled) {
+                    if scratch.flow.tried & TRIED_KEEP != 0 && scratch.flow.state & FLOW_CONFIRMED != 0 {
+                        keep(maps, scratch);
+                    }
                     return Step::Translate;
                 }
             }

@@ -23,7 +23,13 @@ pub trait Maps<F: Family> {
     fn affinity(&self, key: &AffinityKey<F::Words>) -> Option<Entry<'_, Affinity>>;
     /// Adds to `affinity`; `false` when there is an entry by now, or the map refuses.
     fn add_affinity(&self, key: &AffinityKey<F::Words>, value: &Affinity) -> bool;
-    /// Replaces the value of an entry of `affinity`, unless another CPU was first.
+    /// An entry of `new_affinity`.
+    fn new_affinity(&self, key: &AffinityKey<F::Words>) -> Option<Entry<'_, Affinity>>;
+    /// Adds to `new_affinity`; `false` when there is an entry by now, or the map refuses.
+    fn add_new_affinity(&self, key: &AffinityKey<F::Words>, value: &Affinity) -> bool;
+    /// Removes from `new_affinity`.
+    fn remove_new_affinity(&self, key: &AffinityKey<F::Words>);
+    /// Replaces the value of an entry of either, unless another CPU was first.
     fn replace_affinity(&self, entry: Entry<'_, Affinity>, old: &Affinity, new: &Affinity) -> bool;
     /// `CLOCK_MONOTONIC` in [`AFFINITY_TICK_NS`].
     fn affinity_now(&self) -> u32;

@@ -42,7 +42,7 @@ pub use self::{
     scratch::Scratch,
 };
 pub(crate) use self::{
-    choose::{look_up, may_be_frontend},
+    choose::{affinity_key, look_up, may_be_frontend},
     flow::{client_key, collided_bit, shared_key, snat_slot},
     forward::explains,
     scratch::Opaque,

@@ -42,6 +42,9 @@ pub(super) fn open<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Wor
         flow.asked = maps.affinity_now() as u16;
         flow.tried = retry.tried();
     }
+    if frontend.flags & FRONTEND_AFFINITY != 0 {
+        flow.tried |= TRIED_KEEP;
+    }
     let local = slot.flags & BACKEND_LOCAL != 0;
     if local {
         flow.state |= FLOW_LOCAL_BACKEND;
@@ -152,10 +155,13 @@ pub(super) fn remember<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F:
     if !maps.client(client) {
         maps.set_client(client);
     }
+    // Replies to a translated source are not seen where open flows are, and only the way there from `new_flows` says that a flow is
+    // confirmed.
+    let may_be_open = flow.state & FLOW_SNAT == 0 && flow.tried & TRIED_KEEP == 0;
     if over.get() != 0 {
         if let Some(entry) = maps.flow(key) {
             let waiting = entry.read().state & FLOW_WAITING;
-            if flow.state & FLOW_SNAT == 0 {
+            if may_be_open {
                 flow.state |= waiting;
                 entry.write(flow);
                 return;
@@ -170,8 +176,8 @@ pub(super) fn remember<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F:
         }
     }
     // Into `flows` at once, which spares the common flow one insertion and one deletion; but only so many that a flood of
-    // first packets cannot push open flows out. Replies to a translated source are not seen here.
-    if flow.state & FLOW_SNAT == 0 && maps.may_wait() {
+    // first packets cannot push open flows out.
+    if may_be_open && maps.may_wait() {
         flow.state |= FLOW_WAITING;
         if maps.add_flow(key, flow) {
             maps.add_waiting(1);

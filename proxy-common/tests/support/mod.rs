@@ -28,6 +28,7 @@ pub(crate) struct Node<F: Family> {
     pub(crate) addresses: RefCell<HashMap<F::Words, u32>>,
     pub(crate) fragments: RefCell<HashMap<FragmentKey<F::Words>, FragmentPorts>>,
     pub(crate) affinity: RefCell<HashMap<AffinityKey<F::Words>, Box<Affinity>>>,
+    pub(crate) new_affinity: RefCell<HashMap<AffinityKey<F::Words>, Box<Affinity>>>,
     pub(crate) members: RefCell<HashMap<MemberKey, u32>>,
     /// Backends, each at the index that is its id.
     pub(crate) ids: RefCell<Vec<(F::Words, u16)>>,
@@ -58,6 +59,7 @@ impl<F: Family<Words: Hash>> Node<F> {
             addresses: RefCell::default(),
             fragments: RefCell::default(),
             affinity: RefCell::default(),
+            new_affinity: RefCell::default(),
             members: RefCell::default(),
             ids: RefCell::default(),
             source_ranges: RefCell::default(),
@@ -167,6 +169,18 @@ impl<F: Family<Words: Hash>> Maps<F> for Node<F> {
         let free = !affinity.contains_key(key);
         affinity.entry(*key).or_insert_with(|| Box::new(*value));
         free
+    }
+    fn new_affinity(&self, key: &AffinityKey<F::Words>) -> Option<Entry<'_, Affinity>> {
+        entry(self.new_affinity.borrow_mut().get_mut(key))
+    }
+    fn add_new_affinity(&self, key: &AffinityKey<F::Words>, value: &Affinity) -> bool {
+        let mut affinity = self.new_affinity.borrow_mut();
+        let free = !affinity.contains_key(key);
+        affinity.entry(*key).or_insert_with(|| Box::new(*value));
+        free
+    }
+    fn remove_new_affinity(&self, key: &AffinityKey<F::Words>) {
+        self.new_affinity.borrow_mut().remove(key);
     }
     fn replace_affinity(&self, entry: Entry<'_, Affinity>, old: &Affinity, new: &Affinity) -> bool {
         let same = entry.read() == *old;

@@ -145,7 +145,8 @@ struct CapacityArgs {
     /// Translated source ports per family: the ports of --snat-ports times flows that may share one [default: 262144].
     #[arg(long, value_name = "N")]
     max_snat: Option<u32>,
-    /// Clients that backends are kept for (sessionAffinity), per family; the longest unheard makes room [default: 65536].
+    /// Clients that backends are kept for (sessionAffinity), per family, and as many more that may be made up; the longest
+    /// unheard makes room [default: 65536].
     #[arg(long, value_name = "N")]
     max_affinity: Option<u32>,
     /// Connected sockets whose frontend is remembered [default: 131072].

@@ -148,7 +148,7 @@ pub struct Capacities {
     pub new_flows: u32,
     /// `--max-snat`: entries of `snat*`.
     pub snat: u32,
-    /// `--max-affinity`: entries of `affinity*`.
+    /// `--max-affinity`: entries of `affinity*` and `new_affinity*`.
     pub affinity: u32,
     /// `--max-sockets`: entries of `sockets`.
     pub sockets: u32,
@@ -193,6 +193,7 @@ impl Capacities {
             (&names::NEW_FLOWS[..], "--max-new-flows", new_flows),
             (&names::SNAT[..], "--max-snat", snat),
             (&names::AFFINITY[..], "--max-affinity", affinity),
+            (&names::NEW_AFFINITY[..], "--max-affinity", affinity),
             (&[names::SOCKETS][..], "--max-sockets", sockets),
             // Entries exist for Services with affinity or source ranges only, and take no memory before.
             (&names::MEMBERS[..], "--max-backends", backends),
@@ -202,7 +203,8 @@ impl Capacities {
         .find_map(|(maps, setting, value)| maps.contains(&map).then_some((setting, value)))
     }
 
-    /// Takes over the size that `map` has; `services` and `source_ranges*` follow `frontends*`, `members*` follow `backends`.
+    /// Takes over the size that `map` has; `services` and `source_ranges*` follow `frontends*`, `members*` follow `backends`,
+    /// `new_affinity*` follow `affinity*`.
     fn set(&mut self, map: &str, entries: u32) {
         let fields = [
             (&names::FRONTENDS[..], &mut self.frontends),

@@ -47,10 +47,11 @@ const BATCH: usize = 4096;
 /// storage cannot be listed.
 const COPIED: [u32; 4] = [HASH, ARRAY, LRU_HASH, LPM_TRIE];
 /// What programs write.
-const WRITTEN: [&[&str]; 5] = [
+const WRITTEN: [&[&str]; 6] = [
     &names::NEW_FLOWS,
     &names::FLOWS,
     &names::AFFINITY,
+    &names::NEW_AFFINITY,
     &names::FRAGMENTS,
     &[names::SOCKETS],
 ];

@@ -1,5 +1,8 @@
 //! Session affinity.
 
+use etherparse::PacketBuilder;
+use socket2::{Domain, Protocol, Socket, Type};
+
 use super::*;
 
 const AFFINITY: &str = "  sessionAffinity: ClientIP\n";
@@ -175,4 +178,81 @@ fn affinity_of_outside_clients_ends_with_the_time_out_with_xdp() {
 #[test]
 fn affinity_of_outside_clients_ends_with_the_time_out_without_xdp() {
     affinity_of_outside_clients("off");
+}
+
+/// First packets to a frontend from so many addresses that nobody has.
+fn flood(cluster: &Cluster, to: SocketAddr, count: u32) {
+    let send = || {
+        let socket = Socket::new(Domain::for_address(to), Type::RAW, Some(Protocol::from(255))).unwrap();
+        if to.is_ipv4() {
+            socket.set_header_included_v4(true).unwrap();
+        }
+        for n in 0..count {
+            let builder = match to.ip() {
+                IpAddr::V4(to) => PacketBuilder::ipv4(Ipv4Addr::from(0xc612_0000 + n).octets(), to.octets(), 64),
+                IpAddr::V6(to) => {
+                    let from = Ipv6Addr::from((0x2001_0db8_0018 << 80) + u128::from(n));
+                    PacketBuilder::ipv6(from.octets(), to.octets(), 64)
+                }
+            };
+            let mut packet = Vec::new();
+            let syn = builder.tcp(1024 + (n % 60_000) as u16, to.port(), n, 64_000).syn();
+            syn.write(&mut packet, &[]).unwrap();
+            // A full queue is waited for.
+            while socket.send_to(&packet, &SocketAddr::new(to.ip(), 0).into()).is_err() {
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+    };
+    cluster.lab.ns("packets").unwrap().run(send);
+}
+
+/// P1, L3: a client that was heard after an answer keeps its backend, whoever knocks meanwhile.
+fn affinity_under_a_flood(xdp: &str) {
+    const CLIENTS: u32 = 1024;
+    let limits = format!("--max-affinity={CLIENTS}");
+    let all = PODS.map(|(pod, _)| pod);
+    let documents = |cluster: &Cluster, pods: &[&'static str]| {
+        let flooded = cluster.documents("flooded", 2, AFFINITY, &ready(&all));
+        [cluster.documents("web", 1, AFFINITY, &ready(pods)), flooded].concat()
+    };
+    let cluster = Cluster::start_with(xdp, &[&limits], |cluster| documents(cluster, &all[..1]));
+    let mut ways = Vec::new();
+    for v6 in [false, true] {
+        ways.push((cluster.client("packets"), cluster_ip(1, v6)));
+        let node = SocketAddr::new(cluster.ip("node-a", v6), node_port(1));
+        ways.push((cluster.client("client"), node));
+    }
+    for (client, to) in &ways {
+        for proto in BOTH {
+            let conn = client.open(proto, *to, &how(proto, *to)).unwrap();
+            for text in ["first", "second"] {
+                assert_eq!(conn.ask(text).unwrap().server, all[0], "{proto} {to}");
+            }
+        }
+    }
+    cluster.apply(&documents(&cluster, &all));
+    for v6 in [false, true] {
+        flood(&cluster, cluster_ip(2, v6), 8 * CLIENTS);
+    }
+    for (client, to) in &ways {
+        for proto in BOTH {
+            assert_eq!(
+                one_server(client, proto, *to),
+                all[0],
+                "{proto} {to} from {}",
+                client.name()
+            );
+        }
+    }
+}
+
+#[test]
+fn a_flood_changes_no_clients_backend_with_xdp() {
+    affinity_under_a_flood("native");
+}
+
+#[test]
+fn a_flood_changes_no_clients_backend_without_xdp() {
+    affinity_under_a_flood("off");
 }

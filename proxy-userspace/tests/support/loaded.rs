@@ -22,6 +22,7 @@ use shunt::{
         node::{self, NodeSettings},
     },
 };
+use shunt_common::layout::FRONTEND_AFFINITY;
 
 /// A client outside of the cluster.
 pub(crate) const CLIENT: [&str; 2] = ["203.0.113.10", "2001:db8:113::10"];
@@ -31,6 +32,8 @@ pub(crate) const NODE: [&str; 2] = ["192.168.50.11", "fd50::11"];
 pub(crate) const WEB: [&str; 2] = ["10.96.0.1", "fd96::1"];
 /// A Service with one backend on another node.
 pub(crate) const FAR: [&str; 2] = ["10.96.0.2", "fd96::2"];
+/// A Service with session affinity, see [`Loaded::serve_kept`].
+pub(crate) const KEPT: [&str; 2] = ["10.96.0.3", "fd96::3"];
 /// A Service with nobody behind it.
 pub(crate) const EMPTY: [&str; 2] = ["10.96.0.9", "fd96::9"];
 /// The backend of [`WEB`].
@@ -67,6 +70,7 @@ impl Loaded {
             flows: 1024,
             new_flows: 1024,
             snat: 20_000,
+            affinity: 1024,
             ..Capacities::default()
         };
         let mut config = LoadConfig {
@@ -98,6 +102,7 @@ impl Loaded {
             root,
         };
         loaded.serve(true);
+        loaded.serve_kept(1);
         loaded
     }
 
@@ -122,6 +127,34 @@ impl Loaded {
         self.syncer.borrow_mut().apply(&plan).unwrap();
     }
 
+    /// Puts so many backends behind [`KEPT`], at [`kept_backend`].
+    pub(crate) fn serve_kept(&self, backends: u8) {
+        let mut frontends = Vec::new();
+        for v6 in [0, 1] {
+            for protocol in [Protocol::Tcp, Protocol::Udp] {
+                for scope in [Scope::Internal, Scope::External] {
+                    let backend = |n| Backend {
+                        address: kept_backend(v6 == 1, n).parse().unwrap(),
+                        port: 8080,
+                        local: true,
+                    };
+                    frontends.push(Frontend {
+                        backends: (1..=backends).map(backend).collect::<Vec<_>>().into(),
+                        flags: FRONTEND_AFFINITY,
+                        affinity_secs: 10_800,
+                        ..frontend(KEPT[v6], protocol, scope, None)
+                    });
+                }
+            }
+        }
+        frontends.sort_by_key(|frontend| frontend.id);
+        let plan = ServicePlan {
+            frontends,
+            ..ServicePlan::empty(ObjectName::new("default", "kept"))
+        };
+        self.syncer.borrow_mut().apply(&plan).unwrap();
+    }
+
     /// Runs a program once: its verdict, and the packet as it is then.
     pub(crate) fn run(&self, program: &str, packet: &[u8]) -> (u32, Vec<u8>) {
         let fd = self.datapath.program(program).unwrap();
@@ -142,6 +175,15 @@ impl Loaded {
             }
         }
         test_run(fd, packet, false).unwrap()
+    }
+}
+
+/// A backend of [`KEPT`], from 1 on.
+pub(crate) fn kept_backend(v6: bool, n: u8) -> String {
+    if v6 {
+        format!("fd44::{n:x}00")
+    } else {
+        format!("10.44.0.{}", 100 + n)
     }
 }
 

@@ -257,7 +257,7 @@ impl Demo {
             "Try from another shell (as root):\n  \
              nsenter --net={client} curl -s http://{web}/\n  \
              {shunt} backends --bpf-root {root}\n  \
-             bpftool map dump pinned {root}/v4/maps/frontends4\n  \
+             bpftool map dump pinned {root}/v5/maps/frontends4\n  \
              edit {}/web.yaml and watch\n\
              Ctrl-C ends it.",
             self.folder.display()

@@ -49,7 +49,7 @@ pub mod settings {
     pub const MAX_NEW_FLOWS: &str = "--max-new-flows";
     /// Entries of `snat4` and `snat6`.
     pub const MAX_SNAT: &str = "--max-snat";
-    /// Entries of `affinity4` and `affinity6`.
+    /// Entries of `affinity4`, `affinity6`, `new_affinity4` and `new_affinity6`.
     pub const MAX_AFFINITY: &str = "--max-affinity";
     /// Entries of `sockets`.
     pub const MAX_SOCKETS: &str = "--max-sockets";
@@ -76,6 +76,8 @@ pub struct PerFamily<F: MapFamily> {
     pub node_addrs: Map<F::Addr, u32>,
     /// Backends that are kept for clients.
     pub affinity: Map<AffinityKey<F::Addr>, Affinity>,
+    /// The same for clients that have not spoken after an answer.
+    pub new_affinity: Map<AffinityKey<F::Addr>, Affinity>,
     /// Backends among the slots of frontends with affinity, and where.
     pub members: Map<MemberKey, u32>,
     /// Who may dial a Service's load balancer addresses.
@@ -95,6 +97,7 @@ impl<F: MapFamily> PerFamily<F> {
             snat: Array::open(root, names::SNAT[i], settings::MAX_SNAT)?,
             node_addrs: Map::open(root, names::NODE_ADDRS[i], settings::NODEPORT_ADDRESSES)?,
             affinity: Map::open(root, names::AFFINITY[i], settings::MAX_AFFINITY)?,
+            new_affinity: Map::open(root, names::NEW_AFFINITY[i], settings::MAX_AFFINITY)?,
             members: Map::open(root, names::MEMBERS[i], settings::MAX_BACKENDS)?,
             source_ranges: Map::open(root, names::SOURCE_RANGES[i], settings::MAX_FRONTENDS)?,
             addresses: Map::open(root, names::ADDRESSES[i], settings::MAX_FRONTENDS)?,
@@ -140,6 +143,7 @@ impl<F: MapFamily> PerFamily<F> {
             self.snat.writes(),
             self.node_addrs.writes(),
             self.affinity.writes(),
+            self.new_affinity.writes(),
             self.members.writes(),
             self.source_ranges.writes(),
             self.addresses.writes(),

@@ -61,7 +61,9 @@ impl Root {
         let i = F::INDEX;
         let (trie, frontends) = (names::SOURCE_RANGES[i], capacities.frontends);
         self.make::<SourceRangeKey<F::Addr>, u32>(trie, LPM_TRIE, frontends, map::BPF_F_NO_PREALLOC);
-        self.make::<AffinityKey<F::Addr>, Affinity>(names::AFFINITY[i], LRU_HASH, capacities.flows, 0);
+        for affinity in [names::AFFINITY[i], names::NEW_AFFINITY[i]] {
+            self.make::<AffinityKey<F::Addr>, Affinity>(affinity, LRU_HASH, capacities.flows, 0);
+        }
         self.make::<MemberKey, u32>(names::MEMBERS[i], HASH, capacities.backends, map::BPF_F_NO_PREALLOC);
         self.make::<FrontendKey<F::Addr>, Frontend>(names::FRONTENDS[i], HASH, capacities.frontends, 0);
         self.make::<u32, Slot<F::Addr>>(names::SLOTS[i], ARRAY, capacities.slots, map::BPF_F_MMAPABLE);

@@ -56,6 +56,7 @@ impl Maps {
                 setting: maps.snat.setting(),
             });
             usage.push(of(&maps.node_addrs, |_| true)?);
+            usage.push(of(&maps.new_affinity, |_| true)?);
             usage.push(of(&maps.affinity, |_| true)?);
             usage.push(of(&maps.members, |_| true)?);
             usage.push(of(&maps.source_ranges, |_| true)?);
