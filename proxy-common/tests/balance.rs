@@ -656,25 +656,50 @@ fn datagrams_that_go_on_after_an_answer_are_a_stream() {
     );
 }
 
-/// L2: the entry of a single datagram may outlast its source port, which others take when it was silent for long, or the agent gives
-/// up. With its next datagram the client gets a port of its own again, and so its answer.
+/// L2: the entry of a flow may outlast its source port, which others take when it was silent for long, or the agent gives up. With
+/// its next datagram the client gets a port of its own again, and so its answer; also on a port that it shares between frontends.
 #[test]
 fn datagrams_of_a_flow_that_has_lost_its_port_get_another() {
-    for is_given_up in [false, true] {
+    for (is_given_up, is_stream, is_shared) in [false, true]
+        .into_iter()
+        .flat_map(|a| [(a, false, false), (a, true, false), (a, true, true)])
+    {
         let node = node_with_few_ports(UDP);
+        node.serve(ip(10, 96, 0, 2), 80, UDP, &[LOCAL]);
         let ask = |client| {
             let dialled = outsider(client, UDP);
             let sent = node.translated(dialled, 0, From::Network, true).tuple;
             let answer = node.translated(back(sent), 0, From::Network, true).tuple;
-            assert_eq!(answer, back(dialled), "client {client}");
+            assert_eq!(
+                answer,
+                back(dialled),
+                "client {client}, stream {is_stream}, shared {is_shared}"
+            );
         };
-        (1..=8).for_each(ask);
-        node.now.set(node.now.get() + node.config.timeouts.udp + 1);
+        let share = |client| {
+            if is_shared {
+                let dialled = Tuple {
+                    dst: ip(10, 96, 0, 2),
+                    ..outsider(client, UDP)
+                };
+                node.translated(dialled, 0, From::Network, true);
+            }
+        };
+        for client in 1..=8 {
+            share(client);
+            (0..=u8::from(is_stream)).for_each(|_| ask(client));
+        }
+        let timeouts = node.config.timeouts;
+        let silence = if is_stream { timeouts.udp_stream } else { timeouts.udp };
+        node.now.set(node.now.get() + silence + 1);
         if is_given_up {
             let mut slots = node.snat.borrow_mut();
             slots.values_mut().for_each(|slot| slot.last_seen = 0);
         }
         (9..=12).for_each(ask);
-        (1..=4).for_each(ask);
+        for client in 1..=4 {
+            share(client);
+            (0..3).for_each(|_| ask(client));
+        }
     }
 }

@@ -3,6 +3,8 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
+    thread,
+    time::Duration,
 };
 
 use aya_obj::{
@@ -22,7 +24,7 @@ use shunt_common::layout::{FLOW_RESET, Flow, FlowKey, TCP};
 #[path = "support/loaded.rs"]
 mod loaded;
 
-use loaded::{BACKEND, CLIENT, EMPTY, KEPT, Loaded, WEB, kept_backend};
+use loaded::{BACKEND, CLIENT, EMPTY, FAR, KEPT, Loaded, NODE, REMOTE, WEB, kept_backend};
 
 const TC_ACT_UNSPEC: u32 = u32::MAX;
 const TC_ACT_REDIRECT: u32 = 7;
@@ -355,6 +357,47 @@ fn a_flood_of_first_packets_changes_no_clients_backend() {
                 assert_eq!(lost, 0, "{what}");
             }
         }
+    }
+}
+
+/// L2: a stream of datagrams that was silent for longer than its time-out goes on with a source port of its own, when its old one is
+/// another client's by now.
+#[test]
+fn a_stream_whose_source_port_is_gone_gets_another() {
+    let loaded = Loaded::new("stream");
+    let maps = Maps::open(&loaded.root).unwrap();
+    let mut config = maps.config().unwrap();
+    config.timeouts.udp_stream = 1;
+    maps.set_config(&config).unwrap();
+    for v6 in [0, 1] {
+        let other = ["203.0.113.11", "2001:db8:113::11"][v6];
+        // A port of the range, which both keep if they can.
+        let port = 20_000;
+        let through = |packet: &[u8]| {
+            let (_, inside) = loaded.run("tc_node_in", packet);
+            loaded.run("tc_node_out", &inside).1
+        };
+        let ask = |client: &str| {
+            let sent = through(&packet(client, port, FAR[v6], 80, true));
+            let at = 14 + [20, 40][v6];
+            let source = u16::from_be_bytes([sent[at], sent[at + 1]]);
+            assert_eq!(sent, packet(NODE[v6], source, REMOTE[v6], 8080, true));
+            let answer = through(&packet(REMOTE[v6], 8080, NODE[v6], source, true));
+            assert_eq!(
+                answer,
+                packet(FAR[v6], 80, client, port, true),
+                "IPv{}, {client}",
+                4 + 2 * v6
+            );
+            source
+        };
+        assert_eq!((ask(CLIENT[v6]), ask(CLIENT[v6])), (port, port));
+        thread::sleep(Duration::from_secs(4));
+        assert_eq!((ask(other), ask(other)), (port, port));
+        let moved = ask(CLIENT[v6]);
+        assert_ne!(moved, port);
+        assert_eq!(ask(CLIENT[v6]), moved);
+        assert_eq!(ask(other), port);
     }
 }
 

@@ -39,7 +39,7 @@ pub fn established<F: Family, M: Maps<F>>(maps: &M, arrival: &Arrival<F::Words>)
         // A port whose connection is over is reused in place: such a flow may wait for its first answer here as well.
         if let Some(flow) = maps.flow(&key)
             && !(arrival.tcp_flags & SYN != 0 && retry::is_open(flow.read().state))
-            && let Some(translation) = forward(maps, config, flow, arrival)
+            && let Some(translation) = forward(maps, config, &key, flow, arrival)
         {
             return Quick::Translate(translation);
         }
@@ -55,7 +55,7 @@ pub fn established<F: Family, M: Maps<F>>(maps: &M, arrival: &Arrival<F::Words>)
     }
 }
 
-/// [`forward`], with the translation left in `scratch`.
+/// [`forward`] of the flow under the key in `scratch`, with the translation left there.
 #[inline(always)]
 pub(crate) fn explains<F: Family, M: Maps<F>>(
     maps: &M,
@@ -63,7 +63,7 @@ pub(crate) fn explains<F: Family, M: Maps<F>>(
     scratch: &mut Scratch<F::Words>,
 ) -> bool {
     let Some(config) = maps.config() else { return false };
-    match forward(maps, config, entry, &scratch.arrival) {
+    match forward(maps, config, &scratch.key, entry, &scratch.arrival) {
         Some(translation) => {
             scratch.translation = translation;
             true
@@ -78,6 +78,7 @@ pub(crate) fn explains<F: Family, M: Maps<F>>(
 fn forward<F: Family, M: Maps<F>>(
     maps: &M,
     config: &Config,
+    key: &FlowKey<F::Words>,
     entry: Entry<'_, Flow<F::Words>>,
     arrival: &Arrival<F::Words>,
 ) -> Option<Translation<F::Words>> {
@@ -108,8 +109,8 @@ fn forward<F: Family, M: Maps<F>>(
             // Datagrams leave a backend that does not serve with the next one.
             return None;
         }
-        if passed && flow.state & (FLOW_ANSWERED | FLOW_CONFIRMED) == FLOW_ANSWERED {
-            entry.note(maps, FLOW_CONFIRMED);
+        if passed && !resumes(maps, key, entry) {
+            return None;
         }
     }
     if (passed || state != 0)
@@ -128,26 +129,22 @@ fn forward<F: Family, M: Maps<F>>(
     Some(towards_backend(&flow, arrival))
 }
 
-/// Whether a flow's translated source port, if it has one, is still its own: after a silence another flow may have it, or the agent may
-/// have given it up.
+/// A datagram of a flow that may have been silent: if the last was answered, they are a stream. `false`: the flow's translated source
+/// port is not its own any more; after a silence another flow may have it, or the agent may have given it up.
 #[inline(never)]
-fn has_port<F: Family, M: Maps<F>>(maps: &M, entry: Entry<'_, Flow<F::Words>>, tuple: &Tuple<F::Words>) -> bool {
+fn resumes<F: Family, M: Maps<F>>(maps: &M, key: &FlowKey<F::Words>, entry: Entry<'_, Flow<F::Words>>) -> bool {
     let Some(config) = maps.config() else { return false };
     let flow = entry.read();
+    if flow.state & (FLOW_ANSWERED | FLOW_CONFIRMED) == FLOW_ANSWERED {
+        entry.set(FLOW_CONFIRMED);
+    }
     if flow.state & FLOW_SNAT == 0 {
         return true;
     }
-    match snat_slot(
-        maps,
-        config,
-        flow.snat_port,
-        flow.backend,
-        flow.backend_port,
-        tuple.proto,
-    ) {
+    match snat_slot(maps, config, flow.snat_port, flow.backend, flow.backend_port, key.proto) {
         Some((_, slot)) => {
-            slot.client == tuple.src
-                && slot.client_port == tuple.src_port
+            slot.client == key.client
+                && slot.client_port == key.client_port
                 && slot.frontend == flow.frontend
                 && slot.frontend_port == flow.frontend_port
         }
@@ -242,7 +239,7 @@ pub(super) fn unconfirmed<F: Family, M: Maps<F>>(
     entry: Entry<'_, Flow<F::Words>>,
     scratch: &mut Scratch<F::Words>,
 ) -> bool {
-    if scratch.arrival.tuple.proto == UDP && !has_port(maps, entry, &scratch.arrival.tuple) {
+    if scratch.arrival.tuple.proto == UDP && !resumes(maps, &scratch.key, entry) {
         return false;
     }
     if !explains(maps, entry, scratch) {

@@ -75,7 +75,8 @@ pub(super) fn open<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Wor
         maps.set_collided(collided_bit::<F>(tuple));
         maps.count(Event::PortCollision);
     }
-    over.set(u32::from(matches!(held, Holder::Over)));
+    // A flow under the longer key is over as well if there is one, or its packet would not have come here.
+    over.set(u32::from(!matches!(held, Holder::Nobody)));
 }
 
 const NOT_HELD: u32 = Held::No as u32;
