@@ -31,8 +31,10 @@ const STRANGER: f64 = 50.0;
 const SAME: f64 = 1.03;
 /// As finely as two loads of the same programs over like maps compare, ns.
 const RESOLUTION: f64 = 0.5;
-/// How many times more rounds there are of what takes a millisecond.
-const SHORT: usize = 8;
+/// Rounds, and rounds of what takes a millisecond each.
+const ROUNDS: [usize; 2] = [15, 120];
+/// The same for a quick run.
+const QUICK_ROUNDS: [usize; 2] = [3, 6];
 /// The fabric's addresses: next hop to outside clients.
 const GATEWAYS: [&str; 2] = ["192.168.50.1", "fd50::1"];
 /// Packets of one flow in one play.
@@ -75,10 +77,10 @@ pub(crate) fn measure(quick: bool, only: &str) -> Result<()> {
         .collect();
     ns.ip(&lines)?;
     let counts: &[u32] = if quick { &[1] } else { &[1, 10_000, 100_000] };
-    ns.run(|| in_namespace(&lab, counts, if quick { 3 } else { 15 }, only))
+    ns.run(|| in_namespace(&lab, counts, if quick { QUICK_ROUNDS } else { ROUNDS }, only))
 }
 
-fn in_namespace(lab: &Lab, counts: &[u32], rounds: usize, only: &str) -> Result<()> {
+fn in_namespace(lab: &Lab, counts: &[u32], rounds: [usize; 2], only: &str) -> Result<()> {
     let mut cpus = CpuSet::new();
     cpus.set(1);
     // With one CPU there is none to choose.
@@ -95,7 +97,7 @@ fn in_namespace(lab: &Lab, counts: &[u32], rounds: usize, only: &str) -> Result<
             replay,
         });
     }
-    connect::measure(&stages[0].world, &stages[0].replay, rounds, only)?;
+    connect::measure(&stages[0].world, &stages[0].replay, rounds[0], only)?;
     for v6 in [false, true] {
         for stage in &mut stages {
             let Stage { world, replay, .. } = stage;
@@ -412,13 +414,9 @@ fn cases(world: &World, v6: bool) -> Vec<Case> {
 }
 
 /// Plays a case on every stage in turn, round by round, and prints its lines.
-fn play(stages: &mut [Stage], case: &Case, rounds: usize) -> Result<()> {
+fn play(stages: &mut [Stage], case: &Case, rounds: [usize; 2]) -> Result<()> {
     let mut figures = vec![(Vec::new(), Vec::new()); stages.len()];
-    let rounds = if case.repeat == ONE_FLOW {
-        rounds * SHORT
-    } else {
-        rounds
-    };
+    let rounds = rounds[usize::from(case.repeat == ONE_FLOW)];
     for round in 0..=rounds {
         for (stage, (own, floor)) in stages.iter_mut().zip(&mut figures) {
             let (a, b, c) = one_round(stage, case, round)?;
