@@ -5,12 +5,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use etherparse::PacketBuilder;
+use etherparse::PacketBuilderStep;
+use forged::Forger;
 use shunt_lab::{Agent, AgentOptions, Client, Conn, Dial, DialError, Lab, NetNs, PodSpec, Port, Proto, Sockets};
-use socket2::{Domain, Protocol, Socket, Type};
 use tempfile::TempDir;
 use web::{APP, NODE_PORT};
 
+#[path = "support/forged.rs"]
+mod forged;
 #[path = "support/web.rs"]
 mod web;
 
@@ -215,24 +217,8 @@ fn flows_of_a_backend_that_goes_without_xdp() {
 
 /// Sends an RST that the receiver does not believe: almost every sequence number is out of its window.
 fn stray_reset(ns: &NetNs, from: SocketAddr, to: SocketAddr) {
-    let builder = match (from.ip(), to.ip()) {
-        (IpAddr::V4(from), IpAddr::V4(to)) => PacketBuilder::ipv4(from.octets(), to.octets(), 64),
-        (IpAddr::V6(from), IpAddr::V6(to)) => PacketBuilder::ipv6(from.octets(), to.octets(), 64),
-        _ => unreachable!("one family"),
-    };
-    let mut packet = Vec::new();
-    builder
-        .tcp(from.port(), to.port(), 0x1234_5678, 64_000)
-        .rst()
-        .write(&mut packet, &[])
-        .unwrap();
-    ns.run(|| {
-        let socket = Socket::new(Domain::for_address(to), Type::RAW, Some(Protocol::from(255))).unwrap();
-        if to.is_ipv4() {
-            socket.set_header_included_v4(true).unwrap();
-        }
-        socket.send_to(&packet, &SocketAddr::new(to.ip(), 0).into()).unwrap();
-    });
+    let send = || Forger::new()?.send(from, to, 0x1234_5678, PacketBuilderStep::rst);
+    ns.run(send).unwrap();
 }
 
 /// L1: a connection that a stranger tries to reset, in the name of either side, is not forgotten while it lives on.

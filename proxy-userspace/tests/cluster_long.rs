@@ -13,12 +13,14 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use etherparse::PacketBuilder;
+use etherparse::PacketBuilderStep;
+use forged::Forger;
 use shunt_lab::{Agent, AgentOptions, Client, Conn, Lab, PodSpec, Port, Proto, Sockets};
-use socket2::{Domain, Protocol, Socket, Type};
 use tempfile::TempDir;
 use web::{APP, CLUSTER_IPS, NODE_PORT};
 
+#[path = "support/forged.rs"]
+mod forged;
 #[path = "support/web.rs"]
 mod web;
 
@@ -171,40 +173,22 @@ fn flooded(lab: &Lab) -> String {
 
 /// SYNs to [`FLOODED`] from everywhere, until it is over.
 fn flood(counts: &Counts, mut random: Random) -> io::Result<()> {
-    let raw = |domain| Socket::new(domain, Type::RAW, Some(Protocol::from(255)));
-    let (v4, v6) = (raw(Domain::IPV4)?, raw(Domain::IPV6)?);
-    v4.set_header_included_v4(true)?;
-    let to4: Ipv4Addr = FLOODED[0].parse().unwrap();
-    let to6: Ipv6Addr = FLOODED[1].parse().unwrap();
-    let mut packet = Vec::new();
+    let forger = Forger::new()?;
+    let to = FLOODED.map(|ip| SocketAddr::new(ip.parse().unwrap(), 80));
     while counts.goes_on() {
         // More would leave no room for clients and agents on two CPUs.
         for _ in 0..10 {
             let number = random.next();
-            let port = 1024 + (number >> 48) as u16 % 60_000;
-            packet.clear();
-            let (builder, socket, to) = if number & 1 == 0 {
+            let (from, to) = if number & 1 == 0 {
                 let from = Ipv4Addr::from(0xc612_0000 | (number >> 8) as u32 & 0x1_ffff);
-                (
-                    PacketBuilder::ipv4(from.octets(), to4.octets(), 64),
-                    &v4,
-                    IpAddr::V4(to4),
-                )
+                (IpAddr::V4(from), to[0])
             } else {
                 let from = Ipv6Addr::from(0x2001_0db8_0018 << 80 | u128::from(number >> 8));
-                (
-                    PacketBuilder::ipv6(from.octets(), to6.octets(), 64),
-                    &v6,
-                    IpAddr::V6(to6),
-                )
+                (IpAddr::V6(from), to[1])
             };
-            builder
-                .tcp(port, 80, number as u32, 64_000)
-                .syn()
-                .write(&mut packet, &[])
-                .map_err(io::Error::other)?;
+            let from = SocketAddr::new(from, 1024 + (number >> 48) as u16 % 60_000);
             // A full queue is nothing to wait for.
-            if socket.send_to(&packet, &SocketAddr::new(to, 0).into()).is_ok() {
+            if forger.send(from, to, number as u32, PacketBuilderStep::syn).is_ok() {
                 counts.flood.fetch_add(1, Ordering::Relaxed);
             }
         }

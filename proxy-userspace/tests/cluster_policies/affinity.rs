@@ -1,9 +1,8 @@
 //! Session affinity.
 
-use etherparse::PacketBuilder;
-use socket2::{Domain, Protocol, Socket, Type};
+use etherparse::PacketBuilderStep;
 
-use super::*;
+use super::{forged::Forger, *};
 
 const AFFINITY: &str = "  sessionAffinity: ClientIP\n";
 
@@ -183,23 +182,15 @@ fn affinity_of_outside_clients_ends_with_the_time_out_without_xdp() {
 /// First packets to a frontend from so many addresses that nobody has.
 fn flood(cluster: &Cluster, to: SocketAddr, count: u32) {
     let send = || {
-        let socket = Socket::new(Domain::for_address(to), Type::RAW, Some(Protocol::from(255))).unwrap();
-        if to.is_ipv4() {
-            socket.set_header_included_v4(true).unwrap();
-        }
+        let forger = Forger::new().unwrap();
         for n in 0..count {
-            let builder = match to.ip() {
-                IpAddr::V4(to) => PacketBuilder::ipv4(Ipv4Addr::from(0xc612_0000 + n).octets(), to.octets(), 64),
-                IpAddr::V6(to) => {
-                    let from = Ipv6Addr::from((0x2001_0db8_0018 << 80) + u128::from(n));
-                    PacketBuilder::ipv6(from.octets(), to.octets(), 64)
-                }
+            let from = match to {
+                SocketAddr::V4(_) => IpAddr::from(Ipv4Addr::from(0xc612_0000 + n)),
+                SocketAddr::V6(_) => IpAddr::from(Ipv6Addr::from((0x2001_0db8_0018 << 80) + u128::from(n))),
             };
-            let mut packet = Vec::new();
-            let syn = builder.tcp(1024 + (n % 60_000) as u16, to.port(), n, 64_000).syn();
-            syn.write(&mut packet, &[]).unwrap();
+            let from = SocketAddr::new(from, 1024 + (n % 60_000) as u16);
             // A full queue is waited for.
-            while socket.send_to(&packet, &SocketAddr::new(to.ip(), 0).into()).is_err() {
+            while forger.send(from, to, n, PacketBuilderStep::syn).is_err() {
                 thread::sleep(Duration::from_millis(1));
             }
         }

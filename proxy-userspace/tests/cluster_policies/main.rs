@@ -15,6 +15,8 @@ use tempfile::TempDir;
 
 mod affinity;
 mod endpoints;
+#[path = "../support/forged.rs"]
+mod forged;
 mod health_checks;
 mod source_ranges;
 mod traffic;
