@@ -187,9 +187,12 @@ fn send_reply<F: FastFamily>(ctx: &TcContext) -> i32 {
     }
 }
 
+/// A packet's headers, and what was decided about it.
+type Decided<'a, A> = (Headers<A>, &'a Scratch<A>);
+
 /// The packet's headers, read once more, and what was decided about it.
 #[inline(always)]
-fn decided<'a, F: FastFamily>(ctx: &TcContext) -> Option<(Headers<F::Words>, &'a Scratch<F::Words>)> {
+fn decided<'a, F: FastFamily>(ctx: &TcContext) -> Option<Decided<'a, F::Words>> {
     let headers = packet::parse::<F>(&Buffer(ctx), ETHERNET)?;
     // This CPU's own memory, which no step from here on writes to.
     Some((headers, F::SCRATCH.get(0)?))
@@ -250,7 +253,7 @@ fn send<F: FastFamily>(
     if routed != 0 && routed != NO_NEIGH {
         return SLOW;
     }
-    if POD_DEVICES.get_ptr(&fib.ifindex).is_some() {
+    if POD_DEVICES.get_ptr(fib.ifindex).is_some() {
         *way = Way {
             device: fib.ifindex,
             tick: now,
@@ -259,7 +262,8 @@ fn send<F: FastFamily>(
         };
         // Without a neighbour the kernel did not look at the length: ask again next time.
         if routed == 0 {
-            let _asked_again = F::WAYS.insert(bytes::<_, F::Addr>(&arrived.dst), &*way, 0);
+            let known = &*way;
+            let _asked_again = F::WAYS.insert(bytes::<_, F::Addr>(&arrived.dst), known, 0);
         }
         return hand_over::<F>(ctx, headers, left, way);
     }

@@ -324,7 +324,7 @@ fn remember_sent(ctx: &SockAddrContext, peer: SocketPeer) {
 #[inline(always)]
 fn connected(cookie: u64) -> Option<&'static mut SocketPeer> {
     // SAFETY: only the socket's own calls use its entry, and the kernel makes them one after the other.
-    unsafe { SOCKETS.get_ptr_mut(&cookie)?.as_mut() }
+    unsafe { SOCKETS.get_ptr_mut(cookie)?.as_mut() }
 }
 
 #[inline(always)]
@@ -334,7 +334,7 @@ fn remember_connected(cookie: u64, proto: u8, peer: &SocketPeer) {
         && let Some(place) = connected(cookie)
     {
         *place = *peer;
-    } else if SOCKETS.insert(&cookie, peer, BPF_ANY.into()).is_err() {
+    } else if SOCKETS.insert(cookie, peer, BPF_ANY.into()).is_err() {
         count(Event::SocketsFull);
     }
 }
@@ -438,7 +438,7 @@ fn sock_release(ctx: SockContext) -> i32 {
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
     // Looking takes no lock.
     if connected(cookie).is_some() {
-        let _gone_already = SOCKETS.remove(&cookie);
+        let _gone_already = SOCKETS.remove(cookie);
     }
     ALLOW
 }

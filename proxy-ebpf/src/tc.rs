@@ -372,8 +372,8 @@ pub(crate) fn rewrite<F: Family>(ctx: &TcContext, headers: &Headers<F::Words>, n
         if !replace_addresses(ctx, offset, addresses, F::HEADER == 40, or_none) {
             return false;
         }
-        // SAFETY: the helper checks the offset; pointers are taken anew afterwards.
         if (old.src_port != new.src_port || old.dst_port != new.dst_port)
+            // SAFETY: the helper checks the offset; pointers are taken anew afterwards.
             && unsafe { bpf_l4_csum_replace(ctx.skb.skb, offset, 0, ports.fold32().into(), none(or_none)) } != 0
         {
             return false;

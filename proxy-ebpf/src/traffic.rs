@@ -27,7 +27,7 @@ pub(crate) fn count(counted: Counted, packets: u32, bytes: u32) {
 #[inline(never)]
 fn add(backend: u32, reply: bool, packets: u32, bytes: u32) -> u32 {
     let (packets, bytes) = (u64::from(packets), u64::from(bytes));
-    if let Some(traffic) = TRAFFIC.get_ptr_mut(&backend) {
+    if let Some(traffic) = TRAFFIC.get_ptr_mut(backend) {
         // SAFETY: this CPU's own value, and programs of the packet path do not interrupt each other.
         let traffic = unsafe { &mut *traffic };
         if reply {
@@ -48,6 +48,6 @@ fn add(backend: u32, reply: bool, packets: u32, bytes: u32) -> u32 {
         first.to_bytes = bytes;
     }
     // Another CPU may be first, and the map full: a packet more or less.
-    let _counted = TRAFFIC.insert(&backend, &first, BPF_NOEXIST.into());
+    let _counted = TRAFFIC.insert(backend, first, BPF_NOEXIST.into());
     0
 }
