@@ -47,7 +47,7 @@ impl Node {
             std::process::id(),
             NEXT.fetch_add(1, Ordering::Relaxed)
         );
-        let cgroup2 = shunt::cli::default_cgroup_root();
+        let cgroup2 = shunt::datapath::cgroup::default_root();
         let node = Self {
             cgroup: cgroup2.join(&name),
             bpf_root: Path::new("/sys/fs/bpf").join(&name),

@@ -16,7 +16,6 @@ use aya::{
 };
 use aya_obj::generated::bpf_func_id;
 use comfy_table::{Table, presets::NOTHING};
-use rustix::fs::statfs;
 use serde::Serialize;
 
 use crate::datapath::{
@@ -24,7 +23,7 @@ use crate::datapath::{
         link::{self, Hook},
         probe,
     },
-    capability,
+    capability, cgroup,
     load::{is_bpffs, kernel},
 };
 
@@ -146,9 +145,8 @@ fn filesystems(rows: &mut Rows, bpf_root: &Path, cgroup_root: &Path) {
         btf,
         "a kernel with CONFIG_DEBUG_INFO_BTF",
     );
-    // CGROUP2_SUPER_MAGIC of linux/magic.h.
-    let cgroup = match statfs(cgroup_root) {
-        Ok(s) if s.f_type as u64 & 0xffff_ffff == 0x6367_7270 => Ok(cgroup_root.display().to_string()),
+    let cgroup = match fs::metadata(cgroup_root) {
+        Ok(_) if cgroup::is_cgroup2(cgroup_root) => Ok(cgroup_root.display().to_string()),
         Ok(_) => Err(format!("{} is no cgroup2 directory", cgroup_root.display())),
         Err(e) => Err(format!("{}: {e}", cgroup_root.display())),
     };

@@ -14,12 +14,14 @@ use std::{
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use comfy_table::{Table, presets::NOTHING};
-use rustix::fs::statfs;
 use serde::Serialize;
 
 use crate::{
     config::{DEFAULT_BPF_ROOT, flags::RunArgs},
-    datapath::maps::{MapError, Maps, name_str},
+    datapath::{
+        cgroup,
+        maps::{MapError, Maps, name_str},
+    },
 };
 
 pub mod backends;
@@ -88,7 +90,7 @@ pub fn main() -> ExitCode {
     let result = match verb {
         Verb::Run(args) => run::run(*args).map(|()| true),
         Verb::Check { common, cgroup_root } => {
-            let cgroup_root = cgroup_root.unwrap_or_else(default_cgroup_root);
+            let cgroup_root = cgroup_root.unwrap_or_else(cgroup::default_root);
             check::run(&common.bpf_root, &cgroup_root, common.output == Output::Json)
         }
         Verb::Status(common) => status::run(&common).map(|()| true),
@@ -113,15 +115,6 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error
         .downcast_ref::<io::Error>()
         .is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
-}
-
-/// The cgroup2 mount: `/sys/fs/cgroup`, or its folder `unified` where cgroup1 has the first place.
-pub fn default_cgroup_root() -> PathBuf {
-    /// `CGROUP2_SUPER_MAGIC` of linux/magic.h.
-    const CGROUP2_MAGIC: u64 = 0x6367_7270;
-    let is_cgroup2 = |path: &&str| statfs(*path).is_ok_and(|s| s.f_type as u64 & 0xffff_ffff == CGROUP2_MAGIC);
-    let usual = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
-    usual.iter().copied().find(is_cgroup2).unwrap_or(usual[0]).into()
 }
 
 /// Prints rows as a table with these column titles, or as a JSON array.

@@ -14,7 +14,6 @@ use std::{
 };
 
 use clap::ValueEnum;
-use rustix::fs::statfs;
 use serde::{Deserialize, Serialize};
 use tracing::{debug, info, warn};
 
@@ -24,15 +23,13 @@ use super::{
         self,
         link::{self, Hook, OpenLink, Target},
     },
-    clsact,
+    cgroup, clsact,
     devices::{Device, Role, XdpState},
     load::Datapath,
     pods::PodDevices,
     rtnl, unescape,
 };
 
-/// `CGROUP2_SUPER_MAGIC` of linux/magic.h.
-const CGROUP2_MAGIC: u64 = 0x6367_7270;
 /// `XDP_FLAGS_SKB_MODE` of linux/if_link.h.
 const XDP_FLAGS_SKB_MODE: u32 = 1 << 1;
 /// `XDP_FLAGS_DRV_MODE` of linux/if_link.h.
@@ -279,8 +276,7 @@ impl Attacher {
             reason,
         };
         let directory = fs::File::open(cgroup_root).map_err(|e| root_error(e.to_string()))?;
-        let is_cgroup2 = statfs(cgroup_root).is_ok_and(|s| s.f_type as u64 & 0xffff_ffff == CGROUP2_MAGIC);
-        if !is_cgroup2 {
+        if !cgroup::is_cgroup2(cgroup_root) {
             return Err(root_error(
                 "no cgroup2 directory: name one, often /sys/fs/cgroup or /sys/fs/cgroup/unified, or set --socket-lb off".into(),
             ));

@@ -23,6 +23,7 @@ use shunt_common::layout::{LAYOUT_VERSION, names};
 pub mod attach;
 pub mod bpf;
 pub mod capability;
+pub mod cgroup;
 pub(crate) mod clsact;
 pub mod devices;
 pub mod load;

@@ -1,0 +1,255 @@
+//! The agent's life: wires source → model → plan → sync, loads and attaches the programs, and keeps all of it going.
+//!
+//! The order of a start: load programs and maps (nothing is attached yet, and what an earlier agent attached goes on), read
+//! the pinned maps back, wait until the source has told everything, bring the maps to the plan, and only then attach. So a
+//! packet never meets an empty map, and a restart changes nothing that need not change.
+//!
+//! The agent ends at SIGTERM or SIGINT and leaves the datapath attached: `shunt cleanup` takes that away.
+
+mod node;
+mod reconcile;
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    io::{self, Write},
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use anyhow::Context;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+    task::{JoinHandle, JoinSet},
+};
+use tracing::{debug, info, warn};
+
+use self::reconcile::Agent;
+use crate::{
+    admin,
+    config::Settings,
+    datapath::{
+        attach::XdpMode,
+        capability,
+        load::{self, LoadConfig},
+        maps::Maps,
+        sockets::StaleSockets,
+    },
+    gc::{self, Collector, Walk},
+    health::Health,
+    healthcheck::HealthChecks,
+    metrics::{self, Exporter, Metrics},
+    model::Model,
+    object::{Event, NodeFacts},
+    report::Reports,
+    source::{kubernetes, manifests, queue::Queue},
+    sync::{self, Syncer, slots},
+};
+
+/// Batches of events that wait while one is brought into the maps.
+const QUEUE: usize = 64;
+/// Longest pause between attempts to bring a Service in that did not fit.
+const MAX_RETRY: Duration = Duration::from_secs(30);
+/// The source is named in the log when it has not told everything after so long.
+const SLOW_SOURCE: Duration = Duration::from_secs(10);
+
+/// Runs the agent until a signal ends it.
+///
+/// # Errors
+/// One line with the cause: what cannot be loaded, attached or read at the start.
+pub fn run(settings: Settings) -> anyhow::Result<()> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("cannot start threads")?
+        .block_on(until_signal(settings))
+}
+
+async fn until_signal(settings: Settings) -> anyhow::Result<()> {
+    let begin = Instant::now();
+    // From here on a signal ends the agent in order, also in the middle of the start.
+    let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
+    let end = async {
+        tokio::select! {
+            _ = terminate.recv() => "SIGTERM",
+            _ = interrupt.recv() => "SIGINT",
+        }
+    };
+    tokio::select! {
+        name = end => {
+            info!("{name}: the agent ends, the datapath goes on");
+            Ok(())
+        }
+        result = serve(settings, begin) => result,
+    }
+}
+
+/// Everything, until it fails.
+async fn serve(settings: Settings, begin: Instant) -> anyhow::Result<()> {
+    let node_name = node::name(&settings)?;
+    let missing = capability::missing();
+    anyhow::ensure!(
+        missing.is_empty(),
+        "the capabilities {} are missing: run as root, or add them to the container's securityContext.capabilities",
+        missing.join(", ")
+    );
+    let datapath = load::load(&LoadConfig {
+        bpf_root: settings.bpf_root.clone(),
+        capacities: settings.capacities,
+        socket_lb: settings.socket_lb,
+        xdp: settings.xdp != XdpMode::Off,
+        fast_path: settings.fast_path,
+        count_traffic: settings.count_traffic,
+    })?;
+    let maps = Arc::new(Maps::open(&settings.bpf_root)?);
+    let syncer = Syncer::new(maps.clone())?;
+    info!(
+        "programs loaded, maps read back: {} Services from before",
+        syncer.counts().0
+    );
+    // Settings that cannot be should end the agent before it waits for a source.
+    sync::node::config(&node::settings(&settings, &[]), maps.v4.snat.capacity())?;
+
+    let health = Health::default();
+    let metrics = Metrics::default();
+    let reports = Reports::new(metrics.clone());
+    if syncer.counts().0 > 0 {
+        health.takes_over();
+    }
+    // End with this value.
+    let mut servers = JoinSet::new();
+    let hard_fail = settings.bind_address_hard_fail;
+    if let Some(address) = settings.healthz_bind_address {
+        servers.spawn(admin::serve_health(address, hard_fail, health.clone(), metrics.clone()));
+    }
+    if let Some(address) = settings.metrics_bind_address {
+        let exporter = Exporter::new(&metrics, health.clone(), maps.clone());
+        servers.spawn(admin::serve_metrics(address, hard_fail, exporter));
+    }
+
+    let (tx, mut events) = mpsc::channel(QUEUE);
+    let mut source = spawn_source(&settings, &node_name, Queue::new(tx, health.clone(), reports.clone()));
+    let configured = NodeFacts {
+        name: node_name.as_str().into(),
+        zone: None,
+        addresses: settings.node_ips.iter().copied().collect(),
+        leaves: false,
+    };
+    let (walks_tx, mut walks) = mpsc::channel::<Walk>(1);
+    let report = move |walk| drop(walks_tx.blocking_send(walk));
+    let _collector = Collector::spawn(maps.clone(), gc::INTERVAL, report).context("cannot start a thread")?;
+    let stale_sockets = StaleSockets::spawn(maps).context("cannot start a thread")?;
+
+    let mut agent = Agent {
+        model: Model::new(configured),
+        syncer,
+        pending: BTreeSet::new(),
+        errors: HashMap::new(),
+        live: None,
+        lack_local: Default::default(),
+        metrics: metrics.clone(),
+        reports: reports.clone(),
+        checks: HealthChecks::new(health.clone(), reports.clone()),
+        settings,
+        datapath,
+    };
+    let mut retry = slots::GRACE;
+    let slow = tokio::time::sleep(SLOW_SOURCE);
+    tokio::pin!(slow);
+    loop {
+        let waits_for_retry = agent.live.is_some() && !agent.syncer.failed().is_empty();
+        tokio::select! {
+            batch = events.recv() => match batch {
+                Some(batch) => {
+                    let was_live = agent.live.is_some();
+                    let changes = metrics::count_changes(&batch);
+                    let triggers: Vec<SystemTime> = batch.iter().filter_map(Event::triggered).collect();
+                    let began = Instant::now();
+                    let freed = agent.take(batch).await?;
+                    if freed {
+                        retry = slots::GRACE;
+                    }
+                    health.set_node_leaves(agent.model.node().leaves);
+                    health.programmed();
+                    metrics.programmed(changes, began.elapsed().as_secs_f64());
+                    for time in triggers {
+                        // The clocks of two machines may differ.
+                        metrics.network_programmed(time.elapsed().unwrap_or_default().as_secs_f64());
+                    }
+                    stale_sockets.look();
+                    if let (false, Some(live)) = (was_live, &agent.live) {
+                        health.goes_live();
+                        let (services, backends) = agent.syncer.counts();
+                        debug!("node addresses: {:?}", live.addresses);
+                        announce(&format!("ready: {services} services, {backends} backends, took {:.1?}", begin.elapsed()))?;
+                        trim_heap();
+                    }
+                }
+                // The source has ended, or its task holds the reason why.
+                None => return source_ended((&mut source).await),
+            },
+            Some(walk) = walks.recv() => {
+                let reclaimed = agent.syncer.reclaim(walk.started, &walk.referenced)?;
+                if reclaimed > 0 {
+                    debug!("{reclaimed} backend ids are free again");
+                }
+            }
+            Some(ended) = servers.join_next() => ended.context("a server of the agent has failed")??,
+            () = agent.addresses_changed() => agent.write_addresses(),
+            () = tokio::time::sleep(retry), if waits_for_retry => {
+                agent.pending.extend(agent.syncer.failed().iter().cloned());
+                let freed = agent.reconcile_pending();
+                retry = if freed { slots::GRACE } else { (retry * 2).min(MAX_RETRY) };
+            }
+            () = &mut slow, if agent.live.is_none() && !slow.is_elapsed() => {
+                warn!("{} has not told everything after {SLOW_SOURCE:?}: waiting; what an earlier agent attached goes on",
+                    if agent.settings.manifests.is_empty() { "the API server" } else { "--manifests" });
+            }
+        }
+    }
+}
+
+/// One line on stdout, for whoever started the agent and waits.
+fn announce(line: &str) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    writeln!(stdout, "{line}")?;
+    stdout.flush()
+}
+
+/// Gives memory back that only the start needed: the parsed programs and the first lists leave a hundred MiB of holes behind,
+/// which glibc keeps. (musl does not.)
+fn trim_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes no pointer; any thread may call it at any time.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
+fn source_ended(result: Result<anyhow::Result<()>, tokio::task::JoinError>) -> anyhow::Result<()> {
+    result.context("the source of objects has failed")??;
+    anyhow::bail!("the source of objects has ended")
+}
+
+fn spawn_source(settings: &Settings, node_name: &str, tx: Queue) -> JoinHandle<anyhow::Result<()>> {
+    let node_name = node_name.to_owned();
+    if settings.manifests.is_empty() {
+        let config = kubernetes::Config {
+            kubeconfig: settings.kubeconfig.clone(),
+            node_name,
+            proxy_name: settings.service_proxy_name.clone(),
+        };
+        tokio::spawn(kubernetes::Kubernetes::new(config).run(tx))
+    } else {
+        let config = manifests::Config {
+            paths: settings.manifests.clone(),
+            service_cidrs: settings.service_cidrs(),
+            node_ports: settings.service_node_port_range.0.clone(),
+            load_balancer_cidrs: settings.load_balancer_cidrs.clone(),
+            node_name,
+        };
+        tokio::spawn(manifests::Manifests::new(config).run(tx))
+    }
+}

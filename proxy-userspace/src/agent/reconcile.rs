@@ -1,0 +1,248 @@
+//! What the source says, brought into the maps; and what follows when this node changes.
+
+use std::{
+    collections::{BTreeSet, HashMap, HashSet},
+    future::pending,
+    net::IpAddr,
+};
+
+use anyhow::Context;
+use tokio::sync::watch;
+use tracing::{debug, info, warn};
+
+use super::node as this_node;
+use crate::{
+    config::Settings,
+    datapath::{
+        attach::Attacher,
+        cgroup,
+        devices::{DevicePatterns, DeviceWatcher, Glob},
+        load::Datapath,
+        maps::settings,
+        netns::{self, NodePortAddresses},
+    },
+    healthcheck::HealthChecks,
+    metrics::Metrics,
+    model::Model,
+    object::{Event, ObjectName, Problem},
+    report::Reports,
+    sync::{Syncer, node},
+};
+
+/// The agent's state between events.
+pub(super) struct Agent {
+    pub(super) settings: Settings,
+    pub(super) datapath: Datapath,
+    pub(super) model: Model,
+    pub(super) syncer: Syncer,
+    /// Services to be planned and applied.
+    pub(super) pending: BTreeSet<ObjectName>,
+    /// The last error of every Service that is not wholly in the maps, so that each is said once.
+    pub(super) errors: HashMap<ObjectName, String>,
+    /// `None` until the source has told everything.
+    pub(super) live: Option<Live>,
+    pub(super) metrics: Metrics,
+    pub(super) reports: Reports,
+    /// Services whose endpoints are all elsewhere, by internal and external traffic policy `Local`.
+    pub(super) lack_local: [HashSet<ObjectName>; 2],
+    pub(super) checks: HealthChecks,
+}
+
+/// What goes on once programs are attached.
+pub(super) struct Live {
+    /// This node's addresses as configured.
+    pub(super) addresses: Vec<IpAddr>,
+    pub(super) devices: DeviceWatcher,
+    pub(super) admitted: watch::Receiver<BTreeSet<IpAddr>>,
+}
+
+impl Drop for Live {
+    fn drop(&mut self) {
+        self.devices.task.abort();
+    }
+}
+
+impl Agent {
+    /// Takes in what the source says. Until it has told everything the maps stay as they are: what is not named yet is not
+    /// gone. Says whether something was freed.
+    pub(super) async fn take(&mut self, batch: Vec<Event>) -> anyhow::Result<bool> {
+        let mut completes = false;
+        let mut node_changes = false;
+        for event in batch {
+            completes |= event == Event::Complete;
+            node_changes |= matches!(event, Event::Node(_));
+            self.pending.extend(self.model.apply(event));
+        }
+        for problem in self.model.take_problems() {
+            self.reports.report(problem);
+        }
+        if !self.model.is_complete() {
+            return Ok(false);
+        }
+        let first = self.live.is_none();
+        if first {
+            self.pending
+                .extend(self.model.services().map(|service| service.name.clone()));
+        }
+        let mut freed = self.reconcile_pending();
+        if completes {
+            freed |= self.prune();
+        }
+        if first || node_changes {
+            self.follow_node().await?;
+        }
+        Ok(freed)
+    }
+
+    /// Plans and applies what is pending; when that frees something, also what failed before. Says whether it did.
+    pub(super) fn reconcile_pending(&mut self) -> bool {
+        let pending = std::mem::take(&mut self.pending);
+        let mut freed = false;
+        for name in &pending {
+            freed |= self.reconcile(name);
+        }
+        if freed {
+            let failed: Vec<_> = self.syncer.failed().difference(&pending).cloned().collect();
+            for name in &failed {
+                self.reconcile(name);
+            }
+        }
+        self.metrics
+            .set_no_local_endpoints(self.lack_local.each_ref().map(HashSet::len));
+        self.metrics.set_unprogrammed(self.syncer.failed().len());
+        freed
+    }
+
+    fn reconcile(&mut self, name: &ObjectName) -> bool {
+        self.checks.set(name, self.model.health_check(name).as_ref());
+        for (lacking, lacks) in self.lack_local.iter_mut().zip(self.model.lacks_local_endpoints(name)) {
+            match lacks {
+                true => drop(lacking.insert(name.clone())),
+                false => drop(lacking.remove(name)),
+            }
+        }
+        match self.syncer.apply(&self.model.plan(name)) {
+            Ok(applied) => {
+                for warning in &applied.warnings {
+                    self.reports.report_here(Problem::new("Service", name, "", warning));
+                }
+                if self.errors.remove(name).is_some() {
+                    info!("Service {name}: wholly in the maps now");
+                }
+                debug!("Service {name}: {applied:?}");
+                applied.deleted > 0
+            }
+            Err(error) => {
+                let text = error.to_string();
+                if self.errors.get(name) != Some(&text) {
+                    self.reports.report_here(error.problem());
+                    self.errors.insert(name.clone(), text);
+                }
+                false
+            }
+        }
+    }
+
+    pub(super) fn prune(&mut self) -> bool {
+        let model = &self.model;
+        match self.syncer.prune(|name| model.service(name).is_some()) {
+            Ok(applied) => {
+                if applied.deleted > 0 {
+                    info!("{} entries of Services that are gone deleted", applied.deleted);
+                }
+                applied.deleted > 0
+            }
+            Err(error) => {
+                warn!("{error}");
+                false
+            }
+        }
+    }
+
+    /// Writes this node's addresses into the configuration and (again) attaches to its devices, when they have changed.
+    pub(super) async fn follow_node(&mut self) -> anyhow::Result<()> {
+        let addresses = this_node::addresses(&self.settings, self.model.node())?;
+        if self.live.as_ref().is_some_and(|live| live.addresses == addresses) {
+            return Ok(());
+        }
+        if addresses.is_empty() {
+            warn!("this node has no address: translated packets have no source; give --node-ip");
+        }
+        let maps = self.syncer.maps().clone();
+        let mut config = node::config(
+            &this_node::settings(&self.settings, &addresses),
+            maps.v4.snat.capacity(),
+        )?;
+        self.syncer.cover(&mut config);
+        if maps.set_config(&config)? {
+            info!("node addresses: {addresses:?}");
+        }
+        let policy =
+            NodePortAddresses::parse(&self.settings.nodeport_addresses, &addresses).map_err(anyhow::Error::msg)?;
+        let (admitted, _) = netns::watch_addresses(policy).context("cannot follow this node's addresses")?;
+        node::set_addresses(&maps, &admitted.borrow())?;
+        self.admit_health_checks(&admitted.borrow());
+
+        // The old watcher changes the same links; it must be gone before another begins.
+        if let Some(mut old) = self.live.take() {
+            old.devices.task.abort();
+            let _ = (&mut old.devices.task).await;
+        }
+        let upgrade = self.datapath.take_upgrade();
+        if let Some(upgrade) = &upgrade {
+            upgrade
+                .before_switch()
+                .context("cannot copy flows of another map layout")?;
+        }
+        let mut attacher = Attacher::new(&self.datapath, self.settings.xdp).context("cannot attach programs")?;
+        let cgroup_root = self.settings.cgroup_root.clone().unwrap_or_else(cgroup::default_root);
+        attacher.attach_cgroup(&cgroup_root)?;
+        let globs = |patterns: &[String]| patterns.iter().map(|pattern| Glob::new(pattern)).collect();
+        let patterns = DevicePatterns {
+            devices: globs(&self.settings.devices),
+            pod_devices: globs(&self.settings.pod_devices),
+            node_ips: addresses.iter().copied().collect(),
+        };
+        if let Some(upgrade) = &upgrade {
+            upgrade.catch_up().context("cannot copy flows of another map layout")?;
+        }
+        self.live = Some(Live {
+            addresses,
+            devices: DeviceWatcher::spawn(attacher, patterns)?,
+            admitted,
+        });
+        if let Some(upgrade) = upgrade
+            && let Err(error) = upgrade.finish()
+        {
+            warn!("flows of another map layout, opened during the switch, are not copied: {error}");
+        }
+        Ok(())
+    }
+
+    /// Waits until the node has other addresses.
+    pub(super) async fn addresses_changed(&mut self) {
+        let changed = match &mut self.live {
+            Some(live) => live.admitted.changed().await.is_ok(),
+            None => false,
+        };
+        if !changed {
+            pending().await
+        }
+    }
+
+    /// Health checks are answered where node ports are, but on loopback addresses too when nothing is said.
+    fn admit_health_checks(&self, admitted: &BTreeSet<IpAddr>) {
+        let restricted = !self.settings.nodeport_addresses.is_empty();
+        self.checks.admit(restricted.then(|| admitted.clone()));
+    }
+
+    pub(super) fn write_addresses(&mut self) {
+        let Some(live) = &mut self.live else { return };
+        let addresses = live.admitted.borrow_and_update().clone();
+        self.admit_health_checks(&addresses);
+        match node::set_addresses(self.syncer.maps(), &addresses) {
+            Ok(n) => debug!("node ports answer on {addresses:?}: {n} written"),
+            Err(error) => warn!("{error}; {} can admit fewer", settings::NODEPORT_ADDRESSES),
+        }
+    }
+}
