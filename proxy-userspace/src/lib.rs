@@ -13,12 +13,14 @@
 //! - [`admin`]: `/healthz`, `/livez` and `/metrics`, over the servers of [`http`]; [`metrics`]: what is counted and measured.
 //! - [`report`]: what cannot be served as it is written, to the log, the metrics and the API server.
 //! - [`agent`]: the life of the agent, which wires all of it.
+//! - [`environment`]: what a kubelet tells containers of Services.
 //! - [`config`]: what the agent is told to do. [`cli`]: one file per verb.
 pub mod admin;
 pub mod agent;
 pub mod cli;
 pub mod config;
 pub mod datapath;
+pub mod environment;
 pub mod gc;
 pub mod health;
 pub mod healthcheck;

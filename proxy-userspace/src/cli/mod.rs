@@ -28,6 +28,7 @@ pub mod backends;
 pub mod check;
 pub mod cleanup;
 pub mod conntrack;
+pub mod env;
 pub mod run;
 pub mod services;
 pub mod status;
@@ -60,6 +61,8 @@ enum Verb {
     Backends(backends::BackendsArgs),
     /// The flows that are being translated.
     Conntrack(conntrack::ConntrackArgs),
+    /// The environment variables of Services that a kubelet gives to a pod's containers.
+    Env(env::EnvArgs),
     /// Remove every program, map, pin and qdisc that shunt made, and nothing else.
     Cleanup(Common),
 }
@@ -97,6 +100,7 @@ pub fn main() -> ExitCode {
         Verb::Services(args) => services::run(&args).map(|()| true),
         Verb::Backends(args) => backends::run(&args).map(|()| true),
         Verb::Conntrack(args) => conntrack::run(&args).map(|()| true),
+        Verb::Env(args) => env::run(&args).map(|()| true),
         Verb::Cleanup(common) => cleanup::run(&common.bpf_root, common.output == Output::Json).map(|()| true),
     };
     match result {

@@ -29,7 +29,7 @@ pub use values::PortRange;
 /// Where everything is pinned unless said otherwise.
 pub const DEFAULT_BPF_ROOT: &str = "/sys/fs/bpf/shunt";
 /// Where missing cluster IPs come from with manifests, if nobody says otherwise: kubeadm's range, and one like it.
-const SERVICE_CIDRS: [IpNet; 2] = [
+pub const SERVICE_CIDRS: [IpNet; 2] = [
     IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(10, 96, 0, 0), 12)),
     IpNet::V6(Ipv6Net::new_assert(
         Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0),

@@ -32,6 +32,9 @@ mod connection;
 mod events;
 mod failure;
 mod follow;
+mod snapshot;
+
+pub use snapshot::snapshot;
 
 use connection::Connection;
 use failure::Failure;

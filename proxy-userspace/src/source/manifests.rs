@@ -19,6 +19,7 @@ use anyhow::Context;
 use ipnet::IpNet;
 use tokio::sync::mpsc;
 
+pub use self::snapshot::{Snapshot, snapshot};
 use self::{
     numbers::Numbers,
     read::{Content, Key, KnownFile, read_file},
@@ -36,6 +37,7 @@ mod numbers;
 mod read;
 mod select;
 mod service;
+mod snapshot;
 #[cfg(test)]
 pub(crate) mod tests;
 
@@ -80,10 +82,7 @@ impl Manifests {
     /// A path that does not exist or cannot be read at the start. Later on that is a warning.
     pub async fn run(self, tx: impl Into<Queue>) -> anyhow::Result<()> {
         let tx: Queue = tx.into();
-        for path in &self.config.paths {
-            std::fs::metadata(path)
-                .with_context(|| format!("--manifests {}: give a file or folder that can be read", path.display()))?;
-        }
+        check_paths(&self.config.paths)?;
         let mut state = State::new(self.config.clone());
         let (wake, mut woken) = mpsc::channel(1);
         let mut watcher = files::watch(&self.config.paths, &wake);
@@ -130,6 +129,15 @@ impl Manifests {
             }
         }
     }
+}
+
+/// Whether what was given is there.
+fn check_paths(paths: &[PathBuf]) -> anyhow::Result<()> {
+    for path in paths {
+        std::fs::metadata(path)
+            .with_context(|| format!("--manifests {}: give a file or folder that can be read", path.display()))?;
+    }
+    Ok(())
 }
 
 /// What was read and yielded: differences are made against it.

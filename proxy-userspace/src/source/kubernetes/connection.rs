@@ -154,7 +154,8 @@ impl Connection {
     }
 }
 
-async fn read(kubeconfig: Option<&Path>) -> anyhow::Result<(Client, String)> {
+/// A client and the server's address.
+pub(super) async fn read(kubeconfig: Option<&Path>) -> anyhow::Result<(Client, String)> {
     let mut config = match kubeconfig {
         Some(path) => {
             let kubeconfig = Kubeconfig::read_from(path).map_err(|error| {
