@@ -569,7 +569,7 @@ fn residue<F: Family>(frame: &[u8]) -> [u16; 2] {
     let transport = match payload::<F>(frame) {
         // No checksum is no checksum, and ICMP's has no pseudo-header.
         Some((l4, UDP)) if frame.get(l4 + 6..l4 + 8) == Some(&[0, 0]) => 0,
-        // A CRC is no such sum: see `packet_odd`.
+        // A CRC is no such sum: see `tests/packet/odd.rs`.
         Some((_, SCTP)) => 0,
         Some((l4, 1)) => sum(frame.get(l4..).unwrap_or_default()),
         Some((l4, _)) => sum(addresses) + sum(frame.get(l4..).unwrap_or_default()),

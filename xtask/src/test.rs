@@ -57,8 +57,7 @@ pub(crate) fn test(args: &Args) -> Result<()> {
         sections.run("long test", || {
             let mut filter = vec!["--ignored".to_owned(), "--nocapture".to_owned()];
             filter.extend_from_slice(&args.filter);
-            let long = ["cluster_long", "cluster_kubernetes"].map(str::to_owned);
-            tests(&mut userspace(&long), &filter).map(Outcome::Tests)
+            tests(&mut userspace(&["cluster".to_owned()]), &filter).map(Outcome::Tests)
         });
         return sections.summary(began.elapsed());
     }
@@ -201,7 +200,7 @@ fn bpf_lints() -> Result<Outcome> {
     plain(&mut command)
 }
 
-/// The names of `proxy-userspace/tests/*.rs` by level: `kernel*` and `packet*`, `cluster*`, and those without root.
+/// The test programs of `proxy-userspace/tests` by level: `packet`, `cluster`, and the others.
 fn integration_tests() -> Result<(Vec<String>, Vec<String>, Vec<String>)> {
     let (mut kernel, mut cluster, mut other) = (Vec::new(), Vec::new(), Vec::new());
     let folder = root().join("proxy-userspace/tests");
@@ -215,9 +214,9 @@ fn integration_tests() -> Result<(Vec<String>, Vec<String>, Vec<String>)> {
         .collect();
     names.sort();
     for name in names {
-        let level = match name.split('_').next() {
-            Some("kernel" | "packet" | "packets") => &mut kernel,
-            Some("cluster") => &mut cluster,
+        let level = match &*name {
+            "packet" => &mut kernel,
+            "cluster" => &mut cluster,
             _ => &mut other,
         };
         level.push(name);

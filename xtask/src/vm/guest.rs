@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use super::{BEGIN, END, kernel::Kernel};
+use super::{BEGIN, END, Program, kernel::Kernel};
 use crate::shell::{capture, root, which};
 
 /// The way to a 9p root with a layer in memory. Debian's kernels have the PCI bus and ACPI built in.
@@ -22,7 +22,7 @@ const GUEST: &str = include_str!("guest.sh");
 /// # Errors
 ///
 /// When a module is missing or a file cannot be written.
-pub(super) fn initramfs(folder: &Path, kernel: &Kernel, programs: &[PathBuf], filter: &[String]) -> Result<PathBuf> {
+pub(super) fn initramfs(folder: &Path, kernel: &Kernel, programs: &[Program], filter: &[String]) -> Result<PathBuf> {
     let content = folder.join("initramfs");
     if content.exists() {
         fs::remove_dir_all(&content).with_context(|| format!("{}", content.display()))?;
@@ -96,14 +96,18 @@ fn modules(kernel: &Kernel, to: &Path) -> Result<Vec<String>> {
     Ok(order)
 }
 
-fn script(kernel: &Kernel, programs: &[PathBuf], filter: &[String]) -> String {
+fn script(kernel: &Kernel, programs: &[Program], filter: &[String]) -> String {
     let words: Vec<String> = filter.iter().map(|word| quoted(word)).collect();
     let lines: Vec<String> = programs
         .iter()
         .map(|program| {
-            let program = quoted(&program.to_string_lossy());
+            let path = quoted(&program.path.to_string_lossy());
+            // Several names are alternatives to a test program, so names that were asked for stand alone.
+            let named = filter.iter().any(|word| !word.starts_with('-'));
+            let own = program.filter.as_deref().filter(|_| !named).map(quoted);
+            let words: Vec<String> = own.into_iter().chain(words.iter().cloned()).collect();
             format!(
-                "echo; echo {program}; {program} {} || failed=$((failed + 1))",
+                "echo; echo {path}; {path} {} || failed=$((failed + 1))",
                 words.join(" ")
             )
         })

@@ -33,8 +33,8 @@ pub(crate) struct Args {
     /// Debian's newest kernel of this series (6.1, 6.12, …), or a folder with `boot/vmlinuz-*` and `lib/modules`.
     #[arg(long, default_value = "6.12", value_name = "SERIES|DIR")]
     kernel: String,
-    /// Test programs of `proxy-userspace/tests`.
-    #[arg(long = "test", value_name = "NAME", default_values = ["packets", "packet_odd", "cluster_sctp"])]
+    /// Test programs of `proxy-userspace/tests`, each with a part of the names of its tests that are run if not all are.
+    #[arg(long = "test", value_name = "NAME[:FILTER]", default_values = ["packet", "cluster:sctp::"])]
     tests: Vec<String>,
     /// The machine is turned off after so many minutes: emulation is some twenty times slower.
     #[arg(long, value_name = "MINUTES", default_value_t = 60)]
@@ -58,7 +58,15 @@ pub(crate) fn vm(args: &Args) -> Result<()> {
     }
     setup::setup()?;
     setup::vm()?;
-    let programs = build(&args.tests)?;
+    let tests: Vec<(&str, Option<&str>)> = args
+        .tests
+        .iter()
+        .map(|test| {
+            test.split_once(':')
+                .map_or((&**test, None), |(name, filter)| (name, Some(filter)))
+        })
+        .collect();
+    let programs = build(&tests)?;
     let folder = target().join("vm");
     let kernel = kernel::find(&folder, &args.kernel)?;
     let initramfs = guest::initramfs(&folder, &kernel, &programs, filter)?;
@@ -97,8 +105,14 @@ pub(crate) fn vm(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Builds test programs and returns where they are.
-fn build(names: &[String]) -> Result<Vec<PathBuf>> {
+/// A test program, and the part of the names of its tests that are run.
+struct Program {
+    path: PathBuf,
+    filter: Option<String>,
+}
+
+/// Builds test programs.
+fn build(tests: &[(&str, Option<&str>)]) -> Result<Vec<Program>> {
     let mut command = cargo();
     command.args([
         "test",
@@ -106,7 +120,7 @@ fn build(names: &[String]) -> Result<Vec<PathBuf>> {
         "--package=proxy-userspace",
         "--message-format=json-render-diagnostics",
     ]);
-    for name in names {
+    for (name, _) in tests {
         command.args(["--test", name]);
     }
     let output = command
@@ -117,15 +131,27 @@ fn build(names: &[String]) -> Result<Vec<PathBuf>> {
         bail!("the tests do not build");
     }
     let messages = output.stdout.split(|byte| *byte == b'\n');
-    let programs: Vec<PathBuf> = messages
+    let built: Vec<(String, PathBuf)> = messages
         .filter_map(|line| serde_json::from_slice::<serde_json::Value>(line).ok())
         .filter(|message| message["profile"]["test"] == true)
-        .filter_map(|message| Some(message["executable"].as_str()?.into()))
+        .filter_map(|message| {
+            let name = message["target"]["name"].as_str()?.to_owned();
+            Some((name, message["executable"].as_str()?.into()))
+        })
         .collect();
-    if programs.len() != names.len() {
-        bail!("cargo built {} test programs of {}", programs.len(), names.len());
-    }
-    Ok(programs)
+    tests
+        .iter()
+        .map(|(name, filter)| {
+            let (_, path) = built
+                .iter()
+                .find(|(built, _)| built == name)
+                .with_context(|| format!("cargo built no test program {name}"))?;
+            Ok(Program {
+                path: path.clone(),
+                filter: filter.map(str::to_owned),
+            })
+        })
+        .collect()
 }
 
 /// Runs the machine, shows what its tests print, and returns how many test programs failed.

@@ -5,16 +5,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::forged::Forger;
+use crate::web::{self, APP, NODE_PORT};
 use etherparse::PacketBuilderStep;
-use forged::Forger;
 use shunt_lab::{Agent, AgentOptions, Client, Conn, Dial, DialError, Lab, NetNs, PodSpec, Port, Proto, Sockets};
 use tempfile::TempDir;
-use web::{APP, NODE_PORT};
-
-#[path = "support/forged.rs"]
-mod forged;
-#[path = "support/web.rs"]
-mod web;
 
 const PODS: [(&str, &str); 2] = [("web-a", "node-a"), ("web-b", "node-b")];
 

@@ -15,8 +15,6 @@ use tempfile::TempDir;
 
 mod affinity;
 mod endpoints;
-#[path = "../support/forged.rs"]
-mod forged;
 mod health_checks;
 mod source_ranges;
 mod traffic;
@@ -304,7 +302,7 @@ fn is_refused(client: &Client, proto: Proto, to: SocketAddr) {
     };
     match client.once(proto, to, &dial) {
         Ok(answer) => panic!("{proto} {to} from {}: answered by {}", client.name(), answer.server),
-        // IPv6 keeps an early error until the first retransmission: see `cluster_services`.
+        // IPv6 keeps an early error until the first retransmission: see `services`.
         Err(error) => {
             let quick = error.after().is_some_and(|after| after < Duration::from_millis(1500));
             assert!(

@@ -5,10 +5,7 @@ use std::net::IpAddr;
 
 use etherparse::{Icmpv4Type, Icmpv6Type, PacketBuilder, icmpv4, icmpv6};
 
-#[path = "support/loaded.rs"]
-mod loaded;
-
-use loaded::{BACKEND, CLIENT, EMPTY, FAR, Loaded, NODE, REMOTE, WEB};
+use crate::loaded::{BACKEND, CLIENT, EMPTY, FAR, Loaded, NODE, REMOTE, WEB};
 
 const TC_ACT_UNSPEC: u32 = u32::MAX;
 const TC_ACT_SHOT: u32 = 2;

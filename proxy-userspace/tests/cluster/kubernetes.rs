@@ -1,7 +1,7 @@
 //! Two agents as two nodes that follow a Kubernetes API server, with real traffic (SPEC S1, L5). Needs root.
 //!
 //! The server is the one of `xtask/apiserver`, which misbehaves on demand. When `KUBECONFIG` is set, it is the server that
-//! this file names instead (`KUBECONFIG=… cargo test -p proxy-userspace --test cluster_kubernetes`), and what needs
+//! this file names instead (`KUBECONFIG=… cargo test -p proxy-userspace --test cluster kubernetes::`), and what needs
 //! misbehaviour is skipped. It should be a cluster to play with: Nodes `node-a` and `node-b` and a Service
 //! `default/shunt-test-web` are made there, and deleted at the end. A cluster that is just there with nothing in it is
 //! `cargo run -p shunt-apiserver`.

@@ -10,7 +10,7 @@ use std::{
 use shunt_lab::{Lab, Proto};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::{Cluster, cluster_ip, transfer};
+use super::{Cluster, cluster_ip, transfer};
 
 /// What a bulk transfer carries each way: some hundred full segments, more than any initial window.
 const BULK: usize = 600_000;

@@ -21,10 +21,7 @@ use etherparse::{
 use shunt::datapath::{load, maps::Maps};
 use shunt_common::layout::{FLOW_RESET, Flow, FlowKey, TCP};
 
-#[path = "support/loaded.rs"]
-mod loaded;
-
-use loaded::{BACKEND, CLIENT, EMPTY, FAR, KEPT, Loaded, NODE, REMOTE, WEB, kept_backend};
+use crate::loaded::{BACKEND, CLIENT, EMPTY, FAR, KEPT, Loaded, NODE, REMOTE, WEB, kept_backend};
 
 const TC_ACT_UNSPEC: u32 = u32::MAX;
 const TC_ACT_REDIRECT: u32 = 7;

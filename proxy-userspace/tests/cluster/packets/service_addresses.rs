@@ -9,7 +9,7 @@ use std::{
 use shunt_lab::{Dial, Lab, Proto, Sockets};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::{BOTH, Cluster, cluster_ip, transfer};
+use super::{BOTH, Cluster, cluster_ip, transfer};
 
 /// Whether an echo request with so many hops is answered, by whom it went to.
 fn ping(cluster: &Cluster, from: &str, to: IpAddr, hops: u32) -> bool {

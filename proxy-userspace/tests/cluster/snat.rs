@@ -6,12 +6,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::web::{self, APP, NODE_PORT};
 use shunt_lab::{Agent, AgentOptions, Client, Conn, Dial, DialError, Lab, PodSpec, Port, Proto};
 use tempfile::TempDir;
-use web::{APP, NODE_PORT};
-
-#[path = "support/web.rs"]
-mod web;
 
 /// Source ports per backend.
 const PORTS: usize = 16;

@@ -9,13 +9,10 @@ use std::{
     time::Duration,
 };
 
+use crate::web::{self, APP, NODE_PORT};
 use shunt_common::layout::LAYOUT_VERSION;
 use shunt_lab::{Agent, AgentOptions, Client, Conn, Dial, Lab, PodSpec, Port, Proto, Sockets};
 use tempfile::TempDir;
-use web::{APP, NODE_PORT};
-
-#[path = "support/web.rs"]
-mod web;
 
 fn write(lab: &Lab, manifests: &Path) {
     let endpoints = web::slices(lab, &[("web-a", "node-a", ""), ("web-b", "node-b", "")]);

@@ -2,7 +2,7 @@
 
 use shunt_lab::{Lab, Proto};
 
-use crate::{Cluster, cluster_ip, transfer};
+use super::{Cluster, cluster_ip, transfer};
 
 /// L7 with sockets, and bulk TCP: datagrams that need six fragments there and back, by ClusterIP and node port, to backends
 /// here and there; with `offloads`, segments of 64 KiB whose payload stands in pages, and checksums still to be filled in.

@@ -11,7 +11,7 @@ use std::{
 use etherparse::PacketBuilder;
 use shunt_lab::{Lab, Proto};
 
-use crate::{BOTH, Cluster, cluster_ip};
+use super::{BOTH, Cluster, cluster_ip};
 
 /// The VLAN of the next frame that a packet socket gets and that satisfies a test; `None` in vain.
 fn tag_of_answer(socket: &OwnedFd, is_it: impl Fn(&[u8]) -> bool) -> Option<u16> {

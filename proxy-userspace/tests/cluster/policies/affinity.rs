@@ -2,7 +2,8 @@
 
 use etherparse::PacketBuilderStep;
 
-use super::{forged::Forger, *};
+use super::*;
+use crate::forged::Forger;
 
 const AFFINITY: &str = "  sessionAffinity: ClientIP\n";
 

@@ -13,16 +13,11 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
+use crate::forged::Forger;
+use crate::web::{self, APP, CLUSTER_IPS, NODE_PORT};
 use etherparse::PacketBuilderStep;
-use forged::Forger;
 use shunt_lab::{Agent, AgentOptions, Client, Conn, Lab, PodSpec, Port, Proto, Sockets};
 use tempfile::TempDir;
-use web::{APP, CLUSTER_IPS, NODE_PORT};
-
-#[path = "support/forged.rs"]
-mod forged;
-#[path = "support/web.rs"]
-mod web;
 
 const PODS: [(&str, &str); 4] = [
     ("web-a", "node-a"),

@@ -1,0 +1,20 @@
+//! shunt in clusters of network namespaces: agents on nodes, pods and clients with real sockets and packets. Needs root.
+
+mod capabilities;
+mod kubernetes;
+mod life;
+mod long;
+mod operations;
+mod packets;
+mod pod;
+mod policies;
+mod retry;
+mod sctp;
+mod services;
+mod snat;
+mod upgrade;
+
+#[path = "../support/forged.rs"]
+mod forged;
+#[path = "../support/web.rs"]
+mod web;

@@ -1,0 +1,7 @@
+//! The BPF programs, loaded into this kernel and run with one packet at a time. Needs root.
+
+mod odd;
+mod packets;
+
+#[path = "../support/loaded.rs"]
+mod loaded;
