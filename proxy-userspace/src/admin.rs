@@ -14,10 +14,13 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
+use bytes::Bytes;
+use http_body_util::Full;
 use hyper::{Response, StatusCode};
 use k8s_openapi::jiff::Timestamp;
 
 use crate::{
+    connections::Connections,
     health::Health,
     http::{self, Listening},
     metrics::{self, Exporter, Metrics},
@@ -35,6 +38,7 @@ const PLAIN: &str = "text/plain; charset=utf-8";
 pub async fn serve_health(
     address: SocketAddr,
     hard_fail: bool,
+    connections: Connections,
     health: Health,
     metrics: Metrics,
 ) -> anyhow::Result<()> {
@@ -56,14 +60,19 @@ pub async fn serve_health(
         }
         async move { response }
     };
-    http::serve(listening, |_| true, answer).await
+    http::serve(listening, connections, |_| true, answer).await
 }
 
 /// Answers scrapes until it is dropped.
 ///
 /// # Errors
 /// With `hard_fail`, when it cannot listen.
-pub async fn serve_metrics(address: SocketAddr, hard_fail: bool, exporter: Exporter) -> anyhow::Result<()> {
+pub async fn serve_metrics(
+    address: SocketAddr,
+    hard_fail: bool,
+    connections: Connections,
+    exporter: Exporter,
+) -> anyhow::Result<()> {
     let listening = Listening {
         subject: "--metrics-bind-address".to_owned(),
         trouble: Box::new(|message| tracing::warn!("--metrics-bind-address: {message}")),
@@ -76,20 +85,24 @@ pub async fn serve_metrics(address: SocketAddr, hard_fail: bool, exporter: Expor
         let (path, exporter) = (request.uri().path().to_owned(), exporter.clone());
         async move { answer_metrics(&path, exporter).await }
     };
-    http::serve(listening, |_| true, answer).await
+    http::serve(listening, connections, |_| true, answer).await
 }
 
-async fn answer_metrics(path: &str, exporter: Exporter) -> Response<String> {
-    match path {
-        // Maps of millions of entries take a while; programming goes on meanwhile.
-        "/metrics" => match tokio::task::spawn_blocking(move || exporter.scrape()).await {
-            Ok(text) => http::response(StatusCode::OK, metrics::CONTENT_TYPE, text),
-            Err(error) => http::response(StatusCode::INTERNAL_SERVER_ERROR, PLAIN, format!("{error}\n")),
+async fn answer_metrics(path: &str, exporter: Exporter) -> Response<Full<Bytes>> {
+    let response: Response<Bytes> = match path {
+        "/metrics" => match exporter.scrape().await {
+            Some(text) => http::response(StatusCode::OK, metrics::CONTENT_TYPE, text),
+            None => http::response(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                PLAIN,
+                "the agent's log says why\n".into(),
+            ),
         },
-        "/healthz" => http::response(StatusCode::OK, PLAIN, "ok".to_owned()),
-        "/proxyMode" => http::response(StatusCode::OK, PLAIN, "shunt".to_owned()),
-        _ => http::response(StatusCode::NOT_FOUND, PLAIN, NOT_FOUND.to_owned()),
-    }
+        "/healthz" => http::response(StatusCode::OK, PLAIN, "ok".into()),
+        "/proxyMode" => http::response(StatusCode::OK, PLAIN, "shunt".into()),
+        _ => http::response(StatusCode::NOT_FOUND, PLAIN, NOT_FOUND.into()),
+    };
+    response.map(Full::new)
 }
 
 fn answer_health(path: &str, health: &Health) -> Response<String> {

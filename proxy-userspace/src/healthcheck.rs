@@ -19,6 +19,7 @@ use serde::Serialize;
 use tokio::task::JoinHandle;
 
 use crate::{
+    connections::Connections,
     health::Health,
     http::{self, Listening},
     object::{EndpointSlice, NodeFacts, ObjectName, Problem, Service},
@@ -64,6 +65,7 @@ type Admitted = Arc<RwLock<Option<BTreeSet<IpAddr>>>>;
 /// The listeners of all Services. To be used within a tokio runtime; they end when this is dropped.
 #[derive(Debug)]
 pub struct HealthChecks {
+    connections: Connections,
     health: Health,
     reports: Reports,
     admitted: Admitted,
@@ -104,8 +106,9 @@ impl State {
 
 impl HealthChecks {
     /// Nothing to answer yet.
-    pub fn new(health: Health, reports: Reports) -> Self {
+    pub fn new(connections: Connections, health: Health, reports: Reports) -> Self {
         Self {
+            connections,
             health,
             reports,
             admitted: Admitted::default(),
@@ -136,7 +139,7 @@ impl HealthChecks {
                     reports: self.reports.clone(),
                     admitted: self.admitted.clone(),
                 };
-                let task = tokio::spawn(serve(state, port, v6));
+                let task = tokio::spawn(serve(state, self.connections.clone(), port, v6));
                 self.listeners.insert(key, Listener { port, local, task });
             } else if let Some(listener) = self.listeners.get(&key) {
                 listener.local.store(count, Ordering::Relaxed);
@@ -146,7 +149,7 @@ impl HealthChecks {
 }
 
 /// Listens as soon as it can, and answers.
-async fn serve(state: State, port: u16, v6: bool) {
+async fn serve(state: State, connections: Connections, port: u16, v6: bool) {
     let unspecified: IpAddr = match v6 {
         false => Ipv4Addr::UNSPECIFIED.into(),
         true => Ipv6Addr::UNSPECIFIED.into(),
@@ -169,7 +172,13 @@ async fn serve(state: State, port: u16, v6: bool) {
         async move { response }
     };
     // Does not fail: the port is tried again.
-    let _ = http::serve(listening, move |address| admitted.is_admitted(address), answer).await;
+    let _ = http::serve(
+        listening,
+        connections,
+        move |address| admitted.is_admitted(address),
+        answer,
+    )
+    .await;
 }
 
 #[derive(Serialize)]

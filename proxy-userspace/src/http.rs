@@ -1,27 +1,48 @@
-//! The agent's small HTTP servers: one request per connection, few connections at once.
+//! The agent's small HTTP servers: one request per connection, which is over within seconds, and few connections at once
+//! ([`Connections`]).
 
 use std::{
     convert::Infallible,
+    error::Error,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    sync::Arc,
     time::Duration,
 };
 
-use hyper::{Request, Response, body::Incoming, header, server::conn::http1, service::service_fn};
+use bytes::Bytes;
+use futures::future::Abortable;
+use hyper::{
+    Request, Response,
+    body::{Body, Incoming},
+    header,
+    server::conn::http1,
+    service::service_fn,
+};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use socket2::{Domain, Socket, Type};
-use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    task::JoinSet,
+};
 use tracing::{debug, info};
+
+use crate::connections::{Connections, Place};
 
 /// From one attempt to listen to the next; the first failure may be a listener that is just being closed.
 const RETRY: Duration = Duration::from_millis(500);
+/// From one attempt to accept to the next when there is no room for a socket.
+const ACCEPT_RETRY: Duration = Duration::from_millis(10);
 /// A request's headers must be there by then.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
-/// Connections of one listener at once: others wait.
-const MAX_CONNECTIONS: usize = 64;
-/// Connections that wait to be accepted.
-const BACKLOG: i32 = 128;
+/// An answer must have been taken by then, counted from the connection's begin.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+/// Bytes of a request's headers; more is refused (431).
+const MAX_HEADERS: usize = 16 * 1024;
+/// Connections that wait to be accepted (`net.core.somaxconn`, 4096 by default, stands over it). Of those who wait in vain none is a
+/// prober: the queue is emptied at once.
+const BACKLOG: i32 = 4096;
+/// Bytes of a socket's receive buffer: what a peer may make the kernel hold that nobody reads.
+const RECEIVE_BUFFER: usize = 32 * 1024;
 
 /// What a server listens on, and what a message says about it.
 pub struct Listening {
@@ -94,63 +115,92 @@ fn listen(address: SocketAddr, only_v6: bool) -> io::Result<TcpListener> {
     }
     // Connections of an earlier listener may still be in TIME_WAIT.
     socket.set_reuse_address(true)?;
+    // Accepted sockets inherit it.
+    socket.set_recv_buffer_size(RECEIVE_BUFFER)?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     TcpListener::from_std(socket.into())
 }
 
-/// Listens as soon as it can and answers those who dial an address that `admits` says yes to, until it is dropped.
+/// Listens as soon as it can and answers those who dial an address that `admits` says yes to, until it is dropped. Connections
+/// take their places in `connections`, which other servers may share.
 ///
 /// # Errors
 /// When it cannot listen and that is to be its end.
-pub async fn serve<F, A>(listening: Listening, admits: impl Fn(IpAddr) -> bool, answer: F) -> anyhow::Result<()>
+pub async fn serve<F, A, B>(
+    listening: Listening,
+    connections: Connections,
+    admits: impl Fn(IpAddr) -> bool,
+    answer: F,
+) -> anyhow::Result<()>
 where
     F: Fn(Request<Incoming>) -> A + Clone + Send + 'static,
-    A: Future<Output = Response<String>> + Send + 'static,
+    A: Future<Output = Response<B>> + Send + 'static,
+    B: Body<Data = Bytes, Error: Into<Box<dyn Error + Send + Sync>>> + Send + 'static,
 {
     let listener = listening.listener().await?;
-    let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     // Ends the connections too when the listener goes.
-    let mut connections = JoinSet::new();
+    let mut tasks = JoinSet::new();
     loop {
-        while connections.try_join_next().is_some() {}
-        let Ok(permit) = room.clone().acquire_owned().await else {
-            return Ok(());
-        };
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
+        while tasks.try_join_next().is_some() {}
+        let (stream, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
             Err(error) => {
                 debug!("{}: {}: {error}", listening.subject, listening.address);
-                // No more files: some may be closed by then.
-                tokio::time::sleep(RETRY).await;
+                if lacks_room(&error) {
+                    connections.evict();
+                    tokio::time::sleep(ACCEPT_RETRY).await;
+                }
                 continue;
             }
         };
-        if !stream.local_addr().is_ok_and(|address| admits(address.ip())) {
+        if !stream
+            .local_addr()
+            .is_ok_and(|address| admits(address.ip().to_canonical()))
+        {
             continue;
         }
-        let answer = answer.clone();
-        connections.spawn(async move {
-            let answer = service_fn(move |request| {
-                let response = answer(request);
-                async move { Ok::<_, Infallible>(response.await) }
-            });
-            let served = http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(HEADER_TIMEOUT)
-                // One answer is all that is asked for, and a connection that stays would keep its place.
-                .keep_alive(false)
-                .serve_connection(TokioIo::new(stream), answer);
-            if let Err(error) = served.await {
-                debug!("HTTP server: {error}");
-            }
-            drop(permit);
-        });
+        let (place, registration) = connections.admit(peer.ip());
+        tasks.spawn(Abortable::new(answer_one(stream, place, answer.clone()), registration));
+    }
+}
+
+/// Whether a socket could not be had, rather than that its peer had gone already.
+fn lacks_room(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM)
+    )
+}
+
+/// Reads a request and writes the answer, each within its time.
+async fn answer_one<F, A, B>(stream: TcpStream, place: Place, answer: F)
+where
+    F: Fn(Request<Incoming>) -> A + Clone + Send + 'static,
+    A: Future<Output = Response<B>> + Send + 'static,
+    B: Body<Data = Bytes, Error: Into<Box<dyn Error + Send + Sync>>> + Send + 'static,
+{
+    let answer = service_fn(move |request| {
+        place.asked();
+        let response = answer(request);
+        async move { Ok::<_, Infallible>(response.await) }
+    });
+    let served = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIMEOUT)
+        .max_buf_size(MAX_HEADERS)
+        // One answer is all that is asked for, and a connection that stays would keep its place.
+        .keep_alive(false)
+        .serve_connection(TokioIo::new(stream), answer);
+    match tokio::time::timeout(ANSWER_TIMEOUT, served).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => debug!("HTTP server: {error}"),
+        Err(_) => debug!("HTTP server: an answer was not taken within {ANSWER_TIMEOUT:?}"),
     }
 }
 
 /// An answer whose body is of a media type that no browser should second-guess.
-pub fn response(status: hyper::StatusCode, content_type: &'static str, body: String) -> Response<String> {
+pub fn response<B>(status: hyper::StatusCode, content_type: &'static str, body: B) -> Response<B> {
     let mut response = Response::new(body);
     *response.status_mut() = status;
     let headers = response.headers_mut();

@@ -10,7 +10,8 @@
 //! - [`datapath`]: loading, pinning and attaching the BPF programs; typed access to the maps.
 //! - [`gc`]: flows that have ended or fallen silent leave the connection tables.
 //! - [`healthcheck`]: what load balancers ask on `healthCheckNodePort`; [`health`]: whether this agent does its work.
-//! - [`admin`]: `/healthz`, `/livez` and `/metrics`, over the servers of [`http`]; [`metrics`]: what is counted and measured.
+//! - [`admin`]: `/healthz`, `/livez` and `/metrics`, over the servers of [`http`], which share [`connections`]; [`metrics`]: what
+//!   is counted and measured.
 //! - [`report`]: what cannot be served as it is written, to the log, the metrics and the API server.
 //! - [`agent`]: the life of the agent, which wires all of it.
 //! - [`environment`]: what a kubelet tells containers of Services.
@@ -19,6 +20,8 @@ pub mod admin;
 pub mod agent;
 pub mod cli;
 pub mod config;
+pub mod connections;
+
 pub mod datapath;
 pub mod environment;
 pub mod gc;

@@ -28,6 +28,7 @@ use self::reconcile::Agent;
 use crate::{
     admin,
     config::Settings,
+    connections::Connections,
     datapath::{
         attach::XdpMode,
         capability,
@@ -118,15 +119,23 @@ async fn serve(settings: Settings, begin: Instant) -> anyhow::Result<()> {
     if syncer.counts().0 > 0 {
         health.takes_over();
     }
+    let connections = Connections::within_file_limit();
     // End with this value.
     let mut servers = JoinSet::new();
     let hard_fail = settings.bind_address_hard_fail;
     if let Some(address) = settings.healthz_bind_address {
-        servers.spawn(admin::serve_health(address, hard_fail, health.clone(), metrics.clone()));
+        let (health, metrics) = (health.clone(), metrics.clone());
+        servers.spawn(admin::serve_health(
+            address,
+            hard_fail,
+            connections.clone(),
+            health,
+            metrics,
+        ));
     }
     if let Some(address) = settings.metrics_bind_address {
         let exporter = Exporter::new(&metrics, health.clone(), maps.clone());
-        servers.spawn(admin::serve_metrics(address, hard_fail, exporter));
+        servers.spawn(admin::serve_metrics(address, hard_fail, connections.clone(), exporter));
     }
 
     let (tx, mut events) = mpsc::channel(QUEUE);
@@ -151,7 +160,7 @@ async fn serve(settings: Settings, begin: Instant) -> anyhow::Result<()> {
         lack_local: Default::default(),
         metrics: metrics.clone(),
         reports: reports.clone(),
-        checks: HealthChecks::new(health.clone(), reports.clone()),
+        checks: HealthChecks::new(connections, health.clone(), reports.clone()),
         settings,
         datapath,
     };

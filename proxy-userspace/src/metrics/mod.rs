@@ -9,8 +9,12 @@ pub mod flows;
 pub mod kernel;
 pub mod process;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
+use bytes::Bytes;
 use prometheus_client::{
     encoding::{EncodeLabelSet, text},
     metrics::{
@@ -23,6 +27,7 @@ use prometheus_client::{
     registry::Registry,
 };
 use shunt_common::layout::LAYOUT_VERSION;
+use tokio::sync::watch;
 
 use crate::{datapath::maps::Maps, health::Health, object::Event};
 
@@ -248,9 +253,24 @@ impl Metrics {
     }
 }
 
+/// Longest pause between two renderings, however long they take.
+const MAX_PAUSE: Duration = Duration::from_secs(5);
+
 /// All metrics of an agent; clones share it.
 #[derive(Clone, Debug)]
-pub struct Exporter(Arc<Mutex<Registry>>);
+pub struct Exporter {
+    registry: Arc<Mutex<Registry>>,
+    renderings: Arc<Mutex<Renderings>>,
+}
+
+/// What scrapes share.
+#[derive(Debug)]
+struct Renderings {
+    /// The rendering that is being made, `None` in it until it is done.
+    current: Option<watch::Receiver<Option<Bytes>>>,
+    /// The next one begins no sooner.
+    not_before: Instant,
+}
 
 impl Exporter {
     /// Of an agent that counts in `metrics` and programs `maps`.
@@ -259,16 +279,102 @@ impl Exporter {
         metrics.register(&mut registry);
         registry.register_collector(Box::new(kernel::Kernel::new(maps, health)));
         registry.register_collector(Box::new(process::Process));
-        Self(Arc::new(Mutex::new(registry)))
+        Self::of(registry)
     }
 
-    /// Everything, as OpenMetrics has it ([`CONTENT_TYPE`]). Reads all maps, one scrape at a time: not for async threads.
-    pub fn scrape(&self) -> String {
+    fn of(registry: Registry) -> Self {
+        Self {
+            registry: Arc::new(Mutex::new(registry)),
+            renderings: Arc::new(Mutex::new(Renderings {
+                current: None,
+                not_before: Instant::now(),
+            })),
+        }
+    }
+
+    /// Everything, as OpenMetrics has it ([`CONTENT_TYPE`]); `None` if that has failed. Reads all maps, which takes a while where they
+    /// have millions of entries: whoever asks meanwhile gets the same text, and from one rendering to the next passes as much time
+    /// as it takes, so that no number of scrapes costs more than half a CPU.
+    pub async fn scrape(&self) -> Option<Bytes> {
+        let mut rendering = self.current();
+        rendering.wait_for(Option::is_some).await.ok()?.clone()
+    }
+
+    /// The rendering that is being made, or a new one.
+    fn current(&self) -> watch::Receiver<Option<Bytes>> {
+        let mut renderings = self.renderings.lock().unwrap_or_else(PoisonError::into_inner);
+        // One that has failed is over too.
+        let goes_on = |rendering: &&watch::Receiver<Option<Bytes>>| {
+            rendering.has_changed().is_ok() && rendering.borrow().is_none()
+        };
+        if let Some(rendering) = renderings.current.as_ref().filter(goes_on) {
+            return rendering.clone();
+        }
+        let (sender, rendering) = watch::channel(None);
+        renderings.current = Some(rendering.clone());
+        let (exporter, begin) = (self.clone(), renderings.not_before);
+        tokio::spawn(async move {
+            tokio::time::sleep_until(begin.into()).await;
+            let text = tokio::task::spawn_blocking(move || exporter.render()).await;
+            let _ = sender.send(text.ok());
+        });
+        rendering
+    }
+
+    fn render(&self) -> Bytes {
+        let begin = Instant::now();
         let mut text = String::new();
-        let registry = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let registry = self.registry.lock().unwrap_or_else(PoisonError::into_inner);
         // Strings take whatever is written.
         let written = text::encode(&mut text, &registry);
         debug_assert!(written.is_ok());
-        text
+        let end = Instant::now();
+        let mut renderings = self.renderings.lock().unwrap_or_else(PoisonError::into_inner);
+        renderings.not_before = end + (end - begin).min(MAX_PAUSE);
+        text.into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use prometheus_client::{collector::Collector, encoding::DescriptorEncoder};
+
+    use super::*;
+
+    /// Takes its time, and counts.
+    #[derive(Debug)]
+    struct Slow(Arc<AtomicU32>, Duration);
+
+    impl Collector for Slow {
+        fn encode(&self, _: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            std::thread::sleep(self.1);
+            Ok(())
+        }
+    }
+
+    /// H3: scrapes that come together are one rendering, and others leave it half of a CPU.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn scrapes_share_renderings() {
+        let (count, each) = (Arc::new(AtomicU32::new(0)), Duration::from_millis(200));
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(Slow(count.clone(), each)));
+        let exporter = Exporter::of(registry);
+        let scrapes = (0..50).map(|_| exporter.scrape());
+        let texts = futures::future::join_all(scrapes).await;
+        assert!(
+            texts.iter().all(|text| text.as_deref() == Some(&b"# EOF\n"[..])),
+            "{texts:?}"
+        );
+        assert_eq!(count.load(Ordering::Relaxed), 1);
+
+        let begin = Instant::now();
+        for _ in 0..3 {
+            assert!(exporter.scrape().await.is_some());
+        }
+        assert_eq!(count.load(Ordering::Relaxed), 4);
+        assert!(begin.elapsed() >= 6 * each, "{:?}", begin.elapsed());
     }
 }
