@@ -21,9 +21,10 @@ fn times_x(a: u32) -> u32 {
     a >> 1 ^ (POLYNOMIAL & 0u32.wrapping_sub(opaque(a & 1)))
 }
 
-/// `a` times `b`.
+/// `a` times `b`. In the kernel a function that the verifier looks at once ([`crate::balance::Subprogram`]).
+#[cfg_attr(target_arch = "bpf", unsafe(export_name = "crc32c_times"))]
 #[inline(never)]
-fn times(mut a: u32, mut b: u32) -> u32 {
+extern "C" fn times(mut a: u32, mut b: u32) -> u32 {
     let mut product = 0;
     for _ in 0..32 {
         product ^= b & 0u32.wrapping_sub(opaque(a >> 31));

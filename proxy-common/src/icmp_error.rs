@@ -18,7 +18,7 @@
 
 use crate::{
     access::{Access, load_addr, store_addrs},
-    balance::{Maps, Scratch, client_key, collided_bit, may_be_frontend, shared_key, snat_slot},
+    balance::{Maps, Scratch, Subprograms, client_key, collided_bit, may_be_frontend, shared_key, snat_slot},
     checksum::Difference,
     event::Event,
     extension,
@@ -70,7 +70,7 @@ fn is_unreachable<F: Family>(packet: &impl Access, icmp: u32) -> bool {
 
 /// An ICMP error whose path and addresses stand in `scratch.odd`: translated if it is about a translated packet.
 #[inline(always)]
-pub(crate) fn translate<F: Family, M: Maps<F>>(
+pub(crate) fn translate<F: Family, M: Subprograms<F>>(
     maps: &M,
     packet: &impl Access,
     scratch: &mut Scratch<F::Words>,

@@ -6,7 +6,7 @@
 use crate::{
     access::{Access, load_addr, store_addrs},
     address::{self, Stranger},
-    balance::{From, Maps, Outcome, Scratch, arriving_slowly, leaving_slowly},
+    balance::{From, Maps, Outcome, Scratch, Subprograms, arriving_slowly, leaving_slowly},
     checksum::Difference,
     crc32c, echo,
     event::Event,
@@ -59,7 +59,7 @@ pub(crate) struct Odd<A> {
 
 /// A packet that [`crate::packet::parse`] made nothing of.
 #[inline(always)]
-pub fn odd<F: Family, M: Maps<F>>(maps: &M, packet: &impl Access, place: Place) -> Fate {
+pub fn odd<F: Family, M: Subprograms<F>>(maps: &M, packet: &impl Access, place: Place) -> Fate {
     let Some(scratch) = maps.scratch() else {
         return Fate::Pass;
     };
@@ -119,7 +119,7 @@ pub fn headers<F: Family, M: Maps<F>>(maps: &M) -> Option<Headers<F::Words>> {
 
 /// A TCP, UDP or SCTP packet behind extension headers, in a buffer's pages, or in fragments.
 #[inline(always)]
-fn transport<F: Family, M: Maps<F>>(
+fn transport<F: Family, M: Subprograms<F>>(
     maps: &M,
     packet: &impl Access,
     scratch: &mut Scratch<F::Words>,

@@ -15,8 +15,8 @@
 use crate::{
     affinity,
     balance::{
-        Arrival, Entry, From, Maps, Opaque, Outcome, Scratch, affinity_key, client_key, collided_bit, explains,
-        look_up, shared_key, snat_slot,
+        Arrival, Entry, From, Maps, Opaque, Outcome, Scratch, Subprogram, Subprograms, affinity_key, client_key,
+        collided_bit, explains, look_up, shared_key, snat_slot, unconfirmed,
     },
     event::Event,
     family::Family,
@@ -54,9 +54,16 @@ pub(crate) struct Progress {
     found: Opaque,
     /// Offset of one that was not tried.
     second: Opaque,
+    /// Where the search begins, and how many slots were looked at.
+    seed: Opaque,
+    probes: Opaque,
     /// `FLOW_*` bits of a flow to a backend that was silent.
     trial: Opaque,
     flag: Opaque,
+    /// Whether a backend that is silent will do.
+    any: Opaque,
+    /// Whether the refusal at hand is on its way out.
+    leaving: Opaque,
 }
 
 impl Progress {
@@ -144,7 +151,7 @@ pub(crate) enum Again {
 
 /// Whether the packet is a SYN that was sent before and not answered.
 #[inline(always)]
-pub(crate) fn again<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Again {
+pub(crate) fn again<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Again {
     let Arrival { tuple, tcp_flags, .. } = &scratch.arrival;
     if !is_for(tuple.proto, *tcp_flags, 0) || !pending(maps, scratch) {
         return Again::No;
@@ -235,10 +242,16 @@ fn judge<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Ag
 
 /// Leaves the SYN with the backend it has.
 #[inline(never)]
-fn stay<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
-    match entry_of(maps, scratch) {
-        Some(entry) => explains(maps, entry, scratch),
-        None => false,
+fn stay<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
+    let tuple = &scratch.arrival.tuple;
+    if let Some(entry) = maps.new_flow(&scratch.key)
+        && is_pending(&entry.read(), tuple)
+    {
+        return unconfirmed(maps, scratch);
+    }
+    match maps.flow(&scratch.key) {
+        Some(entry) if is_pending(&entry.read(), tuple) => explains(maps, scratch),
+        _ => false,
     }
 }
 
@@ -286,23 +299,20 @@ pub(crate) enum Moved {
 
 /// Finds another backend for a flow that was given up, and gives back what it held. The frontend was looked up.
 #[inline(always)]
-pub(crate) fn move_on<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Moved {
+pub(crate) fn move_on<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Moved {
     let may = scratch.frontend.flags & FRONTEND_NO_RETRY == 0 && scratch.retry.tried().count_ones() < MAX_BACKENDS;
-    if scratch.retry.flag.hide(may) {
-        let found = other(maps, scratch, true);
-        if scratch.retry.flag.hide(found) {
-            release(maps, scratch);
-            take(maps, scratch);
-            maps.count(Event::Retry);
-            return Moved::Yes;
-        }
+    if may && other(maps, scratch, true) {
+        release(maps, scratch);
+        take(maps, scratch);
+        maps.count(Event::Retry);
+        return Moved::Yes;
     }
     if stay(maps, scratch) { Moved::Stays } else { Moved::No }
 }
 
 /// For a first SYN: passes over a backend that is silent now, if there is another.
 #[inline(always)]
-pub(crate) fn avoid_silent<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
+pub(crate) fn avoid_silent<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
     let Arrival { tuple, tcp_flags, .. } = &scratch.arrival;
     if !is_for(tuple.proto, *tcp_flags, scratch.frontend.flags) {
         return;
@@ -320,7 +330,7 @@ pub(crate) fn avoid_silent<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratc
         scratch.retry.tried.set(first);
         let found = other(maps, scratch, false);
         scratch.retry.tried.set(0);
-        if !scratch.retry.flag.hide(found) {
+        if !found {
             return;
         }
     }
@@ -329,48 +339,40 @@ pub(crate) fn avoid_silent<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratc
 
 /// Looks among the frontend's slots for a backend that the connection has not tried and that is not silent; `any`: if there is
 /// none, for one that is.
-#[inline(never)]
-fn other<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>, any: bool) -> bool {
-    const NONE: u32 = u32::MAX;
+#[inline(always)]
+fn other<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>, any: bool) -> bool {
+    scratch.retry.any.set(any.into());
+    maps.call(Subprogram::PickOther, scratch) != 0
+}
+
+/// [`other`] itself.
+#[inline(always)]
+pub(crate) fn other_here<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
     let Scratch {
         arrival: Arrival { tuple, .. },
+        retry,
+        ..
+    } = scratch;
+    // What the first choice was made of, and the tries before, say nothing about this one.
+    let first = hash::flow::<F>(tuple.src, tuple.src_port, tuple.dst, tuple.dst_port, tuple.proto);
+    let seed = hash::mix(u64::from(first) << 32 | u64::from(retry.tried.get())) as u32;
+    retry.seed.set(seed);
+    retry.found.set(NONE);
+    retry.second.set(NONE);
+    retry.offset.set(0);
+    retry.probes.set(0);
+    for _ in 0..PROBES {
+        if maps.call(Subprogram::Probe, scratch) == 0 {
+            return false;
+        }
+    }
+    let Scratch {
         frontend,
         chosen,
         retry,
         ..
     } = scratch;
-    let (tried, count, now) = (retry.tried.get(), frontend.slot_count, maps.affinity_now());
-    // What the first choice was made of, and the tries before, say nothing about this one.
-    let first = hash::flow::<F>(tuple.src, tuple.src_port, tuple.dst, tuple.dst_port, tuple.proto);
-    let seed = hash::mix(u64::from(first) << 32 | u64::from(tried)) as u32;
-    retry.found.set(NONE);
-    retry.second.set(NONE);
-    retry.offset.set(0);
-    for i in 0..PROBES {
-        let next = retry.offset.get().wrapping_add(1);
-        retry.offset.set(if i < ANYWHERE {
-            hash::pick(seed.rotate_left(9 * i), count)
-        } else if next >= count {
-            0
-        } else {
-            next
-        });
-        let Some(slot) = maps.slot(frontend.slot_base.wrapping_add(retry.offset.get())) else {
-            return false;
-        };
-        let Some(backend) = maps.backend(slot.backend) else {
-            return false;
-        };
-        let untried = (tried & bit(slot.backend) == 0) & (count > 1);
-        let answers = untried & !is_silent(&backend.read(), now);
-        if retry.flag.hide(answers) && retry.found.get() == NONE {
-            retry.found.set(retry.offset.get());
-        }
-        if retry.flag.hide(untried) && retry.second.get() == NONE {
-            retry.second.set(retry.offset.get());
-        }
-    }
-    if any && retry.found.get() == NONE {
+    if retry.any.get() != 0 && retry.found.get() == NONE {
         retry.found.set(retry.second.get());
     }
     if retry.found.get() == NONE {
@@ -380,6 +382,41 @@ fn other<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>, any: 
         return false;
     };
     *chosen = slot;
+    true
+}
+
+/// No offset among a frontend's slots.
+const NONE: u32 = u32::MAX;
+
+/// Looks at one slot more; `false` if there is none.
+#[inline(always)]
+pub(crate) fn probe_here<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
+    let Scratch { frontend, retry, .. } = scratch;
+    let (tried, count, i) = (retry.tried.get(), frontend.slot_count, retry.probes.get());
+    retry.probes.set(i + 1);
+    let next = retry.offset.get().wrapping_add(1);
+    let offset = if i < ANYWHERE {
+        hash::pick(retry.seed.get().rotate_left(9 * i), count)
+    } else if next >= count {
+        0
+    } else {
+        next
+    };
+    retry.offset.set(offset);
+    let Some(slot) = maps.slot(frontend.slot_base.wrapping_add(offset)) else {
+        return false;
+    };
+    let Some(backend) = maps.backend(slot.backend) else {
+        return false;
+    };
+    let untried = (tried & bit(slot.backend) == 0) & (count > 1);
+    let answers = untried & !is_silent(&backend.read(), maps.affinity_now());
+    if answers && retry.found.get() == NONE {
+        retry.found.set(offset);
+    }
+    if untried && retry.second.get() == NONE {
+        retry.second.set(offset);
+    }
     true
 }
 
@@ -473,15 +510,27 @@ pub(crate) fn refuses<F: Family, M: Maps<F>>(maps: &M, scratch: &Scratch<F::Word
 /// Whether the client shall not hear the refusal in `scratch.arrival`, because its next SYN finds another backend. `leaving`:
 /// it is on its way out, to the client's address.
 #[inline(always)]
-pub(crate) fn is_held_back<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>, leaving: bool) -> bool {
+pub(crate) fn is_held_back<F: Family, M: Subprograms<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+    leaving: bool,
+) -> bool {
+    scratch.retry.leaving.set(leaving.into());
+    maps.call(Subprogram::HoldBack, scratch) != 0
+}
+
+/// [`is_held_back`] itself.
+#[inline(always)]
+pub(crate) fn hold_back_here<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
+    let leaving = scratch.retry.leaving.get() != 0;
     scratch.reply = scratch.arrival.tuple;
     let held = hold_back(maps, scratch, leaving);
     scratch.arrival.tuple = scratch.reply;
-    scratch.retry.flag.hide(held)
+    held
 }
 
 #[inline(always)]
-fn hold_back<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>, leaving: bool) -> bool {
+fn hold_back<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>, leaving: bool) -> bool {
     let found = find_request(maps, scratch, leaving) && pending(maps, scratch);
     if !scratch.retry.flag.hide(found) {
         return false;
@@ -494,8 +543,7 @@ fn hold_back<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>, l
     if !scratch.retry.flag.hide(may) {
         return false;
     }
-    let left = other(maps, scratch, false);
-    if !scratch.retry.flag.hide(left) {
+    if !other(maps, scratch, false) {
         return false;
     }
     note_refusal(maps, scratch)

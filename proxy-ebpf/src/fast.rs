@@ -30,7 +30,7 @@ use shunt_common::{
 };
 
 use crate::{
-    maps::{Hook, KernelFamily, KernelMaps, bytes, count},
+    maps::{KernelFamily, KernelMaps, Tc, bytes, count},
     tc::{Buffer, ODD, UNDECIDED, arrival, count_traffic, headers, rewrite, translate},
     xdp::{FibLookup, words},
 };
@@ -110,7 +110,7 @@ pub(crate) fn is_on() -> bool {
 #[inline(never)]
 pub(crate) fn decide<F: FastFamily>(ctx: &TcContext, from: From) -> i32 {
     let Some(headers) = headers::<F>(ctx) else { return ODD };
-    let maps = KernelMaps::new(ctx.as_ptr(), Hook::Tc);
+    let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
     let (translation, next) = match established::<F, _>(&maps, &arrival(&headers, from)) {
         Quick::Undecided => return UNDECIDED,
         Quick::Translate(to) => (to, TRANSLATED),
@@ -153,7 +153,7 @@ fn send_translated<F: FastFamily>(ctx: &TcContext) -> i32 {
         return SLOW;
     };
     let to = &scratch.translation;
-    let maps = KernelMaps::new(ctx.as_ptr(), Hook::Tc);
+    let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
     let left = match answering::<F, _>(&maps, &to.tuple, headers.tcp_flags) {
         Quick::Translate(out) => out,
         Quick::Pass => Translation {
@@ -215,7 +215,7 @@ fn send<F: FastFamily>(
     if tagged != 0 {
         return SLOW;
     }
-    let now = Maps::<F>::now(&KernelMaps::new(ctx.as_ptr(), Hook::Tc));
+    let now = Maps::<F>::now(&KernelMaps::<Tc>::new(ctx.as_ptr()));
     // SAFETY: entries are replaced as a whole, and freed after this run only.
     if let Some(way) = unsafe { F::WAYS.get(bytes::<_, F::Addr>(&arrived.dst)) }
         && way.tick == now

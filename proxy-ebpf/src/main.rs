@@ -1,7 +1,7 @@
 //! The BPF programs: where shunt hooks into the kernel. What they decide is `shunt_common::balance`.
 //!
 //! [`socket`] at the cgroup hooks, [`tc`] on pod and node devices with an opt-in [`fast`] path, [`xdp`] on node devices,
-//! [`maps`] for all of them.
+//! [`maps`] for all of them, [`subprograms`] for those that packets pass.
 #![no_std]
 #![no_main]
 // No call of `memset` where a few stores do: BPF has no such function, and ours goes byte by byte.
@@ -15,6 +15,7 @@
 mod fast;
 mod maps;
 mod socket;
+mod subprograms;
 mod tc;
 mod traffic;
 mod xdp;

@@ -5,6 +5,7 @@
 use core::{
     ffi::c_void,
     intrinsics::{AtomicOrdering, atomic_cxchg, atomic_or, atomic_xadd},
+    marker::PhantomData,
     ptr::NonNull,
 };
 
@@ -183,25 +184,62 @@ impl KernelFamily for V6 {
     const INDEX: u32 = 1;
 }
 
-/// Which hook runs, for the counters.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Hook {
-    Socket,
-    Tc,
-    Xdp,
+/// Which hook runs: a type, because a step for one cannot be called with another's context.
+pub(crate) trait Hook {
+    /// The event that counts its new flows.
+    const NEW_FLOW: Event;
+    /// A backend's counter of its new flows.
+    ///
+    /// # Safety
+    /// `state` must lie within a live map value; nothing is read or written.
+    unsafe fn counter(state: *mut BackendState) -> *mut u64;
+}
+
+macro_rules! hooks {
+    ($($(#[$doc:meta])* $hook:ident: $event:ident, $counter:ident;)+) => {
+        $(
+            $(#[$doc])*
+            pub(crate) struct $hook;
+
+            impl Hook for $hook {
+                const NEW_FLOW: Event = Event::$event;
+
+                #[inline(always)]
+                unsafe fn counter(state: *mut BackendState) -> *mut u64 {
+                    // SAFETY: the caller's promise.
+                    unsafe { &raw mut (*state).$counter }
+                }
+            }
+        )+
+    };
+}
+
+hooks! {
+    /// The cgroup hooks.
+    Socket: SocketFlow, socket_flows;
+    /// tc.
+    Tc: TcFlow, tc_flows;
+    /// XDP.
+    Xdp: XdpFlow, xdp_flows;
 }
 
 /// The kernel's maps, as the decision wants them.
-pub(crate) struct KernelMaps {
+pub(crate) struct KernelMaps<H> {
     ctx: *mut c_void,
-    hook: Hook,
+    hook: PhantomData<H>,
 }
 
-impl KernelMaps {
+impl<H: Hook> KernelMaps<H> {
     /// `ctx` is the program's own context.
     #[inline(always)]
-    pub(crate) fn new(ctx: *mut c_void, hook: Hook) -> Self {
-        Self { ctx, hook }
+    pub(crate) fn new(ctx: *mut c_void) -> Self {
+        Self { ctx, hook: PhantomData }
+    }
+
+    /// The program's own context.
+    #[inline(always)]
+    pub(crate) fn context(&self) -> *mut c_void {
+        self.ctx
     }
 }
 
@@ -249,7 +287,7 @@ pub(crate) fn count(event: Event) {
     }
 }
 
-impl<F: KernelFamily> Maps<F> for KernelMaps {
+impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
     #[inline(always)]
     fn config(&self) -> Option<&Config> {
         CONFIG.get(0)
@@ -490,20 +528,10 @@ impl<F: KernelFamily> Maps<F> for KernelMaps {
     #[inline(always)]
     fn count_flow(&self, backend: u32) {
         if let Some(state) = BACKENDS.get_ptr_mut(backend) {
-            // SAFETY: only the fields' addresses are computed.
-            unsafe {
-                add(match self.hook {
-                    Hook::Socket => &raw mut (*state).socket_flows,
-                    Hook::Tc => &raw mut (*state).tc_flows,
-                    Hook::Xdp => &raw mut (*state).xdp_flows,
-                });
-            }
+            // SAFETY: a live map value.
+            add(unsafe { H::counter(state) });
         }
-        count(match self.hook {
-            Hook::Socket => Event::SocketFlow,
-            Hook::Tc => Event::TcFlow,
-            Hook::Xdp => Event::XdpFlow,
-        });
+        count(H::NEW_FLOW);
     }
 
     #[inline(always)]

@@ -24,7 +24,7 @@ use shunt_common::{
     retry,
 };
 
-use crate::maps::{BACKENDS, Hook, KernelFamily, KernelMaps, SENDERS, SOCKETS, count};
+use crate::maps::{BACKENDS, KernelFamily, KernelMaps, SENDERS, SOCKETS, Socket, count};
 
 /// Let the call go on.
 const ALLOW: i32 = 1;
@@ -150,7 +150,7 @@ enum Call {
 // Not an `Option` to leave it alone: LLVM computes with the port that is not there, which the verifier forbids.
 #[inline(always)]
 fn choose<F: Peer>(ctx: &SockAddrContext, addr: F::Words, call: Call) -> Result<(F::Words, u16), ()> {
-    let maps = KernelMaps::new(ctx.as_ptr(), Hook::Socket);
+    let maps = KernelMaps::<Socket>::new(ctx.as_ptr());
     // SAFETY: the context is valid while the program runs.
     let proto = unsafe { (&raw const (*fields(ctx)).protocol).read_volatile() } as u8;
     let port = port(ctx);
@@ -228,7 +228,7 @@ fn choose<F: Peer>(ctx: &SockAddrContext, addr: F::Words, call: Call) -> Result<
 /// device would refuse the datagrams.
 #[inline(never)]
 fn is_refused<F: Peer>(ctx: &SockAddrContext, addr: F::Words, call: Call) -> bool {
-    let maps = KernelMaps::new(ctx.as_ptr(), Hook::Socket);
+    let maps = KernelMaps::<Socket>::new(ctx.as_ptr());
     // SAFETY: the context is valid while the program runs.
     let proto = unsafe { (&raw const (*fields(ctx)).protocol).read_volatile() } as u8;
     let Some(config) = Maps::<F>::config(&maps) else {
@@ -245,7 +245,7 @@ fn is_refused<F: Peer>(ctx: &SockAddrContext, addr: F::Words, call: Call) -> boo
 }
 
 #[inline(always)]
-fn means_this_node<F: Peer>(ctx: &SockAddrContext, maps: &KernelMaps, addr: F::Words) -> bool {
+fn means_this_node<F: Peer>(ctx: &SockAddrContext, maps: &KernelMaps<Socket>, addr: F::Words) -> bool {
     if !F::is_loopback(addr) {
         return Maps::<F>::is_node_addr(maps, &addr);
     }
@@ -256,7 +256,7 @@ fn means_this_node<F: Peer>(ctx: &SockAddrContext, maps: &KernelMaps, addr: F::W
 
 /// Whether the socket is in the node's own network namespace.
 #[inline(always)]
-fn is_host<F: Peer>(ctx: &SockAddrContext, maps: &KernelMaps) -> bool {
+fn is_host<F: Peer>(ctx: &SockAddrContext, maps: &KernelMaps<Socket>) -> bool {
     // SAFETY: the helper takes the program's own context.
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     Maps::<F>::config(maps).is_some_and(|config| config.host_netns == netns)
@@ -273,7 +273,7 @@ fn kept_slot<F: Peer>(ctx: &SockAddrContext, frontend: &Frontend, choice: u32, a
         set: frontend.set,
         netns: [netns as u32, (netns >> 32) as u32],
     };
-    let maps = KernelMaps::new(ctx.as_ptr(), Hook::Socket);
+    let maps = KernelMaps::<Socket>::new(ctx.as_ptr());
     let kept = affinity::slot_index::<F, _>(&maps, &key, frontend, choice, true);
     if !avoids_silent {
         return kept;
@@ -413,7 +413,7 @@ fn show<F: Peer>(ctx: &SockAddrContext, call: Asked) -> i32 {
 /// Whether any backend has the port.
 #[inline(always)]
 fn may_be_backend(ctx: *mut c_void, port: u16) -> bool {
-    Maps::<V4>::filter(&KernelMaps::new(ctx, Hook::Socket), filter::backend_port(port))
+    Maps::<V4>::filter(&KernelMaps::<Socket>::new(ctx), filter::backend_port(port))
 }
 
 /// What a process asks for.

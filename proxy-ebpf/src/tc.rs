@@ -30,7 +30,7 @@ use shunt_common::{
 
 use crate::{
     fast::{self, FastFamily},
-    maps::{Hook, KernelFamily, KernelMaps, count},
+    maps::{KernelFamily, KernelMaps, Tc, count},
     traffic,
 };
 
@@ -210,7 +210,7 @@ fn handle<F: FastFamily>(ctx: &TcContext, place: Place) -> i32 {
         return fast::decide::<F>(ctx, from);
     }
     let Some(headers) = headers::<F>(ctx) else { return ODD };
-    let maps = KernelMaps::new(ctx.as_ptr(), Hook::Tc);
+    let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
     let quick = match place {
         Place::In(from) => established::<F, _>(&maps, &arrival(&headers, from)),
         Place::Out => answering::<F, _>(&maps, &headers.tuple, headers.tcp_flags),
@@ -297,7 +297,7 @@ fn open<F: KernelFamily>(ctx: &TcContext, from: From) -> i32 {
     let Some(headers) = packet::parse::<F>(&Buffer(ctx), ETHERNET) else {
         return TC_ACT_UNSPEC;
     };
-    let maps = KernelMaps::new(ctx.as_ptr(), Hook::Tc);
+    let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
     let Some(scratch) = Maps::<F>::scratch(&maps) else {
         return TC_ACT_UNSPEC;
     };
@@ -317,7 +317,7 @@ fn refusal<F: KernelFamily>(ctx: &TcContext) -> i32 {
     let Some(headers) = packet::parse::<F>(&Buffer(ctx), ETHERNET) else {
         return TC_ACT_UNSPEC;
     };
-    let maps = KernelMaps::new(ctx.as_ptr(), Hook::Tc);
+    let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
     let Some(scratch) = Maps::<F>::scratch(&maps) else {
         return TC_ACT_UNSPEC;
     };
@@ -331,7 +331,7 @@ fn refusal<F: KernelFamily>(ctx: &TcContext) -> i32 {
 /// A packet that is not plain TCP or UDP.
 #[inline(never)]
 fn odd<F: KernelFamily>(ctx: &TcContext, place: Place) -> i32 {
-    let maps = KernelMaps::new(ctx.as_ptr(), Hook::Tc);
+    let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
     match odd::odd::<F, _>(&maps, &Buffer(ctx), place) {
         Fate::Pass => TC_ACT_UNSPEC,
         Fate::Drop => TC_ACT_SHOT,

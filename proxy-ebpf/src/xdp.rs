@@ -23,7 +23,7 @@ use shunt_common::{
 };
 
 use crate::{
-    maps::{Hook, KernelFamily, KernelMaps, count},
+    maps::{KernelFamily, KernelMaps, Xdp, count},
     traffic,
 };
 
@@ -82,7 +82,7 @@ fn node<F: KernelFamily>(ctx: &XdpContext) -> u32 {
     let Some(headers) = packet::parse::<F>(&Frame(ctx), ETHERNET) else {
         return XDP_PASS;
     };
-    let maps = KernelMaps::new(ctx.as_ptr(), Hook::Xdp);
+    let maps = KernelMaps::<Xdp>::new(ctx.as_ptr());
     match established::<F, _>(&maps, &arrival(&headers)) {
         Quick::Pass => XDP_PASS,
         Quick::Translate(to) => translate::<F>(ctx, &headers, &to),
@@ -132,7 +132,7 @@ fn open<F: KernelFamily>(ctx: &XdpContext) -> u32 {
     let Some(headers) = packet::parse::<F>(&Frame(ctx), ETHERNET) else {
         return XDP_PASS;
     };
-    let maps = KernelMaps::new(ctx.as_ptr(), Hook::Xdp);
+    let maps = KernelMaps::<Xdp>::new(ctx.as_ptr());
     let Some(scratch) = Maps::<F>::scratch(&maps) else {
         return XDP_PASS;
     };
@@ -153,7 +153,7 @@ fn deliver<F: KernelFamily>(ctx: &XdpContext) -> u32 {
     let Some(headers) = packet::parse::<F>(&Frame(ctx), ETHERNET) else {
         return XDP_PASS;
     };
-    let maps = KernelMaps::new(ctx.as_ptr(), Hook::Xdp);
+    let maps = KernelMaps::<Xdp>::new(ctx.as_ptr());
     let Some(scratch) = Maps::<F>::scratch(&maps) else {
         return XDP_PASS;
     };

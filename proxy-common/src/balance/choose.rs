@@ -1,6 +1,6 @@
 //! Which frontend a packet or a socket dials, whether it may, and the backend that is chosen for it.
 
-use super::{From, Maps, Outcome, Scratch};
+use super::{From, Maps, Outcome, Scratch, Subprogram, Subprograms};
 use crate::{
     address::{self, Stranger},
     affinity,
@@ -52,8 +52,14 @@ pub fn socket_frontend<F: Family, M: Maps<F>>(
 }
 
 /// Finds the frontend that a packet is for, and whether its source may dial it; left in `scratch`.
-#[inline(never)]
-pub(crate) fn look_up<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
+#[inline(always)]
+pub(crate) fn look_up<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
+    maps.call(Subprogram::LookUp, scratch).into()
+}
+
+/// [`look_up`] itself.
+#[inline(always)]
+pub(super) fn look_up_here<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
     let Some(config) = maps.config() else {
         return Outcome::Pass;
     };
@@ -171,10 +177,8 @@ fn kept_slot<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, frontend:
 /// The packet in `scratch.arrival` has confirmed the flow in `scratch.flow`: its client keeps the backend, if the frontend has
 /// affinity.
 #[inline(never)]
-pub(super) fn keep<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
-    let outcome = look_up(maps, scratch) as u32;
-    scratch.search.flag.set(outcome);
-    if scratch.search.flag.get() != Outcome::Translate as u32 || scratch.frontend.flags & FRONTEND_AFFINITY == 0 {
+pub(super) fn keep<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
+    if look_up(maps, scratch) != Outcome::Translate || scratch.frontend.flags & FRONTEND_AFFINITY == 0 {
         return;
     }
     let key = affinity_key::<F>(&scratch.arrival.tuple, &scratch.frontend);

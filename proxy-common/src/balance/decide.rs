@@ -2,7 +2,7 @@
 //! shares its client's port with another, or it opens one.
 
 use super::{
-    Arrival, Entry, Maps, Outcome, Scratch,
+    Arrival, Entry, Maps, Outcome, Scratch, Subprogram, Subprograms,
     choose::{choose, keep},
     client_key, collided_bit, explains,
     forward::{is_silent, unconfirmed},
@@ -25,7 +25,7 @@ use crate::{
 /// The second half of [`arriving`](super::arriving): a packet towards a possible frontend that no established flow of its
 /// client's side explains.
 #[inline(always)]
-pub fn undecided<F: Family, M: Maps<F>>(
+pub fn undecided<F: Family, M: Subprograms<F>>(
     maps: &M,
     scratch: &mut Scratch<F::Words>,
     arrival: &Arrival<F::Words>,
@@ -35,10 +35,16 @@ pub fn undecided<F: Family, M: Maps<F>>(
 }
 
 /// The steps of [`undecided`].
+#[inline(always)]
+pub(super) fn decide<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
+    maps.call(Subprogram::Decide, scratch).into()
+}
+
+/// [`decide`] itself.
 // Each step is a function of its own that leaves what it found in `scratch`: so its locals share the stack with the
 // other steps' locals, and the verifier walks it once, not once for every way through the step before.
-#[inline(never)]
-pub(super) fn decide<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
+#[inline(always)]
+pub(super) fn decide_here<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
     let orphaned = is_orphaned(maps, scratch);
     if scratch.search.flag.hide(orphaned) {
         maps.count(Event::BackendGone);
@@ -75,7 +81,7 @@ pub(super) enum Step {
 
 /// Looks for the packet's flow, else for a backend.
 #[inline(never)]
-fn find<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Step {
+fn find<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Step {
     if scratch.arrival.tcp_flags & RST != 0 {
         let refused = retry::refuses(maps, scratch);
         if scratch.search.flag.hide(refused) {
@@ -109,13 +115,11 @@ fn find<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Ste
             _ => {}
         }
     }
-    let outcome = look_up(maps, scratch) as u32;
-    scratch.search.flag.set(outcome);
-    match scratch.search.flag.get() {
-        0 => return Step::Pass,
-        1 => {}
-        2 => return Step::Refuse,
-        _ => return Step::Drop,
+    match look_up(maps, scratch) {
+        Outcome::Pass => return Step::Pass,
+        Outcome::Translate => {}
+        Outcome::Refuse => return Step::Refuse,
+        Outcome::Drop | Outcome::Reset => return Step::Drop,
     }
     if scratch.retry.tried() != 0 {
         let moved = retry::move_on(maps, scratch) as u32;
@@ -206,33 +210,18 @@ fn orphan<F: Family, M: Maps<F>>(maps: &M, entry: Entry<'_, Flow<F::Words>>, tup
 
 /// Looks for the flow among those not yet confirmed, and those whose client's port is shared.
 #[inline(never)]
-fn recall<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
+fn recall<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
     scratch.key = client_key::<F>(&scratch.arrival.tuple);
-    if let Some(flow) = maps.new_flow(&scratch.key)
-        && unconfirmed(maps, flow, scratch)
-    {
+    if unconfirmed(maps, scratch) {
         return true;
     }
     // Another CPU may have moved the flow to `flows` since that was looked at. Chosen anew, a connection would be cut in two.
-    if scratch.arrival.tuple.proto != UDP
-        && scratch.arrival.tcp_flags & SYN == 0
-        && let Some(flow) = maps.flow(&scratch.key)
-        && explains(maps, flow, scratch)
-    {
+    if scratch.arrival.tuple.proto != UDP && scratch.arrival.tcp_flags & SYN == 0 && explains(maps, scratch) {
         return true;
     }
     if maps.collided(collided_bit::<F>(&scratch.arrival.tuple)) {
         scratch.key = shared_key::<F>(&scratch.arrival.tuple);
-        if let Some(flow) = maps.flow(&scratch.key)
-            && explains(maps, flow, scratch)
-        {
-            return true;
-        }
-        if let Some(flow) = maps.new_flow(&scratch.key)
-            && unconfirmed(maps, flow, scratch)
-        {
-            return true;
-        }
+        return explains(maps, scratch) || unconfirmed(maps, scratch);
     }
     false
 }

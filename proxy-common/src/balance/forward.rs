@@ -1,7 +1,7 @@
 //! Packets of flows that exist, on their way to the backend.
 
 use super::{
-    Arrival, Counted, Entry, Maps, Quick, Scratch, Translation, client_key, may_be_frontend,
+    Arrival, Counted, Entry, Maps, Quick, Scratch, Subprogram, Subprograms, Translation, client_key, may_be_frontend,
     reply::snat_reply_arriving, snat_slot,
 };
 use crate::{
@@ -55,13 +55,24 @@ pub fn established<F: Family, M: Maps<F>>(maps: &M, arrival: &Arrival<F::Words>)
     }
 }
 
-/// [`forward`] of the flow under the key in `scratch`, with the translation left there.
+/// [`forward`] of the flow in `flows` under the key in `scratch`, with the translation left there.
 #[inline(always)]
-pub(crate) fn explains<F: Family, M: Maps<F>>(
-    maps: &M,
-    entry: Entry<'_, Flow<F::Words>>,
-    scratch: &mut Scratch<F::Words>,
-) -> bool {
+pub(crate) fn explains<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
+    maps.call(Subprogram::Explains, scratch) != 0
+}
+
+/// [`explains`] itself.
+#[inline(always)]
+pub(super) fn explains_here<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
+    match maps.flow(&scratch.key) {
+        Some(entry) => is_of(maps, entry, scratch),
+        None => false,
+    }
+}
+
+/// [`forward`] of a flow, with the translation left in `scratch`.
+#[inline(always)]
+fn is_of<F: Family, M: Maps<F>>(maps: &M, entry: Entry<'_, Flow<F::Words>>, scratch: &mut Scratch<F::Words>) -> bool {
     let Some(config) = maps.config() else { return false };
     match forward(maps, config, &scratch.key, entry, &scratch.arrival) {
         Some(translation) => {
@@ -232,17 +243,23 @@ pub(super) fn is_silent<F: Family, M: Maps<F>>(maps: &M, entry: Entry<'_, Flow<F
     false
 }
 
-/// A packet of a flow in `new_flows` on its way to the backend: moved to `flows` once both sides have spoken.
+/// A packet of the flow in `new_flows` under the key in `scratch`, on its way to the backend: the flow is moved to `flows` once both
+/// sides have spoken.
 #[inline(always)]
-pub(super) fn unconfirmed<F: Family, M: Maps<F>>(
-    maps: &M,
-    entry: Entry<'_, Flow<F::Words>>,
-    scratch: &mut Scratch<F::Words>,
-) -> bool {
+pub(crate) fn unconfirmed<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
+    maps.call(Subprogram::Unconfirmed, scratch) != 0
+}
+
+/// [`unconfirmed`] itself.
+#[inline(always)]
+pub(super) fn unconfirmed_here<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
+    let Some(entry) = maps.new_flow(&scratch.key) else {
+        return false;
+    };
     if scratch.arrival.tuple.proto == UDP && !resumes(maps, &scratch.key, entry) {
         return false;
     }
-    if !explains(maps, entry, scratch) {
+    if !is_of(maps, entry, scratch) {
         return false;
     }
     let Arrival {

@@ -30,6 +30,7 @@ mod reply;
 mod scratch;
 mod slow;
 mod source_port;
+mod subprogram;
 
 pub use self::{
     choose::socket_frontend,
@@ -40,15 +41,16 @@ pub use self::{
     refusal::refused,
     reply::answering,
     scratch::Scratch,
+    subprogram::{Subprogram, Subprograms},
 };
 pub(crate) use self::{
     choose::{affinity_key, look_up, may_be_frontend},
     flow::{client_key, collided_bit, shared_key, snat_slot},
-    forward::explains,
+    forward::{explains, unconfirmed},
     scratch::Opaque,
     slow::{arriving_slowly, leaving_slowly},
 };
-use crate::{family::Family, packet::Tuple};
+use crate::{family::Family, packet::Tuple, retry};
 
 /// Where packets come in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,9 +151,41 @@ pub enum Outcome {
     Reset,
 }
 
+impl core::convert::From<u32> for Outcome {
+    #[inline(always)]
+    fn from(number: u32) -> Self {
+        match number {
+            0 => Self::Pass,
+            1 => Self::Translate,
+            2 => Self::Refuse,
+            3 => Self::Drop,
+            _ => Self::Reset,
+        }
+    }
+}
+
+/// What a [`Subprogram`] does, and the number of what it found: [`Outcome`]s, and 0 or 1 for no or yes.
+#[inline(always)]
+pub fn run<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>, subprogram: Subprogram) -> u32 {
+    match subprogram {
+        Subprogram::Decide => decide::decide_here(maps, scratch) as u32,
+        Subprogram::LookUp => choose::look_up_here(maps, scratch) as u32,
+        Subprogram::TakePort => source_port::take_port_here(maps, scratch).into(),
+        Subprogram::LookAtPort => {
+            source_port::look_here(maps, scratch);
+            0
+        }
+        Subprogram::Explains => forward::explains_here(maps, scratch).into(),
+        Subprogram::Unconfirmed => forward::unconfirmed_here(maps, scratch).into(),
+        Subprogram::Probe => retry::probe_here(maps, scratch).into(),
+        Subprogram::PickOther => retry::other_here(maps, scratch).into(),
+        Subprogram::HoldBack => retry::hold_back_here(maps, scratch).into(),
+    }
+}
+
 /// A packet that arrives at the node through a device.
 #[inline(always)]
-pub fn arriving<F: Family, M: Maps<F>>(maps: &M, arrival: &Arrival<F::Words>) -> Verdict<F::Words> {
+pub fn arriving<F: Family, M: Subprograms<F>>(maps: &M, arrival: &Arrival<F::Words>) -> Verdict<F::Words> {
     match established(maps, arrival) {
         Quick::Pass => Verdict::Pass,
         Quick::Translate(to) => Verdict::Translate(to),
@@ -172,7 +206,7 @@ pub fn arriving<F: Family, M: Maps<F>>(maps: &M, arrival: &Arrival<F::Words>) ->
 
 /// A packet that leaves the node, or goes to one of its pods, through a device.
 #[inline(always)]
-pub fn leaving<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, tcp_flags: u8) -> Verdict<F::Words> {
+pub fn leaving<F: Family, M: Subprograms<F>>(maps: &M, tuple: &Tuple<F::Words>, tcp_flags: u8) -> Verdict<F::Words> {
     match answering(maps, tuple, tcp_flags) {
         Quick::Pass => Verdict::Pass,
         Quick::Translate(to) => Verdict::Translate(to),

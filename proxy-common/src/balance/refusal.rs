@@ -1,11 +1,13 @@
 //! Refusals of SYNs: held back while another backend may answer ([`crate::retry`]), else told to the client.
 
-use super::{Maps, Outcome, Quick, Scratch, decide::Step, reply::snat_reply_arriving, slow::answered_slowly};
+use super::{
+    Maps, Outcome, Quick, Scratch, Subprograms, decide::Step, reply::snat_reply_arriving, slow::answered_slowly,
+};
 use crate::{family::Family, packet::Tuple, retry};
 
 /// [`answering`](super::answering)'s second half: the refusal of a SYN, on its way out.
 #[inline(always)]
-pub fn refused<F: Family, M: Maps<F>>(
+pub fn refused<F: Family, M: Subprograms<F>>(
     maps: &M,
     scratch: &mut Scratch<F::Words>,
     tuple: &Tuple<F::Words>,
@@ -17,7 +19,7 @@ pub fn refused<F: Family, M: Maps<F>>(
 }
 
 #[inline(never)]
-pub(super) fn refuse_leaving<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
+pub(super) fn refuse_leaving<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
     if retry::is_held_back(maps, scratch, true) {
         return Outcome::Drop;
     }
@@ -29,8 +31,8 @@ pub(super) fn refuse_leaving<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scra
 }
 
 /// The refusal of a SYN to a translated source, where it arrives.
-#[inline(never)]
-pub(super) fn refuse_arriving<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
+#[inline(always)]
+pub(super) fn refuse_arriving<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
     if retry::is_held_back(maps, scratch, false) {
         return Outcome::Drop;
     }

@@ -2,7 +2,7 @@
 //! decisions, in less of the stack.
 
 use super::{
-    Maps, Outcome, Quick, Scratch, answering, client_key,
+    Maps, Outcome, Quick, Scratch, Subprograms, answering, client_key,
     decide::{Step, decide},
     explains, may_be_frontend,
     refusal::refuse_leaving,
@@ -18,8 +18,8 @@ use crate::{
 
 /// [`arriving`](super::arriving) of the packet in `scratch.arrival`, for those that are not in a hurry. A translation is left
 /// in `scratch`.
-#[inline(never)]
-pub(crate) fn arriving_slowly<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
+#[inline(always)]
+pub(crate) fn arriving_slowly<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
     let step = established_slowly(maps, scratch) as u32;
     scratch.search.flag.set(step);
     match scratch.search.flag.get() {
@@ -33,7 +33,7 @@ pub(crate) fn arriving_slowly<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scr
 
 /// [`established`](super::established) in the same way. [`Step::Open`]: undecided.
 #[inline(never)]
-fn established_slowly<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Step {
+fn established_slowly<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Step {
     let Some(config) = maps.config() else {
         return Step::Pass;
     };
@@ -58,9 +58,10 @@ fn established_slowly<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::
         };
     }
     scratch.key = client_key::<F>(tuple);
+    let is_syn = scratch.arrival.tcp_flags & SYN != 0;
     if let Some(flow) = maps.flow(&scratch.key)
-        && !(scratch.arrival.tcp_flags & SYN != 0 && retry::is_open(flow.read().state))
-        && explains(maps, flow, scratch)
+        && !(is_syn && retry::is_open(flow.read().state))
+        && explains(maps, scratch)
     {
         return Step::Translate;
     }
@@ -69,7 +70,7 @@ fn established_slowly<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::
 
 /// [`leaving`](super::leaving) in the same way.
 #[inline(always)]
-pub(crate) fn leaving_slowly<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
+pub(crate) fn leaving_slowly<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
     match answered_slowly(maps, scratch) {
         Step::Pass => Outcome::Pass,
         Step::Translate => Outcome::Translate,

@@ -1,6 +1,6 @@
 //! The search for a source port under which the backend sees a translated flow.
 
-use super::{Maps, Opaque, Scratch, client_key};
+use super::{Maps, Opaque, Scratch, Subprogram, Subprograms, client_key};
 use crate::{
     family::Family,
     hash,
@@ -53,11 +53,10 @@ pub(crate) struct Search {
 /// node's [`Timeouts`]. When there is none, that which has been closed, or was not confirmed, for the longest
 /// time, of [`HURRY_TICKS`] at least. Never the port of an open flow.
 #[inline(always)]
-pub(super) fn translate_source<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
+pub(super) fn translate_source<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
     first_port(maps, scratch);
     for round in 1..=ROUNDS {
-        let taken = take_port(maps, scratch);
-        if scratch.search.flag.hide(taken) {
+        if take_port(maps, scratch) {
             return true;
         }
         if round == ROUNDS {
@@ -65,8 +64,7 @@ pub(super) fn translate_source<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Sc
         }
         next_port(maps, scratch);
     }
-    let taken = take_port(maps, scratch);
-    if scratch.search.flag.hide(taken) {
+    if take_port(maps, scratch) {
         return true;
     }
     let Search {
@@ -109,8 +107,14 @@ fn scatter<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
 }
 
 /// Takes the port that the search stands at, if it is the flow's own or free.
-#[inline(never)]
-fn take_port<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
+#[inline(always)]
+fn take_port<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
+    maps.call(Subprogram::TakePort, scratch) != 0
+}
+
+/// [`take_port`] itself.
+#[inline(always)]
+pub(super) fn take_port_here<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
     let Some(config) = maps.config() else { return false };
     let Scratch {
         arrival,
@@ -182,10 +186,10 @@ fn take_port<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -
 
 /// Moves the search to the next port whose slot is the flow's own or free, among [`snat::MAX_TRIES`], or to the last of them.
 #[inline(never)]
-fn next_port<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
+fn next_port<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
     scratch.search.found.set(NO_OFFSET);
     for _ in 0..snat::MAX_TRIES {
-        look(maps, scratch);
+        maps.call(Subprogram::LookAtPort, scratch);
     }
     let search = &mut scratch.search;
     let found = search.found.get();
@@ -196,8 +200,8 @@ fn next_port<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
 
 /// One step of the search, and a look at the slot there. Every flow takes steps of its own length: neighbours in turn would all
 /// search the runs of taken ports that arise long before a large range is full.
-#[inline(never)]
-fn look<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
+#[inline(always)]
+pub(super) fn look_here<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
     let Some(config) = maps.config() else { return };
     let Scratch {
         arrival, flow, search, ..

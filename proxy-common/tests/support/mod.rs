@@ -8,7 +8,7 @@ use std::{
 };
 
 use shunt_common::{
-    balance::{Entry, Maps, Scratch},
+    balance::{Entry, Maps, Scratch, Subprogram, Subprograms, run},
     event::Event,
     family::Family,
     filter,
@@ -287,5 +287,11 @@ impl<F: Family<Words: Hash>> Maps<F> for Node<F> {
     }
     fn epoch(&self) -> u16 {
         self.now.get() as u16
+    }
+}
+
+impl<F: Family<Words: Hash>> Subprograms<F> for Node<F> {
+    fn call(&self, subprogram: Subprogram, scratch: &mut Scratch<F::Words>) -> u32 {
+        run(self, scratch, subprogram)
     }
 }

@@ -36,6 +36,9 @@ const USUAL_BPFFS: &str = "/sys/fs/bpf";
 pub(crate) const MOUNT_SOURCE: &str = "shunt";
 /// One in so many entries of `flows` may be one that waits for its first answer.
 const WAITING_SHARE: u32 = 128;
+/// Maps that hold nothing from one packet to the next. They are not pinned: another build may want more of this memory, and none
+/// needs what is in it.
+const RUN_MEMORY: [&str; 3] = ["scratch4", "scratch6", "fast_work"];
 /// Lines of the verifier's log that an error quotes; the reason is in the last ones.
 const VERIFIER_LINES: usize = 12;
 
@@ -213,12 +216,12 @@ pub fn load(config: &LoadConfig) -> Result<Datapath, LoadError> {
     if let Some(upgrade) = &upgrade {
         upgrade.keep_sizes(&mut capacities).map_err(upgrade_error)?;
     }
-    // Sections like .rodata come as maps too; they belong to this load alone.
+    // Sections like .rodata come as maps too; they belong to this load alone, as does the memory of a run.
     let wanted: BTreeMap<&str, &aya_obj::Map> = object
         .maps
         .iter()
         .map(|(name, map)| (name.as_str(), map))
-        .filter(|(name, _)| !name.starts_with('.'))
+        .filter(|(name, _)| !name.starts_with('.') && !RUN_MEMORY.contains(name))
         .collect();
     if let Some(upgrade) = &mut upgrade {
         let info = |(&name, &map): (&&str, &&aya_obj::Map)| {

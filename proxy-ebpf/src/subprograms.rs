@@ -1,0 +1,99 @@
+//! The decision's [`Subprogram`]s as global functions: one for each hook and family, because a function is verified with
+//! its hook's context, and a family's memory.
+//!
+//! A global function is one that BTF calls so, which the linker says of all that have a name of their own (`no_mangle`). Their
+//! only argument is the context: kernels before 5.13 know no other pointers.
+
+use core::{arch::asm, ffi::c_void};
+
+use aya_ebpf::bindings::{__sk_buff, xdp_md};
+use shunt_common::{
+    balance::{Maps, Scratch, Subprogram, Subprograms, run},
+    family::{V4, V6},
+};
+
+use crate::maps::{Hook, KernelFamily, KernelMaps, Tc, Xdp};
+
+/// A hook that packets pass.
+pub(crate) trait PacketHook: Hook {
+    /// Calls a subprogram of a family.
+    fn call<F: KernelFamily>(ctx: *mut c_void, subprogram: Subprogram) -> u32;
+}
+
+macro_rules! subprograms {
+    ($hook:ident, $context:ty; $($subprogram:ident: $v4:ident, $v6:ident;)+) => {
+        impl PacketHook for $hook {
+            #[inline(always)]
+            fn call<F: KernelFamily>(ctx: *mut c_void, subprogram: Subprogram) -> u32 {
+                match subprogram {
+                    $(Subprogram::$subprogram if F::INDEX == V4::INDEX => $v4(ctx.cast()),
+                    Subprogram::$subprogram => $v6(ctx.cast()),)+
+                }
+            }
+        }
+
+        $(
+            #[unsafe(no_mangle)]
+            #[inline(never)]
+            extern "C" fn $v4(ctx: *mut $context) -> u32 {
+                start::<V4, $hook>(ctx.cast(), Subprogram::$subprogram)
+            }
+
+            #[unsafe(no_mangle)]
+            #[inline(never)]
+            extern "C" fn $v6(ctx: *mut $context) -> u32 {
+                start::<V6, $hook>(ctx.cast(), Subprogram::$subprogram)
+            }
+        )+
+    };
+}
+
+subprograms! {
+    Tc, __sk_buff;
+    Decide: tc_decide4, tc_decide6;
+    LookUp: tc_look_up4, tc_look_up6;
+    TakePort: tc_take_port4, tc_take_port6;
+    LookAtPort: tc_look_at_port4, tc_look_at_port6;
+    Explains: tc_explains4, tc_explains6;
+    Unconfirmed: tc_unconfirmed4, tc_unconfirmed6;
+    Probe: tc_probe4, tc_probe6;
+    PickOther: tc_pick_other4, tc_pick_other6;
+    HoldBack: tc_hold_back4, tc_hold_back6;
+}
+
+subprograms! {
+    Xdp, xdp_md;
+    Decide: xdp_decide4, xdp_decide6;
+    LookUp: xdp_look_up4, xdp_look_up6;
+    TakePort: xdp_take_port4, xdp_take_port6;
+    LookAtPort: xdp_look_at_port4, xdp_look_at_port6;
+    Explains: xdp_explains4, xdp_explains6;
+    Unconfirmed: xdp_unconfirmed4, xdp_unconfirmed6;
+    Probe: xdp_probe4, xdp_probe6;
+    PickOther: xdp_pick_other4, xdp_pick_other6;
+    HoldBack: xdp_hold_back4, xdp_hold_back6;
+}
+
+/// The body of a global function.
+#[inline(always)]
+fn start<F: KernelFamily, H: PacketHook>(ctx: *mut c_void, subprogram: Subprogram) -> u32 {
+    // SAFETY: no instruction. It says that the argument is used, or LLVM would have callers pass none.
+    unsafe { asm!("", in("r1") ctx, options(nostack, preserves_flags)) };
+    let maps = KernelMaps::<H>::new(ctx);
+    match Maps::<F>::scratch(&maps) {
+        Some(scratch) => run::<F, _>(&maps, scratch, subprogram),
+        // A per-CPU array of one entry has it.
+        None => 0,
+    }
+}
+
+impl<F: KernelFamily, H: PacketHook> Subprograms<F> for KernelMaps<H> {
+    #[inline(always)]
+    fn call(&self, subprogram: Subprogram, scratch: &mut Scratch<F::Words>) -> u32 {
+        let scratch = core::ptr::from_mut(scratch);
+        // SAFETY: no instruction. It says that others know where `scratch` is: the subprogram, which asks the map for it and writes
+        // to it.
+        unsafe { asm!("", in("r0") scratch, options(nostack, preserves_flags)) };
+        H::call::<F>(self.context(), subprogram)
+    }
+}
