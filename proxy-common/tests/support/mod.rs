@@ -75,7 +75,8 @@ impl<F: Family<Words: Hash>> Node<F> {
             events: RefCell::default(),
             // SAFETY: all zeros is a value of every field.
             scratch: UnsafeCell::new(unsafe { std::mem::zeroed() }),
-            now: Cell::new(1000),
+            // The first tick there is: the node has just booted.
+            now: Cell::new(1),
         }
     }
 

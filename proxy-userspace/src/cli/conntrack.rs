@@ -158,8 +158,17 @@ impl FlowRow {
 /// # Errors
 /// The kernel's.
 pub fn list(maps: &Maps, filter: &Filter) -> Result<Vec<FlowRow>, MapError> {
-    fn family<F: MapFamily>(maps: &PerFamily<F>, filter: &Filter, rows: &mut Vec<FlowRow>) -> Result<(), MapError> {
-        let now = gc::now();
+    list_at(maps, filter, gc::now())
+}
+
+/// The same at a time in ticks, as [`Flow::last_seen`].
+pub(super) fn list_at(maps: &Maps, filter: &Filter, now: u32) -> Result<Vec<FlowRow>, MapError> {
+    fn family<F: MapFamily>(
+        maps: &PerFamily<F>,
+        filter: &Filter,
+        now: u32,
+        rows: &mut Vec<FlowRow>,
+    ) -> Result<(), MapError> {
         for map in maps.flow_maps() {
             map.for_each_batch(|keys, flows| {
                 let admitted = keys
@@ -173,8 +182,8 @@ pub fn list(maps: &Maps, filter: &Filter) -> Result<Vec<FlowRow>, MapError> {
         Ok(())
     }
     let mut rows = Vec::new();
-    family(&maps.v4, filter, &mut rows)?;
-    family(&maps.v6, filter, &mut rows)?;
+    family(&maps.v4, filter, now, &mut rows)?;
+    family(&maps.v6, filter, now, &mut rows)?;
     rows.sort();
     Ok(rows)
 }
