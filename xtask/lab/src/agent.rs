@@ -513,6 +513,8 @@ impl Drop for Agent {
 ///
 /// When it cannot be mounted.
 pub fn mount_bpffs() -> Result<()> {
+    // Two that find it missing at once would mount one over the other, and hide its pins.
+    let _guard = registry::registry_lock()?;
     let mounts = fs::read_to_string("/proc/self/mounts").context("/proc/self/mounts")?;
     if mounts
         .lines()

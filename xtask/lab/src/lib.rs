@@ -35,4 +35,5 @@ pub use client::{Client, Conn, Many};
 pub use lab::{Cni, Lab, LabBuilder, NODE_LAN_V4, NODE_LAN_V6, PodSpec, Port, Sockets, pod_cidrs};
 pub use netns::NetNs;
 pub use protocol::{Answer, Dial, DialError, Proto, Stage};
+pub use registry::{RUN_VARIABLE, UniqueName};
 pub use worker::has_sctp;

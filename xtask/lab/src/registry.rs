@@ -1,70 +1,103 @@
 //! Which labs exist: one locked file per lab, so that several run side by side and those of killed runs can be told.
+//!
+//! A lab's number is never given again while its process lives: what is dropped late (a namespace that a test still holds) removes
+//! nothing of another lab. A number holds the process's id; another process that has the same id later sweeps first. Files are made,
+//! taken for dead and removed under one lock, so that nobody sees a file that is not locked yet, or locks one that is gone.
 
 use std::{
+    env,
     fs::{self, File},
     io::{ErrorKind, Write},
     path::{Path, PathBuf},
+    process,
+    sync::atomic::{AtomicU32, Ordering},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use rustix::fs::{FlockOperation, flock};
 
 use crate::{agent, cgroup, netns};
 
-/// One file per lab, locked while its owner lives.
-const REGISTRY_DIR: &str = "/run/shunt-lab";
+/// One file per lab, locked while its owner lives. Its text is for readers: the owner's process id and the run of tests it belongs to.
+pub(crate) const REGISTRY_DIR: &str = "/run/shunt-lab";
+/// Serialises making, sweeping and removing the files beside it.
+const LOCK: &str = "lock";
 /// Where BPF objects are pinned.
 pub(crate) const BPFFS: &str = "/sys/fs/bpf";
+/// Names a run of tests to everything that it starts: `cargo xtask test` looks for what the run left.
+pub const RUN_VARIABLE: &str = "SHUNT_TEST_RUN";
+/// What the name of everything that a lab makes begins with.
+const NAME: &str = "shunt-lab";
 
-/// A lab's number; while it is held the number belongs to this process.
+/// A name that nothing else on this machine has, for namespaces, pins and cgroups. What begins with it goes when this is dropped,
+/// and by the next sweep when the process is killed.
 #[derive(Debug)]
-pub(crate) struct LabId {
-    number: u32,
+pub struct UniqueName {
+    /// `PID-COUNT`.
+    number: String,
     path: PathBuf,
     // The lock goes with the descriptor, also when the process is killed.
     _lock: File,
 }
 
-impl LabId {
-    /// Takes the lowest number that no living process has.
-    pub(crate) fn take() -> Result<Self> {
+impl UniqueName {
+    /// Takes a number.
+    ///
+    /// # Errors
+    ///
+    /// When the registry cannot be written: not root.
+    pub fn take() -> Result<Self> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
         let _guard = registry_lock()?;
-        for number in 0.. {
-            let path = Path::new(REGISTRY_DIR).join(number.to_string());
-            let mut file = match File::create_new(&path) {
-                Ok(file) => file,
-                Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-                    let Some(file) = lock_if_dead(&path)? else { continue };
-                    sweep(number);
-                    file.set_len(0).with_context(|| format!("{}", path.display()))?;
-                    file
+        let number = format!("{}-{}", process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let path = Path::new(REGISTRY_DIR).join(&number);
+        let mut file = match File::create_new(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                // Of a dead process that had our id.
+                let file =
+                    lock_if_dead(&path)?.with_context(|| format!("{}: another process has our id", path.display()))?;
+                if !sweep(&number) {
+                    bail!("{}: what a process with our id left cannot be removed", prefix(&number));
                 }
-                Err(error) => return Err(error).with_context(|| format!("{}: cannot create", path.display())),
-            };
-            flock(&file, FlockOperation::NonBlockingLockExclusive)
-                .with_context(|| format!("{}: cannot lock", path.display()))?;
-            // For a reader only: the lock is what counts.
-            let _ = writeln!(file, "{}", std::process::id());
-            return Ok(Self {
-                number,
-                path,
-                _lock: file,
-            });
-        }
-        unreachable!("a machine has fewer than 2^32 labs")
+                file.set_len(0).with_context(|| format!("{}", path.display()))?;
+                file
+            }
+            Err(error) => return Err(error).with_context(|| format!("{}: cannot create", path.display())),
+        };
+        flock(&file, FlockOperation::NonBlockingLockExclusive)
+            .with_context(|| format!("{}: cannot lock", path.display()))?;
+        // For readers only: the lock is what counts.
+        let run = env::var(RUN_VARIABLE).unwrap_or_default();
+        let _ = writeln!(file, "{} {run}", process::id());
+        Ok(Self {
+            number,
+            path,
+            _lock: file,
+        })
     }
 
-    /// The prefix of everything that has a machine-wide name.
-    pub(crate) fn prefix(&self) -> String {
-        prefix(self.number)
+    /// What the name of everything that has a machine-wide name begins with: nothing, or `-` and more, follows.
+    #[must_use]
+    pub fn prefix(&self) -> String {
+        prefix(&self.number)
+    }
+
+    /// The folder for pins of this name, with a word of the caller's own at its end. It is not made.
+    #[must_use]
+    pub fn bpf_root(&self, word: &str) -> PathBuf {
+        Path::new(BPFFS).join(format!("{}-{word}", self.prefix()))
     }
 }
 
-impl Drop for LabId {
+impl Drop for UniqueName {
     fn drop(&mut self) {
-        // The lock is still held, so nobody else can take the number for dead meanwhile.
-        sweep(self.number);
-        let _ = fs::remove_file(&self.path);
+        // The file's lock is still held, so nobody takes this for dead meanwhile. What will not go is left to a later sweep.
+        if sweep(&self.number) {
+            let guard = registry_lock();
+            let _ = fs::remove_file(&self.path);
+            drop(guard);
+        }
     }
 }
 
@@ -76,11 +109,13 @@ pub(crate) fn sweep_stale() -> Result<usize> {
         .with_context(|| REGISTRY_DIR.to_owned())?
         .flatten()
     {
-        let Some(number) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
+        let name = entry.file_name();
+        let Some(number) = name.to_str().filter(|name| *name != LOCK) else {
             continue;
         };
-        if let Some(_lock) = lock_if_dead(&entry.path())? {
-            sweep(number);
+        if let Some(_lock) = lock_if_dead(&entry.path())?
+            && sweep(number)
+        {
             let _ = fs::remove_file(entry.path());
             swept += 1;
         }
@@ -88,16 +123,16 @@ pub(crate) fn sweep_stale() -> Result<usize> {
     Ok(swept)
 }
 
-/// Serialises taking numbers and sweeping between processes.
-fn registry_lock() -> Result<File> {
+/// Serialises taking numbers, sweeping and removing between processes.
+pub(crate) fn registry_lock() -> Result<File> {
     fs::create_dir_all(REGISTRY_DIR).with_context(|| format!("{REGISTRY_DIR}: cannot create (needs root)"))?;
-    let path = Path::new(REGISTRY_DIR).join("lock");
+    let path = Path::new(REGISTRY_DIR).join(LOCK);
     let file = File::create(&path).with_context(|| format!("{}: cannot create", path.display()))?;
     flock(&file, FlockOperation::LockExclusive).with_context(|| format!("{}: cannot lock", path.display()))?;
     Ok(file)
 }
 
-/// The lab's file, locked, if its owner is dead.
+/// The lab's file, locked, if its owner is dead. Only under [`registry_lock`].
 fn lock_if_dead(path: &Path) -> Result<Option<File>> {
     let file = File::options()
         .read(true)
@@ -111,21 +146,25 @@ fn lock_if_dead(path: &Path) -> Result<Option<File>> {
     }
 }
 
-fn prefix(number: u32) -> String {
-    format!("shunt-lab{number}")
+fn prefix(number: &str) -> String {
+    // Files of earlier versions, whose numbers stood without a process id.
+    let dash = if number.contains('-') { "-" } else { "" };
+    format!("{NAME}{dash}{number}")
 }
 
-/// Removes the processes, namespaces, pins and cgroups of one lab.
-fn sweep(number: u32) {
+/// Removes the processes, namespaces, pins and cgroups of one lab; whether nothing is left.
+fn sweep(number: &str) -> bool {
     let prefix = prefix(number);
     let starts = |name: &std::ffi::OsStr| {
         name.to_str()
             .and_then(|name| name.strip_prefix(&prefix))
             .is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
     };
-    if let Ok(root) = cgroup::mount_point() {
-        cgroup::remove(&root.join(&prefix));
+    let cgroup = cgroup::mount_point().map(|root| root.join(&prefix));
+    if let Ok(cgroup) = &cgroup {
+        cgroup::remove(cgroup);
     }
+    let mut left = cgroup.is_ok_and(|cgroup| cgroup.exists());
     for (dir, remove) in [
         (BPFFS, agent::remove_pins as fn(&Path)),
         (netns::NETNS_DIR, netns::remove),
@@ -137,6 +176,8 @@ fn sweep(number: u32) {
             .filter(|entry| starts(&entry.file_name()))
         {
             remove(&entry.path());
+            left |= entry.path().exists();
         }
     }
+    !left
 }

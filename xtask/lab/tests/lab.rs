@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use shunt_lab::{Cni, Dial, Lab, PodSpec, Port, Proto, Sockets, manifests::Manifests};
+use shunt_lab::{Cni, Dial, Lab, PodSpec, Port, Proto, Sockets, UniqueName, manifests::Manifests};
 
 const WEB: Port = Port {
     proto: Proto::Tcp,
@@ -253,7 +253,7 @@ fn hooked_processes_are_in_their_nodes_cgroup_and_others_are_not() {
     assert!(lab.client("client", Sockets::Hooked).is_err());
 }
 
-/// A lab's namespaces and cgroup, by inode: another lab may take its number, and with it the names, once it is gone.
+/// A lab's namespaces and cgroup, by inode.
 fn traces(prefix: &str) -> BTreeSet<u64> {
     let namespaces = fs::read_dir("/run/netns")
         .into_iter()
@@ -336,4 +336,71 @@ fn what_a_killed_run_leaves_is_swept_and_living_labs_are_not() {
         traces(&prefix).is_disjoint(&made),
         "namespaces or cgroup of {prefix} are left"
     );
+}
+
+/// Set for the processes that make and drop labs, and sweep.
+const BUSY_RUN: &str = "SHUNT_LAB_TEST_BUSY_RUN";
+
+/// Six processes make labs and sweep at once, and some of them are killed in the middle of it.
+#[test]
+fn labs_that_begin_and_end_at_once_take_nothing_from_each_other() {
+    const NAME: &str = "labs_that_begin_and_end_at_once_take_nothing_from_each_other";
+    if std::env::var_os(BUSY_RUN).is_some() {
+        let cgroups = shunt_lab::cgroup_mount_point().unwrap();
+        for n in 0..200 {
+            let name = UniqueName::take().unwrap();
+            let cgroup = cgroups.join(name.prefix());
+            fs::create_dir(&cgroup).unwrap();
+            if n % 10 == 0 {
+                Lab::sweep_stale().unwrap();
+            }
+            assert!(cgroup.exists());
+            drop(name);
+        }
+        for _ in 0..3 {
+            let lab = Lab::builder().nodes(&["node-a"]).build().unwrap();
+            println!("\nlab {}", lab.prefix());
+            let held = lab.ns("node-a").unwrap();
+            Lab::sweep_stale().unwrap();
+            // Fabric, a node, an outside host; the node's cgroup.
+            assert_eq!(traces(&lab.prefix()).len(), 4);
+            held.output("ip", &["link", "show", "eth0"]).unwrap();
+            drop(lab);
+            // What is dropped late must not remove what another lab has made.
+            drop(held);
+        }
+        return;
+    }
+    let start = || {
+        let mut command = Command::new("/proc/self/exe");
+        command.args(["--exact", "--nocapture", NAME]).env(BUSY_RUN, "1");
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let busy: Vec<_> = (0..4).map(|_| start()).collect();
+    let killed: Vec<_> = [30, 120]
+        .into_iter()
+        .map(|delay| {
+            let mut child = start();
+            thread::sleep(Duration::from_millis(delay));
+            child.kill().unwrap();
+            child
+        })
+        .collect();
+    for child in busy {
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+    let killed: Vec<String> = killed
+        .into_iter()
+        .flat_map(|child| {
+            let output = child.wait_with_output().unwrap();
+            let text = String::from_utf8_lossy(&output.stdout).into_owned();
+            let names = text.lines().filter_map(|line| line.strip_prefix("lab "));
+            names.map(str::to_owned).collect::<Vec<_>>()
+        })
+        .collect();
+    Lab::sweep_stale().unwrap();
+    for prefix in killed {
+        assert!(traces(&prefix).is_empty(), "{prefix} is left");
+    }
 }

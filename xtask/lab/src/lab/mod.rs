@@ -15,7 +15,7 @@ use crate::{
     cgroup,
     client::{self, Client},
     netns::NetNs,
-    registry::{self, LabId},
+    registry::{self, UniqueName},
 };
 
 mod nodes;
@@ -76,7 +76,7 @@ pub struct Lab {
     settings: LabBuilder,
     cgroup: PathBuf,
     // Last: dropping it ends processes and removes namespaces, pins and cgroups that are left.
-    id: LabId,
+    id: UniqueName,
 }
 
 /// The pod CIDRs of the node with this index: `10.44.0.0/24`, `fd44:0:0:a::/64` for the first.
@@ -132,7 +132,7 @@ impl Lab {
             settings.nodes.len()
         );
         let root = cgroup::mount_point()?;
-        let id = LabId::take()?;
+        let id = UniqueName::take()?;
         let cgroup = root.join(id.prefix());
         let fabric = NetNs::create(&format!("{}-fabric", id.prefix()))?;
         let lab = Self {
