@@ -7,7 +7,6 @@ use std::{
     net::IpAddr,
     path::{Path, PathBuf},
     process::Command,
-    sync::atomic::{AtomicU32, Ordering},
     time::{Duration, Instant},
 };
 
@@ -27,21 +26,19 @@ use shunt::{
     },
 };
 use shunt_common::layout::{Frontend, FrontendKey, SCOPE_INTERNAL, TCP};
+use shunt_lab::UniqueName;
 
 /// A bpf-root and a cgroup that nobody else has, removed with everything in them when the test ends in whatever way.
 struct Place {
     bpf_root: PathBuf,
     cgroup: PathBuf,
+    _unique: UniqueName,
 }
 
 impl Place {
     fn new() -> Self {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let name = format!(
-            "shunt-test-{}-{}",
-            std::process::id(),
-            COUNT.fetch_add(1, Ordering::Relaxed)
-        );
+        let unique = UniqueName::take().unwrap();
+        let name = unique.prefix();
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
         let cgroup_root = mounts
             .lines()
@@ -54,6 +51,7 @@ impl Place {
         Self {
             bpf_root: Path::new("/sys/fs/bpf").join(name),
             cgroup,
+            _unique: unique,
         }
     }
 

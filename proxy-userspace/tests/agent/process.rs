@@ -10,13 +10,13 @@ use std::{
     os::fd::AsRawFd,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
-    sync::atomic::{AtomicU32, Ordering},
     thread,
     time::{Duration, Instant},
 };
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
+use shunt_lab::UniqueName;
 
 const SHUNT: &str = env!("CARGO_BIN_EXE_shunt");
 /// Longest wait for anything that takes milliseconds.
@@ -28,6 +28,8 @@ struct Node {
     cgroup: PathBuf,
     bpf_root: PathBuf,
     manifests: tempfile::TempDir,
+    /// Last: whatever has its name goes with it.
+    _unique: UniqueName,
 }
 
 fn sh(script: &str) {
@@ -41,18 +43,15 @@ fn sh(script: &str) {
 
 impl Node {
     fn new() -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!(
-            "shunt-agent-{}-{}",
-            std::process::id(),
-            NEXT.fetch_add(1, Ordering::Relaxed)
-        );
+        let unique = UniqueName::take().unwrap();
+        let name = unique.prefix();
         let cgroup2 = shunt::datapath::cgroup::default_root();
         let node = Self {
             cgroup: cgroup2.join(&name),
             bpf_root: Path::new("/sys/fs/bpf").join(&name),
             manifests: tempfile::tempdir().unwrap(),
             name,
+            _unique: unique,
         };
         fs::create_dir(&node.cgroup).expect("root and cgroup2");
         sh(&format!(

@@ -5,7 +5,6 @@ use std::{
     io,
     os::fd::{AsRawFd, BorrowedFd},
     path::PathBuf,
-    process,
     sync::Arc,
 };
 
@@ -23,6 +22,7 @@ use shunt::{
     },
 };
 use shunt_common::layout::FRONTEND_AFFINITY;
+use shunt_lab::UniqueName;
 
 /// A client outside of the cluster.
 pub(crate) const CLIENT: [&str; 2] = ["203.0.113.10", "2001:db8:113::10"];
@@ -50,12 +50,8 @@ pub(crate) struct Loaded {
     syncer: RefCell<Syncer>,
     /// Where everything is pinned.
     pub(crate) root: PathBuf,
-}
-
-impl Drop for Loaded {
-    fn drop(&mut self) {
-        shunt_lab::remove_pins(&self.root);
-    }
+    /// Last: its pins go with it.
+    _unique: UniqueName,
 }
 
 impl Loaded {
@@ -65,7 +61,8 @@ impl Loaded {
 
     /// The same with other settings.
     pub(crate) fn with(name: &str, set: impl FnOnce(&mut LoadConfig)) -> Self {
-        let root = PathBuf::from(format!("/sys/fs/bpf/shunt-packets-{}-{name}", process::id()));
+        let unique = UniqueName::take().unwrap();
+        let root = unique.bpf_root(name);
         let capacities = Capacities {
             flows: 1024,
             new_flows: 1024,
@@ -100,6 +97,7 @@ impl Loaded {
             datapath,
             syncer: RefCell::new(Syncer::new(maps).unwrap()),
             root,
+            _unique: unique,
         };
         loaded.serve(true);
         loaded.serve_kept(1);

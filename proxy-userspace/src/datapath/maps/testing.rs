@@ -1,11 +1,10 @@
 //! Real maps in a bpf root of their own, for the tests of everything above them.
 
-use std::sync::atomic::{AtomicU32, Ordering};
-
 use shunt_common::{
     event::MAX_EVENTS,
     layout::{CLIENT_WORDS, COLLIDED_WORDS, FILTER_WORDS},
 };
+use shunt_lab::UniqueName;
 
 use super::*;
 use crate::datapath::bpf;
@@ -31,15 +30,17 @@ impl Default for Capacities {
 }
 
 /// A bpf root that removes itself.
-pub(crate) struct Root(pub(crate) PathBuf);
+pub(crate) struct Root(
+    pub(crate) PathBuf,
+    #[expect(dead_code, reason = "held for its name")] UniqueName,
+);
 
 impl Root {
     pub(crate) fn new(capacities: Capacities) -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let root = PathBuf::from(format!("/sys/fs/bpf/shunt-test-{}-{number}", std::process::id()));
+        let name = UniqueName::take().expect("root");
+        let root = name.bpf_root("maps");
         fs::create_dir_all(maps_dir(&root)).expect("a bpf file system at /sys/fs/bpf and root");
-        let this = Self(root);
+        let this = Self(root, name);
         this.family::<V4>(capacities);
         this.family::<V6>(capacities);
         use map::types::{ARRAY, HASH, PERCPU_ARRAY, PERCPU_HASH};
