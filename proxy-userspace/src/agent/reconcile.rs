@@ -68,7 +68,10 @@ impl Agent {
     pub(super) async fn take(&mut self, batch: Vec<Event>) -> anyhow::Result<bool> {
         let mut completes = false;
         let mut node_changes = false;
-        for event in batch {
+        for mut event in batch {
+            if let (false, Event::Service(service)) = (self.settings.external_ips, &mut event) {
+                service.external_ips.clear();
+            }
             completes |= event == Event::Complete;
             node_changes |= matches!(event, Event::Node(_));
             self.pending.extend(self.model.apply(event));
@@ -179,9 +182,10 @@ impl Agent {
         }
         let policy =
             NodePortAddresses::parse(&self.settings.nodeport_addresses, &addresses).map_err(anyhow::Error::msg)?;
+        // Health checks are answered where node ports are.
+        self.checks.admit(policy.clone());
         let (admitted, _) = netns::watch_addresses(policy).context("cannot follow this node's addresses")?;
         node::set_addresses(&maps, &admitted.borrow())?;
-        self.admit_health_checks(&admitted.borrow());
 
         // The old watcher changes the same links; it must be gone before another begins.
         if let Some(mut old) = self.live.take() {
@@ -230,16 +234,9 @@ impl Agent {
         }
     }
 
-    /// Health checks are answered where node ports are, but on loopback addresses too when nothing is said.
-    fn admit_health_checks(&self, admitted: &BTreeSet<IpAddr>) {
-        let restricted = !self.settings.nodeport_addresses.is_empty();
-        self.checks.admit(restricted.then(|| admitted.clone()));
-    }
-
     pub(super) fn write_addresses(&mut self) {
         let Some(live) = &mut self.live else { return };
         let addresses = live.admitted.borrow_and_update().clone();
-        self.admit_health_checks(&addresses);
         match node::set_addresses(self.syncer.maps(), &addresses) {
             Ok(n) => debug!("node ports answer on {addresses:?}: {n} written"),
             Err(error) => warn!("{error}; {} can admit fewer", settings::NODEPORT_ADDRESSES),
