@@ -92,7 +92,7 @@ impl Agent {
             freed |= self.prune();
         }
         if first || node_changes {
-            self.follow_node().await?;
+            self.follow_node(false).await?;
         }
         Ok(freed)
     }
@@ -162,22 +162,28 @@ impl Agent {
         }
     }
 
-    /// Writes this node's addresses into the configuration and (again) attaches to its devices, when they have changed.
-    pub(super) async fn follow_node(&mut self) -> anyhow::Result<()> {
+    /// Writes the settings and this node's addresses into the configuration that the programs read.
+    pub(super) fn write_config(&self, addresses: &[IpAddr]) -> anyhow::Result<bool> {
+        let maps = self.syncer.maps();
+        let settings = this_node::settings(&self.settings, addresses);
+        let mut config = node::config(&settings, maps.v4.snat.capacity())?;
+        self.syncer.cover(&mut config);
+        Ok(maps.set_config(&config)?)
+    }
+
+    /// Writes this node's addresses into the configuration and (again) attaches to its devices, when they have changed, or
+    /// `settings_change`.
+    pub(super) async fn follow_node(&mut self, settings_change: bool) -> anyhow::Result<()> {
         let addresses = this_node::addresses(&self.settings, self.model.node())?;
-        if self.live.as_ref().is_some_and(|live| live.addresses == addresses) {
+        let same = |live: &Live| live.addresses == addresses;
+        if !settings_change && self.live.as_ref().is_some_and(same) {
             return Ok(());
         }
         if addresses.is_empty() {
             warn!("this node has no address: translated packets have no source; give --node-ip");
         }
         let maps = self.syncer.maps().clone();
-        let mut config = node::config(
-            &this_node::settings(&self.settings, &addresses),
-            maps.v4.snat.capacity(),
-        )?;
-        self.syncer.cover(&mut config);
-        if maps.set_config(&config)? {
+        if self.write_config(&addresses)? {
             info!("node addresses: {addresses:?}");
         }
         let policy =

@@ -16,7 +16,7 @@ pub fn run(mut args: RunArgs) -> anyhow::Result<()> {
     let dump = args.dump_config;
     let write_to = args.kube_proxy.write_config_to.take();
     let (cleanup, init_only) = (args.kube_proxy.cleanup, args.kube_proxy.init_only);
-    let (settings, warnings) = args.settings()?;
+    let (settings, warnings) = args.clone().settings()?;
     logging::init(settings.logging);
     for warning in warnings {
         warn!("{warning}");
@@ -36,5 +36,5 @@ pub fn run(mut args: RunArgs) -> anyhow::Result<()> {
         info!("--init-only: there is nothing that has to be prepared");
         return Ok(());
     }
-    agent::run(settings)
+    agent::run(settings, args)
 }

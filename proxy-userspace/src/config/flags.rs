@@ -1,7 +1,11 @@
 //! The flags of `shunt run`. None has a default here, so that what is not given leaves a file's word alone; `--help` tells
 //! those of [`Settings`].
 
-use std::{net::IpAddr, path::PathBuf, time::Duration};
+use std::{
+    net::IpAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use clap::{Args, ValueEnum};
 use ipnet::IpNet;
@@ -19,7 +23,7 @@ use crate::datapath::{attach::XdpMode, netns::NodePortAddresses};
 #[command(args_override_self = true)]
 pub struct RunArgs {
     /// A file of YAML with a KubeProxyConfiguration (kubeproxy.config.k8s.io/v1alpha1) as clusters have it, a
-    /// ShuntConfiguration (shunt.dev/v1alpha1), or both; flags stand over it.
+    /// ShuntConfiguration (shunt.dev/v1alpha1), or both; flags stand over it. Changes are followed: what can change live does.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Print what flags, file and defaults come to, as such a file, and exit.
@@ -181,6 +185,11 @@ enum Switch {
 }
 
 impl RunArgs {
+    /// The file of `--config`.
+    pub fn config_file(&self) -> Option<&Path> {
+        self.config.as_deref()
+    }
+
     /// What the agent is to do, and warnings about the file, one line each.
     ///
     /// # Errors

@@ -17,6 +17,7 @@ use crate::{
     sync::node::SNAT_PORTS,
 };
 
+mod changes;
 pub mod conntrack;
 mod file;
 pub mod flags;
@@ -26,6 +27,7 @@ mod own;
 mod review;
 mod values;
 
+pub use changes::Changes;
 pub use values::PortRange;
 
 /// Where everything is pinned unless said otherwise.

@@ -3,4 +3,5 @@
 mod attach;
 mod kube_proxy;
 mod process;
+mod reload;
 mod servers;
