@@ -37,6 +37,7 @@ impl Settings {
             cluster_cidrs,
             nodeport_addresses,
             localhost_node_ports,
+            external_ips,
             retry_silence,
             snat_ports,
             conntrack,
@@ -44,6 +45,7 @@ impl Settings {
             healthz_bind_address,
             metrics_bind_address,
             bind_address_hard_fail,
+            logging,
         } = self;
         let live = [
             ("bindAddress", *bind_address != new.bind_address),
@@ -84,6 +86,8 @@ impl Settings {
                 "serviceNodePortRange",
                 *service_node_port_range != new.service_node_port_range,
             ),
+            ("externalIPs", *external_ips != new.external_ips),
+            ("logging", *logging != new.logging),
             // Open flows hold ports of the old range by their place in it.
             ("snatPorts", *snat_ports != new.snat_ports),
             ("capacities", *capacities != new.capacities),
