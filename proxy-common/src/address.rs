@@ -17,7 +17,7 @@ use crate::{
 /// What becomes of a packet that no frontend takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
-pub enum Stranger {
+pub enum Unmatched {
     /// It is not for a Service.
     Pass,
     /// Nobody has the port.
@@ -36,49 +36,49 @@ pub fn may_be_service<F: Family>(config: &Config, dst: F::Words) -> bool {
 
 /// Judges a TCP, UDP or SCTP packet, or a socket's call, to an address that [`may_be_service`], and a port that no frontend has.
 #[inline(never)]
-pub fn unknown_port<F: Family, M: Maps<F>>(maps: &M, dst: F::Words) -> Stranger {
+pub fn unknown_port<F: Family, M: Maps<F>>(maps: &M, dst: F::Words) -> Unmatched {
     let verdict = judge(maps, dst);
     match verdict {
-        Stranger::Pass => {}
-        Stranger::Refuse => maps.count(Event::UnknownPort),
-        Stranger::Drop => maps.count(Event::UnknownAddress),
+        Unmatched::Pass => {}
+        Unmatched::Refuse => maps.count(Event::UnknownPort),
+        Unmatched::Drop => maps.count(Event::UnknownAddress),
     }
     verdict
 }
 
 /// The same for a packet of another protocol, which no socket behind a Service could take.
 #[inline(never)]
-pub fn unknown_protocol<F: Family, M: Maps<F>>(maps: &M, dst: F::Words) -> Stranger {
+pub fn unknown_protocol<F: Family, M: Maps<F>>(maps: &M, dst: F::Words) -> Unmatched {
     match judge(maps, dst) {
-        Stranger::Pass => Stranger::Pass,
-        Stranger::Refuse | Stranger::Drop => {
+        Unmatched::Pass => Unmatched::Pass,
+        Unmatched::Refuse | Unmatched::Drop => {
             maps.count(Event::UnknownAddress);
-            Stranger::Drop
+            Unmatched::Drop
         }
     }
 }
 
 #[inline(always)]
-fn judge<F: Family, M: Maps<F>>(maps: &M, dst: F::Words) -> Stranger {
+fn judge<F: Family, M: Maps<F>>(maps: &M, dst: F::Words) -> Unmatched {
     let Some(config) = maps.config() else {
-        return Stranger::Pass;
+        return Unmatched::Pass;
     };
     if !may_be_service::<F>(config, dst) {
-        return Stranger::Pass;
+        return Unmatched::Pass;
     }
     let flags = maps.address(&dst);
     let is_cluster_ip = flags & ADDRESS_CLUSTER_IP != 0;
     if !is_cluster_ip && (flags != 0 || !in_service_range::<F>(config, dst)) {
-        return Stranger::Pass;
+        return Unmatched::Pass;
     }
     // A mistake in a Service must not cut a node off.
     if maps.is_node_addr(&dst) || F::words(F::config(config).node) == dst {
-        return Stranger::Pass;
+        return Unmatched::Pass;
     }
     if is_cluster_ip {
-        Stranger::Refuse
+        Unmatched::Refuse
     } else {
-        Stranger::Drop
+        Unmatched::Drop
     }
 }
 

@@ -2,9 +2,9 @@
 //!
 //! The crate is `no_std` and has no dependency in the kernel, so the same source is unit-tested on the host and runs
 //! as BPF. Read it in this order: [`family`] (addresses), [`layout`] (what is in the maps), [`filter`] (how a packet
-//! that is nobody's Service traffic is let go cheaply), [`hash`], [`maglev`] and [`affinity`] (which backend), [`balance`]
-//! (the decision itself), [`packet`] (headers in, headers out), [`odd`] (packets that are not plain), [`event`] (what is
-//! counted).
+//! that is nobody's Service traffic is let go cheaply), [`hash`], [`maglev`] and [`affinity`] (which backend), [`verdict`]
+//! (what can become of a packet), [`balance`] (the decision itself), [`failover`] (backends that do not answer), [`packet`]
+//! (headers in, headers out), [`slow_path`] (packets that are not plain), [`event`] (what is counted).
 #![no_std]
 
 #[cfg(any(feature = "user", test))]
@@ -18,21 +18,19 @@ pub mod affinity;
 pub mod balance;
 pub mod checksum;
 pub mod crc32c;
-pub mod echo;
 pub mod event;
 pub mod extension;
+pub mod failover;
 pub mod family;
 pub mod filter;
-pub mod fragment;
 pub mod hash;
 pub mod icmp;
-pub mod icmp_error;
 pub mod layout;
 #[cfg(any(feature = "user", test))]
 pub mod maglev;
-pub mod odd;
 pub mod packet;
 pub mod reset;
-pub mod retry;
+pub mod slow_path;
 pub mod snat;
 pub mod timeouts;
+pub mod verdict;

@@ -4,38 +4,45 @@ use std::{collections::HashSet, hash::Hash};
 
 use proptest::prelude::*;
 use shunt_common::{
-    balance::{Arrival, From, Translation, Verdict, arriving, leaving},
+    balance::{arriving, leaving},
     event::Event,
     family::{Family, V4, V6},
     layout::*,
     packet::{ACK, FIN, RST, SYN, Tuple},
+    verdict::{Arrival, Origin, Translation, Verdict},
 };
 
 use crate::support::Node;
 
 #[path = "balance/affinity.rs"]
 mod affinity;
+#[path = "balance/failover.rs"]
+mod failover;
 #[path = "balance/reset.rs"]
 mod reset;
-#[path = "balance/retry.rs"]
-mod retry;
 mod support;
 
 impl<F: Family<Words: Hash>> Node<F> {
-    fn arrive(&self, tuple: Tuple<F::Words>, tcp_flags: u8, from: From, sends_on: bool) -> Verdict<F::Words> {
+    fn arrive(
+        &self,
+        tuple: Tuple<F::Words>,
+        tcp_flags: u8,
+        origin: Origin,
+        sends_on: bool,
+    ) -> Verdict<Translation<F::Words>> {
         arriving::<F, _>(
             self,
             &Arrival {
                 tuple,
                 tcp_flags,
-                from,
+                origin,
                 sends_on,
             },
         )
     }
 
-    fn translated(&self, tuple: Tuple<F::Words>, flags: u8, from: From, sends_on: bool) -> Translation<F::Words> {
-        match self.arrive(tuple, flags, from, sends_on) {
+    fn translated(&self, tuple: Tuple<F::Words>, flags: u8, origin: Origin, sends_on: bool) -> Translation<F::Words> {
+        match self.arrive(tuple, flags, origin, sends_on) {
             Verdict::Translate(translation) => translation,
             other => panic!("{tuple:?} got {other:?}"),
         }
@@ -101,17 +108,17 @@ const LOCAL: (u32, u16, bool) = (u32::from_ne_bytes([10, 44, 0, 7]), 8080, true)
 fn a_flow_is_confirmed_by_both_sides_and_then_moves() {
     let node = node(&[REMOTE]);
     let dialled = to(CLIENT, 40_000, ip(10, 96, 0, 1), 80);
-    let sent = node.translated(dialled, SYN, From::Pod, false).tuple;
+    let sent = node.translated(dialled, SYN, Origin::Pod, false).tuple;
     assert_eq!(sent, to(CLIENT, 40_000, REMOTE.0, 8080));
     assert_eq!((node.new_flows.borrow().len(), node.flows.borrow().len()), (1, 0));
     assert_eq!(
-        node.translated(dialled, SYN, From::Pod, false).tuple,
+        node.translated(dialled, SYN, Origin::Pod, false).tuple,
         sent,
         "a retransmitted SYN"
     );
     assert_eq!(node.flows.borrow().len(), 0, "one side's packets confirm nothing");
     assert_eq!(node.leave(back(sent), SYN | ACK), back(dialled));
-    assert_eq!(node.translated(dialled, ACK, From::Pod, false).tuple, sent);
+    assert_eq!(node.translated(dialled, ACK, Origin::Pod, false).tuple, sent);
     assert_eq!((node.new_flows.borrow().len(), node.flows.borrow().len()), (0, 1));
 }
 
@@ -122,33 +129,33 @@ fn few_unanswered_flows_stand_among_the_open_ones() {
     node.most_waiting.set(2);
     let tables = || (node.new_flows.borrow().len(), node.flows.borrow().len());
     let dialled = to(CLIENT, 40_000, ip(10, 96, 0, 1), 80);
-    let sent = node.translated(dialled, SYN, From::Pod, false).tuple;
+    let sent = node.translated(dialled, SYN, Origin::Pod, false).tuple;
     assert_eq!((tables(), node.waiting.get()), ((0, 1), 1));
     assert_eq!(
-        node.translated(dialled, SYN, From::Pod, false).tuple,
+        node.translated(dialled, SYN, Origin::Pod, false).tuple,
         sent,
         "sent again"
     );
     assert_eq!((tables(), node.waiting.get()), ((0, 1), 1));
     assert_eq!(node.leave(back(sent), SYN | ACK), back(dialled));
     for flags in [SYN, RST, RST | ACK] {
-        node.translated(dialled, flags, From::Pod, false);
+        node.translated(dialled, flags, Origin::Pod, false);
         assert_eq!((tables(), node.waiting.get()), ((0, 1), 1), "answered");
     }
     for _ in 0..2 {
-        node.translated(dialled, ACK, From::Pod, false);
+        node.translated(dialled, ACK, Origin::Pod, false);
         assert_eq!((tables(), node.waiting.get()), ((0, 1), 0), "confirmed once");
     }
     for n in 1..=100 {
         let dialled = to(CLIENT, 40_000 + n, ip(10, 96, 0, 1), 80);
-        let sent = node.translated(dialled, SYN, From::Pod, false).tuple;
+        let sent = node.translated(dialled, SYN, Origin::Pod, false).tuple;
         assert_eq!(node.leave(back(sent), SYN | ACK), back(dialled));
     }
     assert_eq!((tables(), node.waiting.get()), ((98, 3), 2));
     // One whose source is translated is answered elsewhere.
     node.most_waiting.set(1000);
     let dialled = to(ip(203, 0, 113, 1), 40_000, ip(10, 96, 0, 1), 80);
-    node.translated(dialled, SYN, From::Network, true);
+    node.translated(dialled, SYN, Origin::Network, true);
     assert_eq!((tables(), node.waiting.get()), ((99, 3), 2));
 }
 
@@ -178,7 +185,7 @@ fn a_client_keeps_its_backend_until_it_is_idle_for_the_time_out() {
     let node = node_with_affinity(8);
     let backend = |client, port: u16, frontend| {
         let dialled = to(client, port, ip(10, 96, 0, frontend), 80);
-        node.translated(dialled, SYN, From::Pod, false).tuple.dst
+        node.translated(dialled, SYN, Origin::Pod, false).tuple.dst
     };
     let first = backend(CLIENT, 40_000, 1);
     for port in 1..50 {
@@ -211,7 +218,7 @@ fn a_kept_backend_must_still_be_eligible() {
             ip(10, 96, 0, 1),
             80,
         );
-        node.translated(dialled, SYN, From::Pod, false).tuple.dst
+        node.translated(dialled, SYN, Origin::Pod, false).tuple.dst
     };
     let before: Vec<_> = (1..100).map(backend).collect();
     // Backends 3 to 8 stay, at other places among the slots.
@@ -234,7 +241,7 @@ fn nodes_agree_on_the_backend_of_an_outside_client() {
     for n in 1..100 {
         let chosen = [0, 1].map(|i: usize| {
             let dialled = to(ip(203, 0, 113, n), 40_000 + i as u16, ip(10, 96, 0, 1 + i as u8), 80);
-            nodes[i].translated(dialled, SYN, From::Network, false).tuple.dst
+            nodes[i].translated(dialled, SYN, Origin::Network, false).tuple.dst
         });
         assert_eq!(chosen[0], chosen[1], "client {n}");
     }
@@ -257,9 +264,9 @@ fn source_ranges_let_in_who_is_in_them() {
     };
     node.source_ranges.borrow_mut().insert(range);
     let dialled = |client| to(client, 40_000, ip(10, 96, 0, 1), 80);
-    node.translated(dialled(CLIENT), SYN, From::Pod, false);
+    node.translated(dialled(CLIENT), SYN, Origin::Pod, false);
     let other = dialled(ip(10, 44, 0, 6));
-    assert_eq!(node.arrive(other, SYN, From::Pod, false), Verdict::Drop);
+    assert_eq!(node.arrive(other, SYN, Origin::Pod, false), Verdict::Drop);
     assert_eq!(*node.events.borrow(), [Event::SourceDenied]);
 }
 
@@ -267,7 +274,7 @@ fn source_ranges_let_in_who_is_in_them() {
 fn what_is_nobodys_passes() {
     let node = node(&[REMOTE]);
     let tuple = to(CLIENT, 40_000, ip(1, 1, 1, 1), 80);
-    assert_eq!(node.arrive(tuple, SYN, From::Pod, false), Verdict::Pass);
+    assert_eq!(node.arrive(tuple, SYN, Origin::Pod, false), Verdict::Pass);
     assert_eq!(node.leave(back(tuple), ACK), back(tuple));
 }
 
@@ -275,7 +282,7 @@ fn what_is_nobodys_passes() {
 fn nobody_behind_it_is_refused_and_counted() {
     let node = node(&[]);
     assert_eq!(
-        node.arrive(to(CLIENT, 40_000, ip(10, 96, 0, 1), 80), SYN, From::Pod, false),
+        node.arrive(to(CLIENT, 40_000, ip(10, 96, 0, 1), 80), SYN, Origin::Pod, false),
         Verdict::Refuse
     );
     assert_eq!(*node.events.borrow(), [Event::NoBackend]);
@@ -285,18 +292,18 @@ fn nobody_behind_it_is_refused_and_counted() {
 fn a_closed_connection_is_opened_anew_with_the_backends_of_now() {
     let node = node(&[REMOTE]);
     let dialled = to(CLIENT, 40_000, ip(10, 96, 0, 1), 80);
-    let sent = node.translated(dialled, SYN, From::Pod, false).tuple;
+    let sent = node.translated(dialled, SYN, Origin::Pod, false).tuple;
     node.leave(back(sent), SYN | ACK);
-    node.translated(dialled, ACK, From::Pod, false);
+    node.translated(dialled, ACK, Origin::Pod, false);
     node.serve(ip(10, 96, 0, 1), 80, TCP, &[LOCAL]);
     assert_eq!(
-        node.translated(dialled, ACK, From::Pod, false).tuple,
+        node.translated(dialled, ACK, Origin::Pod, false).tuple,
         sent,
         "an open flow keeps its backend"
     );
-    node.translated(dialled, FIN | ACK, From::Pod, false);
+    node.translated(dialled, FIN | ACK, Origin::Pod, false);
     node.leave(back(sent), FIN | ACK);
-    assert_eq!(node.translated(dialled, SYN, From::Pod, false).tuple.dst, LOCAL.0);
+    assert_eq!(node.translated(dialled, SYN, Origin::Pod, false).tuple.dst, LOCAL.0);
 }
 
 /// Replies to a translated source do not pass by the flow, but its end counts all the same, in whichever order it comes.
@@ -305,25 +312,25 @@ fn a_closed_connection_with_a_translated_source_is_opened_anew_too() {
     for backend_first in [true, false] {
         let node = node(&[REMOTE]);
         let dialled = to(ip(203, 0, 113, 10), 40_000, ip(10, 96, 0, 1), 80);
-        let sent = node.translated(dialled, SYN, From::Network, true).tuple;
-        let reply = |flags| node.translated(back(sent), flags, From::Network, true);
+        let sent = node.translated(dialled, SYN, Origin::Network, true).tuple;
+        let reply = |flags| node.translated(back(sent), flags, Origin::Network, true);
         reply(SYN | ACK);
-        node.translated(dialled, ACK, From::Network, true);
+        node.translated(dialled, ACK, Origin::Network, true);
         node.serve(ip(10, 96, 0, 1), 80, TCP, &[LOCAL]);
         assert_eq!(
-            node.translated(dialled, SYN, From::Network, true).tuple,
+            node.translated(dialled, SYN, Origin::Network, true).tuple,
             sent,
             "still open"
         );
         if backend_first {
             reply(FIN | ACK);
         }
-        node.translated(dialled, FIN | ACK, From::Network, true);
+        node.translated(dialled, FIN | ACK, Origin::Network, true);
         if !backend_first {
             reply(FIN | ACK);
         }
-        node.translated(dialled, ACK, From::Network, true);
-        assert_eq!(node.translated(dialled, SYN, From::Network, true).tuple.dst, LOCAL.0);
+        node.translated(dialled, ACK, Origin::Network, true);
+        assert_eq!(node.translated(dialled, SYN, Origin::Network, true).tuple.dst, LOCAL.0);
     }
 }
 
@@ -331,7 +338,7 @@ fn a_closed_connection_with_a_translated_source_is_opened_anew_too() {
 fn a_closed_flow_does_not_claim_replies_of_a_direct_connection() {
     let node = node(&[REMOTE]);
     let dialled = to(CLIENT, 40_000, ip(10, 96, 0, 1), 80);
-    let sent = node.translated(dialled, SYN, From::Pod, false).tuple;
+    let sent = node.translated(dialled, SYN, Origin::Pod, false).tuple;
     node.leave(back(sent), RST);
     assert_eq!(node.leave(back(sent), SYN | ACK), back(sent));
     assert_eq!(node.leave(back(sent), ACK), back(sent));
@@ -341,14 +348,14 @@ fn a_closed_flow_does_not_claim_replies_of_a_direct_connection() {
 fn one_client_port_to_two_frontends_gets_two_ports_at_the_backend() {
     let node = node(&[REMOTE]);
     let dialled = [1, 2].map(|n| to(CLIENT, 40_000, ip(10, 96, 0, n), 80));
-    let sent = dialled.map(|tuple| node.translated(tuple, SYN, From::Pod, false).tuple);
+    let sent = dialled.map(|tuple| node.translated(tuple, SYN, Origin::Pod, false).tuple);
     assert_eq!((sent[0].src, sent[0].src_port), (CLIENT, 40_000));
     assert_eq!(sent[1].src, CLIENT, "the address is kept");
     assert_ne!(sent[1].src_port, 40_000);
     for (sent, dialled) in sent.into_iter().zip(dialled) {
         assert_eq!(node.leave(sent, SYN), sent, "nothing is left to do on the way out");
         assert_eq!(node.leave(back(sent), SYN | ACK), back(dialled));
-        assert_eq!(node.translated(dialled, ACK, From::Pod, false).tuple, sent);
+        assert_eq!(node.translated(dialled, ACK, Origin::Pod, false).tuple, sent);
     }
 }
 
@@ -356,10 +363,10 @@ fn one_client_port_to_two_frontends_gets_two_ports_at_the_backend() {
 fn an_evicted_flow_finds_its_source_port_again() {
     let node = node(&[REMOTE]);
     let dialled = to(ip(203, 0, 113, 10), 40_000, ip(10, 96, 0, 1), 80);
-    let sent = node.translated(dialled, SYN, From::Network, true).tuple;
+    let sent = node.translated(dialled, SYN, Origin::Network, true).tuple;
     assert_eq!(sent.src, ip(192, 168, 50, 11));
     node.new_flows.borrow_mut().clear();
-    assert_eq!(node.translated(dialled, ACK, From::Network, true).tuple, sent);
+    assert_eq!(node.translated(dialled, ACK, Origin::Network, true).tuple, sent);
 }
 
 #[test]
@@ -367,7 +374,7 @@ fn a_client_port_in_the_range_is_kept_unless_a_socket_of_the_node_has_it() {
     let node = node(&[REMOTE]);
     let dialled = |port| to(ip(203, 0, 113, 10), port, ip(10, 96, 0, 1), 80);
     assert_eq!(
-        node.translated(dialled(10_300), SYN, From::Network, true)
+        node.translated(dialled(10_300), SYN, Origin::Network, true)
             .tuple
             .src_port,
         10_300
@@ -375,7 +382,7 @@ fn a_client_port_in_the_range_is_kept_unless_a_socket_of_the_node_has_it() {
     let reply = to(REMOTE.0, 8080, ip(192, 168, 50, 11), 10_400);
     node.sockets.borrow_mut().insert(reply);
     assert_ne!(
-        node.translated(dialled(10_400), SYN, From::Network, true)
+        node.translated(dialled(10_400), SYN, Origin::Network, true)
             .tuple
             .src_port,
         10_400
@@ -394,7 +401,7 @@ fn source_ports_run_out_without_breaking_an_open_flow() {
     let mut open = Vec::new();
     for client in 1..=20u8 {
         let dialled = to(ip(203, 0, 113, client), 40_000, ip(10, 96, 0, 1), 80);
-        match node.arrive(dialled, SYN, From::Network, true) {
+        match node.arrive(dialled, SYN, Origin::Network, true) {
             Verdict::Translate(to) => {
                 assert!(ports.insert(to.tuple.src_port), "a port was given twice");
                 open.push((dialled, to.tuple));
@@ -406,7 +413,7 @@ fn source_ports_run_out_without_breaking_an_open_flow() {
     assert!(node.events.borrow().contains(&Event::SnatExhausted));
     for (dialled, sent) in open {
         assert_eq!(
-            node.translated(back(sent), SYN | ACK, From::Network, true).tuple,
+            node.translated(back(sent), SYN | ACK, Origin::Network, true).tuple,
             back(dialled)
         );
     }
@@ -416,13 +423,13 @@ fn source_ports_run_out_without_breaking_an_open_flow() {
 fn a_pod_that_is_its_own_backend_is_translated() {
     let node = node(&[(CLIENT, 8080, true)]);
     let dialled = to(CLIENT, 40_000, ip(10, 96, 0, 1), 80);
-    let inside = node.translated(dialled, SYN, From::Pod, false).tuple;
+    let inside = node.translated(dialled, SYN, Origin::Pod, false).tuple;
     let seen = node.leave(inside, SYN);
     assert_eq!(
         (seen.src, seen.dst, seen.dst_port),
         (ip(192, 168, 50, 11), CLIENT, 8080)
     );
-    let reply = node.translated(back(seen), SYN | ACK, From::Pod, false).tuple;
+    let reply = node.translated(back(seen), SYN | ACK, Origin::Pod, false).tuple;
     assert_eq!(node.leave(reply, SYN | ACK), back(dialled));
 }
 
@@ -446,11 +453,11 @@ fn the_cluster_networks_are_internal_wherever_they_come_in() {
     node.frontends.borrow_mut().remove(&key(SCOPE_EXTERNAL));
     let dialled = |src| to(src, 40_000, ip(10, 96, 0, 1), 80);
     assert!(matches!(
-        node.arrive(dialled(ip(10, 44, 1, 9)), SYN, From::Network, false),
+        node.arrive(dialled(ip(10, 44, 1, 9)), SYN, Origin::Network, false),
         Verdict::Translate(Translation { local: true, .. })
     ));
     assert_eq!(
-        node.arrive(dialled(ip(203, 0, 113, 9)), SYN, From::Network, false),
+        node.arrive(dialled(ip(203, 0, 113, 9)), SYN, Origin::Network, false),
         Verdict::Pass
     );
 }
@@ -461,8 +468,8 @@ where
     F::Words: Hash,
 {
     let local = case & 1 != 0;
-    let from = if case & 2 != 0 { From::Pod } else { From::Network };
-    let sends_on = case & 4 != 0 && from == From::Network;
+    let from = if case & 2 != 0 { Origin::Pod } else { Origin::Network };
+    let sends_on = case & 4 != 0 && from == Origin::Network;
     let node: Node<F> = Node::new(config());
     node.serve(frontend, 80, proto, &[(backend, 8080, local)]);
     let dialled = Tuple {
@@ -477,14 +484,14 @@ where
             node.leave(arrived.tuple, flags)
         };
         assert_eq!((seen.dst, seen.dst_port), (backend, 8080));
-        let kept = from == From::Pod || local;
+        let kept = from == Origin::Pod || local;
         assert_eq!(
             seen.src == client,
             kept,
             "P7: kept exactly when client or backend is here"
         );
         let reply = back(seen);
-        let shown = match node.arrive(reply, ACK, From::Network, sends_on) {
+        let shown = match node.arrive(reply, ACK, Origin::Network, sends_on) {
             Verdict::Translate(to) if sends_on && !to.local => to.tuple,
             Verdict::Translate(to) => node.leave(to.tuple, ACK),
             Verdict::Pass => node.leave(reply, ACK),
@@ -528,11 +535,11 @@ fn outsider(client: u8, proto: u8) -> Tuple<u32> {
 /// Opens a flow and has it answered. The source port that it got, if any.
 fn open_from_outside(node: &Node<V4>, client: u8, proto: u8) -> Option<u16> {
     let dialled = outsider(client, proto);
-    let Verdict::Translate(to) = node.arrive(dialled, SYN, From::Network, true) else {
+    let Verdict::Translate(to) = node.arrive(dialled, SYN, Origin::Network, true) else {
         return None;
     };
-    node.translated(back(to.tuple), SYN | ACK, From::Network, true);
-    assert_eq!(node.translated(dialled, ACK, From::Network, true).tuple, to.tuple);
+    node.translated(back(to.tuple), SYN | ACK, Origin::Network, true);
+    assert_eq!(node.translated(dialled, ACK, Origin::Network, true).tuple, to.tuple);
     Some(to.tuple.src_port)
 }
 
@@ -545,8 +552,8 @@ fn the_port_that_was_closed_first_is_used_again_first() {
     assert_eq!(open_from_outside(&node, 9, TCP), None);
     let close = |client: u8| {
         let dialled = outsider(client, TCP);
-        let sent = node.translated(dialled, FIN | ACK, From::Network, true).tuple;
-        node.translated(back(sent), FIN | ACK, From::Network, true);
+        let sent = node.translated(dialled, FIN | ACK, Origin::Network, true).tuple;
+        node.translated(back(sent), FIN | ACK, Origin::Network, true);
     };
     let tick = |ticks| node.now.set(node.now.get() + ticks);
     close(5);
@@ -566,7 +573,7 @@ fn the_port_that_was_closed_first_is_used_again_first() {
         "an open connection may be silent for long"
     );
     for client in [1, 3, 4, 6, 8, 10, 11, 12] {
-        node.translated(outsider(client, TCP), ACK, From::Network, true);
+        node.translated(outsider(client, TCP), ACK, Origin::Network, true);
     }
 }
 
@@ -575,9 +582,9 @@ fn the_port_that_was_closed_first_is_used_again_first() {
 fn a_port_whose_client_never_acknowledged_is_soon_free() {
     let node = node_with_few_ports(TCP);
     let kept = open_from_outside(&node, 1, TCP).unwrap();
-    let half_open = |client| match node.arrive(outsider(client, TCP), SYN, From::Network, true) {
+    let half_open = |client| match node.arrive(outsider(client, TCP), SYN, Origin::Network, true) {
         Verdict::Translate(to) => {
-            node.translated(back(to.tuple), SYN | ACK, From::Network, true);
+            node.translated(back(to.tuple), SYN | ACK, Origin::Network, true);
             true
         }
         _ => false,
@@ -589,7 +596,7 @@ fn a_port_whose_client_never_acknowledged_is_soon_free() {
     assert_eq!(flood(21..30), 7);
     node.now.set(node.now.get() + 3);
     assert!(open_from_outside(&node, 30, TCP).is_some_and(|port| port != kept));
-    let to = node.translated(outsider(1, TCP), ACK, From::Network, true).tuple;
+    let to = node.translated(outsider(1, TCP), ACK, Origin::Network, true).tuple;
     assert_eq!(to.src_port, kept);
 }
 
@@ -609,15 +616,15 @@ fn datagrams_answered_once_keep_their_port_for_a_shorter_time_than_streams() {
     let timeouts = node.config.timeouts;
     for client in 1..=8 {
         let dialled = outsider(client, UDP);
-        let sent = node.translated(dialled, 0, From::Network, true).tuple;
-        node.translated(back(sent), 0, From::Network, true);
+        let sent = node.translated(dialled, 0, Origin::Network, true).tuple;
+        node.translated(back(sent), 0, Origin::Network, true);
         if client > 2 {
-            node.translated(dialled, 0, From::Network, true);
+            node.translated(dialled, 0, Origin::Network, true);
         }
     }
     let open = |client| {
         matches!(
-            node.arrive(outsider(client, UDP), 0, From::Network, true),
+            node.arrive(outsider(client, UDP), 0, Origin::Network, true),
             Verdict::Translate(_)
         )
     };
@@ -638,18 +645,18 @@ fn datagrams_that_go_on_after_an_answer_are_a_stream() {
         proto: UDP,
         ..to(CLIENT, 40_000, ip(10, 96, 0, 1), 53)
     };
-    let sent = node.translated(dialled, 0, From::Pod, false).tuple;
+    let sent = node.translated(dialled, 0, Origin::Pod, false).tuple;
     let state = || {
         let flows = [&node.flows, &node.new_flows].map(|map| map.borrow().values().next().map(|flow| flow.state));
         flows.into_iter().flatten().next().unwrap()
     };
     node.now.set(node.now.get() + 1);
-    node.translated(dialled, 0, From::Pod, false);
+    node.translated(dialled, 0, Origin::Pod, false);
     assert_eq!(state() & FLOW_CONFIRMED, 0, "nobody has answered");
     node.leave(back(sent), 0);
     assert_eq!(state() & FLOW_CONFIRMED, 0);
     node.now.set(node.now.get() + 1);
-    node.translated(dialled, 0, From::Pod, false);
+    node.translated(dialled, 0, Origin::Pod, false);
     assert_eq!(
         state() & (FLOW_ANSWERED | FLOW_CONFIRMED),
         FLOW_ANSWERED | FLOW_CONFIRMED
@@ -668,8 +675,8 @@ fn datagrams_of_a_flow_that_has_lost_its_port_get_another() {
         node.serve(ip(10, 96, 0, 2), 80, UDP, &[LOCAL]);
         let ask = |client| {
             let dialled = outsider(client, UDP);
-            let sent = node.translated(dialled, 0, From::Network, true).tuple;
-            let answer = node.translated(back(sent), 0, From::Network, true).tuple;
+            let sent = node.translated(dialled, 0, Origin::Network, true).tuple;
+            let answer = node.translated(back(sent), 0, Origin::Network, true).tuple;
             assert_eq!(
                 answer,
                 back(dialled),
@@ -682,7 +689,7 @@ fn datagrams_of_a_flow_that_has_lost_its_port_get_another() {
                     dst: ip(10, 96, 0, 2),
                     ..outsider(client, UDP)
                 };
-                node.translated(dialled, 0, From::Network, true);
+                node.translated(dialled, 0, Origin::Network, true);
             }
         };
         for client in 1..=8 {

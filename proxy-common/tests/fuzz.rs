@@ -9,13 +9,14 @@ use std::{cell::UnsafeCell, collections::HashMap, hash::Hash};
 use proptest::{collection::vec, prelude::*, sample::Index};
 use shunt_common::{
     access::{Access, Number},
-    balance::{Arrival, From, Verdict, arriving, leaving},
+    balance::{arriving, leaving},
     checksum::{self, Difference},
     family::{Family, V4, V6},
     layout::*,
-    odd::{self, Fate, Place},
     packet::{self, ACK, ETHERNET, Headers, Packet, SYN, Tuple},
+    slow_path::{self, Action},
     snat,
+    verdict::{Arrival, Direction, Origin, Verdict},
 };
 
 use crate::support::Node;
@@ -140,38 +141,24 @@ fn node<F: Addresses>() -> Node<F> {
     node
 }
 
-/// What a program says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Action {
-    Pass,
-    Drop,
-    Refuse,
-    Back,
-}
-
 /// What the tc programs do, over a host's frame.
-fn run<F: Addresses>(node: &Node<F>, frame: &[u8], place: Place) -> (Action, Vec<u8>) {
+fn run<F: Addresses>(node: &Node<F>, frame: &[u8], direction: Direction) -> (Action, Vec<u8>) {
     let frame = Frame(UnsafeCell::new(frame.to_vec()));
     let action = match packet::parse::<F>(&frame, ETHERNET) {
-        None => match odd::odd::<F, _>(node, &frame, place) {
-            Fate::Pass => Action::Pass,
-            Fate::Drop => Action::Drop,
-            Fate::Refuse => Action::Refuse,
-            Fate::Back => Action::Back,
-        },
+        None => slow_path::handle::<F, _>(node, &frame, direction),
         Some(headers) => {
             let Headers { tuple, tcp_flags, .. } = headers;
-            let verdict = match place {
-                Place::In(from) => arriving(
+            let verdict = match direction {
+                Direction::Ingress(origin) => arriving(
                     node,
                     &Arrival {
                         tuple,
                         tcp_flags,
-                        from,
+                        origin,
                         sends_on: false,
                     },
                 ),
-                Place::Out => leaving(node, &tuple, tcp_flags),
+                Direction::Egress => leaving(node, &tuple, tcp_flags),
             };
             match verdict {
                 Verdict::Pass => Action::Pass,
@@ -197,7 +184,7 @@ fn express<F: Addresses>(node: &Node<F>, frame: &[u8]) -> (Action, Vec<u8>, bool
     let arrival = Arrival {
         tuple: headers.tuple,
         tcp_flags: headers.tcp_flags,
-        from: From::Network,
+        origin: Origin::Network,
         sends_on: true,
     };
     let (action, sent) = match arriving(node, &arrival) {
@@ -218,17 +205,17 @@ fn express<F: Addresses>(node: &Node<F>, frame: &[u8]) -> (Action, Vec<u8>, bool
 }
 
 /// Through the node: in and, if it passes, out; on a network device with XDP first, which may take both steps and one hop.
-fn across<F: Addresses>(node: &Node<F>, frame: &[u8], from: From, xdp: bool) -> (Action, Vec<u8>) {
+fn across<F: Addresses>(node: &Node<F>, frame: &[u8], origin: Origin, xdp: bool) -> (Action, Vec<u8>) {
     let mut frame = frame.to_vec();
-    if xdp && from == From::Network {
+    if xdp && origin == Origin::Network {
         let (action, after, sent) = express(node, &frame);
         if sent || action != Action::Pass {
             return (action, after);
         }
         frame = after;
     }
-    match run(node, &frame, Place::In(from)) {
-        (Action::Pass, frame) => run(node, &frame, Place::Out),
+    match run(node, &frame, Direction::Ingress(origin)) {
+        (Action::Pass, frame) => run(node, &frame, Direction::Egress),
         other => other,
     }
 }
@@ -433,7 +420,7 @@ fn play<F: Addresses>(steps: &[Step]) {
             more: step.more.clone(),
             payload: step.payload.clone(),
         };
-        let from = if step.pod { From::Pod } else { From::Network };
+        let from = if step.pod { Origin::Pod } else { Origin::Network };
         let frame = sent.frame::<F>();
         let (action, out) = across(&node, &frame, from, step.xdp);
         let known = step.frontend + 1 < FRONTENDS && step.frontend_port == 80;
@@ -478,9 +465,9 @@ fn play<F: Addresses>(steps: &[Step]) {
         assert_eq!(out, hop(translated, sent.with(seen).frame::<F>()), "{step:?}");
 
         // An error about it finds the client, and shows what it dialled.
-        let backend_side = if backend % 2 == 1 { From::Pod } else { From::Network };
+        let backend_side = if backend % 2 == 1 { Origin::Pod } else { Origin::Network };
         let about = error::<F>(F::addr(ROUTER), seen.src, &out);
-        let (action, out) = across(&node, &about, From::Network, step.xdp);
+        let (action, out) = across(&node, &about, Origin::Network, step.xdp);
         assert_eq!(
             (action, out),
             (
@@ -598,7 +585,7 @@ fn mangle<F: Addresses>(steps: &[Step], changes: &[(Index, u8)], cut: Option<Ind
             payload: step.payload.clone(),
         };
         let frame = sent.frame::<F>();
-        let (_, out) = across(&node, &frame, From::Network, false);
+        let (_, out) = across(&node, &frame, Origin::Network, false);
         let reply = sent.with(back(seen::<F>(&out))).frame::<F>();
         let about = error::<F>(F::addr(ROUTER), seen::<F>(&out).src, &out);
         for mut frame in [frame, reply, about] {
@@ -610,11 +597,15 @@ fn mangle<F: Addresses>(steps: &[Step], changes: &[(Index, u8)], cut: Option<Ind
             if let Some(cut) = cut {
                 frame.truncate(ETHERNET + F::HEADER + cut.index(frame.len() - ETHERNET - F::HEADER + 1));
             }
-            let tc = [Place::In(From::Pod), Place::In(From::Network), Place::Out];
-            let results = tc.map(|place| (Some(place), run(&node, &frame, place)));
+            let tc = [
+                Direction::Ingress(Origin::Pod),
+                Direction::Ingress(Origin::Network),
+                Direction::Egress,
+            ];
+            let results = tc.map(|direction| (Some(direction), run(&node, &frame, direction)));
             let (action, out, _) = express(&node, &frame);
-            // No place: XDP.
-            for (place, (action, out)) in results.into_iter().chain([(None, (action, out))]) {
+            // No direction: XDP.
+            for (direction, (action, out)) in results.into_iter().chain([(None, (action, out))]) {
                 assert_eq!(out.len(), frame.len());
                 match action {
                     // A checksum that is cut off cannot be right; one of a first fragment covers what is not here, and is
@@ -626,12 +617,12 @@ fn mangle<F: Addresses>(steps: &[Step], changes: &[(Index, u8)], cut: Option<Ind
                             assert_eq!(
                                 residue::<F>(&out),
                                 residue::<F>(&frame),
-                                "{place:?}: {frame:02x?} became {out:02x?}"
+                                "{direction:?}: {frame:02x?} became {out:02x?}"
                             );
                         }
                     }
                     Action::Pass | Action::Drop | Action::Refuse => assert_eq!(out, frame, "{action:?} changed it"),
-                    Action::Back => {}
+                    Action::SendBack => {}
                 }
             }
         }

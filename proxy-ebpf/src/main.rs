@@ -1,6 +1,6 @@
 //! The BPF programs: where shunt hooks into the kernel. What they decide is `shunt_common::balance`.
 //!
-//! [`socket`] at the cgroup hooks, [`tc`] on pod and node devices with an opt-in [`fast`] path, [`xdp`] on node devices,
+//! [`socket`] at the cgroup hooks, [`tc`] on pod and node devices with host routing as an option, [`xdp`] on node devices,
 //! [`maps`] for all of them, [`subprograms`] for those that packets pass.
 #![no_std]
 #![no_main]
@@ -12,7 +12,6 @@
     reason = "the BPF target's `core` has no compare-and-swap on 32 bits, LLVM does"
 )]
 
-mod fast;
 mod maps;
 mod socket;
 mod subprograms;

@@ -17,7 +17,7 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use shunt_common::{
-    balance::{Entry, Maps, Scratch},
+    balance::{Clock, Entry, Maps, Scratch},
     event::{Event, MAX_EVENTS},
     family::{Family, V4, V6, Words6},
     filter,
@@ -287,6 +287,29 @@ pub(crate) fn count(event: Event) {
     }
 }
 
+impl<H: Hook> Clock for KernelMaps<H> {
+    #[inline(always)]
+    fn now(&self) -> u32 {
+        // SAFETY: the helper has no preconditions. Coarse time costs a tenth of `bpf_ktime_get_ns`.
+        let ns = unsafe { bpf_ktime_get_coarse_ns() };
+        ((ns / TICK_NS) as u32).max(1)
+    }
+
+    #[inline(always)]
+    fn affinity_now(&self) -> u32 {
+        // SAFETY: the helper has no preconditions.
+        let ns = unsafe { bpf_ktime_get_coarse_ns() };
+        (ns / AFFINITY_TICK_NS) as u32
+    }
+
+    #[inline(always)]
+    fn epoch(&self) -> u16 {
+        // SAFETY: the helper has no preconditions. The kernel puts a load in its place. 256 jiffies are 0.256 s at 1000 Hz,
+        // 2.56 s at 100 Hz.
+        (unsafe { bpf_jiffies64() } >> 8) as u16
+    }
+}
+
 impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
     #[inline(always)]
     fn config(&self) -> Option<&Config> {
@@ -370,13 +393,6 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
             Some(flags) => unsafe { flags.read() },
             None => 0,
         }
-    }
-
-    #[inline(always)]
-    fn affinity_now(&self) -> u32 {
-        // SAFETY: the helper has no preconditions.
-        let ns = unsafe { bpf_ktime_get_coarse_ns() };
-        (ns / AFFINITY_TICK_NS) as u32
     }
 
     #[inline(always)]
@@ -505,13 +521,13 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
     }
 
     #[inline(always)]
-    fn collided(&self, bit: u32) -> bool {
+    fn port_is_shared(&self, bit: u32) -> bool {
         let (word, mask) = filter::word_and_mask(bit);
         COLLIDED.get(word).is_some_and(|word| word & mask != 0)
     }
 
     #[inline(always)]
-    fn set_collided(&self, bit: u32) {
+    fn set_port_shared(&self, bit: u32) {
         set_bit(&COLLIDED, bit);
     }
 
@@ -537,19 +553,5 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
     #[inline(always)]
     fn count(&self, event: Event) {
         count(event);
-    }
-
-    #[inline(always)]
-    fn now(&self) -> u32 {
-        // SAFETY: the helper has no preconditions. Coarse time costs a tenth of `bpf_ktime_get_ns`.
-        let ns = unsafe { bpf_ktime_get_coarse_ns() };
-        ((ns / TICK_NS) as u32).max(1)
-    }
-
-    #[inline(always)]
-    fn epoch(&self) -> u16 {
-        // SAFETY: the helper has no preconditions. The kernel puts a load in its place. 256 jiffies are 0.256 s at 1000 Hz,
-        // 2.56 s at 100 Hz.
-        (unsafe { bpf_jiffies64() } >> 8) as u16
     }
 }

@@ -14,14 +14,14 @@ use aya_ebpf::{
     programs::{SockAddrContext, SockContext},
 };
 use shunt_common::{
-    address::{self, Stranger},
+    address::{self, Unmatched},
     affinity,
     balance::{Maps, socket_frontend},
     event::Event,
+    failover,
     family::{Family, V4, V6, Words6},
     filter, hash,
     layout::*,
-    retry,
 };
 
 use crate::maps::{BACKENDS, KernelFamily, KernelMaps, SENDERS, SOCKETS, Socket, count};
@@ -195,7 +195,7 @@ fn choose<F: Peer>(ctx: &SockAddrContext, addr: F::Words, call: Call) -> Result<
         } else {
             let index = frontend.slot_base.wrapping_add(hash::pick(choice, frontend.slot_count));
             if avoids_silent {
-                retry::socket_slot::<F, _>(&maps, &frontend, index, choice)
+                failover::socket_slot::<F, _>(&maps, &frontend, index, choice)
             } else {
                 index
             }
@@ -247,7 +247,7 @@ fn is_refused<F: Peer>(ctx: &SockAddrContext, addr: F::Words, call: Call) -> boo
     if proto == UDP && call == Call::Connect && unsafe { bpf_get_netns_cookie(ctx.as_ptr()) } != config.host_netns {
         return false;
     }
-    address::unknown_port::<F, _>(&maps, addr) == Stranger::Refuse
+    address::unknown_port::<F, _>(&maps, addr) == Unmatched::Refuse
 }
 
 #[inline(always)]
@@ -283,7 +283,7 @@ fn kept_slot<F: Peer>(ctx: &SockAddrContext, frontend: &Frontend, choice: u32, a
     if !avoids_silent {
         return kept;
     }
-    let index = retry::socket_slot::<F, _>(&maps, frontend, kept, choice);
+    let index = failover::socket_slot::<F, _>(&maps, frontend, kept, choice);
     if index != kept
         && let Some(slot) = Maps::<F>::slot(&maps, index)
     {

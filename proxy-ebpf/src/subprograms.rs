@@ -56,8 +56,8 @@ subprograms! {
     LookAtPort: tc_look_at_port4, tc_look_at_port6;
     Explains: tc_explains4, tc_explains6;
     Unconfirmed: tc_unconfirmed4, tc_unconfirmed6;
-    Probe: tc_probe4, tc_probe6;
-    PickOther: tc_pick_other4, tc_pick_other6;
+    LookAtSlot: tc_look_at_slot4, tc_look_at_slot6;
+    PickOtherBackend: tc_pick_other_backend4, tc_pick_other_backend6;
     HoldBack: tc_hold_back4, tc_hold_back6;
 }
 
@@ -69,8 +69,8 @@ subprograms! {
     LookAtPort: xdp_look_at_port4, xdp_look_at_port6;
     Explains: xdp_explains4, xdp_explains6;
     Unconfirmed: xdp_unconfirmed4, xdp_unconfirmed6;
-    Probe: xdp_probe4, xdp_probe6;
-    PickOther: xdp_pick_other4, xdp_pick_other6;
+    LookAtSlot: xdp_look_at_slot4, xdp_look_at_slot6;
+    PickOtherBackend: xdp_pick_other_backend4, xdp_pick_other_backend6;
     HoldBack: xdp_hold_back4, xdp_hold_back6;
 }
 

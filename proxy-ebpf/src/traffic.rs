@@ -6,7 +6,7 @@ use aya_ebpf::{
     btf_maps::PerCpuHashMap,
     macros::btf_map,
 };
-use shunt_common::{balance::Counted, layout::Traffic};
+use shunt_common::{layout::Traffic, verdict::Counted};
 
 /// Whether traffic is counted: set when the programs are loaded, so that without it the verifier takes it out.
 #[unsafe(no_mangle)]

@@ -14,12 +14,13 @@ use aya_ebpf::{
     programs::XdpContext,
 };
 use shunt_common::{
-    balance::{Arrival, From, Maps, Outcome, Quick, Translation, established, undecided},
+    balance::{Maps, established, undecided},
     event::Event,
     family::{Family, V4, V6, Words6},
     icmp,
     packet::{self, ETHERNET, Headers, Packet, Tuple},
     reset,
+    verdict::{Arrival, InScratch, Lookup, Origin, Translation, Verdict},
 };
 
 use crate::{
@@ -57,8 +58,8 @@ impl Frame<'_> {
 #[xdp]
 fn xdp_node(ctx: XdpContext) -> u32 {
     match packet::ethertype(&Frame(&ctx)) {
-        Some(V4::ETHERTYPE) => whole::<V4>(&ctx, node4(&ctx)),
-        Some(V6::ETHERTYPE) => whole::<V6>(&ctx, node6(&ctx)),
+        Some(V4::ETHERTYPE) => whole::<V4>(&ctx, Step::of(node4(&ctx))),
+        Some(V6::ETHERTYPE) => whole::<V6>(&ctx, Step::of(node6(&ctx))),
         _ => XDP_PASS,
     }
 }
@@ -84,9 +85,9 @@ fn node<F: KernelFamily>(ctx: &XdpContext) -> u32 {
     };
     let maps = KernelMaps::<Xdp>::new(ctx.as_ptr());
     match established::<F, _>(&maps, &arrival(&headers)) {
-        Quick::Pass => XDP_PASS,
-        Quick::Translate(to) => translate::<F>(ctx, &headers, &to),
-        Quick::Undecided => UNDECIDED,
+        Lookup::Unmatched => XDP_PASS,
+        Lookup::Translate(to) => translate::<F>(ctx, &headers, &to),
+        Lookup::Undecided => UNDECIDED,
     }
 }
 
@@ -96,7 +97,7 @@ fn arrival<A: Copy>(headers: &Headers<A>) -> Arrival<A> {
     Arrival {
         tuple,
         tcp_flags,
-        from: From::Network,
+        origin: Origin::Network,
         sends_on: true,
     }
 }
@@ -120,10 +121,31 @@ fn count_traffic<A: Copy>(ctx: &XdpContext, to: &Translation<A>) {
 /// What [`node`] says of a packet that may open a flow; no action has this number.
 const UNDECIDED: u32 = u32::MAX;
 
-/// The action, after the step that `plain` asks for.
+/// What is next for a packet, after [`node`].
+enum Step {
+    /// This action.
+    End(u32),
+    /// It may open a flow.
+    Undecided,
+}
+
+impl Step {
+    #[inline(always)]
+    fn of(number: u32) -> Self {
+        match number {
+            UNDECIDED => Self::Undecided,
+            action => Self::End(action),
+        }
+    }
+}
+
+/// The action, after the step that is next.
 #[inline(always)]
-fn whole<F: KernelFamily>(ctx: &XdpContext, plain: u32) -> u32 {
-    if plain == UNDECIDED { open::<F>(ctx) } else { plain }
+fn whole<F: KernelFamily>(ctx: &XdpContext, step: Step) -> u32 {
+    match step {
+        Step::End(action) => action,
+        Step::Undecided => open::<F>(ctx),
+    }
 }
 
 /// A packet that may open a flow.
@@ -137,11 +159,11 @@ fn open<F: KernelFamily>(ctx: &XdpContext) -> u32 {
         return XDP_PASS;
     };
     match undecided::<F, _>(&maps, scratch, &arrival(&headers)) {
-        Outcome::Pass => XDP_PASS,
-        Outcome::Drop => XDP_DROP,
-        Outcome::Refuse => refuse::<F>(ctx, &headers),
-        Outcome::Reset => reset::<F>(ctx, &headers),
-        Outcome::Translate => deliver::<F>(ctx),
+        Verdict::Pass => XDP_PASS,
+        Verdict::Drop => XDP_DROP,
+        Verdict::Refuse => refuse::<F>(ctx, &headers),
+        Verdict::Reset => reset::<F>(ctx, &headers),
+        Verdict::Translate(InScratch) => deliver::<F>(ctx),
     }
 }
 

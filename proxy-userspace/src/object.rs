@@ -63,7 +63,7 @@ pub enum TrafficPolicy {
     Local,
 }
 
-/// Whether connections that a backend does not answer, or refuses, try another ([`shunt_common::retry`]).
+/// Whether connections that a backend does not answer, or refuses, try another ([`shunt_common::failover`]).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Retry {
     /// Those whose packets are translated anyway.

@@ -1,14 +1,15 @@
 //! Which frontend a packet or a socket dials, whether it may, and the backend that is chosen for it.
 
-use super::{From, Maps, Outcome, Scratch, Subprogram, Subprograms};
+use super::{Maps, Scratch, Subprogram, Subprograms};
 use crate::{
-    address::{self, Stranger},
+    address::{self, Unmatched},
     affinity,
     event::Event,
     family::Family,
     filter, hash,
     layout::*,
     packet::Tuple,
+    verdict::{Origin, Step, Verdict, step_of_number},
 };
 
 /// Whether a frontend may have the packet's destination.
@@ -53,23 +54,23 @@ pub fn socket_frontend<F: Family, M: Maps<F>>(
 
 /// Finds the frontend that a packet is for, and whether its source may dial it; left in `scratch`.
 #[inline(always)]
-pub(crate) fn look_up<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
-    maps.call(Subprogram::LookUp, scratch).into()
+pub(crate) fn look_up<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Step {
+    step_of_number(maps.call(Subprogram::LookUp, scratch))
 }
 
 /// [`look_up`] itself.
 #[inline(always)]
-pub(super) fn look_up_here<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
+pub(super) fn look_up_here<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Step {
     let Some(config) = maps.config() else {
-        return Outcome::Pass;
+        return Step::Break(Verdict::Pass);
     };
     let Scratch {
         arrival, frontend_key, ..
     } = scratch;
     let tuple = &arrival.tuple;
-    let scope = match arrival.from {
-        From::Pod => SCOPE_INTERNAL,
-        From::Network => scope_of::<F>(config, tuple.src),
+    let scope = match arrival.origin {
+        Origin::Pod => SCOPE_INTERNAL,
+        Origin::Network => scope_of::<F>(config, tuple.src),
     };
     *frontend_key = FrontendKey {
         addr: tuple.dst,
@@ -87,19 +88,19 @@ pub(super) fn look_up_here<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratc
         frontend = maps.frontend(frontend_key);
     }
     let Some(frontend) = frontend else {
-        return match address::unknown_port(maps, tuple.dst) {
-            Stranger::Pass => Outcome::Pass,
-            Stranger::Refuse => Outcome::Refuse,
-            Stranger::Drop => Outcome::Drop,
-        };
+        return Step::Break(match address::unknown_port(maps, tuple.dst) {
+            Unmatched::Pass => Verdict::Pass,
+            Unmatched::Refuse => Verdict::Refuse,
+            Unmatched::Drop => Verdict::Drop,
+        });
     };
 
     if frontend.flags & FRONTEND_SOURCE_RANGES != 0 && !is_allowed(maps, tuple, &frontend) {
         maps.count(Event::SourceDenied);
-        return Outcome::Drop;
+        return Step::Break(Verdict::Drop);
     }
     scratch.frontend = frontend;
-    Outcome::Translate
+    Step::Continue(())
 }
 
 /// Whether the packet's source may dial a frontend with `loadBalancerSourceRanges`.
@@ -127,7 +128,7 @@ fn scope_of<F: Family>(config: &Config, client: F::Words) -> u8 {
 
 /// The first packet of a flow, or of one that was forgotten: chooses a backend.
 #[inline(never)]
-pub(super) fn choose<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
+pub(super) fn choose<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Step {
     let (tuple, frontend) = (&scratch.arrival.tuple, &scratch.frontend);
     let slot = if frontend.slot_count == 0 {
         None
@@ -140,13 +141,13 @@ pub(super) fn choose<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::W
     let Some(slot) = slot else {
         if frontend.flags & FRONTEND_DROP != 0 {
             maps.count(Event::PolicyDrop);
-            return Outcome::Drop;
+            return Step::Break(Verdict::Drop);
         }
         maps.count(Event::NoBackend);
-        return Outcome::Refuse;
+        return Step::Break(Verdict::Refuse);
     };
     scratch.chosen = slot;
-    Outcome::Translate
+    Step::Continue(())
 }
 
 /// Who a packet's sender is to [`affinity`].
@@ -177,8 +178,8 @@ fn kept_slot<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, frontend:
 /// The packet in `scratch.arrival` has confirmed the flow in `scratch.flow`: its client keeps the backend, if the frontend has
 /// affinity.
 #[inline(never)]
-pub(super) fn keep<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
-    if look_up(maps, scratch) != Outcome::Translate || scratch.frontend.flags & FRONTEND_AFFINITY == 0 {
+pub(super) fn refresh_affinity<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
+    if look_up(maps, scratch).is_break() || scratch.frontend.flags & FRONTEND_AFFINITY == 0 {
         return;
     }
     let key = affinity_key::<F>(&scratch.arrival.tuple, &scratch.frontend);

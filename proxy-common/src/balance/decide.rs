@@ -2,24 +2,23 @@
 //! shares its client's port with another, or it opens one.
 
 use super::{
-    Arrival, Entry, Maps, Outcome, Scratch, Subprogram, Subprograms,
-    choose::{choose, keep},
-    client_key, collided_bit, explains,
-    forward::{is_silent, unconfirmed},
-    look_up,
-    open::{open, remember},
+    Entry, Maps, Scratch, Subprogram, Subprograms,
+    choose::{choose, look_up, refresh_affinity},
+    flow::{client_key, shared_key, shared_port_bit},
+    forward::{explains, is_silent, unconfirmed},
+    open::{insert, open},
+    port_use::port_use,
     refusal::refuse_arriving,
-    shared_key,
     source_port::translate_source,
 };
 use crate::{
     event::Event,
+    failover::{self, Moved, Syn},
     family::Family,
-    filter,
     layout::*,
-    packet::{ACK, RST, SYN, Tuple},
-    reset, retry,
-    timeouts::is_closed,
+    packet::{RST, SYN, Tuple},
+    reset,
+    verdict::{Arrival, InScratch, PortUse, Step, Verdict},
 };
 
 /// The second half of [`arriving`](super::arriving): a packet towards a possible frontend that no established flow of its
@@ -29,148 +28,78 @@ pub fn undecided<F: Family, M: Subprograms<F>>(
     maps: &M,
     scratch: &mut Scratch<F::Words>,
     arrival: &Arrival<F::Words>,
-) -> Outcome {
+) -> Verdict {
     scratch.arrival = *arrival;
     decide(maps, scratch)
 }
 
-/// The steps of [`undecided`].
+/// [`undecided`], of the packet in `scratch.arrival`.
 #[inline(always)]
-pub(super) fn decide<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
-    maps.call(Subprogram::Decide, scratch).into()
+pub(crate) fn decide<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Verdict {
+    Verdict::of_number(maps.call(Subprogram::Decide, scratch))
 }
 
 /// [`decide`] itself.
 // Each step is a function of its own that leaves what it found in `scratch`: so its locals share the stack with the
-// other steps' locals, and the verifier walks it once, not once for every way through the step before.
+// other steps' locals.
 #[inline(always)]
-pub(super) fn decide_here<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
-    let orphaned = is_orphaned(maps, scratch);
-    if scratch.search.flag.hide(orphaned) {
+pub(super) fn decide_here<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Verdict {
+    if is_orphaned(maps, scratch) {
         maps.count(Event::BackendGone);
-        return Outcome::Reset;
+        return Verdict::Reset;
     }
-    let step = find(maps, scratch) as u32;
-    scratch.search.flag.set(step);
-    match scratch.search.flag.get() {
-        0 => return Outcome::Pass,
-        1 => return Outcome::Translate,
-        2 => return Outcome::Refuse,
-        3 => return Outcome::Drop,
-        _ => {}
+    if let Step::Break(verdict) = find_backend(maps, scratch) {
+        return verdict;
     }
     open(maps, scratch);
     if scratch.flow.state & FLOW_SNAT != 0 && !translate_source(maps, scratch) {
         maps.count(Event::SnatExhausted);
-        return Outcome::Drop;
+        return Verdict::Drop;
     }
-    remember(maps, scratch);
-    Outcome::Translate
+    insert(maps, scratch);
+    Verdict::Translate(InScratch)
 }
 
-/// What [`find`] found: an [`Outcome`], or a backend.
-#[repr(u32)]
-pub(super) enum Step {
-    Pass = Outcome::Pass as u32,
-    Translate = Outcome::Translate as u32,
-    Refuse = Outcome::Refuse as u32,
-    Drop = Outcome::Drop as u32,
-    /// A flow to [`Scratch::chosen`] is to be opened.
-    Open,
-}
-
-/// Looks for the packet's flow, else for a backend.
+/// Looks for the packet's flow, else for a backend, which is left in [`Scratch::chosen`]: a flow to it is to be opened.
 #[inline(never)]
-fn find<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Step {
-    if scratch.arrival.tcp_flags & RST != 0 {
-        let refused = retry::refuses(maps, scratch);
-        if scratch.search.flag.hide(refused) {
-            let outcome = refuse_arriving(maps, scratch) as u32;
-            scratch.search.flag.set(outcome);
-            return match scratch.search.flag.get() {
-                1 => Step::Translate,
-                3 => Step::Drop,
-                _ => Step::Pass,
-            };
+fn find_backend<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Step {
+    if scratch.arrival.tcp_flags & RST != 0 && failover::refuses(maps, scratch) {
+        return Step::Break(refuse_arriving(maps, scratch));
+    }
+    scratch.failover.begin();
+    let known = port_use(maps, scratch);
+    if scratch.port_use.hide(known) == PortUse::Unclear {
+        find_flow(maps, scratch)?;
+    }
+    look_up(maps, scratch)?;
+    if scratch.failover.tried() != 0 {
+        match failover::move_on(maps, scratch) {
+            Moved::Yes => return Step::Continue(()),
+            Moved::Stays => return Step::Break(Verdict::Translate(InScratch)),
+            Moved::No => scratch.failover.begin(),
         }
     }
-    scratch.retry.begin();
-    let held = held(maps, scratch) as u32;
-    scratch.held.set(held);
-    if scratch.held.get() == Held::Perhaps as u32 {
-        let again = retry::again(maps, scratch) as u32;
-        scratch.search.flag.set(again);
-        match scratch.search.flag.get() {
-            0 => {
-                scratch.flow.tried = 0;
-                let recalled = recall(maps, scratch);
-                if scratch.search.flag.hide(recalled) {
-                    if scratch.flow.tried & TRIED_KEEP != 0 && scratch.flow.state & FLOW_CONFIRMED != 0 {
-                        keep(maps, scratch);
-                    }
-                    return Step::Translate;
-                }
-            }
-            1 => return Step::Translate,
-            _ => {}
-        }
-    }
-    match look_up(maps, scratch) {
-        Outcome::Pass => return Step::Pass,
-        Outcome::Translate => {}
-        Outcome::Refuse => return Step::Refuse,
-        Outcome::Drop | Outcome::Reset => return Step::Drop,
-    }
-    if scratch.retry.tried() != 0 {
-        let moved = retry::move_on(maps, scratch) as u32;
-        scratch.search.flag.set(moved);
-        match scratch.search.flag.get() {
-            0 => return Step::Open,
-            1 => return Step::Translate,
-            _ => scratch.retry.begin(),
-        }
-    }
-    let outcome = choose(maps, scratch) as u32;
-    scratch.search.flag.set(outcome);
-    match scratch.search.flag.get() {
-        1 => {}
-        2 => return Step::Refuse,
-        _ => return Step::Drop,
-    }
-    retry::avoid_silent(maps, scratch);
-    Step::Open
+    choose(maps, scratch)?;
+    failover::avoid_quarantined(maps, scratch);
+    Step::Continue(())
 }
 
-/// What two look-ups say of a client's port. Almost all connections need no more of them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
-pub(super) enum Held {
-    /// No flow has it.
-    No,
-    /// A connection to the same frontend has it that is over, and is opened anew.
-    Over,
-    /// A closer look is due.
-    Perhaps,
-}
-
-/// Whether a flow has the port that the packet in `scratch.arrival` comes from.
-#[inline(never)]
-fn held<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Held {
-    let tuple = &scratch.arrival.tuple;
-    if maps.client(filter::unconfirmed::<F>(tuple.src)) || maps.collided(collided_bit::<F>(tuple)) {
-        return Held::Perhaps;
+/// Looks for the packet's flow, and for the connection whose SYN is sent again.
+#[inline(always)]
+fn find_flow<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Step {
+    match failover::classify_syn(maps, scratch) {
+        Syn::First => {}
+        Syn::Same => return Step::Break(Verdict::Translate(InScratch)),
+        Syn::MoveOn => return Step::Continue(()),
     }
-    let Some(entry) = maps.flow(&client_key::<F>(tuple)) else {
-        return Held::No;
-    };
-    let flow = entry.read();
-    let same = (flow.frontend == tuple.dst) & (flow.frontend_port == tuple.dst_port);
-    let anew = scratch.arrival.tcp_flags & (SYN | ACK | RST) == SYN;
-    if same & anew & (flow.state & FLOW_SNAT == 0) & is_closed(flow.state) {
-        Held::Over
-    } else {
-        Held::Perhaps
+    scratch.flow.tried = 0;
+    if !find_unconfirmed(maps, scratch) {
+        return Step::Continue(());
     }
+    if scratch.flow.tried & TRIED_KEEP != 0 && scratch.flow.state & FLOW_CONFIRMED != 0 {
+        refresh_affinity(maps, scratch);
+    }
+    Step::Break(Verdict::Translate(InScratch))
 }
 
 /// Whether the packet is of an open connection to a backend that is no more. The connection is closed then.
@@ -185,7 +114,7 @@ fn is_orphaned<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>)
     if let Some(entry) = maps.flow(&scratch.key) {
         orphaned = orphan(maps, entry, tuple);
     }
-    if maps.collided(collided_bit::<F>(tuple)) {
+    if maps.port_is_shared(shared_port_bit::<F>(tuple)) {
         scratch.key = shared_key::<F>(tuple);
         if let Some(entry) = maps.flow(&scratch.key) {
             orphaned |= orphan(maps, entry, tuple);
@@ -203,14 +132,14 @@ fn orphan<F: Family, M: Maps<F>>(maps: &M, entry: Entry<'_, Flow<F::Words>>, tup
         && is_silent(maps, entry, TCP);
     if is {
         // In its name: that is how the client will see it.
-        entry.note(maps, FLOW_BACKEND_RESET);
+        entry.record(maps, FLOW_BACKEND_RESET);
     }
     is
 }
 
 /// Looks for the flow among those not yet confirmed, and those whose client's port is shared.
 #[inline(never)]
-fn recall<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
+fn find_unconfirmed<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
     scratch.key = client_key::<F>(&scratch.arrival.tuple);
     if unconfirmed(maps, scratch) {
         return true;
@@ -219,7 +148,7 @@ fn recall<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words
     if scratch.arrival.tuple.proto != UDP && scratch.arrival.tcp_flags & SYN == 0 && explains(maps, scratch) {
         return true;
     }
-    if maps.collided(collided_bit::<F>(&scratch.arrival.tuple)) {
+    if maps.port_is_shared(shared_port_bit::<F>(&scratch.arrival.tuple)) {
         scratch.key = shared_key::<F>(&scratch.arrival.tuple);
         return explains(maps, scratch) || unconfirmed(maps, scratch);
     }

@@ -2,11 +2,8 @@
 
 use core::{marker::PhantomData, mem::offset_of, ptr::NonNull};
 
-use super::Maps;
-use crate::{
-    family::Family,
-    layout::{Flow, SnatSlot},
-};
+use super::Clock;
+use crate::layout::{Flow, SnatSlot};
 
 /// An entry in a map: alive while the program runs, and written by other CPUs at any time.
 pub struct Entry<'m, T> {
@@ -138,9 +135,9 @@ impl<T: Tracked> Entry<'_, T> {
         unsafe { self.ptr.as_ptr().byte_add(T::LAST_SEEN).cast() }
     }
 
-    /// Notes a packet: state bits when they are new, the time when the cheap clock has moved on. Returns whether it had.
+    /// Records a packet: state bits when they are new, the time when the cheap clock has moved on. Returns whether it had.
     #[inline(always)]
-    pub(super) fn note<F: Family>(self, maps: &impl Maps<F>, bits: u16) -> bool {
+    pub(super) fn record(self, clock: &impl Clock, bits: u16) -> bool {
         // SAFETY: aligned fields of an entry that is valid by `new`'s contract.
         unsafe {
             let state: *mut u16 = self.ptr.as_ptr().byte_add(T::STATE).cast();
@@ -149,11 +146,11 @@ impl<T: Tracked> Entry<'_, T> {
             if old | bits != old {
                 *state = old | bits;
             }
-            let now = maps.epoch();
+            let now = clock.epoch();
             let passed = *epoch != now;
             if passed {
                 *epoch = now;
-                *self.last_seen() = maps.now();
+                *self.last_seen() = clock.now();
             }
             passed
         }

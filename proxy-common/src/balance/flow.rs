@@ -30,8 +30,9 @@ pub(crate) fn shared_key<F: Family>(tuple: &Tuple<F::Words>) -> FlowKey<F::Words
     }
 }
 
+/// The bit that says that two flows of a client's port are to different frontends.
 #[inline(always)]
-pub(crate) fn collided_bit<F: Family>(tuple: &Tuple<F::Words>) -> u32 {
+pub(crate) fn shared_port_bit<F: Family>(tuple: &Tuple<F::Words>) -> u32 {
     hash::side::<F>(tuple.src, tuple.src_port, tuple.proto) as u32 % (COLLIDED_WORDS as u32 * 64)
 }
 

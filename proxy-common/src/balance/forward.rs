@@ -1,17 +1,20 @@
 //! Packets of flows that exist, on their way to the backend.
 
 use super::{
-    Arrival, Counted, Entry, Maps, Quick, Scratch, Subprogram, Subprograms, Translation, client_key, may_be_frontend,
-    reply::snat_reply_arriving, snat_slot,
+    Entry, Maps, Scratch, Subprogram, Subprograms,
+    choose::may_be_frontend,
+    flow::{client_key, snat_slot},
+    reply::snat_reply_arriving,
 };
 use crate::{
-    address,
+    address, failover,
     family::Family,
     filter,
     layout::*,
     packet::{ACK, FIN, RST, SYN, Tuple},
-    retry, snat,
+    snat,
     timeouts::is_closed,
+    verdict::{Arrival, Counted, Lookup, Translation},
 };
 
 /// Epochs ([`Flow::epoch`]) without an answer after which a backend that is no endpoint any more counts as gone for good.
@@ -19,18 +22,18 @@ const SILENT_EPOCHS: u16 = 2;
 
 /// The first half of [`arriving`](super::arriving): all there is to do for packets of open flows, and those of no Service.
 #[inline(always)]
-pub fn established<F: Family, M: Maps<F>>(maps: &M, arrival: &Arrival<F::Words>) -> Quick<F::Words> {
+pub fn established<F: Family, M: Maps<F>>(maps: &M, arrival: &Arrival<F::Words>) -> Lookup<F::Words> {
     let tuple = &arrival.tuple;
     // A reply to a translated source comes before any frontend: a SNAT port could be a frontend's too.
     let Some(config) = maps.config() else {
-        return Quick::Pass;
+        return Lookup::Unmatched;
     };
     if snat::in_range(config, tuple.dst_port)
         && maps.filter(filter::backend::<F>(tuple.src, tuple.src_port, tuple.proto))
     {
         match snat_reply_arriving(maps, config, arrival) {
-            Quick::Pass => {}
-            quick => return quick,
+            Lookup::Unmatched => {}
+            lookup => return lookup,
         }
     }
 
@@ -38,20 +41,20 @@ pub fn established<F: Family, M: Maps<F>>(maps: &M, arrival: &Arrival<F::Words>)
         let key = client_key::<F>(tuple);
         // A port whose connection is over is reused in place: such a flow may wait for its first answer here as well.
         if let Some(flow) = maps.flow(&key)
-            && !(arrival.tcp_flags & SYN != 0 && retry::is_open(flow.read().state))
+            && !(arrival.tcp_flags & SYN != 0 && failover::is_open(flow.read().state))
             && let Some(translation) = forward(maps, config, &key, flow, arrival)
         {
-            return Quick::Translate(translation);
+            return Lookup::Translate(translation);
         }
         if may_be_frontend::<F>(maps, tuple) {
-            return Quick::Undecided;
+            return Lookup::Undecided;
         }
     }
     // The next step judges unknown ports and addresses.
     if address::may_be_service::<F>(config, tuple.dst) {
-        Quick::Undecided
+        Lookup::Undecided
     } else {
-        Quick::Pass
+        Lookup::Unmatched
     }
 }
 
@@ -106,7 +109,7 @@ fn forward<F: Family, M: Maps<F>>(
         return None;
     }
     let state = client_state(tcp_flags);
-    let passed = entry.note(maps, state);
+    let passed = entry.record(maps, state);
     if flow.state & (FLOW_WAITING | FLOW_CLIENT_RESET) != 0 {
         goes_on(maps, entry, tuple.proto, tcp_flags);
     }
@@ -135,7 +138,7 @@ fn forward<F: Family, M: Maps<F>>(
             tuple.proto,
         )
     {
-        slot.note(maps, state);
+        slot.record(maps, state);
     }
     Some(towards_backend(&flow, arrival))
 }
@@ -236,9 +239,9 @@ pub(super) fn is_silent<F: Family, M: Maps<F>>(maps: &M, entry: Entry<'_, Flow<F
         return maps.epoch().wrapping_sub(flow.asked) >= SILENT_EPOCHS;
     }
     entry.ask(maps.epoch());
-    entry.note(maps, FLOW_ASKED);
+    entry.record(maps, FLOW_ASKED);
     if let Some((slot, _)) = slot {
-        slot.note(maps, FLOW_ASKED);
+        slot.record(maps, FLOW_ASKED);
     }
     false
 }
@@ -277,7 +280,7 @@ pub(super) fn unconfirmed_here<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Sc
         // Replies of a translated source are seen in its slot only.
         flow.state |= slot.state & FLOW_ANSWERED;
         if flow.state & FLOW_ANSWERED != 0 && confirms {
-            entry.note(maps, FLOW_CONFIRMED);
+            entry.record(maps, FLOW_CONFIRMED);
         }
     }
     if flow.state & FLOW_ANSWERED != 0 && confirms {

@@ -1,10 +1,10 @@
 //! What decisions ask of the maps, and of the kernel around them.
 
-use super::{Entry, Scratch};
+use super::{Clock, Entry, Scratch};
 use crate::{event::Event, family::Family, layout::*, packet::Tuple};
 
 /// The maps, as far as decisions need them: the kernel's, or `std` ones in tests.
-pub trait Maps<F: Family> {
+pub trait Maps<F: Family>: Clock {
     /// The node's configuration.
     fn config(&self) -> Option<&Config>;
     /// Whether a bit of `filter` is set.
@@ -31,8 +31,6 @@ pub trait Maps<F: Family> {
     fn remove_new_affinity(&self, key: &AffinityKey<F::Words>);
     /// Replaces the value of an entry of either, unless another CPU was first.
     fn replace_affinity(&self, entry: Entry<'_, Affinity>, old: &Affinity, new: &Affinity) -> bool;
-    /// `CLOCK_MONOTONIC` in [`AFFINITY_TICK_NS`].
-    fn affinity_now(&self) -> u32;
     /// The index of a backend's slot, if it is a member of the slots.
     fn member(&self, key: &MemberKey) -> Option<u32>;
     /// Whether a source is in one of a Service's `source_ranges`; the prefix is as long as can be.
@@ -68,10 +66,10 @@ pub trait Maps<F: Family> {
     /// Memory of this program run's own.
     #[expect(clippy::mut_from_ref, reason = "per-CPU memory, asked for once in a run")]
     fn scratch(&self) -> Option<&mut Scratch<F::Words>>;
-    /// Whether a word of `collided` has a bit set.
-    fn collided(&self, bit: u32) -> bool;
+    /// Whether a bit of `collided` is set: flows to two frontends share a client's port.
+    fn port_is_shared(&self, bit: u32) -> bool;
     /// Sets a bit of `collided`.
-    fn set_collided(&self, bit: u32);
+    fn set_port_shared(&self, bit: u32);
     /// `BACKEND_*` bits.
     fn backend_flags(&self, backend: u32) -> u16;
     /// An entry of `backends`.
@@ -80,8 +78,4 @@ pub trait Maps<F: Family> {
     fn count_flow(&self, backend: u32);
     /// Counts an event.
     fn count(&self, event: Event);
-    /// `CLOCK_MONOTONIC` in [`TICK_NS`], at least 1.
-    fn now(&self) -> u32;
-    /// A clock that costs next to nothing and says no more than whether time has passed: see [`Flow::epoch`].
-    fn epoch(&self) -> u16;
 }

@@ -16,24 +16,29 @@
 //! changes.
 //!
 //! Packets of open flows are the matter of `forward` and `reply`. All others go through `decide`: `choose` finds the
-//! frontend and a backend, `open` makes the flow, and `source_port` finds a source port where one is due.
+//! frontend and a backend, `open` makes the flow, and `source_port` finds a source port where one is due. What they say to each
+//! other are the types of [`crate::verdict`].
 
 mod choose;
+mod clock;
 mod decide;
 mod entry;
 mod flow;
 mod forward;
 mod maps;
+mod opaque;
 mod open;
+mod port_use;
 mod refusal;
 mod reply;
 mod scratch;
-mod slow;
+mod search;
 mod source_port;
 mod subprogram;
 
 pub use self::{
     choose::socket_frontend,
+    clock::Clock,
     decide::undecided,
     entry::{Entry, Tracked},
     forward::established,
@@ -45,180 +50,66 @@ pub use self::{
 };
 pub(crate) use self::{
     choose::{affinity_key, look_up, may_be_frontend},
-    flow::{client_key, collided_bit, shared_key, snat_slot},
+    decide::decide,
+    flow::{client_key, shared_key, shared_port_bit, snat_slot},
     forward::{explains, unconfirmed},
-    scratch::Opaque,
-    slow::{arriving_slowly, leaving_slowly},
+    opaque::Opaque,
+    refusal::refuse_leaving,
+    reply::{answering_slowly, snat_reply_arriving},
+    search::Search,
 };
-use crate::{family::Family, packet::Tuple, retry};
+use crate::{
+    failover,
+    family::Family,
+    packet::Tuple,
+    verdict::{Arrival, Lookup, Translation, Verdict, step_number},
+};
 
-/// Where packets come in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum From {
-    /// A device of a pod on this node.
-    Pod,
-    /// A device of the node: the network.
-    Network,
-}
-
-/// What becomes of a packet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict<A> {
-    /// Not ours.
-    Pass,
-    /// Ours, with a new tuple.
-    Translate(Translation<A>),
-    /// Ours, and there is no backend: answer with port unreachable.
-    Refuse,
-    /// Ours, and not allowed or not possible.
-    Drop,
-    /// Of a connection whose backend is no more: answer with a reset ([`crate::reset`]).
-    Reset,
-}
-
-/// A packet's new tuple.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Translation<A> {
-    /// What the packet carries from here on.
-    pub tuple: Tuple<A>,
-    /// The receiver is on this node: hand the packet to the kernel, do not send it on.
-    pub local: bool,
-    /// Whose traffic the packet is.
-    pub counted: Counted,
-}
-
-/// Whose traffic a packet is. Of the two halves of a translation one counts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Counted {
-    /// Index into `backends`; [`Self::NOBODY`]: the other half counts.
-    pub backend: u32,
-    /// It comes from the backend.
-    pub reply: bool,
-}
-
-impl Counted {
-    /// No backend: not counted here.
-    pub const NOBODY: u32 = u32::MAX;
-    /// Counted by the other half, or nobody's.
-    pub const ELSEWHERE: Self = Self {
-        backend: Self::NOBODY,
-        reply: false,
-    };
-
-    #[inline(always)]
-    const fn reply(backend: u32) -> Self {
-        Self { backend, reply: true }
-    }
-}
-
-/// A packet that arrives, and the circumstances.
-#[derive(Clone, Copy, Debug)]
-pub struct Arrival<A> {
-    /// What it carries.
-    pub tuple: Tuple<A>,
-    /// TCP flags; 0 for UDP; for SCTP those that mean what its first chunk does.
-    pub tcp_flags: u8,
-    /// Where it came in.
-    pub from: From,
-    /// The hook sends packets for other nodes on by itself, so both halves of the translation are due.
-    pub sends_on: bool,
-}
-
-/// What becomes of a packet, as far as open flows tell.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Quick<A> {
-    /// Not ours.
-    Pass,
-    /// Of an open flow.
-    Translate(Translation<A>),
-    /// It may open one, or tells that nobody will: see [`undecided`] and [`refused`].
-    Undecided,
-}
-
-/// [`Verdict`], with the translation left in [`Scratch`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
-pub enum Outcome {
-    /// Not ours.
-    Pass,
-    /// Ours: [`Scratch::translation`].
-    Translate,
-    /// Ours, and there is no backend.
-    Refuse,
-    /// Ours, and not allowed or not possible.
-    Drop,
-    /// Of a connection whose backend is no more: answer with a reset.
-    Reset,
-}
-
-impl core::convert::From<u32> for Outcome {
-    #[inline(always)]
-    fn from(number: u32) -> Self {
-        match number {
-            0 => Self::Pass,
-            1 => Self::Translate,
-            2 => Self::Refuse,
-            3 => Self::Drop,
-            _ => Self::Reset,
-        }
-    }
-}
-
-/// What a [`Subprogram`] does, and the number of what it found: [`Outcome`]s, and 0 or 1 for no or yes.
+/// What a [`Subprogram`] does, and the number of what it found: of a verdict, of a step, or 0 or 1 for no or yes.
 #[inline(always)]
 pub fn run<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>, subprogram: Subprogram) -> u32 {
     match subprogram {
-        Subprogram::Decide => decide::decide_here(maps, scratch) as u32,
-        Subprogram::LookUp => choose::look_up_here(maps, scratch) as u32,
-        Subprogram::TakePort => source_port::take_port_here(maps, scratch).into(),
-        Subprogram::LookAtPort => {
-            source_port::look_here(maps, scratch);
-            0
-        }
+        Subprogram::Decide => decide::decide_here(maps, scratch).number(),
+        Subprogram::LookUp => step_number(choose::look_up_here(maps, scratch)),
         Subprogram::Explains => forward::explains_here(maps, scratch).into(),
         Subprogram::Unconfirmed => forward::unconfirmed_here(maps, scratch).into(),
-        Subprogram::Probe => retry::probe_here(maps, scratch).into(),
-        Subprogram::PickOther => retry::other_here(maps, scratch).into(),
-        Subprogram::HoldBack => retry::hold_back_here(maps, scratch).into(),
+        Subprogram::TakePort => source_port::take_port_here(maps, scratch).into(),
+        Subprogram::LookAtPort => {
+            source_port::look_at_port_here(maps, scratch);
+            0
+        }
+        Subprogram::PickOtherBackend => failover::pick_other_backend_here(maps, scratch).into(),
+        Subprogram::LookAtSlot => failover::look_at_slot_here(maps, scratch).into(),
+        Subprogram::HoldBack => failover::hold_back_here(maps, scratch).into(),
     }
 }
 
 /// A packet that arrives at the node through a device.
 #[inline(always)]
-pub fn arriving<F: Family, M: Subprograms<F>>(maps: &M, arrival: &Arrival<F::Words>) -> Verdict<F::Words> {
+pub fn arriving<F: Family, M: Subprograms<F>>(maps: &M, arrival: &Arrival<F::Words>) -> Verdict<Translation<F::Words>> {
     match established(maps, arrival) {
-        Quick::Pass => Verdict::Pass,
-        Quick::Translate(to) => Verdict::Translate(to),
-        Quick::Undecided => {
-            let Some(scratch) = maps.scratch() else {
-                return Verdict::Pass;
-            };
-            match undecided(maps, scratch, arrival) {
-                Outcome::Pass => Verdict::Pass,
-                Outcome::Translate => Verdict::Translate(scratch.translation),
-                Outcome::Refuse => Verdict::Refuse,
-                Outcome::Drop => Verdict::Drop,
-                Outcome::Reset => Verdict::Reset,
-            }
-        }
+        Lookup::Unmatched => Verdict::Pass,
+        Lookup::Translate(to) => Verdict::Translate(to),
+        Lookup::Undecided => match maps.scratch() {
+            Some(scratch) => undecided(maps, scratch, arrival).with(scratch.translation),
+            None => Verdict::Pass,
+        },
     }
 }
 
 /// A packet that leaves the node, or goes to one of its pods, through a device.
 #[inline(always)]
-pub fn leaving<F: Family, M: Subprograms<F>>(maps: &M, tuple: &Tuple<F::Words>, tcp_flags: u8) -> Verdict<F::Words> {
+pub fn leaving<F: Family, M: Subprograms<F>>(
+    maps: &M,
+    tuple: &Tuple<F::Words>,
+    tcp_flags: u8,
+) -> Verdict<Translation<F::Words>> {
     match answering(maps, tuple, tcp_flags) {
-        Quick::Pass => Verdict::Pass,
-        Quick::Translate(to) => Verdict::Translate(to),
-        Quick::Undecided => {
-            let Some(scratch) = maps.scratch() else {
-                return Verdict::Pass;
-            };
-            match refused(maps, scratch, tuple, tcp_flags) {
-                Outcome::Translate => Verdict::Translate(scratch.translation),
-                Outcome::Drop => Verdict::Drop,
-                _ => Verdict::Pass,
-            }
-        }
+        Lookup::Unmatched => Verdict::Pass,
+        Lookup::Translate(to) => Verdict::Translate(to),
+        Lookup::Undecided => match maps.scratch() {
+            Some(scratch) => refused(maps, scratch, tuple, tcp_flags).with(scratch.translation),
+            None => Verdict::Pass,
+        },
     }
 }

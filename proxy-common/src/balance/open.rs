@@ -1,10 +1,20 @@
 //! A flow is opened: to the chosen backend, under a key that no live flow has.
 
 use super::{
-    From, Maps, Scratch, client_key, collided_bit, decide::Held, flow::is_over, forward::towards_backend, shared_key,
-    snat_slot,
+    Maps, Scratch,
+    flow::{client_key, is_over, shared_key, shared_port_bit, snat_slot},
+    forward::towards_backend,
 };
-use crate::{event::Event, family::Family, filter, layout::*, packet::Tuple, retry, snat};
+use crate::{
+    event::Event,
+    failover,
+    family::Family,
+    filter,
+    layout::*,
+    packet::Tuple,
+    snat,
+    verdict::{Origin, PortUse},
+};
 
 /// Makes the flow to the chosen backend.
 #[inline(never)]
@@ -16,8 +26,8 @@ pub(super) fn open<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Wor
         frontend,
         chosen: slot,
         flow,
-        retry,
-        held: known,
+        failover: progress,
+        port_use,
         over,
         ..
     } = scratch;
@@ -37,10 +47,10 @@ pub(super) fn open<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Wor
         asked: 0,
         tried: 0,
     };
-    if retry::is_for(tuple.proto, arrival.tcp_flags, frontend.flags) {
-        flow.state = FLOW_RETRY | retry.trial_bits();
+    if failover::is_for(tuple.proto, arrival.tcp_flags, frontend.flags) {
+        flow.state = FLOW_RETRY | progress.probe_bits();
         flow.asked = maps.affinity_now() as u16;
-        flow.tried = retry.tried();
+        flow.tried = progress.tried();
     }
     if frontend.flags & FRONTEND_AFFINITY != 0 {
         flow.tried |= TRIED_KEEP;
@@ -49,41 +59,38 @@ pub(super) fn open<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Wor
     if local {
         flow.state |= FLOW_LOCAL_BACKEND;
     }
-    if arrival.from == From::Pod {
+    if arrival.origin == Origin::Pod {
         flow.state |= FLOW_LOCAL_CLIENT;
     }
     // A pod that is its own backend would take its own address as a source for a forgery.
     let hairpin = slot.addr == tuple.src;
-    let elsewhere = arrival.from == From::Network && !local && frontend.flags & FRONTEND_KEEP_SOURCE == 0;
+    let elsewhere = arrival.origin == Origin::Network && !local && frontend.flags & FRONTEND_KEEP_SOURCE == 0;
     if hairpin || elsewhere {
         flow.snat = F::words(F::config(config).node);
         flow.state |= FLOW_SNAT;
     }
 
     *key = client_key::<F>(tuple);
-    let mut held = match known.get() {
-        NOT_HELD => Holder::Nobody,
-        HELD_OVER => Holder::Over,
-        _ => holder(maps, &config.timeouts, key, tuple, slot, now),
+    let mut owner = match port_use.get() {
+        PortUse::Free => EntryOwner::Nobody,
+        PortUse::Over => EntryOwner::Over,
+        PortUse::Unclear => entry_owner(maps, &config.timeouts, key, tuple, slot, now),
     };
     if port_is_lent(maps, config, tuple, slot) {
-        held = Holder::Other;
+        owner = EntryOwner::Other;
     }
-    if let Holder::Other = held {
+    if let EntryOwner::Other = owner {
         *key = shared_key::<F>(tuple);
         flow.state |= FLOW_SNAT;
-        maps.set_collided(collided_bit::<F>(tuple));
+        maps.set_port_shared(shared_port_bit::<F>(tuple));
         maps.count(Event::PortCollision);
     }
     // A flow under the longer key is over as well if there is one, or its packet would not have come here.
-    over.set(u32::from(!matches!(held, Holder::Nobody)));
+    over.set(!matches!(owner, EntryOwner::Nobody));
 }
 
-const NOT_HELD: u32 = Held::No as u32;
-const HELD_OVER: u32 = Held::Over as u32;
-
-/// Who holds the entry of a client's side.
-enum Holder {
+/// Whose the entry of a client's side is.
+enum EntryOwner {
     Nobody,
     /// A flow that is over, of this frontend or another: the entry can be written over.
     Over,
@@ -92,19 +99,19 @@ enum Holder {
 }
 
 #[inline(always)]
-fn holder<F: Family, M: Maps<F>>(
+fn entry_owner<F: Family, M: Maps<F>>(
     maps: &M,
     timeouts: &Timeouts,
     key: &FlowKey<F::Words>,
     tuple: &Tuple<F::Words>,
     backend: &Slot<F::Words>,
     now: u32,
-) -> Holder {
+) -> EntryOwner {
     let entry = match maps.flow(key) {
         Some(entry) => Some(entry),
         None => maps.new_flow(key),
     };
-    let Some(entry) = entry else { return Holder::Nobody };
+    let Some(entry) = entry else { return EntryOwner::Nobody };
     let flow = entry.read();
     let same = flow.frontend == tuple.dst && flow.frontend_port == tuple.dst_port;
     // The same frontend: only a connection that is opened anew comes here, and the client knows what it does. Another:
@@ -112,9 +119,9 @@ fn holder<F: Family, M: Maps<F>>(
     let remembered = flow.backend == backend.addr && flow.backend_port == backend.port;
     let closed_ticks = if remembered { timeouts.time_wait } else { 0 };
     if same || is_over(timeouts, flow.state, tuple.proto, flow.last_seen, now, closed_ticks) {
-        Holder::Over
+        EntryOwner::Over
     } else {
-        Holder::Other
+        EntryOwner::Other
     }
 }
 
@@ -141,7 +148,7 @@ fn port_is_lent<F: Family, M: Maps<F>>(
 
 /// Stores the chosen flow, and says where its packet goes.
 #[inline(never)]
-pub(super) fn remember<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
+pub(super) fn insert<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
     let Scratch {
         arrival,
         key,
@@ -159,7 +166,7 @@ pub(super) fn remember<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F:
     // Replies to a translated source are not seen where open flows are, and only the way there from `new_flows` says that a flow is
     // confirmed.
     let may_be_open = flow.state & FLOW_SNAT == 0 && flow.tried & TRIED_KEEP == 0;
-    if over.get() != 0 {
+    if over.get() {
         if let Some(entry) = maps.flow(key) {
             let waiting = entry.read().state & FLOW_WAITING;
             if may_be_open {

@@ -1,9 +1,15 @@
-//! Refusals of SYNs: held back while another backend may answer ([`crate::retry`]), else told to the client.
+//! Refusals of SYNs: held back while another backend may answer ([`crate::failover`]), else told to the client.
 
 use super::{
-    Maps, Outcome, Quick, Scratch, Subprograms, decide::Step, reply::snat_reply_arriving, slow::answered_slowly,
+    Maps, Scratch, Subprograms,
+    reply::{answering_slowly, snat_reply_arriving},
 };
-use crate::{family::Family, packet::Tuple, retry};
+use crate::{
+    failover,
+    family::Family,
+    packet::Tuple,
+    verdict::{InScratch, Lookup, Step, Verdict},
+};
 
 /// [`answering`](super::answering)'s second half: the refusal of a SYN, on its way out.
 #[inline(always)]
@@ -12,44 +18,44 @@ pub fn refused<F: Family, M: Subprograms<F>>(
     scratch: &mut Scratch<F::Words>,
     tuple: &Tuple<F::Words>,
     tcp_flags: u8,
-) -> Outcome {
+) -> Verdict {
     scratch.arrival.tuple = *tuple;
     scratch.arrival.tcp_flags = tcp_flags;
     refuse_leaving(maps, scratch)
 }
 
 #[inline(never)]
-pub(super) fn refuse_leaving<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
-    if retry::is_held_back(maps, scratch, true) {
-        return Outcome::Drop;
+pub(crate) fn refuse_leaving<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Verdict {
+    if failover::is_held_back(maps, scratch, true) {
+        return Verdict::Drop;
     }
-    retry::end(maps, scratch);
-    match answered_slowly(maps, scratch) {
-        Step::Translate => Outcome::Translate,
-        _ => Outcome::Pass,
+    failover::end(maps, scratch);
+    match answering_slowly(maps, scratch) {
+        Step::Break(verdict) => verdict,
+        Step::Continue(()) => Verdict::Pass,
     }
 }
 
 /// The refusal of a SYN to a translated source, where it arrives.
 #[inline(always)]
-pub(super) fn refuse_arriving<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
-    if retry::is_held_back(maps, scratch, false) {
-        return Outcome::Drop;
+pub(super) fn refuse_arriving<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Verdict {
+    if failover::is_held_back(maps, scratch, false) {
+        return Verdict::Drop;
     }
-    retry::end(maps, scratch);
-    tell_arriving(maps, scratch)
+    failover::end(maps, scratch);
+    answer_arriving(maps, scratch)
 }
 
 #[inline(never)]
-fn tell_arriving<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Outcome {
+fn answer_arriving<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Verdict {
     let Some(config) = maps.config() else {
-        return Outcome::Pass;
+        return Verdict::Pass;
     };
     match snat_reply_arriving(maps, config, &scratch.arrival) {
-        Quick::Translate(translation) => {
+        Lookup::Translate(translation) => {
             scratch.translation = translation;
-            Outcome::Translate
+            Verdict::Translate(InScratch)
         }
-        _ => Outcome::Pass,
+        _ => Verdict::Pass,
     }
 }

@@ -1,20 +1,25 @@
 //! Replies: packets of backends, on their way to the client.
 
-use super::{Arrival, Counted, Entry, Maps, Quick, Tracked, Translation, client_key, snat_slot};
+use super::{
+    Entry, Maps, Scratch, Tracked,
+    flow::{client_key, snat_slot},
+};
 use crate::{
+    failover,
     family::Family,
     filter,
     layout::*,
     packet::{FIN, RST, SYN, Tuple},
-    retry, snat,
+    snat,
     timeouts::is_closed,
+    verdict::{Arrival, Counted, InScratch, Lookup, Step, Translation, Verdict},
 };
 
 /// The first half of [`leaving`](super::leaving): all there is to do but for refusals of SYNs.
 #[inline(always)]
-pub fn answering<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, tcp_flags: u8) -> Quick<F::Words> {
+pub fn answering<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, tcp_flags: u8) -> Lookup<F::Words> {
     let Some(config) = maps.config() else {
-        return Quick::Pass;
+        return Lookup::Unmatched;
     };
     if maps.filter(filter::backend_port(tuple.src_port)) && maps.client(filter::client::<F>(tuple.dst)) {
         let state = reply_state(tuple.proto, tcp_flags);
@@ -22,13 +27,13 @@ pub fn answering<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, tcp_f
             && let Some((entry, slot)) = snat_slot(maps, config, tuple.dst_port, tuple.src, tuple.src_port, tuple.proto)
             && slot.client == tuple.dst
         {
-            if tcp_flags & (SYN | RST) != 0 && retry::is_open(slot.state) {
+            if tcp_flags & (SYN | RST) != 0 && failover::is_open(slot.state) {
                 if tcp_flags & RST != 0 {
-                    return Quick::Undecided;
+                    return Lookup::Undecided;
                 }
-                retry::answered(maps, slot.backend_id);
+                failover::answered(maps, slot.backend_id);
             }
-            entry.note(maps, state);
+            entry.record(maps, state);
             goes_on(entry, slot.state, tcp_flags);
             let tuple = Tuple {
                 src: slot.frontend,
@@ -44,12 +49,12 @@ pub fn answering<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, tcp_f
             ..client_key::<F>(tuple)
         };
         match reply(maps, maps.flow(&key), tuple, state, tcp_flags) {
-            Quick::Pass => {}
-            quick => return quick,
+            Lookup::Unmatched => {}
+            lookup => return lookup,
         }
         match reply(maps, maps.new_flow(&key), tuple, state, tcp_flags) {
-            Quick::Pass => {}
-            quick => return quick,
+            Lookup::Unmatched => {}
+            lookup => return lookup,
         }
     }
     if snat::in_range(config, tuple.src_port)
@@ -64,7 +69,21 @@ pub fn answering<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, tcp_f
         };
         return translate(tuple, Counted::ELSEWHERE);
     }
-    Quick::Pass
+    Lookup::Unmatched
+}
+
+/// [`answering`] of the packet in `scratch.arrival`, with the translation left in `scratch`; it goes on where that is undecided.
+// It has returned when a refusal is judged, which asks it again: Linux 6.1 has no stack for two of it.
+#[inline(never)]
+pub(crate) fn answering_slowly<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Step {
+    match answering::<F, M>(maps, &scratch.arrival.tuple, scratch.arrival.tcp_flags) {
+        Lookup::Unmatched => Step::Break(Verdict::Pass),
+        Lookup::Translate(translation) => {
+            scratch.translation = translation;
+            Step::Break(Verdict::Translate(InScratch))
+        }
+        Lookup::Undecided => Step::Continue(()),
+    }
 }
 
 /// A reply, if the entry is the flow that it answers.
@@ -75,27 +94,27 @@ fn reply<F: Family, M: Maps<F>>(
     tuple: &Tuple<F::Words>,
     state: u16,
     tcp_flags: u8,
-) -> Quick<F::Words> {
-    let Some(entry) = entry else { return Quick::Pass };
+) -> Lookup<F::Words> {
+    let Some(entry) = entry else { return Lookup::Unmatched };
     let flow = entry.read();
     if flow.backend != tuple.src
         || flow.backend_port != tuple.src_port
         || flow.state & (FLOW_SNAT | FLOW_SUPERSEDED) != 0
     {
-        return Quick::Pass;
+        return Lookup::Unmatched;
     }
     if tcp_flags & SYN != 0 && is_closed(flow.state) {
         // The client took its port anew, to dial the backend itself.
-        entry.note(maps, FLOW_SUPERSEDED);
-        return Quick::Pass;
+        entry.record(maps, FLOW_SUPERSEDED);
+        return Lookup::Unmatched;
     }
-    if tcp_flags & (SYN | RST) != 0 && retry::is_open(flow.state) {
+    if tcp_flags & (SYN | RST) != 0 && failover::is_open(flow.state) {
         if tcp_flags & RST != 0 {
-            return Quick::Undecided;
+            return Lookup::Undecided;
         }
-        retry::answered(maps, flow.backend_id);
+        failover::answered(maps, flow.backend_id);
     }
-    entry.note(maps, state);
+    entry.record(maps, state);
     goes_on(entry, flow.state, tcp_flags);
     let tuple = Tuple {
         src: flow.frontend,
@@ -107,26 +126,26 @@ fn reply<F: Family, M: Maps<F>>(
 
 /// A reply that comes back to the address that this node put in place of the client's.
 #[inline(always)]
-pub(super) fn snat_reply_arriving<F: Family, M: Maps<F>>(
+pub(crate) fn snat_reply_arriving<F: Family, M: Maps<F>>(
     maps: &M,
     config: &Config,
     arrival: &Arrival<F::Words>,
-) -> Quick<F::Words> {
+) -> Lookup<F::Words> {
     let tuple = &arrival.tuple;
     let Some((entry, slot)) = snat_slot(maps, config, tuple.dst_port, tuple.src, tuple.src_port, tuple.proto) else {
-        return Quick::Pass;
+        return Lookup::Unmatched;
     };
     // A port translated under the client's own address comes back through the client's device: `leaving` does it.
     if slot.snat != tuple.dst || slot.snat == slot.client {
-        return Quick::Pass;
+        return Lookup::Unmatched;
     }
-    if arrival.tcp_flags & (SYN | RST) != 0 && retry::is_open(slot.state) {
+    if arrival.tcp_flags & (SYN | RST) != 0 && failover::is_open(slot.state) {
         if arrival.tcp_flags & RST != 0 {
-            return Quick::Undecided;
+            return Lookup::Undecided;
         }
-        retry::answered(maps, slot.backend_id);
+        failover::answered(maps, slot.backend_id);
     }
-    entry.note(maps, reply_state(tuple.proto, arrival.tcp_flags));
+    entry.record(maps, reply_state(tuple.proto, arrival.tcp_flags));
     goes_on(entry, slot.state, arrival.tcp_flags);
     let local = slot.state & FLOW_LOCAL_CLIENT != 0;
     let mut tuple = Tuple {
@@ -140,7 +159,7 @@ pub(super) fn snat_reply_arriving<F: Family, M: Maps<F>>(
         tuple.dst_port = slot.client_port;
         counted = Counted::reply(slot.backend_id);
     }
-    Quick::Translate(Translation { tuple, local, counted })
+    Lookup::Translate(Translation { tuple, local, counted })
 }
 
 /// Takes back what was noted of a backend that sends after all: that it is asked whether it is there, or has reset the connection.
@@ -170,8 +189,8 @@ fn reply_state(proto: u8, tcp_flags: u8) -> u16 {
 }
 
 #[inline(always)]
-fn translate<A: Copy>(tuple: Tuple<A>, counted: Counted) -> Quick<A> {
-    Quick::Translate(Translation {
+fn translate<A: Copy>(tuple: Tuple<A>, counted: Counted) -> Lookup<A> {
+    Lookup::Translate(Translation {
         tuple,
         local: true,
         counted,

@@ -1,6 +1,6 @@
 //! The search for a source port under which the backend sees a translated flow.
 
-use super::{Maps, Opaque, Scratch, Subprogram, Subprograms, client_key};
+use super::{Maps, Scratch, Search, Subprogram, Subprograms, client_key, opaque::Opaque};
 use crate::{
     family::Family,
     hash,
@@ -23,27 +23,6 @@ const ROUNDS: u32 = 4;
 const MAX_WHOLE: u32 = (ROUNDS - 1) * snat::MAX_TRIES;
 /// No offset into the SNAT range.
 const NO_OFFSET: u32 = u32::MAX;
-
-/// Where the search for a source port stands.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Search {
-    /// Offset into the SNAT range that is looked at.
-    offset: Opaque,
-    /// Offset found.
-    found: Opaque,
-    /// Offset of the port that can be taken in a hurry ([`HURRY_TICKS`]), and since when nobody used it.
-    oldest: Opaque,
-    oldest_seen: Opaque,
-    /// [`SnatSlot::owner`] of the flow.
-    owner: Opaque,
-    /// Ticks after which a slot is free.
-    limit: Opaque,
-    /// Whether no free port was found.
-    hurry: Opaque,
-    /// A condition.
-    pub(crate) flag: Opaque,
-}
 
 /// Finds a source port towards the flow's backend: the client's own if it is in the range and free, else one from a
 /// place that depends on the flow alone, so that a flow whose entry was evicted finds its port again.
@@ -73,7 +52,7 @@ pub(super) fn translate_source<F: Family, M: Subprograms<F>>(maps: &M, scratch: 
     if oldest.get() == NO_OFFSET {
         return false;
     }
-    hurry.set(1);
+    hurry.set(true);
     offset.set(oldest.get());
     take_port(maps, scratch)
 }
@@ -86,7 +65,7 @@ fn first_port<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) 
     let owner = hash::flow::<F>(tuple.src, tuple.src_port, tuple.dst, tuple.dst_port, tuple.proto);
     let search = &mut scratch.search;
     search.owner.set(owner);
-    search.hurry.set(0);
+    search.hurry.set(false);
     search.oldest.set(NO_OFFSET);
     search.offset.set(if snat::in_range(config, tuple.src_port) {
         u32::from(tuple.src_port.wrapping_sub(config.snat_first))
@@ -131,11 +110,8 @@ pub(super) fn take_port_here<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scra
     let index = snat::index::<F>(config, port, flow.backend, flow.backend_port, tuple.proto);
     let Some(entry) = maps.snat(index) else { return false };
     let slot = entry.read();
-    if !search
-        .flag
-        .hide(slot.owner == search.owner.get() && is_own(&slot, flow, tuple.src, tuple.src_port))
-    {
-        let hurry = search.hurry.get() != 0;
+    if slot.owner != search.owner.get() || !is_own(&slot, flow, tuple.src, tuple.src_port) {
+        let hurry = search.hurry.get();
         if !is_free(config, &slot, now, hurry, &mut search.limit) {
             return false;
         }
@@ -150,7 +126,7 @@ pub(super) fn take_port_here<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scra
             return false;
         }
         // A client that keeps its address must not be given a port that it uses itself.
-        if search.flag.hide(flow.snat == tuple.src) {
+        if flow.snat == tuple.src {
             *own_port = FlowKey {
                 client_port: port,
                 ..client_key::<F>(tuple)
@@ -201,7 +177,7 @@ fn next_port<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Wo
 /// One step of the search, and a look at the slot there. Every flow takes steps of its own length: neighbours in turn would all
 /// search the runs of taken ports that arise long before a large range is full.
 #[inline(always)]
-pub(super) fn look_here<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
+pub(super) fn look_at_port_here<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
     let Some(config) = maps.config() else { return };
     let Scratch {
         arrival, flow, search, ..
@@ -221,9 +197,7 @@ pub(super) fn look_here<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F
     let index = snat::index::<F>(config, port, flow.backend, flow.backend_port, tuple.proto);
     let Some(entry) = maps.snat(index) else { return };
     let slot = entry.read();
-    let own = slot.owner == search.owner.get();
-    let own = search.flag.hide(own) && is_own(&slot, flow, tuple.src, tuple.src_port);
-    let own = search.flag.hide(own);
+    let own = slot.owner == search.owner.get() && is_own(&slot, flow, tuple.src, tuple.src_port);
     if own || is_free(config, &slot, flow.last_seen, false, &mut search.limit) {
         if search.found.get() == NO_OFFSET {
             search.found.set(search.offset.get());

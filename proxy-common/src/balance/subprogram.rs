@@ -10,26 +10,26 @@
 use super::{Maps, Scratch};
 use crate::family::Family;
 
-/// A step that is a global function in the kernel. [`run`](super::run) has the table of what they do.
+/// A step that is a global function in the kernel. [`run`](super::run) has the table of what they do and return.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Subprogram {
-    /// [`decide`](super::decide::decide).
+    /// A packet that no established flow explains.
     Decide,
-    /// [`look_up`](super::choose::look_up).
+    /// The frontend that it is for.
     LookUp,
-    /// [`take_port`](super::source_port).
-    TakePort,
-    /// [`look`](super::source_port).
-    LookAtPort,
-    /// [`explains`](super::forward).
+    /// The packet's flow, if it is in `flows` under the key in [`Scratch`].
     Explains,
-    /// [`unconfirmed`](super::forward).
+    /// The same for `new_flows`.
     Unconfirmed,
-    /// [`other`](crate::retry).
-    PickOther,
-    /// [`probe`](crate::retry).
-    Probe,
-    /// [`hold_back`](crate::retry).
+    /// Takes the source port that the search stands at.
+    TakePort,
+    /// Looks at the next source port.
+    LookAtPort,
+    /// Finds a backend that the connection has not tried.
+    PickOtherBackend,
+    /// Looks at the next slot for it.
+    LookAtSlot,
+    /// Judges a refusal.
     HoldBack,
 }
 

@@ -3,18 +3,18 @@
 use super::*;
 
 /// From where, and whether the hook sends on: a pod's packets, and an outside client's at tc and at XDP.
-const WAYS: [(From, bool); 3] = [(From::Pod, false), (From::Network, false), (From::Network, true)];
+const WAYS: [(Origin, bool); 3] = [(Origin::Pod, false), (Origin::Network, false), (Origin::Network, true)];
 const FRONTENDS: [u8; 2] = [1, 2];
 
 /// Two frontends of a Service port with affinity for a minute.
 struct Kept {
     node: Node<V4>,
     proto: u8,
-    way: (From, bool),
+    way: (Origin, bool),
 }
 
 impl Kept {
-    fn new(proto: u8, way: (From, bool), backends: std::ops::Range<u8>) -> Self {
+    fn new(proto: u8, way: (Origin, bool), backends: std::ops::Range<u8>) -> Self {
         let mut config = config();
         (config.silence, config.silence_most) = (60, 1800);
         let kept = Self {
@@ -44,8 +44,8 @@ impl Kept {
 
     fn dialled(&self, port: u16, frontend: u8) -> Tuple<u32> {
         let client = match self.way.0 {
-            From::Pod => CLIENT,
-            From::Network => ip(203, 0, 113, 9),
+            Origin::Pod => CLIENT,
+            Origin::Network => ip(203, 0, 113, 9),
         };
         Tuple {
             proto: self.proto,
@@ -55,9 +55,9 @@ impl Kept {
 
     /// A packet of the client's; what its backend sees.
     fn send(&self, dialled: Tuple<u32>, flags: u8) -> Tuple<u32> {
-        let (from, sends_on) = self.way;
+        let (origin, sends_on) = self.way;
         let flags = if self.proto == UDP { 0 } else { flags };
-        let translated = self.node.translated(dialled, flags, from, sends_on).tuple;
+        let translated = self.node.translated(dialled, flags, origin, sends_on).tuple;
         if sends_on {
             translated
         } else {
@@ -68,10 +68,10 @@ impl Kept {
     /// Its answer.
     fn answer(&self, seen: Tuple<u32>) {
         let flags = if self.proto == UDP { 0 } else { SYN | ACK };
-        if let Verdict::Pass = self.node.arrive(back(seen), flags, From::Network, self.way.1) {
+        if let Verdict::Pass = self.node.arrive(back(seen), flags, Origin::Network, self.way.1) {
             self.node.leave(back(seen), flags);
         } else if !self.way.1 {
-            let inside = self.node.translated(back(seen), flags, From::Network, false).tuple;
+            let inside = self.node.translated(back(seen), flags, Origin::Network, false).tuple;
             self.node.leave(inside, flags);
         }
     }
@@ -118,7 +118,7 @@ fn number(seen: Tuple<u32>) -> u8 {
     V4::bytes(seen.dst)[3]
 }
 
-fn for_all(test: impl Fn(u8, (From, bool))) {
+fn for_all(test: impl Fn(u8, (Origin, bool))) {
     for proto in [TCP, UDP] {
         WAYS.iter().for_each(|&way| test(proto, way));
     }

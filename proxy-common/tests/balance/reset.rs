@@ -3,12 +3,12 @@
 use super::*;
 
 /// How a connection comes: from a pod, from outside at tc, from outside at XDP.
-const WAYS: [(From, bool); 3] = [(From::Pod, false), (From::Network, false), (From::Network, true)];
+const WAYS: [(Origin, bool); 3] = [(Origin::Pod, false), (Origin::Network, false), (Origin::Network, true)];
 
 /// A connection to [`REMOTE`].
 struct Connection {
     node: Node<V4>,
-    from: From,
+    origin: Origin,
     sends_on: bool,
     dialled: Tuple<u32>,
     /// What its backend sees.
@@ -16,12 +16,16 @@ struct Connection {
 }
 
 impl Connection {
-    fn open((from, sends_on): (From, bool)) -> Self {
-        let client = if from == From::Pod { CLIENT } else { ip(203, 0, 113, 10) };
+    fn open((origin, sends_on): (Origin, bool)) -> Self {
+        let client = if origin == Origin::Pod {
+            CLIENT
+        } else {
+            ip(203, 0, 113, 10)
+        };
         let dialled = to(client, 40_000, ip(10, 96, 0, 1), 80);
         let mut connection = Self {
             node: node(&[REMOTE]),
-            from,
+            origin,
             sends_on,
             dialled,
             seen: dialled,
@@ -36,7 +40,7 @@ impl Connection {
 
     /// A packet of the client's, as it leaves the node.
     fn client(&self, flags: u8) -> Tuple<u32> {
-        let translated = self.node.translated(self.dialled, flags, self.from, self.sends_on);
+        let translated = self.node.translated(self.dialled, flags, self.origin, self.sends_on);
         if self.sends_on {
             translated.tuple
         } else {
@@ -47,7 +51,7 @@ impl Connection {
     /// A packet of the backend's, which the client must see as the frontend's.
     fn backend(&self, flags: u8) {
         let reply = back(self.seen);
-        let seen = match self.node.arrive(reply, flags, From::Network, self.sends_on) {
+        let seen = match self.node.arrive(reply, flags, Origin::Network, self.sends_on) {
             Verdict::Translate(to) if self.sends_on => to.tuple,
             Verdict::Translate(to) => self.node.leave(to.tuple, flags),
             Verdict::Pass => self.node.leave(reply, flags),
@@ -154,12 +158,12 @@ fn a_reset_connection_keeps_its_entry_and_its_source_port_for_a_while() {
         });
         node.serve(ip(10, 96, 0, 1), 80, TCP, &[REMOTE]);
         let dialled = |client| to(ip(203, 0, 113, client), 10_240, ip(10, 96, 0, 1), 80);
-        let sent = node.translated(dialled(1), SYN, From::Network, true).tuple;
-        node.translated(back(sent), SYN | ACK, From::Network, true);
-        node.translated(dialled(1), ACK, From::Network, true);
-        node.translated(back(sent), RST, From::Network, true);
+        let sent = node.translated(dialled(1), SYN, Origin::Network, true).tuple;
+        node.translated(back(sent), SYN | ACK, Origin::Network, true);
+        node.translated(dialled(1), ACK, Origin::Network, true);
+        node.translated(back(sent), RST, Origin::Network, true);
         node.now.set(node.now.get() + ticks);
-        let port = match node.arrive(dialled(2), SYN, From::Network, true) {
+        let port = match node.arrive(dialled(2), SYN, Origin::Network, true) {
             Verdict::Translate(to) => to.tuple.src_port,
             _ => 0,
         };

@@ -8,7 +8,7 @@ use std::{
 };
 
 use shunt_common::{
-    balance::{Entry, Maps, Scratch, Subprogram, Subprograms, run},
+    balance::{Clock, Entry, Maps, Scratch, Subprogram, Subprograms, run},
     event::Event,
     family::Family,
     filter,
@@ -146,6 +146,18 @@ fn entry<'m, T: Copy>(value: Option<&mut Box<T>>) -> Option<Entry<'m, T>> {
     value.map(|value| unsafe { Entry::new(NonNull::from(&mut **value)) })
 }
 
+impl<F: Family<Words: Hash>> Clock for Node<F> {
+    fn now(&self) -> u32 {
+        self.now.get()
+    }
+    fn affinity_now(&self) -> u32 {
+        (u64::from(self.now.get()) * TICK_NS / AFFINITY_TICK_NS) as u32
+    }
+    fn epoch(&self) -> u16 {
+        self.now.get() as u16
+    }
+}
+
 impl<F: Family<Words: Hash>> Maps<F> for Node<F> {
     fn config(&self) -> Option<&Config> {
         Some(&self.config)
@@ -189,9 +201,6 @@ impl<F: Family<Words: Hash>> Maps<F> for Node<F> {
             entry.write(new);
         }
         same
-    }
-    fn affinity_now(&self) -> u32 {
-        (u64::from(self.now.get()) * TICK_NS / AFFINITY_TICK_NS) as u32
     }
     fn member(&self, key: &MemberKey) -> Option<u32> {
         self.members.borrow().get(key).copied()
@@ -254,10 +263,10 @@ impl<F: Family<Words: Hash>> Maps<F> for Node<F> {
         // SAFETY: one packet at a time, as on a CPU.
         Some(unsafe { &mut *self.scratch.get() })
     }
-    fn collided(&self, bit: u32) -> bool {
+    fn port_is_shared(&self, bit: u32) -> bool {
         self.collided.borrow().contains(&bit)
     }
-    fn set_collided(&self, bit: u32) {
+    fn set_port_shared(&self, bit: u32) {
         self.collided.borrow_mut().insert(bit);
     }
     fn may_wait(&self) -> bool {
@@ -276,18 +285,12 @@ impl<F: Family<Words: Hash>> Maps<F> for Node<F> {
     fn count(&self, event: Event) {
         self.events.borrow_mut().push(event);
     }
-    fn now(&self) -> u32 {
-        self.now.get()
-    }
     fn backend_flags(&self, _backend: u32) -> u16 {
         BACKEND_SERVING
     }
     fn backend(&self, backend: u32) -> Option<Entry<'_, BackendState>> {
         let mut backends = self.backends.borrow_mut();
         entry(Some(backends.entry(backend).or_default()))
-    }
-    fn epoch(&self) -> u16 {
-        self.now.get() as u16
     }
 }
 

@@ -56,7 +56,7 @@ pub struct BackendRow {
     pub id: u32,
 }
 
-/// A backend that does not answer (see [`shunt_common::retry`]).
+/// A backend that does not answer (see [`shunt_common::failover`]).
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Silence {

@@ -2,7 +2,11 @@
 
 use std::collections::HashMap;
 
-use shunt_common::{balance::Maps, hash, retry::socket_slot};
+use shunt_common::{
+    balance::{Clock, Maps},
+    failover::socket_slot,
+    hash,
+};
 
 use super::*;
 
@@ -14,7 +18,7 @@ const BACKENDS: [(u32, u16, bool); 4] = [
     (u32::from_ne_bytes([10, 44, 0, 8]), 8080, true),
 ];
 /// From where, and whether the hook sends on: a pod's packets, and an outside client's at tc and at XDP.
-const WAYS: [(From, bool); 3] = [(From::Pod, false), (From::Network, false), (From::Network, true)];
+const WAYS: [(Origin, bool); 3] = [(Origin::Pod, false), (Origin::Network, false), (Origin::Network, true)];
 
 fn node(count: usize, flags: u16) -> Node<V4> {
     let mut config = config();
@@ -34,8 +38,8 @@ fn dialled(port: u16) -> Tuple<u32> {
 }
 
 /// What the backend sees of a client's segment.
-fn send(node: &Node<V4>, tuple: Tuple<u32>, flags: u8, (from, sends_on): (From, bool)) -> Tuple<u32> {
-    let arrived = node.translated(tuple, flags, from, sends_on);
+fn send(node: &Node<V4>, tuple: Tuple<u32>, flags: u8, (origin, sends_on): (Origin, bool)) -> Tuple<u32> {
+    let arrived = node.translated(tuple, flags, origin, sends_on);
     if sends_on && !arrived.local {
         arrived.tuple
     } else {
@@ -44,10 +48,10 @@ fn send(node: &Node<V4>, tuple: Tuple<u32>, flags: u8, (from, sends_on): (From, 
 }
 
 /// What the client sees of a backend's segment; `None` if it was held back.
-fn answer(node: &Node<V4>, seen: Tuple<u32>, flags: u8, (_, sends_on): (From, bool)) -> Option<Tuple<u32>> {
+fn answer(node: &Node<V4>, seen: Tuple<u32>, flags: u8, (_, sends_on): (Origin, bool)) -> Option<Tuple<u32>> {
     let local = BACKENDS.iter().any(|backend| backend.0 == seen.dst && backend.2);
-    let from = if local { From::Pod } else { From::Network };
-    let inside = match node.arrive(back(seen), flags, from, sends_on && !local) {
+    let origin = if local { Origin::Pod } else { Origin::Network };
+    let inside = match node.arrive(back(seen), flags, origin, sends_on && !local) {
         Verdict::Pass => back(seen),
         Verdict::Translate(to) if sends_on && !local && !to.local => return Some(to.tuple),
         Verdict::Translate(to) => to.tuple,
@@ -246,7 +250,7 @@ fn a_silent_backends_share_falls_to_all_others_and_nobody_else_moves() {
     let silent = BACKENDS[1].0;
     Maps::<V4>::backend(&failing, 1).unwrap().write(&BackendState {
         failures: 1,
-        silent_until: Maps::<V4>::affinity_now(&failing) + 1000,
+        silent_until: failing.affinity_now() + 1000,
         ..BackendState::default()
     });
     let mut shares = HashMap::new();
@@ -276,7 +280,7 @@ fn sockets_pass_over_a_silent_backend() {
         slot_count: 4,
         ..Frontend::default()
     };
-    let now = Maps::<V4>::affinity_now(&node);
+    let now = node.affinity_now();
     let shares = || {
         let mut shares = [0u32; 4];
         for socket in 0..SOCKETS {
@@ -339,7 +343,7 @@ fn all_silent_is_as_if_none_were() {
     for id in 0..4 {
         Maps::<V4>::backend(&failing, id).unwrap().write(&BackendState {
             failures: 1,
-            silent_until: Maps::<V4>::affinity_now(&failing) + 1000,
+            silent_until: failing.affinity_now() + 1000,
             ..BackendState::default()
         });
     }

@@ -3,116 +3,85 @@
 //! They are few, so they take their time: headers are read by copies ([`crate::access`]), and nothing here weighs on the path
 //! of plain packets. XDP leaves them to tc, which sees them next.
 
+mod context;
+mod decision;
+mod echo;
+mod fragment;
+mod icmp_error;
+
+pub use self::context::Action;
+pub(crate) use self::context::Context;
+use self::decision::{arriving, leaving};
 use crate::{
     access::{Access, load_addr, store_addrs},
-    address::{self, Stranger},
-    balance::{From, Maps, Outcome, Scratch, Subprograms, arriving_slowly, leaving_slowly},
+    address::{self, Unmatched},
+    balance::{Maps, Scratch, Subprograms},
     checksum::Difference,
-    crc32c, echo,
+    crc32c,
     event::Event,
-    extension,
-    extension::Path,
+    extension::{self, Path},
     family::Family,
-    fragment, icmp_error,
     layout::{SCTP, TCP, UDP},
     packet::{ACK, ETHERNET, FIN, Headers, RST, SCTP_CHECKSUM, SYN, Tuple, checksum_offset, differences, port_word},
+    verdict::{Direction, InScratch, Verdict},
 };
-
-/// Where a packet is seen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
-    /// It arrives through a device.
-    In(From),
-    /// It leaves through one.
-    Out,
-}
-
-/// What becomes of an odd packet, which is rewritten by then if it had to be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
-pub enum Fate {
-    /// On its way.
-    Pass,
-    /// Not possible, or not allowed.
-    Drop,
-    /// It is its own answer now, and goes back to where it came from.
-    Back,
-    /// Nobody takes it: answer with port unreachable. Its [`headers`] say about what.
-    Refuse,
-}
-
-/// What is known of the packet at hand; part of [`crate::balance::Scratch`].
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Odd<A> {
-    /// Where its payload stands.
-    pub path: Path,
-    /// An ICMP error's: where the quoted packet's payload stands.
-    pub quoted: Path,
-    /// Its addresses; ports where it has any.
-    pub tuple: Tuple<A>,
-    /// An ICMP error's: what an answer to the quoted packet would carry.
-    pub answer: Tuple<A>,
-    /// An ICMP error's: what that answer would become.
-    pub becomes: Tuple<A>,
-}
 
 /// A packet that [`crate::packet::parse`] made nothing of.
 #[inline(always)]
-pub fn odd<F: Family, M: Subprograms<F>>(maps: &M, packet: &impl Access, place: Place) -> Fate {
+pub fn handle<F: Family, M: Subprograms<F>>(maps: &M, packet: &impl Access, direction: Direction) -> Action {
     let Some(scratch) = maps.scratch() else {
-        return Fate::Pass;
+        return Action::Pass;
     };
     let l3 = ETHERNET as u32;
-    if !extension::find::<F>(packet, l3, &mut scratch.odd.path) {
-        return Fate::Pass;
+    if !extension::find::<F>(packet, l3, &mut scratch.slow.path) {
+        return Action::Pass;
     }
     let src = l3 + F::ADDRESSES as u32;
     let (Some(from), Some(to)) = (
         load_addr::<F>(packet, src),
         load_addr::<F>(packet, src + size_of::<F::Words>() as u32),
     ) else {
-        return Fate::Pass;
+        return Action::Pass;
     };
-    let odd = &mut scratch.odd;
-    odd.tuple = Tuple {
+    let slow = &mut scratch.slow;
+    slow.tuple = Tuple {
         src: from,
         dst: to,
         src_port: 0,
         dst_port: 0,
-        proto: odd.path.proto as u8,
+        proto: slow.path.proto as u8,
     };
-    if odd.tuple.proto == icmp_error::proto::<F>() && odd.path.is_whole() {
-        match packet.load::<u8>(odd.path.l4) {
+    if slow.tuple.proto == icmp_error::proto::<F>() && slow.path.is_whole() {
+        match packet.load::<u8>(slow.path.l4) {
             Some(kind) if icmp_error::is_error::<F>(kind) => {
-                return icmp_error::translate(maps, packet, scratch, place);
+                return icmp_error::translate(maps, packet, scratch, direction);
             }
             Some(kind) if kind == echo::request::<F>() => {
-                if let Some(fate) = echo::answer(maps, packet, scratch) {
-                    return fate;
+                if let Some(action) = echo::answer(maps, packet, scratch) {
+                    return action;
                 }
             }
             _ => {}
         }
     }
-    if matches!(scratch.odd.tuple.proto, TCP | UDP | SCTP) || scratch.odd.path.offset != 0 {
-        return transport(maps, packet, scratch, place);
+    if matches!(scratch.slow.tuple.proto, TCP | UDP | SCTP) || scratch.slow.path.offset != 0 {
+        return transport(maps, packet, scratch, direction);
     }
-    match place {
-        Place::In(_) => other(maps, scratch),
-        Place::Out => Fate::Pass,
+    match direction {
+        Direction::Ingress(_) => unmatched(maps, scratch),
+        Direction::Egress => Action::Pass,
     }
 }
 
-/// The headers of a packet that gets [`Fate::Refuse`]; `None` if they are too long to be quoted.
+/// The headers of a packet that gets [`Action::Refuse`]; `None` if they are too long to be quoted.
 #[inline(always)]
 pub fn headers<F: Family, M: Maps<F>>(maps: &M) -> Option<Headers<F::Words>> {
-    let odd = &maps.scratch()?.odd;
-    let l4 = odd.path.l4 as usize;
+    let slow = &maps.scratch()?.slow;
+    let l4 = slow.path.l4 as usize;
     (l4 >= ETHERNET + F::HEADER && l4 <= ETHERNET + 60).then_some(Headers {
         l3: ETHERNET,
         l4,
-        tuple: odd.tuple,
+        tuple: slow.tuple,
         tcp_flags: 0,
     })
 }
@@ -123,48 +92,48 @@ fn transport<F: Family, M: Subprograms<F>>(
     maps: &M,
     packet: &impl Access,
     scratch: &mut Scratch<F::Words>,
-    place: Place,
-) -> Fate {
-    let is_later = scratch.odd.path.offset != 0;
+    direction: Direction,
+) -> Action {
+    let is_later = scratch.slow.path.offset != 0;
     if is_later {
-        if !fragment::recall(maps, scratch) {
-            let fate = match place {
-                Place::In(_) => other(maps, scratch),
-                Place::Out => Fate::Pass,
+        if !fragment::find(maps, scratch) {
+            let action = match direction {
+                Direction::Ingress(_) => unmatched(maps, scratch),
+                Direction::Egress => Action::Pass,
             };
-            if fate == Fate::Drop {
+            if action == Action::Drop {
                 maps.count(Event::FragmentLost);
             }
-            return fate;
+            return action;
         }
         scratch.arrival.tcp_flags = 0;
     } else if !read_ports(packet, scratch) {
-        return Fate::Pass;
+        return Action::Pass;
     }
-    scratch.arrival.tuple = scratch.odd.tuple;
+    scratch.arrival.tuple = scratch.slow.tuple;
     scratch.arrival.sends_on = false;
-    let outcome = match place {
-        Place::In(from) => {
-            scratch.arrival.from = from;
-            arriving_slowly(maps, scratch)
+    let verdict = match direction {
+        Direction::Ingress(origin) => {
+            scratch.arrival.origin = origin;
+            arriving(maps, scratch)
         }
-        Place::Out => leaving_slowly(maps, scratch),
+        Direction::Egress => leaving(maps, scratch),
     };
-    match outcome {
-        Outcome::Pass => Fate::Pass,
+    match verdict {
+        Verdict::Pass => Action::Pass,
         // Behind extension headers a reset is not worth its code: the client asks again, and its next connection is refused.
-        Outcome::Drop | Outcome::Reset => Fate::Drop,
-        Outcome::Refuse if is_later => Fate::Drop,
-        Outcome::Refuse => Fate::Refuse,
-        Outcome::Translate => {
-            if scratch.odd.path.more != 0 && !is_later {
-                fragment::note(maps, scratch);
+        Verdict::Drop | Verdict::Reset => Action::Drop,
+        Verdict::Refuse if is_later => Action::Drop,
+        Verdict::Refuse => Action::Refuse,
+        Verdict::Translate(InScratch) => {
+            if scratch.slow.path.more != 0 && !is_later {
+                fragment::record(maps, scratch);
             }
             if write::<F>(packet, scratch) {
-                Fate::Pass
+                Action::Pass
             } else {
                 maps.count(Event::RewriteFailed);
-                Fate::Drop
+                Action::Drop
             }
         }
     }
@@ -173,29 +142,29 @@ fn transport<F: Family, M: Subprograms<F>>(
 /// Reads the transport header; `false` if the packet ends within.
 #[inline(never)]
 fn read_ports<A: Copy>(packet: &impl Access, scratch: &mut Scratch<A>) -> bool {
-    let Scratch { odd, arrival, .. } = scratch;
-    let Some(ports) = packet.load::<u32>(odd.path.l4) else {
+    let Scratch { slow, arrival, .. } = scratch;
+    let Some(ports) = packet.load::<u32>(slow.path.l4) else {
         return false;
     };
-    odd.tuple.src_port = u16::from_be(ports as u16);
-    odd.tuple.dst_port = u16::from_be((ports >> 16) as u16);
+    slow.tuple.src_port = u16::from_be(ports as u16);
+    slow.tuple.dst_port = u16::from_be((ports >> 16) as u16);
     // What ends within its transport header is the kernel's to drop.
-    let last = match odd.tuple.proto {
+    let last = match slow.tuple.proto {
         TCP => 19,
         UDP => 7,
         _ => 11,
     };
-    if packet.load::<u8>(odd.path.l4 + last).is_none() {
+    if packet.load::<u8>(slow.path.l4 + last).is_none() {
         return false;
     }
-    arrival.tcp_flags = match odd.tuple.proto {
-        TCP => match packet.load::<u8>(odd.path.l4 + 13) {
+    arrival.tcp_flags = match slow.tuple.proto {
+        TCP => match packet.load::<u8>(slow.path.l4 + 13) {
             Some(flags) => flags,
             None => return false,
         },
         UDP => 0,
         // The type of the first chunk (RFC 9260, section 3.2).
-        _ => match packet.load::<u8>(odd.path.l4 + 12) {
+        _ => match packet.load::<u8>(slow.path.l4 + 12) {
             Some(1) => SYN,
             Some(2) => SYN | ACK,
             Some(6) => RST,
@@ -240,7 +209,7 @@ fn update_sctp<F: Family>(packet: &impl Access, path: &Path, difference: u32) ->
 /// Writes `scratch.translation`. A later fragment has no ports, and its datagram's checksum stands in the first.
 #[inline(never)]
 fn write<F: Family>(packet: &impl Access, scratch: &mut Scratch<F::Words>) -> bool {
-    let (path, old, new) = (&scratch.odd.path, &scratch.odd.tuple, &scratch.translation.tuple);
+    let (path, old, new) = (&scratch.slow.path, &scratch.slow.tuple, &scratch.translation.tuple);
     let (addresses, ports) = differences::<F>(old, new);
     if path.offset == 0 {
         if let Some(offset) = checksum_offset(old.proto)
@@ -266,9 +235,9 @@ fn write<F: Family>(packet: &impl Access, scratch: &mut Scratch<F::Words>) -> bo
 
 /// A packet of a protocol that no Service speaks.
 #[inline(always)]
-fn other<F: Family, M: Maps<F>>(maps: &M, scratch: &Scratch<F::Words>) -> Fate {
-    match address::unknown_protocol(maps, scratch.odd.tuple.dst) {
-        Stranger::Pass => Fate::Pass,
-        Stranger::Refuse | Stranger::Drop => Fate::Drop,
+fn unmatched<F: Family, M: Maps<F>>(maps: &M, scratch: &Scratch<F::Words>) -> Action {
+    match address::unknown_protocol(maps, scratch.slow.tuple.dst) {
+        Unmatched::Pass => Action::Pass,
+        Unmatched::Refuse | Unmatched::Drop => Action::Drop,
     }
 }

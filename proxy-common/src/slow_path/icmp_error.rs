@@ -14,27 +14,28 @@
 //! (`C` client, `F` frontend, `N` this node, `B` backend, as in [`crate::balance`].) The error's destination follows, its
 //! source becomes the answer's where that changed, as with netfilter: a router's private address would not get past the
 //! source filters of other networks. An error changes no flow's state: anybody can send one. But an unreachable about a SYN is a
-//! refusal, and may be held back ([`crate::retry`]).
+//! refusal, and may be held back ([`crate::failover`]).
 
+use super::Action;
 use crate::{
     access::{Access, load_addr, store_addrs},
-    balance::{Maps, Scratch, Subprograms, client_key, collided_bit, may_be_frontend, shared_key, snat_slot},
+    balance::{Maps, Scratch, Subprograms, client_key, may_be_frontend, shared_key, shared_port_bit, snat_slot},
     checksum::Difference,
     event::Event,
-    extension,
+    extension, failover,
     family::Family,
     filter,
     layout::*,
-    odd::{Fate, Place},
     packet::{ETHERNET, Tuple, checksum_offset, differences},
-    retry, snat,
+    snat,
+    verdict::Direction,
 };
 
 /// Length of an error's own header.
 const ICMP: u32 = 8;
 
 /// IANA protocol number of the family's ICMP.
-pub const fn proto<F: Family>() -> u8 {
+pub(super) const fn proto<F: Family>() -> u8 {
     if F::HEADER == 20 { 1 } else { 58 }
 }
 
@@ -44,7 +45,7 @@ pub const fn proto<F: Family>() -> u8 {
 /// deprecated, RFC 6633; a redirect is for the router that translated, not for the client);
 /// [RFC 4443](https://www.rfc-editor.org/rfc/rfc4443) unreachable, too big, time exceeded, parameter problem.
 #[inline(always)]
-pub fn is_error<F: Family>(kind: u8) -> bool {
+pub(super) fn is_error<F: Family>(kind: u8) -> bool {
     if F::HEADER == 20 {
         matches!(kind, 3 | 11 | 12)
     } else {
@@ -68,65 +69,65 @@ fn is_unreachable<F: Family>(packet: &impl Access, icmp: u32) -> bool {
     }
 }
 
-/// An ICMP error whose path and addresses stand in `scratch.odd`: translated if it is about a translated packet.
+/// An ICMP error whose path and addresses stand in `scratch.slow`: translated if it is about a translated packet.
 #[inline(always)]
-pub(crate) fn translate<F: Family, M: Subprograms<F>>(
+pub(super) fn translate<F: Family, M: Subprograms<F>>(
     maps: &M,
     packet: &impl Access,
     scratch: &mut Scratch<F::Words>,
-    place: Place,
-) -> Fate {
+    direction: Direction,
+) -> Action {
     if !read_quote::<F>(packet, scratch) {
-        return Fate::Pass;
+        return Action::Pass;
     }
-    if scratch.odd.quoted.proto == u32::from(TCP) && is_unreachable::<F>(packet, scratch.odd.path.l4) {
-        scratch.arrival.tuple = scratch.odd.answer;
-        if retry::is_held_back(maps, scratch, place == Place::Out) {
-            return Fate::Drop;
+    if scratch.slow.quoted.proto == u32::from(TCP) && is_unreachable::<F>(packet, scratch.slow.path.l4) {
+        scratch.arrival.tuple = scratch.slow.answer;
+        if failover::is_held_back(maps, scratch, direction == Direction::Egress) {
+            return Action::Drop;
         }
     }
-    let ours = match place {
-        Place::In(_) => arriving(maps, scratch),
-        Place::Out => leaving(maps, scratch),
+    let ours = match direction {
+        Direction::Ingress(_) => arriving(maps, scratch),
+        Direction::Egress => leaving(maps, scratch),
     };
     if !ours {
-        return Fate::Pass;
+        return Action::Pass;
     }
     if write::<F>(packet, scratch) {
         maps.count(Event::ErrorTranslated);
-        Fate::Pass
+        Action::Pass
     } else {
         maps.count(Event::RewriteFailed);
-        Fate::Drop
+        Action::Drop
     }
 }
 
-/// Reads the quoted packet; leaves what its answer would carry in `scratch.odd.answer`.
+/// Reads the quoted packet; leaves what its answer would carry in `scratch.slow.answer`.
 #[inline(never)]
 fn read_quote<F: Family>(packet: &impl Access, scratch: &mut Scratch<F::Words>) -> bool {
-    let odd = &mut scratch.odd;
-    let l3 = odd.path.l4 + ICMP;
-    if !extension::find::<F>(packet, l3, &mut odd.quoted) {
+    let slow = &mut scratch.slow;
+    let l3 = slow.path.l4 + ICMP;
+    if !extension::find::<F>(packet, l3, &mut slow.quoted) {
         return false;
     }
-    let proto = odd.quoted.proto as u8;
+    let proto = slow.quoted.proto as u8;
     // A fragment but the first has no ports; nobody sends errors about those (RFC 1122 section 3.2.2).
-    if odd.quoted.offset != 0 || !matches!(proto, TCP | UDP | SCTP) {
+    if slow.quoted.offset != 0 || !matches!(proto, TCP | UDP | SCTP) {
         return false;
     }
     let src = l3 + F::ADDRESSES as u32;
     let (Some(from), Some(to), Some(ports)) = (
         load_addr::<F>(packet, src),
         load_addr::<F>(packet, src + size_of::<F::Words>() as u32),
-        packet.load::<u32>(odd.quoted.l4),
+        packet.load::<u32>(slow.quoted.l4),
     ) else {
         return false;
     };
     // Errors go to the source of what they are about; anything else is forged, or not for us to judge.
-    if from != odd.tuple.dst {
+    if from != slow.tuple.dst {
         return false;
     }
-    odd.answer = Tuple {
+    slow.answer = Tuple {
         src: to,
         dst: from,
         src_port: u16::from_be((ports >> 16) as u16),
@@ -137,19 +138,19 @@ fn read_quote<F: Family>(packet: &impl Access, scratch: &mut Scratch<F::Words>) 
 }
 
 /// [`crate::balance::arriving`] of the answer to the quoted packet, for flows that exist. Leaves what it becomes in
-/// `scratch.odd.becomes`.
+/// `scratch.slow.becomes`.
 #[inline(never)]
 fn arriving<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
     let Some(config) = maps.config() else { return false };
-    let odd = &mut scratch.odd;
-    let answer = odd.answer;
+    let slow = &mut scratch.slow;
+    let answer = slow.answer;
     if snat::in_range(config, answer.dst_port)
         && maps.filter(filter::backend::<F>(answer.src, answer.src_port, answer.proto))
         && let Some((_, slot)) = snat_slot(maps, config, answer.dst_port, answer.src, answer.src_port, answer.proto)
         && slot.snat == answer.dst
         && slot.snat != slot.client
     {
-        odd.becomes = Tuple {
+        slow.becomes = Tuple {
             dst: slot.client,
             ..answer
         };
@@ -162,7 +163,7 @@ fn arriving<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) ->
     if forward(maps, scratch) {
         return true;
     }
-    if !maps.collided(collided_bit::<F>(&answer)) {
+    if !maps.port_is_shared(shared_port_bit::<F>(&answer)) {
         return false;
     }
     scratch.key = shared_key::<F>(&answer);
@@ -172,21 +173,21 @@ fn arriving<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) ->
 /// The answer as a packet of the client's flow under `scratch.key`.
 #[inline(always)]
 fn forward<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
-    let Scratch { key, odd, .. } = scratch;
+    let Scratch { key, slow, .. } = scratch;
     let Some(entry) = maps.flow(key).or_else(|| maps.new_flow(key)) else {
         return false;
     };
     let flow = entry.read();
-    if flow.frontend != odd.answer.dst || flow.frontend_port != odd.answer.dst_port {
+    if flow.frontend != slow.answer.dst || flow.frontend_port != slow.answer.dst_port {
         return false;
     }
-    odd.becomes = Tuple {
+    slow.becomes = Tuple {
         dst: flow.backend,
         dst_port: flow.backend_port,
-        ..odd.answer
+        ..slow.answer
     };
     if flow.state & FLOW_SNAT != 0 {
-        odd.becomes.src_port = flow.snat_port;
+        slow.becomes.src_port = flow.snat_port;
     }
     true
 }
@@ -195,17 +196,17 @@ fn forward<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> 
 #[inline(never)]
 fn leaving<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
     let Some(config) = maps.config() else { return false };
-    let Scratch { key, odd, .. } = scratch;
-    let answer = odd.answer;
-    odd.becomes = answer;
+    let Scratch { key, slow, .. } = scratch;
+    let answer = slow.answer;
+    slow.becomes = answer;
     if maps.filter(filter::backend::<F>(answer.src, answer.src_port, answer.proto)) {
         if snat::in_range(config, answer.dst_port)
             && let Some((_, slot)) = snat_slot(maps, config, answer.dst_port, answer.src, answer.src_port, answer.proto)
             && slot.client == answer.dst
         {
-            odd.becomes.src = slot.frontend;
-            odd.becomes.src_port = slot.frontend_port;
-            odd.becomes.dst_port = slot.client_port;
+            slow.becomes.src = slot.frontend;
+            slow.becomes.src_port = slot.frontend_port;
+            slow.becomes.dst_port = slot.client_port;
             return true;
         }
         *key = client_key::<F>(&answer);
@@ -217,8 +218,8 @@ fn leaving<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> 
                 && flow.backend_port == answer.src_port
                 && flow.state & (FLOW_SNAT | FLOW_SUPERSEDED) == 0
             {
-                odd.becomes.src = flow.frontend;
-                odd.becomes.src_port = flow.frontend_port;
+                slow.becomes.src = flow.frontend;
+                slow.becomes.src_port = flow.frontend_port;
                 return true;
             }
         }
@@ -229,7 +230,7 @@ fn leaving<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> 
         && slot.client == answer.src
         && slot.snat != answer.src
     {
-        odd.becomes.src = slot.snat;
+        slow.becomes.src = slot.snat;
         return true;
     }
     false
@@ -244,11 +245,11 @@ fn write<F: Family>(packet: &impl Access, scratch: &mut Scratch<F::Words>) -> bo
 
 #[inline(always)]
 fn write_fields<F: Family>(packet: &impl Access, scratch: &mut Scratch<F::Words>) -> Option<()> {
-    let odd = &scratch.odd;
-    let (answer, becomes) = (&odd.answer, &odd.becomes);
-    let (l3, icmp) = (ETHERNET as u32, odd.path.l4);
-    let (quote, transport) = (icmp + ICMP, odd.quoted.l4);
-    let proto = odd.quoted.proto as u8;
+    let slow = &scratch.slow;
+    let (answer, becomes) = (&slow.answer, &slow.becomes);
+    let (l3, icmp) = (ETHERNET as u32, slow.path.l4);
+    let (quote, transport) = (icmp + ICMP, slow.quoted.l4);
+    let proto = slow.quoted.proto as u8;
     let (addresses, ports) = differences::<F>(answer, becomes);
 
     // Everything that is needed is read before anything is written. How the quote changes is what the error's own checksum,
@@ -275,22 +276,22 @@ fn write_fields<F: Family>(packet: &impl Access, scratch: &mut Scratch<F::Words>
         change = change.and(Difference::word(header, addresses.apply(header)));
     }
     let src = if becomes.src == answer.src {
-        odd.tuple.src
+        slow.tuple.src
     } else {
         becomes.src
     };
     if F::HEADER == 40 {
         // The pseudo-header of ICMPv6 holds the error's own addresses.
         change = change
-            .and(Difference::address::<F>(odd.tuple.src, src))
-            .and(Difference::address::<F>(odd.tuple.dst, becomes.dst));
+            .and(Difference::address::<F>(slow.tuple.src, src))
+            .and(Difference::address::<F>(slow.tuple.dst, becomes.dst));
     }
 
     let port_words = u32::from(becomes.dst_port.to_be()) | u32::from(becomes.src_port.to_be()) << 16;
     let written = packet.store(icmp + 2, change.apply(old))
         && packet.store(transport, port_words)
         && store_addrs::<F>(packet, quote, (answer.dst, answer.src), (becomes.dst, becomes.src))
-        && store_addrs::<F>(packet, l3, (odd.tuple.src, odd.tuple.dst), (src, becomes.dst))
+        && store_addrs::<F>(packet, l3, (slow.tuple.src, slow.tuple.dst), (src, becomes.dst))
         && (field_at == 0 || packet.store(field_at, field_new));
     written.then_some(())
 }

@@ -8,45 +8,45 @@
 //! sends the datagram again or does without it, as when a network loses a fragment; networks that put fragments of one flow
 //! out of order are rare. To other addresses it passes, and is the receiver's to judge.
 
+use super::Context;
 use crate::{
     balance::{Maps, Scratch},
     family::Family,
     layout::{FragmentKey, FragmentPorts},
-    odd::Odd,
 };
 
-fn key<F: Family>(odd: &Odd<F::Words>) -> FragmentKey<F::Words> {
+fn key<F: Family>(slow: &Context<F::Words>) -> FragmentKey<F::Words> {
     FragmentKey {
-        src: odd.tuple.src,
-        dst: odd.tuple.dst,
-        id: odd.path.id,
-        proto: if F::HEADER == 20 { odd.path.proto } else { 0 },
+        src: slow.tuple.src,
+        dst: slow.tuple.dst,
+        id: slow.path.id,
+        proto: if F::HEADER == 20 { slow.path.proto } else { 0 },
     }
 }
 
-/// Notes the ports of a first fragment.
+/// Records the ports of a first fragment.
 #[inline(never)]
-pub(crate) fn note<F: Family, M: Maps<F>>(maps: &M, scratch: &Scratch<F::Words>) {
-    let odd = &scratch.odd;
+pub(super) fn record<F: Family, M: Maps<F>>(maps: &M, scratch: &Scratch<F::Words>) {
+    let slow = &scratch.slow;
     maps.add_fragment(
-        &key::<F>(odd),
+        &key::<F>(slow),
         &FragmentPorts {
-            src_port: odd.tuple.src_port,
-            dst_port: odd.tuple.dst_port,
-            proto: odd.path.proto,
+            src_port: slow.tuple.src_port,
+            dst_port: slow.tuple.dst_port,
+            proto: slow.path.proto,
         },
     );
 }
 
 /// Gives a later fragment the ports of its first; `false` when that was not seen.
 #[inline(never)]
-pub(crate) fn recall<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
-    let odd = &mut scratch.odd;
-    let Some(ports) = maps.fragment(&key::<F>(odd)) else {
+pub(super) fn find<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
+    let slow = &mut scratch.slow;
+    let Some(ports) = maps.fragment(&key::<F>(slow)) else {
         return false;
     };
-    odd.tuple.src_port = ports.src_port;
-    odd.tuple.dst_port = ports.dst_port;
-    odd.tuple.proto = ports.proto as u8;
+    slow.tuple.src_port = ports.src_port;
+    slow.tuple.dst_port = ports.dst_port;
+    slow.tuple.proto = ports.proto as u8;
     true
 }

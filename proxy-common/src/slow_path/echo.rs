@@ -3,6 +3,7 @@
 //! [RFC 792](https://www.rfc-editor.org/rfc/rfc792) types 8 and 0, [RFC 4443](https://www.rfc-editor.org/rfc/rfc4443#section-4)
 //! types 128 and 129. Fragmented requests are dropped: a ping of more than a link's MTU tests the path, which ends here.
 
+use super::Action;
 use crate::{
     access::{Access, store_addrs},
     balance::{Maps, Scratch},
@@ -10,7 +11,6 @@ use crate::{
     event::Event,
     family::Family,
     layout::{ADDRESS_READY, CONFIG_ANSWER_PING},
-    odd::Fate,
     packet::ETHERNET,
 };
 
@@ -18,7 +18,7 @@ use crate::{
 const HOPS: u8 = 64;
 
 /// Type of an echo request.
-pub const fn request<F: Family>() -> u8 {
+pub(super) const fn request<F: Family>() -> u8 {
     if F::HEADER == 20 { 8 } else { 128 }
 }
 
@@ -27,44 +27,44 @@ const fn reply<F: Family>() -> u8 {
     if F::HEADER == 20 { 0 } else { 129 }
 }
 
-/// An echo request whose path and addresses stand in `scratch.odd`; `None`: not to a Service's address, or nobody's to answer.
+/// An echo request whose path and addresses stand in `scratch.slow`; `None`: not to a Service's address, or nobody's to answer.
 #[inline(never)]
-pub(crate) fn answer<F: Family, M: Maps<F>>(
+pub(super) fn answer<F: Family, M: Maps<F>>(
     maps: &M,
     packet: &impl Access,
     scratch: &mut Scratch<F::Words>,
-) -> Option<Fate> {
-    let odd = &mut scratch.odd;
-    let flags = maps.address(&odd.tuple.dst);
+) -> Option<Action> {
+    let slow = &mut scratch.slow;
+    let flags = maps.address(&slow.tuple.dst);
     let on = maps
         .config()
         .is_some_and(|config| config.flags & CONFIG_ANSWER_PING != 0);
-    if flags == 0 || !on || maps.is_node_addr(&odd.tuple.dst) {
+    if flags == 0 || !on || maps.is_node_addr(&slow.tuple.dst) {
         return None;
     }
-    if flags & ADDRESS_READY == 0 || F::is_group(odd.tuple.src) {
+    if flags & ADDRESS_READY == 0 || F::is_group(slow.tuple.src) {
         maps.count(Event::UnknownAddress);
-        return Some(Fate::Drop);
+        return Some(Action::Drop);
     }
     if turn::<F>(packet, scratch).is_none() {
         maps.count(Event::RewriteFailed);
-        return Some(Fate::Drop);
+        return Some(Action::Drop);
     }
     maps.count(Event::EchoAnswered);
-    Some(Fate::Back)
+    Some(Action::SendBack)
 }
 
 /// Makes the request its answer.
 #[inline(always)]
 fn turn<F: Family>(packet: &impl Access, scratch: &mut Scratch<F::Words>) -> Option<()> {
-    let odd = &scratch.odd;
-    let (l3, icmp) = (ETHERNET as u32, odd.path.l4);
+    let slow = &scratch.slow;
+    let (l3, icmp) = (ETHERNET as u32, slow.path.l4);
     // The type is the first byte of its word, and a code of 0 the second. The pseudo-header of ICMPv6 keeps its sum when the
     // addresses change places.
     let old: u16 = packet.load(icmp)?;
     let new = u16::from_ne_bytes([reply::<F>(), 0]);
     let sum = Difference::word(old, new).apply(packet.load(icmp + 2)?);
-    let (src, dst) = (odd.tuple.src, odd.tuple.dst);
+    let (src, dst) = (slow.tuple.src, slow.tuple.dst);
     let (to_high, to_low): (u32, u16) = (packet.load(6)?, packet.load(10)?);
     let (from_high, from_low): (u32, u16) = (packet.load(0)?, packet.load(4)?);
     let hops = if F::HEADER == 20 {

@@ -1,13 +1,13 @@
-//! The opt-in fast path of `--fast-path on`: packets of Service flows go from one device straight to the next, past the
+//! Host routing, which `--fast-path on` asks for: packets of Service flows go from one device straight to the next, past the
 //! node's own stack.
 //!
 //! A packet for a pod on this node is handed to the pod's end of its device (`bpf_redirect_peer`), any other is given its
-//! next hop and sent (`bpf_redirect_neigh`). The way is the one of the kernel's routing tables; its netfilter, IPsec and, for
+//! next hop and sent (`bpf_redirect_neigh`). The path is the one of the kernel's routing tables; its netfilter, IPsec and, for
 //! pods, the programs on their devices' way in are not passed. So the second half of a translation is done here, where
-//! it is [`answering`]'s otherwise. What has no such way (a process of the node, no route, a packet too large or without
+//! it is [`answering`]'s otherwise. What has no such path (a process of the node, no route, a packet too large or without
 //! hops left) goes through the stack as ever.
 //!
-//! Asking the routing tables costs more than all the rest, so the way to a pod is remembered for a second.
+//! Asking the routing tables costs more than all the rest, so the path to a pod is kept for a second.
 //!
 //! Deciding and sending are steps of their own, that each have the stack to themselves: [`decide`] leaves what it found in
 //! [`Scratch`], and [`send_on`] reads the packet's headers once more.
@@ -22,20 +22,24 @@ use aya_ebpf::{
 };
 use shunt_common::{
     access::Access,
-    balance::{Counted, From, Maps, Quick, Scratch, Translation, answering, established},
+    balance::{Clock, Maps, Scratch, answering, established},
     event::Event,
     family::{V4, V6, Words6},
     layout::TCP,
     packet::{self, ETHERNET, Headers, Packet, Tuple},
+    verdict::{Counted, Lookup, Origin, Translation},
 };
 
+use super::{
+    skb::{Buffer, arrival, count_traffic, headers, rewrite, translate},
+    step::{Encoded, Step},
+};
 use crate::{
     maps::{KernelFamily, KernelMaps, Tc, bytes, count},
-    tc::{Buffer, ODD, UNDECIDED, arrival, count_traffic, headers, rewrite, translate},
     xdp::{FibLookup, words},
 };
 
-/// Whether there is a fast path: set when the programs are loaded, so that without it the verifier takes it out.
+/// Whether there is host routing: set when the programs are loaded, so that without it the verifier takes it out.
 #[unsafe(no_mangle)]
 static FAST_PATH: Global<u32> = Global::new(0);
 
@@ -43,10 +47,10 @@ static FAST_PATH: Global<u32> = Global::new(0);
 #[btf_map(name = "pod_devices")]
 static POD_DEVICES: HashMap<u32, u32, 4096> = HashMap::new();
 
-/// The way to a pod.
+/// The path to a pod.
 #[repr(C)]
 #[derive(Clone, Copy)]
-pub(crate) struct Way {
+pub(super) struct Path {
     /// The device's index.
     device: u32,
     /// When the routing tables were asked, in ticks: it holds for that one.
@@ -57,121 +61,113 @@ pub(crate) struct Way {
     macs: [u16; 6],
 }
 
-type Ways<A> = LruHashMap<A, Way, 4096>;
+type Paths<A> = LruHashMap<A, Path, 4096>;
 
 #[btf_map(name = "pod_ways4")]
-static WAYS4: Ways<[u8; 4]> = Ways::new();
+static PATHS4: Paths<[u8; 4]> = Paths::new();
 #[btf_map(name = "pod_ways6")]
-static WAYS6: Ways<[u8; 16]> = Ways::new();
+static PATHS6: Paths<[u8; 16]> = Paths::new();
 
 /// Memory of one run: the stack has no room for it.
 #[repr(C)]
 struct Work {
     fib: FibLookup,
-    way: Way,
+    path: Path,
 }
 
 #[btf_map(name = "fast_work")]
 static WORK: PerCpuArray<Work, 1> = PerCpuArray::new();
 
 /// The maps of one family.
-pub(crate) trait FastFamily: KernelFamily {
-    const WAYS: &'static Ways<Self::Addr>;
+pub(super) trait RoutingFamily: KernelFamily {
+    const PATHS: &'static Paths<Self::Addr>;
 }
 
-impl FastFamily for V4 {
-    const WAYS: &'static Ways<[u8; 4]> = &WAYS4;
+impl RoutingFamily for V4 {
+    const PATHS: &'static Paths<[u8; 4]> = &PATHS4;
 }
 
-impl FastFamily for V6 {
-    const WAYS: &'static Ways<[u8; 16]> = &WAYS6;
+impl RoutingFamily for V6 {
+    const PATHS: &'static Paths<[u8; 16]> = &PATHS6;
 }
 
-/// `BPF_FIB_LKUP_RET_NO_NEIGH` of linux/bpf.h: a way, but the next hop's MAC address is not known yet.
+/// `BPF_FIB_LKUP_RET_NO_NEIGH` of linux/bpf.h: a route, but the next hop's MAC address is not known yet.
 const NO_NEIGH: i64 = 7;
 /// `PACKET_HOST` of linux/if_packet.h: for the receiver itself.
 const PACKET_HOST: u32 = 0;
 
-/// The packet is as it was and goes through the stack; no action has this number.
-// Not an `Option`: LLVM leaves the pointer to the place of one in the register of the result, which the verifier forbids.
-const SLOW: i32 = i32::MIN;
-/// The packet goes to a backend, or back to a translated client, as [`Scratch::translation`] says; no action has this number.
-pub(crate) const TRANSLATED: i32 = i32::MIN + 3;
-/// The packet is a reply that would become [`Scratch::translation`] on its way out; no action has this number.
-const REPLY: i32 = i32::MIN + 4;
-
-/// Whether there is a fast path.
+/// Whether there is host routing.
 #[inline(always)]
-pub(crate) fn is_on() -> bool {
+pub(super) fn is_on() -> bool {
     FAST_PATH.load() != 0
 }
 
 /// What becomes of a packet that arrives, as far as open flows tell. For theirs, [`send_on`] is next.
-#[inline(never)]
-pub(crate) fn decide<F: FastFamily>(ctx: &TcContext, from: From) -> i32 {
-    let Some(headers) = headers::<F>(ctx) else { return ODD };
+#[inline(always)]
+pub(super) fn decide<F: RoutingFamily>(ctx: &TcContext, origin: Origin) -> Step {
+    let Some(headers) = headers::<F>(ctx) else {
+        return Step::SlowPath;
+    };
     let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
-    let (translation, next) = match established::<F, _>(&maps, &arrival(&headers, from)) {
-        Quick::Undecided => return UNDECIDED,
-        Quick::Translate(to) => (to, TRANSLATED),
-        Quick::Pass => match answering::<F, _>(&maps, &headers.tuple, headers.tcp_flags) {
-            Quick::Translate(out) => (out, REPLY),
-            _ => return TC_ACT_UNSPEC,
+    let (translation, next) = match established::<F, _>(&maps, &arrival(&headers, origin)) {
+        Lookup::Undecided => return Step::Undecided,
+        Lookup::Translate(to) => (to, Step::Translated),
+        Lookup::Unmatched => match answering::<F, _>(&maps, &headers.tuple, headers.tcp_flags) {
+            Lookup::Translate(out) => (out, Step::Reply),
+            _ => return Step::End(TC_ACT_UNSPEC),
         },
     };
     let Some(scratch) = Maps::<F>::scratch(&maps) else {
-        return TC_ACT_UNSPEC;
+        return Step::End(TC_ACT_UNSPEC);
     };
     scratch.translation = translation;
     next
 }
 
-/// The action, after the step that `decided` asks for.
+/// The action, after `step`.
 #[inline(always)]
-pub(crate) fn send_on<F: FastFamily>(ctx: &TcContext, decided: i32) -> i32 {
-    // Asked again for the verifier, which takes what helpers return for any number.
-    if !is_on() {
-        return decided;
-    }
-    match decided {
-        TRANSLATED => match send_translated::<F>(ctx) {
-            SLOW => translate_only::<F>(ctx),
-            action => action,
+pub(super) fn send_on<F: RoutingFamily>(ctx: &TcContext, step: Step) -> i32 {
+    match step {
+        // Asked again for the verifier, which takes what functions return for any number.
+        Step::Translated if is_on() => match send_translated::<F>(ctx).step() {
+            Step::End(action) => action,
+            _ => translate_only::<F>(ctx),
         },
-        REPLY => match send_reply::<F>(ctx) {
-            SLOW => TC_ACT_UNSPEC,
-            action => action,
+        Step::Reply if is_on() => match send_reply::<F>(ctx).step() {
+            Step::End(action) => action,
+            _ => TC_ACT_UNSPEC,
         },
-        action => action,
+        Step::End(action) => action,
+        _ => TC_ACT_UNSPEC,
     }
 }
 
 /// Rewrites a packet that was translated where it arrived, and sends it on.
 #[inline(never)]
-fn send_translated<F: FastFamily>(ctx: &TcContext) -> i32 {
+fn send_translated<F: RoutingFamily>(ctx: &TcContext) -> Encoded {
     let Some((headers, scratch)) = decided::<F>(ctx) else {
-        return SLOW;
+        return Step::Stack.encode();
     };
     let to = &scratch.translation;
     let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
     let left = match answering::<F, _>(&maps, &to.tuple, headers.tcp_flags) {
-        Quick::Translate(out) => out,
-        Quick::Pass => Translation {
+        Lookup::Translate(out) => out,
+        Lookup::Unmatched => Translation {
             counted: Counted::ELSEWHERE,
             ..*to
         },
-        Quick::Undecided => return SLOW,
+        Lookup::Undecided => return Step::Stack.encode(),
     };
-    let action = send::<F>(ctx, &headers, &to.tuple, &left);
-    if action != SLOW {
+    let step = send::<F>(ctx, &headers, &to.tuple, &left);
+    if step != Step::Stack {
         count_traffic(ctx, to.counted);
     }
-    action
+    step.encode()
 }
 
 /// Rewrites a packet that goes through the stack after all.
 #[inline(never)]
-fn translate_only<F: FastFamily>(ctx: &TcContext) -> i32 {
+fn translate_only<F: RoutingFamily>(ctx: &TcContext) -> i32 {
     match decided::<F>(ctx) {
         Some((headers, scratch)) => translate::<F>(ctx, &headers, &scratch.translation),
         None => TC_ACT_SHOT,
@@ -180,10 +176,10 @@ fn translate_only<F: FastFamily>(ctx: &TcContext) -> i32 {
 
 /// Rewrites a reply and sends it on.
 #[inline(never)]
-fn send_reply<F: FastFamily>(ctx: &TcContext) -> i32 {
+fn send_reply<F: RoutingFamily>(ctx: &TcContext) -> Encoded {
     match decided::<F>(ctx) {
-        Some((headers, scratch)) => send::<F>(ctx, &headers, &headers.tuple, &scratch.translation),
-        None => SLOW,
+        Some((headers, scratch)) => send::<F>(ctx, &headers, &headers.tuple, &scratch.translation).encode(),
+        None => Step::Stack.encode(),
     }
 }
 
@@ -192,40 +188,40 @@ type Decided<'a, A> = (Headers<A>, &'a Scratch<A>);
 
 /// The packet's headers, read once more, and what was decided about it.
 #[inline(always)]
-fn decided<'a, F: FastFamily>(ctx: &TcContext) -> Option<Decided<'a, F::Words>> {
+fn decided<'a, F: RoutingFamily>(ctx: &TcContext) -> Option<Decided<'a, F::Words>> {
     let headers = packet::parse::<F>(&Buffer(ctx), ETHERNET)?;
     // This CPU's own memory, which no step from here on writes to.
     Some((headers, F::SCRATCH.get(0)?))
 }
 
 /// Sends the packet on: with the tuple `left` into a pod here, else with `arrived`, for the program on the device it leaves
-/// through. [`SLOW`]: it is as it was, and goes through the stack.
+/// through. [`Step::Stack`]: it is as it was, and goes through the stack.
 #[inline(always)]
-fn send<F: FastFamily>(
+fn send<F: RoutingFamily>(
     ctx: &TcContext,
     headers: &Headers<F::Words>,
     arrived: &Tuple<F::Words>,
     left: &Translation<F::Words>,
-) -> i32 {
+) -> Step {
     // SAFETY: the context is valid while the program runs.
     let (ingress, tagged, segments) = unsafe {
         let skb = ctx.skb.skb;
         ((*skb).ifindex, (*skb).vlan_present, (*skb).gso_size)
     };
     if tagged != 0 {
-        return SLOW;
+        return Step::Stack;
     }
-    let now = Maps::<F>::now(&KernelMaps::<Tc>::new(ctx.as_ptr()));
+    let now = KernelMaps::<Tc>::new(ctx.as_ptr()).now();
     // SAFETY: entries are replaced as a whole, and freed after this run only.
-    if let Some(way) = unsafe { F::WAYS.get(bytes::<_, F::Addr>(&arrived.dst)) }
-        && way.tick == now
-        && (segments != 0 || ctx.len() <= way.mtu + ETHERNET as u32)
+    if let Some(path) = unsafe { F::PATHS.get(bytes::<_, F::Addr>(&arrived.dst)) }
+        && path.tick == now
+        && (segments != 0 || ctx.len() <= path.mtu + ETHERNET as u32)
     {
-        return hand_over::<F>(ctx, headers, left, way);
+        return hand_over::<F>(ctx, headers, left, path);
     }
     // SAFETY: per-CPU memory that only this run writes meanwhile.
-    let Some(Work { fib, way }) = WORK.get_ptr_mut(0).and_then(|work| unsafe { work.as_mut() }) else {
-        return SLOW;
+    let Some(Work { fib, path }) = WORK.get_ptr_mut(0).and_then(|work| unsafe { work.as_mut() }) else {
+        return Step::Stack;
     };
     *fib = FibLookup {
         family: F::AF,
@@ -251,10 +247,10 @@ fn send<F: FastFamily>(
         )
     };
     if routed != 0 && routed != NO_NEIGH {
-        return SLOW;
+        return Step::Stack;
     }
     if POD_DEVICES.get_ptr(fib.ifindex).is_some() {
-        *way = Way {
+        *path = Path {
             device: fib.ifindex,
             tick: now,
             mtu: fib.tot_len.into(),
@@ -262,17 +258,17 @@ fn send<F: FastFamily>(
         };
         // Without a neighbour the kernel did not look at the length: ask again next time.
         if routed == 0 {
-            let known = &*way;
-            let _asked_again = F::WAYS.insert(bytes::<_, F::Addr>(&arrived.dst), known, 0);
+            let known = &*path;
+            let _asked_again = F::PATHS.insert(bytes::<_, F::Addr>(&arrived.dst), known, 0);
         }
-        return hand_over::<F>(ctx, headers, left, way);
+        return hand_over::<F>(ctx, headers, left, path);
     }
     if !packet::decrement_hops::<F>(&Buffer(ctx), headers.l3) {
-        return SLOW;
+        return Step::Stack;
     }
     if !rewrite::<F>(ctx, headers, arrived) {
         count(Event::RewriteFailed);
-        return TC_ACT_SHOT;
+        return Step::End(TC_ACT_SHOT);
     }
     let Words6 { high, low } = fib.dst;
     // The kernel put the gateway's address, of whichever family, in place of the destination's.
@@ -284,7 +280,7 @@ fn send<F: FastFamily>(
     };
     let size = size_of::<bpf_redir_neigh>() as i32;
     // SAFETY: the helper reads `hop` and notes where to send.
-    unsafe { bpf_redirect_neigh(fib.ifindex, &raw mut hop, size, 0) as i32 }
+    Step::End(unsafe { bpf_redirect_neigh(fib.ifindex, &raw mut hop, size, 0) as i32 })
 }
 
 /// Length of the packet from its IP header on; of one of the segments that it will be cut into.
@@ -305,28 +301,28 @@ fn length<A>(ctx: &TcContext, headers: &Headers<A>, segments: u32) -> u32 {
 
 /// Gives the packet to the pod's end of its device.
 #[inline(always)]
-fn hand_over<F: FastFamily>(
+fn hand_over<F: RoutingFamily>(
     ctx: &TcContext,
     headers: &Headers<F::Words>,
     left: &Translation<F::Words>,
-    way: &Way,
-) -> i32 {
+    path: &Path,
+) -> Step {
     if !packet::decrement_hops::<F>(&Buffer(ctx), headers.l3) {
-        return SLOW;
+        return Step::Stack;
     }
     if !rewrite::<F>(ctx, headers, &left.tuple) {
         count(Event::RewriteFailed);
-        return TC_ACT_SHOT;
+        return Step::End(TC_ACT_SHOT);
     }
-    if way.macs[3] | way.macs[4] | way.macs[5] != 0
+    if path.macs[3] | path.macs[4] | path.macs[5] != 0
         && let Some(ethernet) = Buffer(ctx).bytes(0, ETHERNET)
     {
         // SAFETY: 14 bytes were checked.
         unsafe {
             let ethernet = ethernet.cast::<u16>();
             for i in 0..3 {
-                ethernet.add(i).write_volatile(way.macs[3 + i]);
-                ethernet.add(3 + i).write_volatile(way.macs[i]);
+                ethernet.add(i).write_volatile(path.macs[3 + i]);
+                ethernet.add(3 + i).write_volatile(path.macs[i]);
             }
         }
     }
@@ -336,8 +332,8 @@ fn hand_over<F: FastFamily>(
     unsafe {
         // A bridge's port gets packets that are addressed to the bridge; the pod would drop what is for another host.
         if (*ctx.skb.skb).pkt_type != PACKET_HOST && bpf_skb_change_type(ctx.skb.skb, PACKET_HOST) != 0 {
-            return TC_ACT_SHOT;
+            return Step::End(TC_ACT_SHOT);
         }
-        bpf_redirect_peer(way.device, 0) as i32
+        Step::End(bpf_redirect_peer(path.device, 0) as i32)
     }
 }

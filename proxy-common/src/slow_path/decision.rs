@@ -1,0 +1,71 @@
+//! [`arriving`](crate::balance::arriving) and [`leaving`](crate::balance::leaving) of packets on the slow path: the same decisions,
+//! in less of the stack. A translation is left in `scratch`.
+
+use crate::{
+    address::{self, Unmatched},
+    balance::{
+        Scratch, Subprograms, answering_slowly, client_key, decide, explains, may_be_frontend, refuse_leaving,
+        snat_reply_arriving,
+    },
+    failover,
+    family::Family,
+    filter,
+    packet::SYN,
+    snat,
+    verdict::{InScratch, Lookup, Step, Verdict},
+};
+
+/// The packet in `scratch.arrival` arrives.
+#[inline(always)]
+pub(super) fn arriving<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Verdict {
+    match established(maps, scratch) {
+        Step::Break(verdict) => verdict,
+        Step::Continue(()) => decide(maps, scratch),
+    }
+}
+
+/// [`established`](crate::balance::established) in the same way.
+#[inline(never)]
+fn established<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Step {
+    let Some(config) = maps.config() else {
+        return Step::Break(Verdict::Pass);
+    };
+    let tuple = &scratch.arrival.tuple;
+    if snat::in_range(config, tuple.dst_port)
+        && maps.filter(filter::backend::<F>(tuple.src, tuple.src_port, tuple.proto))
+    {
+        match snat_reply_arriving(maps, config, &scratch.arrival) {
+            Lookup::Unmatched => {}
+            Lookup::Translate(translation) => {
+                scratch.translation = translation;
+                return Step::Break(Verdict::Translate(InScratch));
+            }
+            Lookup::Undecided => return Step::Continue(()),
+        }
+    }
+    if !may_be_frontend::<F>(maps, tuple) {
+        return Step::Break(match address::unknown_port(maps, tuple.dst) {
+            Unmatched::Pass => Verdict::Pass,
+            Unmatched::Refuse => Verdict::Refuse,
+            Unmatched::Drop => Verdict::Drop,
+        });
+    }
+    scratch.key = client_key::<F>(tuple);
+    let is_syn = scratch.arrival.tcp_flags & SYN != 0;
+    if let Some(flow) = maps.flow(&scratch.key)
+        && !(is_syn && failover::is_open(flow.read().state))
+        && explains(maps, scratch)
+    {
+        return Step::Break(Verdict::Translate(InScratch));
+    }
+    Step::Continue(())
+}
+
+/// The packet in `scratch.arrival` leaves.
+#[inline(always)]
+pub(super) fn leaving<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Verdict {
+    match answering_slowly(maps, scratch) {
+        Step::Break(verdict) => verdict,
+        Step::Continue(()) => refuse_leaving(maps, scratch),
+    }
+}

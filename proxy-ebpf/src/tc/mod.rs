@@ -1,0 +1,253 @@
+//! tc on pod and node devices: packets of senders that no socket hook sees, forwarded traffic, and replies.
+//!
+//! Only addresses and ports change here; routing, neighbours and netfilter stay the kernel's, unless there is [`host_routing`].
+
+mod host_routing;
+mod skb;
+mod step;
+
+use aya_ebpf::{
+    EbpfContext,
+    bindings::{BPF_F_INGRESS, TC_ACT_SHOT, TC_ACT_UNSPEC},
+    helpers::{bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_tail},
+    macros::classifier,
+    programs::TcContext,
+};
+use shunt_common::{
+    balance::{Maps, answering, established, refused, undecided},
+    family::{Family, V4, V6},
+    icmp,
+    packet::{self, ETHERNET, Headers},
+    reset,
+    slow_path::{self, Action},
+    verdict::{Direction, InScratch, Lookup, Origin, Verdict},
+};
+
+use self::{
+    host_routing::RoutingFamily,
+    skb::{Buffer, arrival, family, headers, translate},
+    step::{Encoded, Step},
+};
+use crate::maps::{KernelFamily, KernelMaps, Tc};
+
+/// `bpf_skb_adjust_room`: between the MAC and the network header (an enum that the bindings lack).
+const BPF_ADJ_ROOM_MAC: u32 = 1;
+/// Packets from the network.
+#[classifier]
+fn tc_node_in(ctx: TcContext) -> i32 {
+    match family(&ctx) {
+        Some(V4::ETHERTYPE) => whole::<V4>(&ctx, Direction::Ingress(Origin::Network), node_in4(&ctx).step()),
+        Some(V6::ETHERTYPE) => whole::<V6>(&ctx, Direction::Ingress(Origin::Network), node_in6(&ctx).step()),
+        _ => TC_ACT_UNSPEC,
+    }
+}
+
+/// Packets to the network.
+#[classifier]
+fn tc_node_out(ctx: TcContext) -> i32 {
+    out(&ctx)
+}
+
+/// Packets from a pod.
+#[classifier]
+fn tc_pod_in(ctx: TcContext) -> i32 {
+    match family(&ctx) {
+        Some(V4::ETHERTYPE) => whole::<V4>(&ctx, Direction::Ingress(Origin::Pod), pod_in4(&ctx).step()),
+        Some(V6::ETHERTYPE) => whole::<V6>(&ctx, Direction::Ingress(Origin::Pod), pod_in6(&ctx).step()),
+        _ => TC_ACT_UNSPEC,
+    }
+}
+
+/// Packets to a pod.
+#[classifier]
+fn tc_pod_out(ctx: TcContext) -> i32 {
+    out(&ctx)
+}
+
+// One function per family and place: each has a BPF stack of its own.
+#[inline(never)]
+fn node_in4(ctx: &TcContext) -> Encoded {
+    handle::<V4>(ctx, Direction::Ingress(Origin::Network)).encode()
+}
+
+#[inline(never)]
+fn node_in6(ctx: &TcContext) -> Encoded {
+    handle::<V6>(ctx, Direction::Ingress(Origin::Network)).encode()
+}
+
+#[inline(never)]
+fn pod_in4(ctx: &TcContext) -> Encoded {
+    handle::<V4>(ctx, Direction::Ingress(Origin::Pod)).encode()
+}
+
+#[inline(never)]
+fn pod_in6(ctx: &TcContext) -> Encoded {
+    handle::<V6>(ctx, Direction::Ingress(Origin::Pod)).encode()
+}
+
+#[inline(always)]
+fn out(ctx: &TcContext) -> i32 {
+    match family(ctx) {
+        Some(V4::ETHERTYPE) => whole::<V4>(ctx, Direction::Egress, out4(ctx).step()),
+        Some(V6::ETHERTYPE) => whole::<V6>(ctx, Direction::Egress, out6(ctx).step()),
+        _ => TC_ACT_UNSPEC,
+    }
+}
+
+#[inline(never)]
+fn out4(ctx: &TcContext) -> Encoded {
+    handle::<V4>(ctx, Direction::Egress).encode()
+}
+
+#[inline(never)]
+fn out6(ctx: &TcContext) -> Encoded {
+    handle::<V6>(ctx, Direction::Egress).encode()
+}
+
+/// The path of almost all packets: of flows that are open, and of no Service. For the others it says which step is next.
+///
+/// That step is taken by [`whole`] and not here, where every packet would pay for its locals.
+#[inline(always)]
+fn handle<F: RoutingFamily>(ctx: &TcContext, direction: Direction) -> Step {
+    if host_routing::is_on()
+        && let Direction::Ingress(origin) = direction
+    {
+        return host_routing::decide::<F>(ctx, origin);
+    }
+    let Some(headers) = headers::<F>(ctx) else {
+        return Step::SlowPath;
+    };
+    let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
+    let lookup = match direction {
+        Direction::Ingress(origin) => established::<F, _>(&maps, &arrival(&headers, origin)),
+        Direction::Egress => answering::<F, _>(&maps, &headers.tuple, headers.tcp_flags),
+    };
+    match lookup {
+        Lookup::Unmatched => Step::End(TC_ACT_UNSPEC),
+        Lookup::Translate(to) => Step::End(translate::<F>(ctx, &headers, &to)),
+        Lookup::Undecided => Step::Undecided,
+    }
+}
+
+/// The action, after the steps that are next.
+#[inline(always)]
+fn whole<F: RoutingFamily>(ctx: &TcContext, direction: Direction, step: Step) -> i32 {
+    match (step, direction) {
+        (Step::End(action), _) => action,
+        (Step::SlowPath, Direction::Ingress(origin)) => slow_ingress::<F>(ctx, origin),
+        (Step::SlowPath, Direction::Egress) => slow_egress::<F>(ctx),
+        (Step::Undecided, Direction::Ingress(origin)) => host_routing::send_on::<F>(ctx, open::<F>(ctx, origin).step()),
+        (Step::Undecided, Direction::Egress) => refusal::<F>(ctx),
+        (step, _) => host_routing::send_on::<F>(ctx, step),
+    }
+}
+
+/// A packet that may open a flow; with host routing it is left to that.
+#[inline(never)]
+fn open<F: KernelFamily>(ctx: &TcContext, origin: Origin) -> Encoded {
+    opened::<F>(ctx, origin).encode()
+}
+
+#[inline(always)]
+fn opened<F: KernelFamily>(ctx: &TcContext, origin: Origin) -> Step {
+    let Some(headers) = packet::parse::<F>(&Buffer(ctx), ETHERNET) else {
+        return Step::End(TC_ACT_UNSPEC);
+    };
+    let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
+    let Some(scratch) = Maps::<F>::scratch(&maps) else {
+        return Step::End(TC_ACT_UNSPEC);
+    };
+    Step::End(match undecided::<F, _>(&maps, scratch, &arrival(&headers, origin)) {
+        Verdict::Pass => TC_ACT_UNSPEC,
+        Verdict::Drop => TC_ACT_SHOT,
+        Verdict::Refuse => refuse::<F>(ctx, &headers),
+        Verdict::Reset => reset::<F>(ctx, &headers),
+        Verdict::Translate(InScratch) if host_routing::is_on() => return Step::Translated,
+        Verdict::Translate(InScratch) => translate::<F>(ctx, &headers, &scratch.translation),
+    })
+}
+
+/// A backend's refusal of a SYN, on its way to the client.
+#[inline(never)]
+fn refusal<F: KernelFamily>(ctx: &TcContext) -> i32 {
+    let Some(headers) = packet::parse::<F>(&Buffer(ctx), ETHERNET) else {
+        return TC_ACT_UNSPEC;
+    };
+    let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
+    let Some(scratch) = Maps::<F>::scratch(&maps) else {
+        return TC_ACT_UNSPEC;
+    };
+    match refused::<F, _>(&maps, scratch, &headers.tuple, headers.tcp_flags) {
+        Verdict::Translate(InScratch) => translate::<F>(ctx, &headers, &scratch.translation),
+        Verdict::Drop => TC_ACT_SHOT,
+        _ => TC_ACT_UNSPEC,
+    }
+}
+
+/// A packet that is not plain TCP or UDP, where it comes in.
+// One function a direction: programs on the way out have no use for the search for a backend.
+#[inline(never)]
+fn slow_ingress<F: KernelFamily>(ctx: &TcContext, origin: Origin) -> i32 {
+    slow::<F>(ctx, Direction::Ingress(origin))
+}
+
+/// The same where it leaves.
+#[inline(never)]
+fn slow_egress<F: KernelFamily>(ctx: &TcContext) -> i32 {
+    slow::<F>(ctx, Direction::Egress)
+}
+
+#[inline(always)]
+fn slow<F: KernelFamily>(ctx: &TcContext, direction: Direction) -> i32 {
+    let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
+    match slow_path::handle::<F, _>(&maps, &Buffer(ctx), direction) {
+        Action::Pass => TC_ACT_UNSPEC,
+        Action::Drop => TC_ACT_SHOT,
+        Action::Refuse => match slow_path::headers::<F, _>(&maps) {
+            Some(headers) => refuse::<F>(ctx, &headers),
+            None => TC_ACT_SHOT,
+        },
+        Action::SendBack => {
+            // What a process on this node sends comes back to it as if it had come in.
+            let flags = match direction {
+                Direction::Ingress(_) => 0,
+                Direction::Egress => u64::from(BPF_F_INGRESS),
+            };
+            // SAFETY: the context is valid while the program runs; the helper only notes where to send.
+            unsafe { bpf_redirect((*ctx.skb.skb).ifindex, flags) as i32 }
+        }
+    }
+}
+
+/// Turns the packet into its refusal and sends it back through the device it came from.
+#[inline(never)]
+fn refuse<F: Family>(ctx: &TcContext, headers: &Headers<F::Words>) -> i32 {
+    let quote = icmp::quote_len(headers);
+    let prefix = icmp::prefix_len::<F>() as i32;
+    // SAFETY: the helpers check their arguments against the buffer; pointers are taken anew afterwards.
+    unsafe {
+        if bpf_skb_change_tail(ctx.skb.skb, (ETHERNET + quote) as u32, 0) != 0
+            || bpf_skb_adjust_room(ctx.skb.skb, prefix, BPF_ADJ_ROOM_MAC, 0) != 0
+        {
+            return TC_ACT_SHOT;
+        }
+    }
+    if !icmp::port_unreachable::<F>(&Buffer(ctx), headers, quote) {
+        return TC_ACT_SHOT;
+    }
+    // SAFETY: the context is valid while the program runs; the helper only notes where to send.
+    unsafe { bpf_redirect((*ctx.skb.skb).ifindex, 0) as i32 }
+}
+
+/// Turns the segment into its reset and sends it back through the device it came from.
+#[inline(never)]
+fn reset<F: Family>(ctx: &TcContext, headers: &Headers<F::Words>) -> i32 {
+    // SAFETY: the helper checks its arguments against the buffer; pointers are taken anew afterwards.
+    if unsafe { bpf_skb_change_tail(ctx.skb.skb, reset::len(headers) as u32, 0) } != 0
+        || !reset::reset::<F>(&Buffer(ctx), headers)
+    {
+        return TC_ACT_SHOT;
+    }
+    // SAFETY: the context is valid while the program runs; the helper only notes where to send.
+    unsafe { bpf_redirect((*ctx.skb.skb).ifindex, 0) as i32 }
+}

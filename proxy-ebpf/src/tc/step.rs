@@ -1,0 +1,65 @@
+//! What is next for a packet, from one function of a tc program to another.
+//!
+//! The functions are called one after the other and not by each other, because the BPF stack holds 512 bytes for a whole chain of
+//! calls; so each says which is next.
+
+use aya_ebpf::bindings::TC_ACT_UNSPEC;
+
+/// What is next for a packet.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Step {
+    /// Nothing: this action ends the program.
+    End(i32),
+    /// It is not plain TCP or UDP: the slow path.
+    SlowPath,
+    /// It may open a flow, or refuses to.
+    Undecided,
+    /// It goes to a backend, or back to a translated client, as [`Scratch::translation`](shunt_common::balance::Scratch::translation)
+    /// says: host routing.
+    Translated,
+    /// It is a reply that would become [`Scratch::translation`](shunt_common::balance::Scratch::translation) on its way out: host
+    /// routing.
+    Reply,
+    /// It is as it was, and goes through the node's stack.
+    Stack,
+}
+
+/// A [`Step`] as functions return it that are not inlined: a BPF function has one register for its result.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(super) struct Encoded(i32);
+
+/// Numbers that no action has: the least of those is [`TC_ACT_UNSPEC`].
+const SLOW_PATH: i32 = i32::MIN;
+const UNDECIDED: i32 = i32::MIN + 1;
+const TRANSLATED: i32 = i32::MIN + 2;
+const REPLY: i32 = i32::MIN + 3;
+
+impl Step {
+    #[inline(always)]
+    pub(super) fn encode(self) -> Encoded {
+        Encoded(match self {
+            Self::End(action) => action,
+            Self::SlowPath => SLOW_PATH,
+            Self::Undecided => UNDECIDED,
+            Self::Translated => TRANSLATED,
+            Self::Reply => REPLY,
+            Self::Stack => i32::MIN + 4,
+        })
+    }
+}
+
+impl Encoded {
+    #[inline(always)]
+    pub(super) fn step(self) -> Step {
+        match self.0 {
+            // First, because almost all packets need no more.
+            action if action >= TC_ACT_UNSPEC => Step::End(action),
+            SLOW_PATH => Step::SlowPath,
+            UNDECIDED => Step::Undecided,
+            TRANSLATED => Step::Translated,
+            REPLY => Step::Reply,
+            _ => Step::Stack,
+        }
+    }
+}
