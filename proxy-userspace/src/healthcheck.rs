@@ -20,7 +20,6 @@ use tokio::task::JoinHandle;
 
 use crate::{
     connections::Connections,
-    datapath::netns::NodePortAddresses,
     health::Health,
     http::{self, Listening},
     object::{EndpointSlice, NodeFacts, ObjectName, Problem, Service},
@@ -60,8 +59,8 @@ pub fn check<'a>(
     Some(Check { port, local })
 }
 
-/// Which of the node's addresses are answered on.
-type Admitted = Arc<RwLock<NodePortAddresses>>;
+/// Node addresses to answer on; `None`: all.
+type Admitted = Arc<RwLock<Option<BTreeSet<IpAddr>>>>;
 
 /// The listeners of all Services. To be used within a tokio runtime; they end when this is dropped.
 #[derive(Debug)]
@@ -101,7 +100,7 @@ struct State {
 impl State {
     fn is_admitted(&self, address: IpAddr) -> bool {
         let admitted = self.admitted.read().unwrap_or_else(PoisonError::into_inner);
-        admitted.answers(address)
+        admitted.as_ref().is_none_or(|admitted| admitted.contains(&address))
     }
 }
 
@@ -117,8 +116,8 @@ impl HealthChecks {
         }
     }
 
-    /// Answers on these addresses only from now on.
-    pub fn admit(&self, addresses: NodePortAddresses) {
+    /// Answers on these addresses only from now on; `None`: on all.
+    pub fn admit(&self, addresses: Option<BTreeSet<IpAddr>>) {
         *self.admitted.write().unwrap_or_else(PoisonError::into_inner) = addresses;
     }
 

@@ -8,7 +8,6 @@
 
 mod node;
 mod reconcile;
-mod reload;
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -28,7 +27,7 @@ use tracing::{debug, info, warn};
 use self::reconcile::Agent;
 use crate::{
     admin,
-    config::{Settings, flags::RunArgs},
+    config::Settings,
     connections::Connections,
     datapath::{
         attach::XdpMode,
@@ -36,6 +35,7 @@ use crate::{
         load::{self, LoadConfig},
         maps::Maps,
         sockets::StaleSockets,
+        start::{self, Part, Stopwatch},
     },
     gc::{self, Collector, Walk},
     health::Health,
@@ -55,22 +55,20 @@ const MAX_RETRY: Duration = Duration::from_secs(30);
 /// The source is named in the log when it has not told everything after so long.
 const SLOW_SOURCE: Duration = Duration::from_secs(10);
 
-/// Runs the agent until a signal ends it. `args`: what `settings` were read from, and are read from again when the file of
-/// `--config` changes.
+/// Runs the agent until a signal ends it. `watch` measures the start, and has begun with the process.
 ///
 /// # Errors
 /// One line with the cause: what cannot be loaded, attached or read at the start.
-pub fn run(settings: Settings, args: RunArgs) -> anyhow::Result<()> {
+pub fn run(settings: Settings, watch: Stopwatch) -> anyhow::Result<()> {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .context("cannot start threads")?
-        .block_on(until_signal(settings, args))
+        .block_on(until_signal(settings, watch))
 }
 
-async fn until_signal(settings: Settings, args: RunArgs) -> anyhow::Result<()> {
-    let begin = Instant::now();
+async fn until_signal(settings: Settings, watch: Stopwatch) -> anyhow::Result<()> {
     // From here on a signal ends the agent in order, also in the middle of the start.
     let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
@@ -85,12 +83,12 @@ async fn until_signal(settings: Settings, args: RunArgs) -> anyhow::Result<()> {
             info!("{name}: the agent ends, the datapath goes on");
             Ok(())
         }
-        result = serve(settings, args, begin) => result,
+        result = serve(settings, watch) => result,
     }
 }
 
 /// Everything, until it fails.
-async fn serve(settings: Settings, args: RunArgs, begin: Instant) -> anyhow::Result<()> {
+async fn serve(settings: Settings, mut watch: Stopwatch) -> anyhow::Result<()> {
     let node_name = node::name(&settings)?;
     let missing = capability::missing();
     anyhow::ensure!(
@@ -98,20 +96,23 @@ async fn serve(settings: Settings, args: RunArgs, begin: Instant) -> anyhow::Res
         "the capabilities {} are missing: run as root, or add them to the container's securityContext.capabilities",
         missing.join(", ")
     );
-    let datapath = load::load(&LoadConfig {
+    let load_config = LoadConfig {
         bpf_root: settings.bpf_root.clone(),
         capacities: settings.capacities,
         socket_lb: settings.socket_lb,
         xdp: settings.xdp != XdpMode::Off,
         fast_path: settings.fast_path,
         count_traffic: settings.count_traffic,
-    })?;
+    };
+    let datapath = load::load_timed(&load_config, &mut watch)?;
     let maps = Arc::new(Maps::open(&settings.bpf_root)?);
     let syncer = Syncer::new(maps.clone())?;
+    let programs = if datapath.taken_over() { "taken over" } else { "loaded" };
     info!(
-        "programs loaded, maps read back: {} Services from before",
+        "programs {programs}, maps read back: {} Services from before",
         syncer.counts().0
     );
+    watch.lap(Part::ReadBack);
     // Settings that cannot be should end the agent before it waits for a source.
     sync::node::config(&node::settings(&settings, &[]), maps.v4.snat.capacity())?;
 
@@ -153,7 +154,6 @@ async fn serve(settings: Settings, args: RunArgs, begin: Instant) -> anyhow::Res
     let _collector = Collector::spawn(maps.clone(), gc::INTERVAL, report).context("cannot start a thread")?;
     let stale_sockets = StaleSockets::spawn(maps).context("cannot start a thread")?;
 
-    let mut reads = reload::follow(args, settings.clone());
     let mut agent = Agent {
         model: Model::new(configured),
         syncer,
@@ -166,6 +166,7 @@ async fn serve(settings: Settings, args: RunArgs, begin: Instant) -> anyhow::Res
         checks: HealthChecks::new(connections, health.clone(), reports.clone()),
         settings,
         datapath,
+        watch,
     };
     let mut retry = slots::GRACE;
     let slow = tokio::time::sleep(SLOW_SOURCE);
@@ -195,7 +196,14 @@ async fn serve(settings: Settings, args: RunArgs, begin: Instant) -> anyhow::Res
                         health.goes_live();
                         let (services, backends) = agent.syncer.counts();
                         debug!("node addresses: {:?}", live.addresses);
-                        announce(&format!("ready: {services} services, {backends} backends, took {:.1?}", begin.elapsed()))?;
+                        // Whoever waits for the line may ask `shunt status` right after it.
+                        if let Err(error) = start::write(agent.datapath.paths(), &agent.watch, agent.datapath.taken_over()) {
+                            warn!("how long the start took cannot be noted for `shunt status`: {error}");
+                        }
+                        let took = agent.watch.elapsed();
+                        announce(&format!(
+                            "ready: {services} services, {backends} backends, took {took:.1?}, programs {programs}"
+                        ))?;
                         trim_heap();
                     }
                 }
@@ -210,7 +218,6 @@ async fn serve(settings: Settings, args: RunArgs, begin: Instant) -> anyhow::Res
             }
             Some(ended) = servers.join_next() => ended.context("a server of the agent has failed")??,
             () = agent.addresses_changed() => agent.write_addresses(),
-            Some(read) = reads.recv() => agent.reload(&node_name, read).await?,
             () = tokio::time::sleep(retry), if waits_for_retry => {
                 agent.pending.extend(agent.syncer.failed().iter().cloned());
                 let freed = agent.reconcile_pending();

@@ -20,6 +20,7 @@ use crate::{
         load::Datapath,
         maps::settings,
         netns::{self, NodePortAddresses},
+        start::{Part, Stopwatch},
     },
     healthcheck::HealthChecks,
     metrics::Metrics,
@@ -33,6 +34,8 @@ use crate::{
 pub(super) struct Agent {
     pub(super) settings: Settings,
     pub(super) datapath: Datapath,
+    /// Of the start, until the agent is live.
+    pub(super) watch: Stopwatch,
     pub(super) model: Model,
     pub(super) syncer: Syncer,
     /// Services to be planned and applied.
@@ -68,10 +71,7 @@ impl Agent {
     pub(super) async fn take(&mut self, batch: Vec<Event>) -> anyhow::Result<bool> {
         let mut completes = false;
         let mut node_changes = false;
-        for mut event in batch {
-            if let (false, Event::Service(service)) = (self.settings.external_ips, &mut event) {
-                service.external_ips.clear();
-            }
+        for event in batch {
             completes |= event == Event::Complete;
             node_changes |= matches!(event, Event::Node(_));
             self.pending.extend(self.model.apply(event));
@@ -84,6 +84,7 @@ impl Agent {
         }
         let first = self.live.is_none();
         if first {
+            self.watch.lap(Part::Source);
             self.pending
                 .extend(self.model.services().map(|service| service.name.clone()));
         }
@@ -91,8 +92,14 @@ impl Agent {
         if completes {
             freed |= self.prune();
         }
+        if first {
+            self.watch.lap(Part::Services);
+        }
         if first || node_changes {
-            self.follow_node(false).await?;
+            self.follow_node().await?;
+        }
+        if first {
+            self.watch.lap(Part::Attach);
         }
         Ok(freed)
     }
@@ -162,36 +169,29 @@ impl Agent {
         }
     }
 
-    /// Writes the settings and this node's addresses into the configuration that the programs read.
-    pub(super) fn write_config(&self, addresses: &[IpAddr]) -> anyhow::Result<bool> {
-        let maps = self.syncer.maps();
-        let settings = this_node::settings(&self.settings, addresses);
-        let mut config = node::config(&settings, maps.v4.snat.capacity())?;
-        self.syncer.cover(&mut config);
-        Ok(maps.set_config(&config)?)
-    }
-
-    /// Writes this node's addresses into the configuration and (again) attaches to its devices, when they have changed, or
-    /// `settings_change`.
-    pub(super) async fn follow_node(&mut self, settings_change: bool) -> anyhow::Result<()> {
+    /// Writes this node's addresses into the configuration and (again) attaches to its devices, when they have changed.
+    pub(super) async fn follow_node(&mut self) -> anyhow::Result<()> {
         let addresses = this_node::addresses(&self.settings, self.model.node())?;
-        let same = |live: &Live| live.addresses == addresses;
-        if !settings_change && self.live.as_ref().is_some_and(same) {
+        if self.live.as_ref().is_some_and(|live| live.addresses == addresses) {
             return Ok(());
         }
         if addresses.is_empty() {
             warn!("this node has no address: translated packets have no source; give --node-ip");
         }
         let maps = self.syncer.maps().clone();
-        if self.write_config(&addresses)? {
+        let mut config = node::config(
+            &this_node::settings(&self.settings, &addresses),
+            maps.v4.snat.capacity(),
+        )?;
+        self.syncer.cover(&mut config);
+        if maps.set_config(&config)? {
             info!("node addresses: {addresses:?}");
         }
         let policy =
             NodePortAddresses::parse(&self.settings.nodeport_addresses, &addresses).map_err(anyhow::Error::msg)?;
-        // Health checks are answered where node ports are.
-        self.checks.admit(policy.clone());
         let (admitted, _) = netns::watch_addresses(policy).context("cannot follow this node's addresses")?;
         node::set_addresses(&maps, &admitted.borrow())?;
+        self.admit_health_checks(&admitted.borrow());
 
         // The old watcher changes the same links; it must be gone before another begins.
         if let Some(mut old) = self.live.take() {
@@ -240,9 +240,16 @@ impl Agent {
         }
     }
 
+    /// Health checks are answered where node ports are, but on loopback addresses too when nothing is said.
+    fn admit_health_checks(&self, admitted: &BTreeSet<IpAddr>) {
+        let restricted = !self.settings.nodeport_addresses.is_empty();
+        self.checks.admit(restricted.then(|| admitted.clone()));
+    }
+
     pub(super) fn write_addresses(&mut self) {
         let Some(live) = &mut self.live else { return };
         let addresses = live.admitted.borrow_and_update().clone();
+        self.admit_health_checks(&addresses);
         match node::set_addresses(self.syncer.maps(), &addresses) {
             Ok(n) => debug!("node ports answer on {addresses:?}: {n} written"),
             Err(error) => warn!("{error}; {} can admit fewer", settings::NODEPORT_ADDRESSES),

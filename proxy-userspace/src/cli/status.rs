@@ -12,6 +12,7 @@ use crate::{
         attach::pinned_links,
         lock::agent_pid,
         maps::{MapFamily, Maps, PerFamily, Usage},
+        start::{self, Start},
     },
     sync::table::FamilyIndex,
 };
@@ -26,6 +27,8 @@ pub struct Status {
     pub layout: u32,
     /// Process id of the agent that works with this `--bpf-root`; `None`: none runs, and the datapath goes on alone.
     pub agent_pid: Option<u32>,
+    /// The agent's last start, if it came to its end; `None` also when that agent was of another version.
+    pub start: Option<Start>,
     /// Number of Services.
     pub services: u64,
     /// Number of frontend entries, two per frontend.
@@ -80,6 +83,7 @@ impl Status {
             bpf_root: maps.root().into(),
             layout: LAYOUT_VERSION,
             agent_pid: agent_pid(maps.root()),
+            start: start::read(&paths)?,
             services: maps.services.count(|_| true)?,
             frontend_entries,
             node_addresses: node_addresses.into_iter().filter(|a| !a.is_unspecified()).collect(),
@@ -117,6 +121,10 @@ impl Status {
         };
         let facts = [
             ("agent", agent),
+            (
+                "last start",
+                self.start.as_ref().map_or("unknown".to_owned(), start_text),
+            ),
             (
                 "bpf root",
                 format!("{} (layout {})", self.bpf_root.display(), self.layout),
@@ -159,6 +167,21 @@ impl Status {
         ]
         .join("\n\n")
     }
+}
+
+fn start_text(start: &Start) -> String {
+    let (took, how) = (start.took, if start.taken_over { "taken over" } else { "loaded" });
+    let parts = [
+        ("settings", start.settings),
+        ("maps", start.maps),
+        ("programs", start.programs),
+        ("read back", start.read_back),
+        ("source", start.source),
+        ("services", start.services),
+        ("attach", start.attach),
+    ];
+    let parts = parts.map(|(part, seconds)| format!("{part} {seconds:.2}")).join(", ");
+    format!("took {took:.2} s, programs {how} ({parts})")
 }
 
 fn addresses<F: MapFamily>(maps: &PerFamily<F>) -> anyhow::Result<Vec<IpAddr>> {

@@ -1,13 +1,13 @@
 //! Programs into the packets' way: the cgroup root and the devices, by links that outlive the agent.
 //!
 //! A link that is pinned from before is moved to the new program in place (`BPF_LINK_UPDATE`), so a restart has no moment
-//! without a program. A pin whose device is gone is removed.
+//! without a program; one that runs this agent's program already is left alone. A pin whose device is gone is removed.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::MetadataExt,
     },
     path::{Path, PathBuf},
@@ -22,6 +22,7 @@ use super::{
     bpf::{
         self,
         link::{self, Hook, OpenLink, Target},
+        program,
     },
     cgroup, clsact,
     devices::{Device, Role, XdpState},
@@ -329,7 +330,7 @@ impl Attacher {
         };
         if let Some(old) = &old
             && old.info.target == (Target::Cgroup { id })
-            && link::update(old.fd.as_fd(), fd.as_fd()).is_ok()
+            && run_by(old.fd.as_fd(), fd)
         {
             return Ok(false);
         }
@@ -512,7 +513,7 @@ impl Attacher {
         let pin = self.paths.device_link(&device.name, program);
         if let Some(held) = links.get_mut(&key) {
             let usable = hook != Hook::Xdp || held.current || self.same_xdp(device, held);
-            if usable && (held.current || link::update(held.fd.as_fd(), fd.as_fd()).is_ok()) {
+            if usable && (held.current || run_by(held.fd.as_fd(), fd)) {
                 held.current = true;
                 if held.pin != pin {
                     // Renamed. The old pin is swept later; the other device that may have had this name is held open.
@@ -606,6 +607,13 @@ impl Attacher {
         }
         Ok(())
     }
+}
+
+/// Makes a link that is attached run `program`; false when it does not take it. A program that was taken over is there already, and the
+/// link is left alone.
+fn run_by(link: BorrowedFd<'_>, program: &OwnedFd) -> bool {
+    let runs = || Ok::<_, io::Error>(link::info(link)?.program == program::id(program)?);
+    runs().unwrap_or(false) || link::update(link, program.as_fd()).is_ok()
 }
 
 /// Whether the reason for `error` is that the device is not there any more. XDP says no more than `EINVAL` then.

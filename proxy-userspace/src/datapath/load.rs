@@ -1,27 +1,33 @@
 //! Programs and maps into the kernel, pinned under `--bpf-root`.
 //!
-//! Maps that are pinned there already are used again, with what is in them: that is how flows survive a restart. Nothing
-//! that runs is touched before everything new has loaded, so a start that fails leaves the node as it was.
+//! Maps that are pinned there already are used again, with what is in them: that is how flows survive a restart. So are
+//! programs that this agent would load the same ([`super::takeover`]); others are loaded from as many threads as there are
+//! CPUs, for the verifier takes most of a start. Nothing that runs is touched before everything new has loaded, so a start
+//! that fails leaves the node as it was.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+    thread,
 };
 
 use aya::{
-    EbpfError, EbpfLoader,
+    Ebpf, EbpfError, EbpfLoader,
     maps::{MapData, MapError},
     programs::{Program, ProgramError},
 };
 use rustix::fs::{FlockOperation, flock, statfs};
-use tracing::warn;
+use tracing::{info, warn};
 
 use super::{
     CGROUP_PROGRAMS, Capacities, NODE_PROGRAMS, POD_PROGRAMS, Paths, XDP_PROGRAM,
-    bpf::{self, map::MapInfo, probe},
+    bpf::{self, map::MapInfo, probe, program},
     lock::{LockError, RootLock},
+    start::{Part, Stopwatch},
+    takeover::{self, Anew, Fingerprint},
     upgrade::Upgrade,
 };
 
@@ -146,6 +152,7 @@ pub struct Datapath {
     paths: Paths,
     capacities: Capacities,
     programs: BTreeMap<&'static str, OwnedFd>,
+    taken_over: bool,
     fast_path: bool,
     upgrade: Option<Upgrade>,
     _lock: RootLock,
@@ -170,6 +177,11 @@ impl Datapath {
     /// All loaded programs by name.
     pub fn programs(&self) -> impl Iterator<Item = (&'static str, BorrowedFd<'_>)> {
         self.programs.iter().map(|(&name, fd)| (name, fd.as_fd()))
+    }
+
+    /// Whether the programs were pinned and are used again, rather than loaded.
+    pub fn taken_over(&self) -> bool {
+        self.taken_over
     }
 
     /// Whether the programs send packets on by themselves.
@@ -198,24 +210,23 @@ impl Datapath {
 /// # Errors
 /// [`LoadError`], each with what to do.
 pub fn load(config: &LoadConfig) -> Result<Datapath, LoadError> {
+    load_timed(config, &mut Stopwatch::start())
+}
+
+/// The same, with `watch` told what took how long.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_timed(config: &LoadConfig, watch: &mut Stopwatch) -> Result<Datapath, LoadError> {
     let paths = Paths::new(&config.bpf_root);
     ensure_root(paths.root())?;
     let lock = RootLock::acquire(paths.root())?;
     for folder in [paths.maps(), paths.programs(), paths.links(), paths.clsact()] {
         create_folder(&folder)?;
     }
+    watch.lap(Part::Settings);
 
     let object = aya_obj::Object::parse(OBJECT).map_err(|e| LoadError::Object(e.to_string()))?;
-    let mut capacities = config.capacities;
-    let upgrade_error = |error| LoadError::Root {
-        path: paths.root().to_owned(),
-        what: "take over from another map layout",
-        error,
-    };
-    let mut upgrade = Upgrade::find(&paths).map_err(upgrade_error)?;
-    if let Some(upgrade) = &upgrade {
-        upgrade.keep_sizes(&mut capacities).map_err(upgrade_error)?;
-    }
     // Sections like .rodata come as maps too; they belong to this load alone, as does the memory of a run.
     let wanted: BTreeMap<&str, &aya_obj::Map> = object
         .maps
@@ -223,7 +234,88 @@ pub fn load(config: &LoadConfig) -> Result<Datapath, LoadError> {
         .map(|(name, map)| (name.as_str(), map))
         .filter(|(name, _)| !name.starts_with('.') && !RUN_MEMORY.contains(name))
         .collect();
+    let mut capacities = config.capacities;
+    let upgrade = find_upgrade(&paths, &wanted, &mut capacities)?;
+    reuse(&paths, &wanted, &mut capacities)?;
+    // A kernel that does not let it be tried has no BPF for us either, which the programs' loading will tell.
+    let csum_ipv6 = probe::probe_csum_ipv6().unwrap_or(false);
+    let build = BuildInputs {
+        globals: [
+            ("FAST_PATH", config.fast_path.into()),
+            ("COUNT_TRAFFIC", config.count_traffic.into()),
+            ("MOST_WAITING", capacities.flows / WAITING_SHARE),
+            ("CSUM_IPV6", if csum_ipv6 { probe::BPF_F_IPV6 } else { 0 }),
+        ],
+        probes: [("csum_ipv6", csum_ipv6)],
+    };
+    let names: Vec<&'static str> = program_names(config).collect();
+    let found = build.find(&paths, &wanted, &names);
+    watch.lap(Part::Maps);
+
+    let taken_over = found.is_ok();
+    let programs = match found {
+        Ok(programs) => {
+            info!("the pinned programs are of this build and for these settings: taken over");
+            take_links(&paths, upgrade.as_ref())?;
+            programs
+        }
+        Err(reason) => {
+            match reason {
+                Anew::First => {}
+                reason => info!("programs loaded anew: {reason}"),
+            }
+            let mut fresh = FreshPins(Vec::new());
+            let mut ebpf = load_maps(&paths, &wanted, &capacities, &build, &mut fresh)?;
+            watch.lap(Part::Maps);
+            let programs = load_programs(&mut ebpf, &names)?;
+            take_links(&paths, upgrade.as_ref())?;
+            pin_programs(&paths, &wanted, &build, &programs)?;
+            fresh.0.clear();
+            programs
+        }
+    };
+    for name in all_programs().filter(|name| !programs.contains_key(name)) {
+        let path = paths.program(name);
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                return Err(root_error(path, "remove the program of a hook that is off")(e));
+            }
+            _ => {}
+        }
+    }
+    watch.lap(Part::Programs);
+    Ok(Datapath {
+        paths,
+        capacities,
+        programs,
+        taken_over,
+        fast_path: config.fast_path,
+        upgrade,
+        _lock: lock,
+    })
+}
+
+fn root_error(path: PathBuf, what: &'static str) -> impl Fn(io::Error) -> LoadError {
+    move |error| LoadError::Root {
+        path: path.clone(),
+        what,
+        error,
+    }
+}
+
+fn upgrade_error(paths: &Paths) -> impl Fn(io::Error) -> LoadError {
+    root_error(paths.root().to_owned(), "take over from another map layout")
+}
+
+/// What there is of another map layout, whose maps `capacities` follow and whose like maps are shared.
+fn find_upgrade(
+    paths: &Paths,
+    wanted: &BTreeMap<&str, &aya_obj::Map>,
+    capacities: &mut Capacities,
+) -> Result<Option<Upgrade>, LoadError> {
+    let mut upgrade = Upgrade::find(paths).map_err(upgrade_error(paths))?;
     if let Some(upgrade) = &mut upgrade {
+        upgrade.keep_sizes(capacities).map_err(upgrade_error(paths))?;
         let info = |(&name, &map): (&&str, &&aya_obj::Map)| {
             let entries = capacities
                 .of_map(name)
@@ -240,24 +332,56 @@ pub fn load(config: &LoadConfig) -> Result<Datapath, LoadError> {
         };
         upgrade
             .share(&wanted.iter().map(info).collect())
-            .map_err(upgrade_error)?;
+            .map_err(upgrade_error(paths))?;
     }
-    reuse(&paths, &wanted, &mut capacities)?;
+    Ok(upgrade)
+}
+
+/// Entries and links of another map layout, if there is one.
+fn take_links(paths: &Paths, upgrade: Option<&Upgrade>) -> Result<(), LoadError> {
+    upgrade.map_or(Ok(()), |upgrade| upgrade.take_over(paths).map_err(upgrade_error(paths)))
+}
+
+/// What makes one load's programs other than another's, besides the object and the maps.
+struct BuildInputs<const G: usize, const P: usize> {
+    /// What the programs read as constants, by the name of the static.
+    globals: [(&'static str, u32); G],
+    /// What the kernel was found to have.
+    probes: [(&'static str, bool); P],
+}
+
+impl<const G: usize, const P: usize> BuildInputs<G, P> {
+    fn fingerprint(&self, maps: &BTreeMap<&str, MapInfo>) -> Fingerprint {
+        Fingerprint::new(OBJECT, &self.globals, &self.probes, maps)
+    }
+
+    /// The pinned programs, if they are what a load would bring.
+    fn find(
+        &self,
+        paths: &Paths,
+        wanted: &BTreeMap<&str, &aya_obj::Map>,
+        names: &[&'static str],
+    ) -> Result<BTreeMap<&'static str, OwnedFd>, Anew> {
+        if !paths.build().exists() && names.iter().all(|name| !paths.program(name).exists()) {
+            return Err(Anew::First);
+        }
+        let maps = takeover::pinned_maps(paths, wanted.keys().copied())?;
+        takeover::find(paths, &self.fingerprint(&maps), &maps, names)
+    }
+}
+
+/// Makes the maps that are not pinned and pins them, noted in `fresh`; parses the programs for them.
+fn load_maps<const G: usize, const P: usize>(
+    paths: &Paths,
+    wanted: &BTreeMap<&str, &aya_obj::Map>,
+    capacities: &Capacities,
+    build: &BuildInputs<G, P>,
+    fresh: &mut FreshPins,
+) -> Result<Ebpf, LoadError> {
     let mut loader = EbpfLoader::new();
-    let fast_path = u32::from(config.fast_path);
-    loader.override_global("FAST_PATH", &fast_path, true);
-    let count_traffic = u32::from(config.count_traffic);
-    loader.override_global("COUNT_TRAFFIC", &count_traffic, true);
-    let most_waiting = capacities.flows / WAITING_SHARE;
-    loader.override_global("MOST_WAITING", &most_waiting, true);
-    // A kernel that does not let it be tried has no BPF for us either, which the programs' loading will tell.
-    let csum_ipv6 = if probe::probe_csum_ipv6().unwrap_or(false) {
-        probe::BPF_F_IPV6
-    } else {
-        0
-    };
-    loader.override_global("CSUM_IPV6", &csum_ipv6, true);
-    let mut fresh = FreshPins(Vec::new());
+    for (name, value) in &build.globals {
+        loader.override_global(name, value, true);
+    }
     for &name in wanted.keys() {
         if let Some((_, entries)) = capacities.of_map(name) {
             loader.map_max_entries(name, entries);
@@ -268,60 +392,103 @@ pub fn load(config: &LoadConfig) -> Result<Datapath, LoadError> {
         }
         loader.map_pin_path(name, pin);
     }
+    loader.load(OBJECT).map_err(|e| map_error(e, capacities))
+}
 
-    let mut ebpf = loader.load(OBJECT).map_err(|e| map_error(e, &capacities))?;
-    let mut programs = BTreeMap::new();
-    for name in program_names(config) {
-        let program = ebpf
-            .program_mut(name)
-            .ok_or_else(|| LoadError::Object(format!("no program {name}")))?;
-        let loaded = match program {
-            Program::CgroupSockAddr(p) => p.load(),
-            Program::CgroupSock(p) => p.load(),
-            Program::SchedClassifier(p) => p.load(),
-            Program::Xdp(p) => p.load(),
-            other => {
-                return Err(LoadError::Object(format!(
-                    "program {name} is a {:?}",
-                    other.prog_type()
-                )));
+/// Loads programs, several at a time where there are CPUs for it.
+fn load_programs(ebpf: &mut Ebpf, names: &[&'static str]) -> Result<BTreeMap<&'static str, OwnedFd>, LoadError> {
+    let mut queue: Vec<(&'static str, &mut Program)> = ebpf
+        .programs_mut()
+        .filter_map(|(name, program)| Some((*names.iter().find(|&&wanted| wanted == name)?, program)))
+        .collect();
+    if let Some(name) = names.iter().find(|&name| !queue.iter().any(|(found, _)| found == name)) {
+        return Err(LoadError::Object(format!("no program {name}")));
+    }
+    // Taken from the end: the longest first, so that no thread is left with one of those while others have nothing to do.
+    queue.sort_by_key(|(name, _)| (!CGROUP_PROGRAMS.iter().any(|(cgroup, _)| cgroup == name), *name));
+    let threads = thread::available_parallelism().map_or(1, usize::from).min(queue.len());
+    let queue = Mutex::new(queue);
+    let worker = || {
+        let mut loaded = Vec::new();
+        loop {
+            let next = queue.lock().unwrap_or_else(PoisonError::into_inner).pop();
+            let Some((name, program)) = next else {
+                return Ok(loaded);
+            };
+            match load_program(name, program) {
+                Ok(fd) => loaded.push((name, fd)),
+                Err(error) => {
+                    // Nobody needs the others any more.
+                    queue.lock().unwrap_or_else(PoisonError::into_inner).clear();
+                    return Err(error);
+                }
             }
-        };
-        loaded.map_err(|e| program_error(name, e))?;
-        let fd = program
-            .fd()
-            .map_err(|e| program_error(name, e))?
-            .as_fd()
-            .try_clone_to_owned();
-        programs.insert(name, fd.map_err(|e| program_error(name, e.into()))?);
+        }
+    };
+    let results: Vec<_> = thread::scope(|scope| {
+        let threads: Vec<_> = (1..threads).map(|_| scope.spawn(worker)).collect();
+        let own = worker();
+        let others = threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        std::iter::once(own).chain(others).collect()
+    });
+    let mut programs = BTreeMap::new();
+    for result in results {
+        programs.extend(result?);
     }
+    Ok(programs)
+}
 
-    if let Some(upgrade) = &upgrade {
-        upgrade.take_over(&paths).map_err(upgrade_error)?;
-    }
-    let root_error = |path: PathBuf, what| move |error| LoadError::Root { path, what, error };
-    for (&name, fd) in &programs {
+fn load_program(name: &str, program: &mut Program) -> Result<OwnedFd, LoadError> {
+    let loaded = match program {
+        Program::CgroupSockAddr(p) => p.load(),
+        Program::CgroupSock(p) => p.load(),
+        Program::SchedClassifier(p) => p.load(),
+        Program::Xdp(p) => p.load(),
+        other => {
+            return Err(LoadError::Object(format!(
+                "program {name} is a {:?}",
+                other.prog_type()
+            )));
+        }
+    };
+    loaded.map_err(|e| program_error(name, e))?;
+    let fd = program.fd().map_err(|e| program_error(name, e))?.as_fd();
+    fd.try_clone_to_owned().map_err(|e| program_error(name, e.into()))
+}
+
+/// Pins programs that were loaded, and then the map that says what from.
+fn pin_programs<const G: usize, const P: usize>(
+    paths: &Paths,
+    wanted: &BTreeMap<&str, &aya_obj::Map>,
+    build: &BuildInputs<G, P>,
+    programs: &BTreeMap<&'static str, OwnedFd>,
+) -> Result<(), LoadError> {
+    let sign = || {
+        let maps = takeover::pinned_maps(paths, wanted.keys().copied()).map_err(|e| io::Error::other(e.to_string()))?;
+        let mut private = BTreeSet::new();
+        for program in programs.values() {
+            private.extend(program::info(program)?.maps);
+        }
+        for map in maps.values() {
+            private.remove(&map.id);
+        }
+        let private: Vec<u32> = private.into_iter().collect();
+        takeover::sign(build.fingerprint(&maps), &private, programs.values().map(AsFd::as_fd))
+    };
+    let signed = sign();
+    for (&name, fd) in programs {
         let path = paths.program(name);
         bpf::pin_over(fd.as_fd(), &path).map_err(root_error(path, "pin the program"))?;
     }
-    for name in all_programs().filter(|name| !programs.contains_key(name)) {
-        let path = paths.program(name);
-        match fs::remove_file(&path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                return Err(root_error(path, "remove the program of a hook that is off")(e));
-            }
-            _ => {}
-        }
+    let path = paths.build();
+    match signed {
+        Ok(map) => bpf::pin_over(map.as_fd(), &path).map_err(root_error(path, "pin the map of the build"))?,
+        // The agent serves all the same; its next start takes as long as this one.
+        Err(error) => warn!("what the programs were loaded from cannot be noted: {error}"),
     }
-    fresh.0.clear();
-    Ok(Datapath {
-        paths,
-        capacities,
-        programs,
-        fast_path: config.fast_path,
-        upgrade,
-        _lock: lock,
-    })
+    Ok(())
 }
 
 /// Pins that a failed load takes back.

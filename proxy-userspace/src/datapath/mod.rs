@@ -9,6 +9,8 @@
 //! ```text
 //! <bpf-root>/v3/maps/frontends4         every map under its name
 //!               progs/tc_node_in        every program under its name
+//!               progs/build             what they were loaded from: see [`takeover`]
+//!               progs/start             how long the agent's last start took: see [`start`]
 //!               links/cgroup-sock_connect4
 //!               links/eth0-tc_node_in   every link: <device>-<program>
 //!               clsact/eth0-2-made      (kernels before 6.6) folders, as notes which clsact qdisc is shunt's own
@@ -33,6 +35,8 @@ pub mod netns;
 pub(crate) mod pods;
 pub(crate) mod rtnl;
 pub mod sockets;
+pub mod start;
+pub(crate) mod takeover;
 pub mod upgrade;
 
 use bpf::link::Hook;
@@ -109,6 +113,16 @@ impl Paths {
     /// Where a program is pinned.
     pub fn program(&self, name: &str) -> PathBuf {
         self.programs().join(name)
+    }
+
+    /// Where the map is pinned that says what the programs were loaded from.
+    pub fn build(&self) -> PathBuf {
+        self.programs().join("build")
+    }
+
+    /// Where the map is pinned that says how the agent's last start went.
+    pub fn start(&self) -> PathBuf {
+        self.programs().join("start")
     }
 
     /// Where the link of a program on a device is pinned.

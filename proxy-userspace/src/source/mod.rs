@@ -5,7 +5,7 @@
 
 mod allocate;
 pub mod convert;
-pub(crate) mod files;
+mod files;
 pub mod kubernetes;
 pub mod manifests;
 pub mod queue;

@@ -19,6 +19,7 @@ use shunt::{
     datapath::{
         Capacities, Paths,
         attach::{Attacher, PinnedLink, TcMode, XdpMode, pinned_links},
+        bpf,
         devices::{Device, DevicePatterns, DeviceWatcher, Glob, Role},
         load::{Datapath, LoadConfig, LoadError, load},
         lock::LockError,
@@ -65,13 +66,21 @@ impl Place {
 
     fn load_sized(&self, capacities: Capacities) -> Result<Datapath, LoadError> {
         load(&LoadConfig {
-            bpf_root: self.bpf_root.clone(),
             capacities,
+            ..self.config(false)
+        })
+    }
+
+    /// Everything, over small maps.
+    fn config(&self, count_traffic: bool) -> LoadConfig {
+        LoadConfig {
+            bpf_root: self.bpf_root.clone(),
+            capacities: small(),
             socket_lb: true,
             xdp: true,
             fast_path: false,
-            count_traffic: false,
-        })
+            count_traffic,
+        }
     }
 
     fn links(&self) -> Vec<PinnedLink> {
@@ -209,8 +218,8 @@ fn a_restart_keeps_links_and_maps() {
         ip("link add node0 type veth peer name pod0");
         ip("link set node0 up");
         ip("link set pod0 up");
-        let run = || {
-            let datapath = place.load().unwrap();
+        let run = |count_traffic| {
+            let datapath = load(&place.config(count_traffic)).unwrap();
             let mut attacher = Attacher::new(&datapath, XdpMode::Native).unwrap();
             attacher.attach_cgroup(&place.cgroup).unwrap();
             runtime().block_on(async {
@@ -221,7 +230,7 @@ fn a_restart_keeps_links_and_maps() {
             });
             datapath
         };
-        let first = run();
+        let first = run(false);
         frontends(&first)
             .insert(
                 frontend_key(),
@@ -246,7 +255,13 @@ fn a_restart_keeps_links_and_maps() {
         // The agent is away: everything stays where it is.
         assert_eq!(place.ids(), before);
 
-        let second = run();
+        let second = run(false);
+        assert!(second.taken_over());
+        assert_eq!(place.ids(), before, "the same links run the same programs");
+        drop(second);
+
+        let second = run(true);
+        assert!(!second.taken_over());
         let after = place.ids();
         for (pin, (link, program)) in &before {
             let (link_now, program_now) = after[pin];
@@ -264,6 +279,47 @@ fn a_restart_keeps_links_and_maps() {
         let removed = cleanup(&place.bpf_root).unwrap();
         assert_eq!(removed.links.len(), before.len());
         assert!(!place.bpf_root.exists());
+    });
+}
+
+/// Ids of the loaded programs by name.
+fn program_ids(datapath: &Datapath) -> BTreeMap<&'static str, u32> {
+    let ids = datapath
+        .programs()
+        .map(|(name, fd)| (name, bpf::program::id(fd).unwrap()));
+    ids.collect()
+}
+
+#[test]
+fn programs_are_taken_over_and_where_one_is_missing_all_are_loaded() {
+    let place = Place::new();
+    in_namespace(move || {
+        let start = |xdp| {
+            load(&LoadConfig {
+                socket_lb: false,
+                xdp,
+                ..place.config(false)
+            })
+            .unwrap()
+        };
+        let first = start(true);
+        assert!(!first.taken_over(), "nothing is pinned");
+        let before = program_ids(&first);
+        drop(first);
+        let second = start(true);
+        assert!(second.taken_over());
+        assert_eq!(program_ids(&second), before);
+        drop(second);
+        // A hook less is a program less; when it comes back, a program is missing.
+        assert!(start(false).taken_over());
+        assert!(!place.paths().program("xdp_node").exists());
+        let third = start(true);
+        assert!(!third.taken_over());
+        let after = program_ids(&third);
+        assert!(
+            before.iter().all(|(name, id)| after[name] != *id),
+            "{before:?} {after:?}"
+        );
     });
 }
 
@@ -461,8 +517,8 @@ fn clsact_filters_are_replaced_not_stacked_and_cleaned_up() {
             let (_, id) = filters.split_once(" id ").unwrap();
             id.split_whitespace().next().unwrap().to_owned()
         };
-        let run = |mode| {
-            let datapath = place.load().unwrap();
+        let run_with = |mode, count_traffic| {
+            let datapath = load(&place.config(count_traffic)).unwrap();
             let attacher = Attacher::with_tc(&datapath, XdpMode::Off, mode).unwrap();
             runtime().block_on(async {
                 let watcher = DeviceWatcher::spawn(attacher, patterns()).unwrap();
@@ -472,11 +528,14 @@ fn clsact_filters_are_replaced_not_stacked_and_cleaned_up() {
                 }
             });
         };
+        let run = |mode| run_with(mode, false);
         run(TcMode::Clsact);
         let first = program();
         assert!(tc("filter show dev pod0 egress").contains("tc_pod_out"));
         assert_eq!(place.pins(), set(&[]));
         run(TcMode::Clsact);
+        assert_eq!(program(), first, "the filter runs the program that was taken over");
+        run_with(TcMode::Clsact, true);
         assert_ne!(program(), first, "the filter runs the new program");
 
         let removed = cleanup(&place.bpf_root).unwrap();
@@ -613,7 +672,8 @@ fn hooks_that_are_off_leave_nothing_behind() {
         let programs: BTreeSet<String> = programs
             .map(|e| e.unwrap().file_name().into_string().unwrap())
             .collect();
-        assert_eq!(programs, set(&["tc_node_in", "tc_node_out", "tc_pod_in", "tc_pod_out"]));
+        let left = ["build", "tc_node_in", "tc_node_out", "tc_pod_in", "tc_pod_out"];
+        assert_eq!(programs, set(&left));
     });
 }
 
@@ -720,7 +780,7 @@ fn node_addresses_are_followed() {
         ip("link set eth0 up");
         ip("addr add 192.0.2.1/24 dev eth0");
         runtime().block_on(async {
-            let (addresses, _task) = netns::watch_addresses(NodePortAddresses::default()).unwrap();
+            let (addresses, _task) = netns::watch_addresses(NodePortAddresses::All).unwrap();
             let expect = |texts: &[&str]| -> BTreeSet<IpAddr> { texts.iter().map(|t| t.parse().unwrap()).collect() };
             assert_eq!(*addresses.borrow(), expect(&["192.0.2.1"]));
             ip("addr add 2001:db8::1/64 dev eth0 nodad");

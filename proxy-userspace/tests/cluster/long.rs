@@ -262,6 +262,11 @@ fn nothing_is_lost_in_two_minutes_of_everything() {
                     thread::sleep(random.between(Duration::from_secs(1), Duration::from_secs(8)));
                     agent.kill().unwrap();
                     thread::sleep(random.between(Duration::ZERO, Duration::from_secs(2)));
+                    // Some take the pinned programs over, others load them with another setting.
+                    if random.below(3) == 0 {
+                        let count = ["on", "off"][random.below(2) as usize];
+                        agent.set_option("--count-traffic", count);
+                    }
                     agent.restart().unwrap();
                     counts_of.restarts.fetch_add(1, Ordering::Relaxed);
                 }

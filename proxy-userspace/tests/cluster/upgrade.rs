@@ -1,4 +1,5 @@
-//! From one map layout to another while clients are served (SPEC L4). Needs root.
+//! From one agent to the next while clients are served (SPEC L4, A13): of another map layout, of the same build, with other
+//! settings, over pins that somebody has damaged. Needs root.
 
 use std::{
     fs,
@@ -62,54 +63,98 @@ fn open(client: &Client, to: SocketAddr) -> Vec<Open> {
         .collect()
 }
 
+/// Nodes with the Service `web` and clients.
+struct Cluster {
+    lab: Lab,
+    options: AgentOptions,
+    _manifests: TempDir,
+}
+
+impl Cluster {
+    fn new(xdp: &str) -> Self {
+        let lab = Lab::new().unwrap();
+        for (pod, node) in [("web-a", "node-a"), ("web-b", "node-b")] {
+            lab.add_pod(&PodSpec::new(pod, node, &[Port::tcp(APP), Port::udp(APP)]))
+                .unwrap();
+        }
+        for pod in ["hooked", "packets"] {
+            lab.add_pod(&PodSpec::new(pod, "node-a", &[])).unwrap();
+        }
+        let manifests = TempDir::new().unwrap();
+        write(&lab, manifests.path());
+        let options = AgentOptions::manifests(manifests.path())
+            .xdp(xdp)
+            .args(&["--max-flows", "16384", "--max-snat", "40000"])
+            .shunt(env!("CARGO_BIN_EXE_shunt"));
+        Self {
+            lab,
+            options,
+            _manifests: manifests,
+        }
+    }
+
+    fn start(&self, node: &str) -> Agent {
+        self.lab.start_agent(node, &self.options).unwrap()
+    }
+
+    /// Who dials what: through the socket hook, by packets of a pod, and from outside through a node port, in both families.
+    fn ways(&self) -> Vec<(Client, SocketAddr)> {
+        let mut ways = Vec::new();
+        for (i, cluster_ip) in web::CLUSTER_IPS.into_iter().enumerate() {
+            let to = SocketAddr::new(cluster_ip.parse().unwrap(), 80);
+            let node = self.lab.node_ips("node-a").unwrap()[i];
+            let client = |name, sockets| self.lab.client(name, sockets).unwrap();
+            ways.push((client("hooked", Sockets::Hooked), to));
+            ways.push((client("packets", Sockets::Unhooked), to));
+            ways.push((client("client", Sockets::Unhooked), SocketAddr::new(node, NODE_PORT)));
+        }
+        ways
+    }
+
+    /// Runs `restarts` while clients with open flows go on asking, and others dial all the time; `restarts` calls what it is
+    /// given after each, which looks whether every open flow still has its backend.
+    fn under_load(&self, restarts: impl FnOnce(&dyn Fn(&str))) {
+        let ways = self.ways();
+        let flows: Vec<Open> = ways.iter().flat_map(|(client, to)| open(client, *to)).collect();
+        let done = AtomicBool::new(false);
+        let answered = AtomicU64::new(0);
+        thread::scope(|scope| {
+            for (client, to) in self.ways() {
+                let (done, answered) = (&done, &answered);
+                scope.spawn(move || {
+                    while !done.load(Ordering::Relaxed) {
+                        client
+                            .tcp(to)
+                            .unwrap_or_else(|error| panic!("{to} from {}: {error}", client.name()));
+                        answered.fetch_add(1, Ordering::Relaxed);
+                        // The agents need some of the machine too.
+                        thread::sleep(Duration::from_millis(3));
+                    }
+                });
+            }
+            restarts(&|after| {
+                for _ in 0..2 {
+                    for Open { conn, server, what } in &flows {
+                        let answer = conn.ask("again");
+                        let answer = answer.unwrap_or_else(|error| panic!("{what}, after {after}: {error}"));
+                        assert_eq!(answer.server, *server, "{what}, after {after}");
+                    }
+                }
+            });
+            thread::sleep(Duration::from_secs(1));
+            done.store(true, Ordering::Relaxed);
+        });
+        let answered = answered.into_inner();
+        assert!(answered > 500, "{answered} new connections were answered");
+    }
+}
+
 /// Agents of this layout take over from ones whose pins have another layout's number: open flows keep their backends, new ones are
 /// answered all the while, and nothing of the other layout is left.
 fn another_layout_is_taken_over_under_load(xdp: &str) {
-    let lab = Lab::new().unwrap();
-    for (pod, node) in [("web-a", "node-a"), ("web-b", "node-b")] {
-        lab.add_pod(&PodSpec::new(pod, node, &[Port::tcp(APP), Port::udp(APP)]))
-            .unwrap();
-    }
-    for pod in ["hooked", "packets"] {
-        lab.add_pod(&PodSpec::new(pod, "node-a", &[])).unwrap();
-    }
-    let manifests = TempDir::new().unwrap();
-    write(&lab, manifests.path());
-    let options = AgentOptions::manifests(manifests.path())
-        .xdp(xdp)
-        .args(&["--max-flows", "16384", "--max-snat", "40000"])
-        .shunt(env!("CARGO_BIN_EXE_shunt"));
-    let mut agents = ["node-a", "node-b"].map(|node| lab.start_agent(node, &options).unwrap());
-
-    let mut ways = Vec::new();
-    for (i, cluster_ip) in ["10.96.0.1", "fd96::1"].into_iter().enumerate() {
-        let to = SocketAddr::new(cluster_ip.parse().unwrap(), 80);
-        ways.push(("hooked", Sockets::Hooked, to));
-        ways.push(("packets", Sockets::Unhooked, to));
-        let node = lab.node_ips("node-a").unwrap()[i];
-        ways.push(("client", Sockets::Unhooked, SocketAddr::new(node, NODE_PORT)));
-    }
-    let flows: Vec<Open> = ways
-        .iter()
-        .flat_map(|&(name, sockets, to)| open(&lab.client(name, sockets).unwrap(), to))
-        .collect();
-    let done = AtomicBool::new(false);
-    let answered = AtomicU64::new(0);
-    thread::scope(|scope| {
-        for &(name, sockets, to) in &ways {
-            let client = lab.client(name, sockets).unwrap();
-            let (done, answered) = (&done, &answered);
-            scope.spawn(move || {
-                while !done.load(Ordering::Relaxed) {
-                    client
-                        .tcp(to)
-                        .unwrap_or_else(|error| panic!("{to} from {name}: {error}"));
-                    answered.fetch_add(1, Ordering::Relaxed);
-                    // The agents need some of the machine too.
-                    thread::sleep(Duration::from_millis(3));
-                }
-            });
-        }
+    let cluster = Cluster::new(xdp);
+    let mut agents = ["node-a", "node-b"].map(|node| cluster.start(node));
+    cluster.under_load(|flows_go_on| {
         for agent in &mut agents {
             thread::sleep(Duration::from_secs(1));
             let before = links(agent);
@@ -118,20 +163,11 @@ fn another_layout_is_taken_over_under_load(xdp: &str) {
             let (ours, other) = (root.join(format!("v{LAYOUT_VERSION}")), root.join("v1"));
             fs::rename(&ours, &other).unwrap();
             agent.restart().unwrap();
-            for _ in 0..2 {
-                for Open { conn, server, what } in &flows {
-                    let answer = conn.ask("again").unwrap_or_else(|error| panic!("{what}: {error}"));
-                    assert_eq!(answer.server, *server, "{what}");
-                }
-            }
+            flows_go_on("the upgrade");
             assert!(ours.join("maps/flows4").exists() && !other.exists());
             assert_eq!(links(agent), before);
         }
-        thread::sleep(Duration::from_secs(1));
-        done.store(true, Ordering::Relaxed);
     });
-    let answered = answered.into_inner();
-    assert!(answered > 500, "{answered} new connections were answered");
 }
 
 #[test]
@@ -142,4 +178,88 @@ fn another_layout_is_taken_over_under_load_with_xdp() {
 #[test]
 fn another_layout_is_taken_over_under_load_without_xdp() {
     another_layout_is_taken_over_under_load("off");
+}
+
+/// An agent that is killed and started again takes its programs over where nothing has changed, and loads them where something has.
+/// Whichever it does, no open flow and no new one notices.
+#[test]
+fn programs_are_taken_over_or_replaced_under_load() {
+    let cluster = Cluster::new("native");
+    // No traffic of its own: its device may be without programs for a while.
+    cluster.lab.add_pod(&PodSpec::new("idle", "node-a", &[])).unwrap();
+    let _other = cluster.start("node-b");
+    let mut agent = cluster.start("node-a");
+    assert_eq!(taken_over(&agent), Some(false));
+    let pins = agent.bpf_root().join(format!("v{LAYOUT_VERSION}"));
+    let idle = format!("links/{}-tc_pod_in", cluster.lab.device("idle").unwrap());
+    let remove = |pin: &str| fs::remove_file(pins.join(pin)).unwrap();
+    type Meddle<'m> = &'m dyn Fn(&mut Agent);
+    let steps: [(&str, Meddle<'_>, bool); 7] = [
+        ("nothing has changed", &|_| (), true),
+        (
+            "another setting",
+            &|agent| agent.set_option("--count-traffic", "on"),
+            false,
+        ),
+        ("nothing has changed again", &|_| (), true),
+        ("a program is not pinned", &|_| remove("progs/tc_pod_out"), false),
+        (
+            "another map for a fingerprint",
+            &|_| fs::rename(pins.join("progs/start"), pins.join("progs/build")).unwrap(),
+            false,
+        ),
+        ("a device's link is gone", &|_| remove(&idle), true),
+        (
+            "a cgroup's link is gone",
+            &|_| remove("links/cgroup-sock_getpeer6"),
+            true,
+        ),
+    ];
+    cluster.under_load(|flows_go_on| {
+        for (what, meddle, expected) in steps {
+            thread::sleep(Duration::from_millis(300));
+            let before = links(&agent);
+            agent.kill().unwrap();
+            meddle(&mut agent);
+            agent.restart().unwrap();
+            assert_eq!(taken_over(&agent), Some(expected), "{what}");
+            let how = if expected { "taken over" } else { "loaded" };
+            let ready = agent.ready_line();
+            assert!(ready.ends_with(&format!("programs {how}")), "{what}: {ready}");
+            flows_go_on(what);
+            assert_eq!(links(&agent), before, "{what}");
+        }
+    });
+}
+
+/// What `status` says of the last start.
+fn taken_over(agent: &Agent) -> Option<bool> {
+    let status = agent.json(&["status"]).unwrap();
+    let start = &status["start"];
+    let parts = [
+        "settings", "maps", "programs", "readBack", "source", "services", "attach",
+    ];
+    let sum: f64 = parts.iter().map(|part| start[*part].as_f64().unwrap()).sum();
+    let took = start["took"].as_f64().unwrap();
+    assert!(sum > 0.0 && sum <= took, "{start}");
+    start["takenOver"].as_bool()
+}
+
+/// The first packet after the `ready:` line is answered, with no other sent before: by a connection through the socket hook, by
+/// packets of a pod, and from outside through a node port.
+#[test]
+fn the_first_packet_after_ready_is_answered() {
+    let cluster = Cluster::new("native");
+    let ways = cluster.ways();
+    let _other = cluster.start("node-b");
+    let _agent = cluster.start("node-a");
+    for (client, to) in &ways {
+        // One datagram and no other, which nobody sends again.
+        client
+            .udp(*to)
+            .unwrap_or_else(|error| panic!("UDP {to} from {}: {error}", client.name()));
+        client
+            .tcp(*to)
+            .unwrap_or_else(|error| panic!("TCP {to} from {}: {error}", client.name()));
+    }
 }

@@ -89,7 +89,7 @@ impl Loaded {
             retry_silence: std::time::Duration::ZERO,
             snat_ports: 10_240..=29_999,
             timeouts: Default::default(),
-            loopback: [false; 2],
+            loopback: false,
             host_netns: 0,
         };
         maps.set_config(&node::config(&settings, 20_000).unwrap()).unwrap();
@@ -102,6 +102,11 @@ impl Loaded {
         loaded.serve(true);
         loaded.serve_kept(1);
         loaded
+    }
+
+    /// The loaded programs by name.
+    pub(crate) fn programs(&self) -> impl Iterator<Item = (&'static str, BorrowedFd<'_>)> {
+        self.datapath.programs()
     }
 
     /// Puts [`BACKEND`] behind [`WEB`], or [`REMOTE`] in its place.

@@ -16,6 +16,8 @@ pub const BPF_ANY: u64 = 0;
 /// Flag of [`update`]: fail with `EEXIST` when the key is there.
 pub const BPF_NOEXIST: u64 = 1;
 
+/// `BPF_OBJ_NAME_LEN` of linux/bpf.h.
+const NAME_LEN: usize = 16;
 /// `BPF_F_MMAPABLE` of `map_flags`.
 pub const BPF_F_MMAPABLE: u32 = 1 << 10;
 /// `BPF_F_NO_PREALLOC` of `map_flags`.
@@ -42,6 +44,9 @@ struct CreateAttr {
     value_size: u32,
     max_entries: u32,
     map_flags: u32,
+    inner_map_fd: u32,
+    numa_node: u32,
+    map_name: [u8; NAME_LEN],
 }
 
 /// The `BPF_MAP_*_ELEM` part of `union bpf_attr`.
@@ -71,7 +76,7 @@ struct BatchAttr {
 
 /// The head of `struct bpf_map_info`.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct MapInfo {
     /// `enum bpf_map_type`.
     pub map_type: u32,
@@ -97,20 +102,51 @@ pub fn map_info(fd: BorrowedFd<'_>) -> io::Result<MapInfo> {
     Ok(info)
 }
 
-/// Makes a map.
+/// Makes a map without a name.
 ///
 /// # Errors
 /// The kernel's: `EPERM` without `CAP_BPF`.
 pub(crate) fn create(map_type: u32, key: usize, value: usize, max_entries: u32, map_flags: u32) -> io::Result<OwnedFd> {
+    create_named("", map_type, key, value, max_entries, map_flags)
+}
+
+/// Makes a map that tools show as `name`, of which the kernel keeps 15 characters.
+///
+/// # Errors
+/// The kernel's: `EPERM` without `CAP_BPF`.
+pub(crate) fn create_named(
+    name: &str,
+    map_type: u32,
+    key: usize,
+    value: usize,
+    max_entries: u32,
+    map_flags: u32,
+) -> io::Result<OwnedFd> {
+    let mut map_name = [0; NAME_LEN];
+    let length = name.len().min(NAME_LEN - 1);
+    map_name[..length].copy_from_slice(&name.as_bytes()[..length]);
     let mut attr = CreateAttr {
         map_type,
         key_size: key as u32,
         value_size: value as u32,
         max_entries,
         map_flags,
+        inner_map_fd: 0,
+        numa_node: 0,
+        map_name,
     };
     // SAFETY: no pointers; the command returns a descriptor.
     unsafe { bpf_fd(Command::MapCreate, &mut attr) }
+}
+
+/// Forbids system calls to change the map from here on, whoever makes them (kernel 5.2).
+///
+/// # Errors
+/// The kernel's: `EBUSY` when it is frozen already.
+pub(crate) fn freeze(fd: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = raw(fd);
+    // SAFETY: `map_fd` is the first field of the command's part, and all that the command reads.
+    unsafe { bpf(Command::MapFreeze, &mut attr) }.map(drop)
 }
 
 /// The value of a key. Does not mark entries of an LRU map as used (`map_lookup_elem_sys_only`).

@@ -17,6 +17,7 @@ mod array;
 pub mod link;
 pub mod map;
 pub mod probe;
+pub mod program;
 
 pub use array::MappedArray;
 
@@ -34,12 +35,14 @@ enum Command {
     ProgTestRun = 10,
     ObjGetInfoByFd = 15,
     ProgQuery = 16,
+    MapFreeze = 22,
     MapLookupBatch = 24,
     MapUpdateBatch = 26,
     MapDeleteBatch = 27,
     LinkCreate = 28,
     LinkUpdate = 29,
     LinkDetach = 34,
+    ProgBindMap = 35,
 }
 
 /// The `BPF_OBJ_PIN` and `BPF_OBJ_GET` part of `union bpf_attr`.
@@ -140,22 +143,6 @@ pub fn open(path: &Path) -> io::Result<OwnedFd> {
     };
     // SAFETY: `pathname` is a string that outlives the call; the command returns a descriptor.
     unsafe { bpf_fd(Command::ObjGet, &mut attr) }
-}
-
-/// The id of a program.
-///
-/// # Errors
-/// The kernel's, for example when `program` is no BPF object.
-pub fn program_id(program: BorrowedFd<'_>) -> io::Result<u32> {
-    #[repr(C)]
-    #[derive(Default)]
-    struct Info {
-        kind: u32,
-        id: u32,
-    }
-    let mut info = Info::default();
-    object_info(program, &mut info)?;
-    Ok(info.id)
 }
 
 /// Fills in the head of the object's `struct bpf_*_info`.

@@ -16,11 +16,21 @@ pub const BPF_F_IPV6: u32 = 1 << 7;
 /// The kernel's: `EPERM` without `CAP_BPF`, `EINVAL` when it does not know the type.
 pub fn load_trivial(program_type: u32, hook: Option<Hook>, verdict: i32) -> io::Result<OwnedFd> {
     // r0 = verdict; exit
-    load_code(program_type, hook, [0xb7 | (u64::from(verdict as u32) << 32), 0x95])
+    load_named("shunt_check", program_type, hook, verdict)
+}
+
+/// The same under a name of at most 15 characters.
+pub(crate) fn load_named(name: &str, program_type: u32, hook: Option<Hook>, verdict: i32) -> io::Result<OwnedFd> {
+    load_code(
+        name,
+        program_type,
+        hook,
+        [0xb7 | (u64::from(verdict as u32) << 32), 0x95],
+    )
 }
 
 /// Loads a program of so many instructions, as they stand in memory on a little-endian machine.
-fn load_code<const N: usize>(program_type: u32, hook: Option<Hook>, code: [u64; N]) -> io::Result<OwnedFd> {
+fn load_code<const N: usize>(name: &str, program_type: u32, hook: Option<Hook>, code: [u64; N]) -> io::Result<OwnedFd> {
     #[repr(C)]
     struct Attr {
         prog_type: u32,
@@ -43,6 +53,8 @@ fn load_code<const N: usize>(program_type: u32, hook: Option<Hook>, code: [u64; 
         let ([o0, o1], [i0, i1, i2, i3]) = (offset.to_ne_bytes(), immediate.to_ne_bytes());
         [op, regs, o0, o1, i0, i1, i2, i3]
     });
+    let mut prog_name = [0; 16];
+    prog_name[..name.len()].copy_from_slice(name.as_bytes());
     let mut attr = Attr {
         prog_type: program_type,
         insn_cnt: code.len() as u32,
@@ -53,7 +65,7 @@ fn load_code<const N: usize>(program_type: u32, hook: Option<Hook>, code: [u64; 
         log_buf: 0,
         kern_version: 0,
         prog_flags: 0,
-        prog_name: *b"shunt_check\0\0\0\0\0",
+        prog_name,
         prog_ifindex: 0,
         expected_attach_type: hook.map_or(0, |h| h as u32),
     };
@@ -72,6 +84,7 @@ pub fn probe_csum_ipv6() -> io::Result<bool> {
     let set = |register: u64, value: u32| 0xb7 | register << 8 | u64::from(value) << 32;
     // return bpf_l4_csum_replace(ctx, 24, 0, 0, BPF_F_PSEUDO_HDR | BPF_F_IPV6)
     let program = load_code(
+        "shunt_check",
         SCHED_CLS,
         None,
         [
