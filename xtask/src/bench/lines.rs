@@ -34,7 +34,9 @@ struct Line {
 
 impl Line {
     fn into_row(self) -> Row {
-        let unit = ["ns", "µs", "s", "MiB"].into_iter().find(|unit| *unit == self.unit);
+        let unit = ["ns", "µs", "ms", "s", "MiB"]
+            .into_iter()
+            .find(|unit| *unit == self.unit);
         let mut row = Row::value(self.name, self.value, unit.unwrap_or_default()).spread(self.spread);
         if let (Some(against), Some(baseline)) = (self.against, self.baseline) {
             row = row.against(&against, baseline);

@@ -6,6 +6,8 @@ use super::{Bench, lines};
 
 /// Lines for each number of Services.
 const LINES: usize = 12;
+/// Lines of an agent's start, cold and warm.
+const START_LINES: usize = 16;
 
 /// Measures.
 ///
@@ -14,5 +16,5 @@ const LINES: usize = 12;
 /// When the agent cannot be built or run, or does not come to the maps that it should.
 pub(super) fn measure(bench: &mut Bench) -> Result<()> {
     let counts = if bench.quick { 2 } else { 3 };
-    lines::measure(bench, "sync", LINES * counts)
+    lines::measure(bench, "sync", START_LINES + LINES * counts)
 }

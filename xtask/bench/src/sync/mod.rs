@@ -1,5 +1,5 @@
-//! From objects to maps: time, CPU and memory by number of Services, through the agent's own code in this process
-//! ([`inside`]), and through an agent that lists and watches an API server ([`agent`]).
+//! How an agent starts ([`start`]), and from objects to maps: time, CPU and memory by number of Services, through the agent's own
+//! code in this process ([`inside`]), and through an agent that lists and watches an API server ([`agent`]).
 //!
 //! Every Service has one cluster IP, one port, and one slice with [`ENDPOINTS`] endpoints.
 
@@ -7,6 +7,7 @@ mod agent;
 mod inside;
 mod objects;
 mod server;
+mod start;
 
 use anyhow::Result;
 use shunt::datapath::Capacities;
@@ -36,6 +37,11 @@ pub(crate) fn measure(quick: bool, only: &str) -> Result<()> {
         &[1_000, 10_000, 100_000]
     };
     let changes = if quick { 100 } else { 500 };
+    for figure in start::measure(quick)? {
+        if figure.name.contains(only) {
+            figure.print()?;
+        }
+    }
     for &services in counts {
         for figure in inside::measure(services, changes)?
             .into_iter()
