@@ -453,8 +453,11 @@ pub struct Prefix<A> {
 /// Most CIDRs per family in [`FamilyConfig::cluster_cidrs`].
 pub const MAX_CLUSTER_CIDRS: usize = 4;
 
-/// [`Config::flags`]: the `node_addrs` check also admits loopback addresses from the node's own namespace.
-pub const CONFIG_NODEPORT_LOOPBACK: u32 = 1 << 0;
+/// [`Config::flags`]: the `node_addrs` check also admits IPv4's loopback addresses, from the node's own namespace.
+pub const CONFIG_NODEPORT_LOOPBACK4: u32 = 1 << 0;
+
+/// [`Config::flags`]: the same for IPv6's.
+pub const CONFIG_NODEPORT_LOOPBACK6: u32 = 1 << 2;
 
 /// [`Config::flags`]: echo requests to addresses with [`ADDRESS_READY`] are answered.
 pub const CONFIG_ANSWER_PING: u32 = 1 << 1;

@@ -35,6 +35,8 @@ const MAPPED: u32 = 0xffffu32.to_be();
 
 /// What is dialled, or who sent: address and port as the context holds them.
 trait Peer: KernelFamily {
+    /// The flag of [`Config::flags`] that lets node ports answer on loopback addresses.
+    const NODEPORT_LOOPBACK: u32;
     fn addr(ctx: &SockAddrContext) -> Self::Words;
     fn set_addr(ctx: &SockAddrContext, addr: Self::Words);
     /// As [`SocketPeer`] keeps it.
@@ -61,6 +63,8 @@ fn set_word6(ctx: &SockAddrContext, i: usize, word: u32) {
 }
 
 impl Peer for V4 {
+    const NODEPORT_LOOPBACK: u32 = CONFIG_NODEPORT_LOOPBACK4;
+
     #[inline(always)]
     fn addr(ctx: &SockAddrContext) -> u32 {
         // SAFETY: the context is valid while the program runs.
@@ -88,6 +92,8 @@ impl Peer for V4 {
 }
 
 impl Peer for V6 {
+    const NODEPORT_LOOPBACK: u32 = CONFIG_NODEPORT_LOOPBACK6;
+
     #[inline(always)]
     fn addr(ctx: &SockAddrContext) -> Words6 {
         let pair = |i| u64::from(word6(ctx, i)) | u64::from(word6(ctx, i + 1)) << 32;
@@ -250,8 +256,7 @@ fn means_this_node<F: Peer>(ctx: &SockAddrContext, maps: &KernelMaps<Socket>, ad
         return Maps::<F>::is_node_addr(maps, &addr);
     }
     // A pod's loopback is the pod itself.
-    Maps::<F>::config(maps).is_some_and(|config| config.flags & CONFIG_NODEPORT_LOOPBACK != 0)
-        && is_host::<F>(ctx, maps)
+    Maps::<F>::config(maps).is_some_and(|config| config.flags & F::NODEPORT_LOOPBACK != 0) && is_host::<F>(ctx, maps)
 }
 
 /// Whether the socket is in the node's own network namespace.

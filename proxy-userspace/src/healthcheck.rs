@@ -20,6 +20,7 @@ use tokio::task::JoinHandle;
 
 use crate::{
     connections::Connections,
+    datapath::netns::NodePortAddresses,
     health::Health,
     http::{self, Listening},
     object::{EndpointSlice, NodeFacts, ObjectName, Problem, Service},
@@ -59,8 +60,8 @@ pub fn check<'a>(
     Some(Check { port, local })
 }
 
-/// Node addresses to answer on; `None`: all.
-type Admitted = Arc<RwLock<Option<BTreeSet<IpAddr>>>>;
+/// Which of the node's addresses are answered on.
+type Admitted = Arc<RwLock<NodePortAddresses>>;
 
 /// The listeners of all Services. To be used within a tokio runtime; they end when this is dropped.
 #[derive(Debug)]
@@ -100,7 +101,7 @@ struct State {
 impl State {
     fn is_admitted(&self, address: IpAddr) -> bool {
         let admitted = self.admitted.read().unwrap_or_else(PoisonError::into_inner);
-        admitted.as_ref().is_none_or(|admitted| admitted.contains(&address))
+        admitted.answers(address)
     }
 }
 
@@ -116,8 +117,8 @@ impl HealthChecks {
         }
     }
 
-    /// Answers on these addresses only from now on; `None`: on all.
-    pub fn admit(&self, addresses: Option<BTreeSet<IpAddr>>) {
+    /// Answers on these addresses only from now on.
+    pub fn admit(&self, addresses: NodePortAddresses) {
         *self.admitted.write().unwrap_or_else(PoisonError::into_inner) = addresses;
     }
 

@@ -15,7 +15,7 @@
 //! - [`report`]: what cannot be served as it is written, to the log, the metrics and the API server.
 //! - [`agent`]: the life of the agent, which wires all of it.
 //! - [`environment`]: what a kubelet tells containers of Services.
-//! - [`config`]: what the agent is told to do. [`cli`]: one file per verb.
+//! - [`logging`]: the agent's log. [`config`]: what the agent is told to do. [`cli`]: one file per verb.
 pub mod admin;
 pub mod agent;
 pub mod cli;
@@ -28,6 +28,7 @@ pub mod gc;
 pub mod health;
 pub mod healthcheck;
 pub mod http;
+pub mod logging;
 pub mod metrics;
 pub mod model;
 pub mod object;

@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, fmt, net::IpAddr, path::PathBuf, sync::Arc, tim
 /// `namespace/name`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ObjectName {
-    /// The namespace; `default` where a manifest names none.
+    /// The namespace; `default` where a manifest names none, empty for a Node.
     pub namespace: Arc<str>,
     /// `metadata.name`.
     pub name: Arc<str>,
@@ -23,6 +23,10 @@ impl ObjectName {
 
 impl fmt::Display for ObjectName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.namespace.is_empty() {
+            // A Node.
+            return f.write_str(&self.name);
+        }
         write!(f, "{}/{}", self.namespace, self.name)
     }
 }

@@ -81,6 +81,14 @@ pub(crate) fn options() -> Options {
     }
 }
 
+/// The same, but a field that stands in a mapping twice is a mistake.
+pub(crate) fn strict() -> Options {
+    serde_saphyr::options! {
+        duplicate_keys: DuplicateKeyPolicy::Error,
+        with_snippet: false,
+    }
+}
+
 /// What the parser has to say, with line, and field below `prefix`.
 pub(crate) fn mistake(error: &serde_saphyr::Error, document: Document<'_>, prefix: &str) -> Mistake {
     let mut render = RenderOptions::default();

@@ -8,6 +8,7 @@
 
 mod node;
 mod reconcile;
+mod reload;
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -27,7 +28,7 @@ use tracing::{debug, info, warn};
 use self::reconcile::Agent;
 use crate::{
     admin,
-    config::Settings,
+    config::{Settings, flags::RunArgs},
     connections::Connections,
     datapath::{
         attach::XdpMode,
@@ -55,20 +56,21 @@ const MAX_RETRY: Duration = Duration::from_secs(30);
 /// The source is named in the log when it has not told everything after so long.
 const SLOW_SOURCE: Duration = Duration::from_secs(10);
 
-/// Runs the agent until a signal ends it. `watch` measures the start, and has begun with the process.
+/// Runs the agent until a signal ends it. `args`: what `settings` were read from, and are read from again when the file of
+/// `--config` changes. `watch` measures the start, and has begun with the process.
 ///
 /// # Errors
 /// One line with the cause: what cannot be loaded, attached or read at the start.
-pub fn run(settings: Settings, watch: Stopwatch) -> anyhow::Result<()> {
+pub fn run(settings: Settings, args: RunArgs, watch: Stopwatch) -> anyhow::Result<()> {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .context("cannot start threads")?
-        .block_on(until_signal(settings, watch))
+        .block_on(until_signal(settings, args, watch))
 }
 
-async fn until_signal(settings: Settings, watch: Stopwatch) -> anyhow::Result<()> {
+async fn until_signal(settings: Settings, args: RunArgs, watch: Stopwatch) -> anyhow::Result<()> {
     // From here on a signal ends the agent in order, also in the middle of the start.
     let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
@@ -83,12 +85,12 @@ async fn until_signal(settings: Settings, watch: Stopwatch) -> anyhow::Result<()
             info!("{name}: the agent ends, the datapath goes on");
             Ok(())
         }
-        result = serve(settings, watch) => result,
+        result = serve(settings, args, watch) => result,
     }
 }
 
 /// Everything, until it fails.
-async fn serve(settings: Settings, mut watch: Stopwatch) -> anyhow::Result<()> {
+async fn serve(settings: Settings, args: RunArgs, mut watch: Stopwatch) -> anyhow::Result<()> {
     let node_name = node::name(&settings)?;
     let missing = capability::missing();
     anyhow::ensure!(
@@ -154,6 +156,7 @@ async fn serve(settings: Settings, mut watch: Stopwatch) -> anyhow::Result<()> {
     let _collector = Collector::spawn(maps.clone(), gc::INTERVAL, report).context("cannot start a thread")?;
     let stale_sockets = StaleSockets::spawn(maps).context("cannot start a thread")?;
 
+    let mut reads = reload::follow(args, settings.clone());
     let mut agent = Agent {
         model: Model::new(configured),
         syncer,
@@ -218,6 +221,7 @@ async fn serve(settings: Settings, mut watch: Stopwatch) -> anyhow::Result<()> {
             }
             Some(ended) = servers.join_next() => ended.context("a server of the agent has failed")??,
             () = agent.addresses_changed() => agent.write_addresses(),
+            Some(read) = reads.recv() => agent.reload(&node_name, read).await?,
             () = tokio::time::sleep(retry), if waits_for_retry => {
                 agent.pending.extend(agent.syncer.failed().iter().cloned());
                 let freed = agent.reconcile_pending();

@@ -3,11 +3,13 @@
 use std::net::IpAddr;
 
 use anyhow::Context;
-use ipnet::IpNet;
 
 use crate::{
     config::Settings,
-    datapath::{devices, netns},
+    datapath::{
+        devices,
+        netns::{self, NodePortAddresses},
+    },
     object::NodeFacts,
     sync::node::NodeSettings,
 };
@@ -26,17 +28,8 @@ pub(super) fn name(settings: &Settings) -> anyhow::Result<String> {
 }
 
 pub(super) fn settings(settings: &Settings, addresses: &[IpAddr]) -> NodeSettings {
-    // Without networks that say otherwise, the node's own processes reach node ports on loopback too (SPEC F2).
-    let networks: Vec<IpNet> = settings
-        .nodeport_addresses
-        .iter()
-        .filter_map(|text| text.parse().ok())
-        .collect();
-    let is_loopback = |network: &IpNet| {
-        [IpAddr::from([127, 0, 0, 1]), std::net::Ipv6Addr::LOCALHOST.into()]
-            .iter()
-            .any(|address| network.contains(address))
-    };
+    // What cannot be has ended the agent before.
+    let node_ports = NodePortAddresses::parse(&settings.nodeport_addresses, addresses).unwrap_or_default();
     NodeSettings {
         addresses: addresses.to_vec(),
         cluster_cidrs: settings.cluster_cidrs.clone(),
@@ -45,7 +38,7 @@ pub(super) fn settings(settings: &Settings, addresses: &[IpAddr]) -> NodeSetting
         retry_silence: settings.retry_silence,
         snat_ports: settings.snat_ports.0.clone(),
         timeouts: settings.conntrack.ticks(),
-        loopback: settings.localhost_node_ports && (networks.is_empty() || networks.iter().any(is_loopback)),
+        loopback: [false, true].map(|v6| settings.localhost_node_ports && node_ports.admits_loopback(v6)),
         host_netns: netns::cookie(),
     }
 }

@@ -71,7 +71,10 @@ impl Agent {
     pub(super) async fn take(&mut self, batch: Vec<Event>) -> anyhow::Result<bool> {
         let mut completes = false;
         let mut node_changes = false;
-        for event in batch {
+        for mut event in batch {
+            if let (false, Event::Service(service)) = (self.settings.external_ips, &mut event) {
+                service.external_ips.clear();
+            }
             completes |= event == Event::Complete;
             node_changes |= matches!(event, Event::Node(_));
             self.pending.extend(self.model.apply(event));
@@ -96,7 +99,7 @@ impl Agent {
             self.watch.lap(Part::Services);
         }
         if first || node_changes {
-            self.follow_node().await?;
+            self.follow_node(false).await?;
         }
         if first {
             self.watch.lap(Part::Attach);
@@ -169,29 +172,36 @@ impl Agent {
         }
     }
 
-    /// Writes this node's addresses into the configuration and (again) attaches to its devices, when they have changed.
-    pub(super) async fn follow_node(&mut self) -> anyhow::Result<()> {
+    /// Writes the settings and this node's addresses into the configuration that the programs read.
+    pub(super) fn write_config(&self, addresses: &[IpAddr]) -> anyhow::Result<bool> {
+        let maps = self.syncer.maps();
+        let settings = this_node::settings(&self.settings, addresses);
+        let mut config = node::config(&settings, maps.v4.snat.capacity())?;
+        self.syncer.cover(&mut config);
+        Ok(maps.set_config(&config)?)
+    }
+
+    /// Writes this node's addresses into the configuration and (again) attaches to its devices, when they have changed, or
+    /// `settings_change`.
+    pub(super) async fn follow_node(&mut self, settings_change: bool) -> anyhow::Result<()> {
         let addresses = this_node::addresses(&self.settings, self.model.node())?;
-        if self.live.as_ref().is_some_and(|live| live.addresses == addresses) {
+        let same = |live: &Live| live.addresses == addresses;
+        if !settings_change && self.live.as_ref().is_some_and(same) {
             return Ok(());
         }
         if addresses.is_empty() {
             warn!("this node has no address: translated packets have no source; give --node-ip");
         }
         let maps = self.syncer.maps().clone();
-        let mut config = node::config(
-            &this_node::settings(&self.settings, &addresses),
-            maps.v4.snat.capacity(),
-        )?;
-        self.syncer.cover(&mut config);
-        if maps.set_config(&config)? {
+        if self.write_config(&addresses)? {
             info!("node addresses: {addresses:?}");
         }
         let policy =
             NodePortAddresses::parse(&self.settings.nodeport_addresses, &addresses).map_err(anyhow::Error::msg)?;
+        // Health checks are answered where node ports are.
+        self.checks.admit(policy.clone());
         let (admitted, _) = netns::watch_addresses(policy).context("cannot follow this node's addresses")?;
         node::set_addresses(&maps, &admitted.borrow())?;
-        self.admit_health_checks(&admitted.borrow());
 
         // The old watcher changes the same links; it must be gone before another begins.
         if let Some(mut old) = self.live.take() {
@@ -240,16 +250,9 @@ impl Agent {
         }
     }
 
-    /// Health checks are answered where node ports are, but on loopback addresses too when nothing is said.
-    fn admit_health_checks(&self, admitted: &BTreeSet<IpAddr>) {
-        let restricted = !self.settings.nodeport_addresses.is_empty();
-        self.checks.admit(restricted.then(|| admitted.clone()));
-    }
-
     pub(super) fn write_addresses(&mut self) {
         let Some(live) = &mut self.live else { return };
         let addresses = live.admitted.borrow_and_update().clone();
-        self.admit_health_checks(&addresses);
         match node::set_addresses(self.syncer.maps(), &addresses) {
             Ok(n) => debug!("node ports answer on {addresses:?}: {n} written"),
             Err(error) => warn!("{error}; {} can admit fewer", settings::NODEPORT_ADDRESSES),

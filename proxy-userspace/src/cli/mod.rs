@@ -17,7 +17,7 @@ use comfy_table::{Table, presets::NOTHING};
 use serde::Serialize;
 
 use crate::{
-    config::{DEFAULT_BPF_ROOT, flags::RunArgs},
+    config::{DEFAULT_BPF_ROOT, flags::RunArgs, kube_proxy_flags},
     datapath::{
         cgroup,
         maps::{MapError, Maps, name_str},
@@ -89,9 +89,13 @@ pub enum Output {
 
 /// Parses the command line and runs its verb; an error is one line on stderr.
 pub fn main() -> ExitCode {
-    let verb = Cli::parse().verb;
+    let (line, unused) = kube_proxy_flags::translate(std::env::args_os());
+    let verb = Cli::parse_from(line).verb;
     let result = match verb {
-        Verb::Run(args) => run::run(*args).map(|()| true),
+        Verb::Run(mut args) => {
+            args.kube_proxy.unused = unused;
+            run::run(*args).map(|()| true)
+        }
         Verb::Check { common, cgroup_root } => {
             let cgroup_root = cgroup_root.unwrap_or_else(cgroup::default_root);
             check::run(&common.bpf_root, &cgroup_root, common.output == Output::Json)

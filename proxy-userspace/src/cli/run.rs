@@ -1,32 +1,41 @@
 //! `shunt run`: reads the settings, sets up the log, and starts the [`agent`].
 
-use std::io::{self, IsTerminal};
+use std::fs;
 
-use tracing::warn;
-use tracing_subscriber::EnvFilter;
+use anyhow::Context;
+use tracing::{info, warn};
 
-use super::print;
-use crate::{agent, config::flags::RunArgs, datapath::start::Stopwatch};
+use super::{cleanup, print};
+use crate::{agent, config::flags::RunArgs, datapath::start::Stopwatch, logging};
 
 /// Runs the agent until a signal ends it, or prints what the settings come to (`--dump-config`).
 ///
 /// # Errors
 /// One line with the cause: a setting that cannot be, or why the agent has ended.
-pub fn run(args: RunArgs) -> anyhow::Result<()> {
+pub fn run(mut args: RunArgs) -> anyhow::Result<()> {
     let watch = Stopwatch::start();
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .with_ansi(io::stderr().is_terminal())
-        .init();
     let dump = args.dump_config;
-    let (settings, warnings) = args.settings()?;
+    let write_to = args.kube_proxy.write_config_to.take();
+    let (cleanup, init_only) = (args.kube_proxy.cleanup, args.kube_proxy.init_only);
+    let (settings, warnings) = args.clone().settings()?;
+    logging::init(settings.logging);
     for warning in warnings {
         warn!("{warning}");
+    }
+    if let Some(path) = write_to {
+        fs::write(&path, settings.dump()?).with_context(|| format!("--write-config-to {}", path.display()))?;
+        info!("what the settings come to is in {}", path.display());
+        return Ok(());
     }
     if dump {
         return print(&settings.dump()?);
     }
-    agent::run(settings, watch)
+    if cleanup == Some(true) {
+        return cleanup::run(&settings.bpf_root, false);
+    }
+    if init_only == Some(true) {
+        info!("--init-only: there is nothing that has to be prepared");
+        return Ok(());
+    }
+    agent::run(settings, args, watch)
 }

@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use jiff::SignedDuration;
 use shunt_common::{layout::Timeouts, timeouts::ticks};
 
 /// Shortest: the time that a flow was last seen is up to 2.6 s old, and is told in ticks of 1.07 s.
@@ -35,24 +34,40 @@ impl Default for Conntrack {
 }
 
 impl Conntrack {
-    /// # Errors
-    /// One line that names the setting that makes no sense.
-    pub fn check(&self) -> anyhow::Result<()> {
-        for (flag, duration) in [
-            ("--conntrack-tcp-timeout-established", self.tcp_established),
-            ("--conntrack-tcp-timeout-close-wait", self.tcp_close_wait),
-            ("--conntrack-udp-timeout", self.udp),
-            ("--conntrack-udp-timeout-stream", self.udp_stream),
+    /// Brings what cannot be to the nearest that can; one line for each, with what became of it.
+    pub fn clamp(&mut self) -> Vec<String> {
+        let mut said = Vec::new();
+        for (flag, field, duration) in [
+            (
+                "tcp-timeout-established",
+                "tcpEstablishedTimeout",
+                &mut self.tcp_established,
+            ),
+            (
+                "tcp-timeout-close-wait",
+                "tcpCloseWaitTimeout",
+                &mut self.tcp_close_wait,
+            ),
+            ("udp-timeout", "udpTimeout", &mut self.udp),
+            ("udp-timeout-stream", "udpStreamTimeout", &mut self.udp_stream),
         ] {
-            check(duration).map_err(|what| anyhow::anyhow!("{flag} {duration:?}: {what}"))?;
+            let clamped = (*duration).clamp(SHORTEST, LONGEST);
+            if clamped != *duration {
+                said.push(format!(
+                    "conntrack.{field} (--conntrack-{flag}) {duration:?}: shunt's flows last from {SHORTEST:?} to {} h: taken as {clamped:?}",
+                    LONGEST.as_secs() / 3600
+                ));
+                *duration = clamped;
+            }
         }
-        anyhow::ensure!(
-            self.udp <= self.udp_stream,
-            "--conntrack-udp-timeout {:?} is longer than --conntrack-udp-timeout-stream {:?}: give a stream as long at least",
-            self.udp,
-            self.udp_stream
-        );
-        Ok(())
+        if self.udp > self.udp_stream {
+            said.push(format!(
+                "conntrack.udpStreamTimeout (--conntrack-udp-timeout-stream) {:?}: shorter than udpTimeout: taken as {:?}",
+                self.udp_stream, self.udp
+            ));
+            self.udp_stream = self.udp;
+        }
+        said
     }
 
     /// What the programs and the collector go by.
@@ -68,27 +83,6 @@ impl Conntrack {
     }
 }
 
-fn check(duration: Duration) -> Result<Duration, &'static str> {
-    if (SHORTEST..=LONGEST).contains(&duration) {
-        Ok(duration)
-    } else {
-        Err("give a duration from 5s to 8784h, as in 24h, 1h30m or 90s")
-    }
-}
-
-/// A duration as Go writes it: `24h0m0s`, `90s`.
-///
-/// # Errors
-/// Says what is wanted.
-pub fn parse(text: &str) -> Result<Duration, String> {
-    let duration: Option<SignedDuration> = text.parse().ok();
-    // What is negative or none is too short as well.
-    let duration = duration
-        .and_then(|duration| duration.try_into().ok())
-        .unwrap_or_default();
-    Ok(check(duration)?)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -96,55 +90,65 @@ mod tests {
     #[test]
     fn the_defaults_are_those_of_the_programs() {
         assert_eq!(Conntrack::default().ticks(), Timeouts::default());
-        Conntrack::default().check().unwrap();
+        assert_eq!(Conntrack::default().clamp(), Vec::<String>::new());
     }
 
+    /// What kube-proxy accepts is no reason not to start.
     #[test]
-    fn durations_are_written_as_in_go() {
-        for (text, seconds) in [
-            ("24h0m0s", 86_400),
-            ("1h30m", 5400),
-            ("90s", 90),
-            ("5s", 5),
-            ("1.5h", 5400),
-        ] {
-            assert_eq!(parse(text), Ok(Duration::from_secs(seconds)), "{text}");
-        }
-    }
-
-    #[test]
-    fn what_makes_no_sense_is_one_clear_error() {
-        for text in [
-            "0",
-            "0s",
-            "1s",
-            "-5m",
-            "24",
-            "1d2",
-            "10000h",
-            "999999999999999999999h",
-            "soon",
-            "",
-        ] {
-            assert!(
-                parse(text).unwrap_err().starts_with("give a duration from 5s"),
-                "{text}"
-            );
-        }
-        let with = |change: fn(&mut Conntrack)| {
+    fn what_cannot_be_is_brought_to_what_can_and_said_once() {
+        let hours = |hours: u64| Duration::from_secs(hours * 3600);
+        let secs = Duration::from_secs;
+        type Case = (
+            fn(&mut Conntrack, Duration),
+            Duration,
+            fn(&Conntrack) -> Duration,
+            Duration,
+            &'static str,
+        );
+        let cases: [Case; 5] = [
+            (
+                |c, d| c.tcp_established = d,
+                secs(1),
+                |c| c.tcp_established,
+                secs(5),
+                "conntrack.tcpEstablishedTimeout (--conntrack-tcp-timeout-established) 1s: shunt's flows last from 5s to 8784 h: taken as 5s",
+            ),
+            (
+                |c, d| c.tcp_close_wait = d,
+                Duration::from_millis(10),
+                |c| c.tcp_close_wait,
+                secs(5),
+                "conntrack.tcpCloseWaitTimeout (--conntrack-tcp-timeout-close-wait) 10ms: shunt's",
+            ),
+            (
+                |c, d| c.udp_stream = d,
+                hours(10_000),
+                |c| c.udp_stream,
+                hours(8784),
+                "conntrack.udpStreamTimeout (--conntrack-udp-timeout-stream) 36000000s: shunt's",
+            ),
+            (
+                |c, d| c.udp = d,
+                secs(4),
+                |c| c.udp,
+                secs(5),
+                "conntrack.udpTimeout (--conntrack-udp-timeout) 4s: shunt's",
+            ),
+            (
+                |c, d| c.udp = d,
+                secs(300),
+                |c| c.udp_stream,
+                secs(300),
+                "conntrack.udpStreamTimeout (--conntrack-udp-timeout-stream) 120s: shorter than udpTimeout: taken as 300s",
+            ),
+        ];
+        for (set, given, get, wanted, said) in cases {
             let mut conntrack = Conntrack::default();
-            change(&mut conntrack);
-            conntrack.check().unwrap_err().to_string()
-        };
-        let error = with(|c| c.udp = Duration::from_secs(300));
-        assert!(
-            error.starts_with("--conntrack-udp-timeout 300s is longer than"),
-            "{error}"
-        );
-        let error = with(|c| c.tcp_close_wait = Duration::ZERO);
-        assert!(
-            error.starts_with("--conntrack-tcp-timeout-close-wait 0ns: give"),
-            "{error}"
-        );
+            set(&mut conntrack, given);
+            let warnings = conntrack.clamp();
+            assert!(matches!(&warnings[..], [one] if one.starts_with(said)), "{warnings:?}");
+            assert_eq!(get(&conntrack), wanted, "{said}");
+            assert!(conntrack.clamp().is_empty());
+        }
     }
 }

@@ -3,13 +3,17 @@
 use std::{env, fs, path::Path};
 
 use anyhow::{Context, anyhow};
-use serde::{Deserialize, de::DeserializeOwned};
+use serde::{
+    Deserialize,
+    de::{DeserializeOwned, IgnoredAny},
+};
 use serde_json::Value;
 
 use super::{
     Settings,
-    kube_proxy::{self, Idle, KubeProxyConfiguration},
+    kube_proxy::{self, Idle, KubeProxyConfiguration, Notes},
     own::{self, ShuntConfiguration},
+    review,
 };
 use crate::yaml::{self, Document, Mistake};
 
@@ -44,6 +48,7 @@ pub(super) fn parse(text: &str, to: &mut Settings, file: &str, in_pod: bool) -> 
                 .join(": ");
             anyhow!(of.split_whitespace().collect::<Vec<_>>().join(" "))
         };
+        warnings.extend(twice(&document, place));
         let head = serde_saphyr::from_str_with_options::<Option<Head>>(document.text, yaml::options())
             .map_err(|cause| error("", yaml::mistake(&cause, document, "")))?;
         let Some(head) = head else { continue };
@@ -51,18 +56,25 @@ pub(super) fn parse(text: &str, to: &mut Settings, file: &str, in_pod: bool) -> 
         let kind = head.kind.unwrap_or_default();
         let twice = match (version.as_str(), kind.as_str()) {
             (kube_proxy::API_VERSION, kube_proxy::KIND) => {
-                let (parsed, ignored) = read_document(document).map_err(|mistake| error(&kind, mistake))?;
+                let read = read_document(document).map_err(|mistake| error(&kind, mistake))?;
                 let mut idle = Idle::default();
-                ignored.iter().for_each(|(field, value)| idle.sort(field, value));
+                read.ignored.iter().for_each(|(field, value)| idle.sort(field, value));
                 warnings.extend(unknown(&idle.unknown, &document, &kind, place));
-                theirs.replace((parsed, idle.unused)).is_some()
+                let said = review::review(&read.tree);
+                // One warning each.
+                idle.unused.retain(|field| said.iter().all(|(other, _)| other != field));
+                let at = |field: &str| place(document.line_of(field));
+                warnings.extend(
+                    said.iter()
+                        .map(|(field, what)| format!("{}: {kind}: {field}: {what}", at(field))),
+                );
+                theirs.replace((read.parsed, idle.unused, document)).is_some()
             }
             (own::API_VERSION, own::KIND) => {
-                let (parsed, ignored) =
-                    read_document::<ShuntConfiguration>(document).map_err(|mistake| error(&kind, mistake))?;
-                let fields: Vec<_> = ignored.into_iter().map(|(field, _)| field).collect();
+                let read = read_document::<ShuntConfiguration>(document).map_err(|mistake| error(&kind, mistake))?;
+                let fields: Vec<_> = read.ignored.into_iter().map(|(field, _)| field).collect();
                 warnings.extend(unknown(&fields, &document, &kind, place));
-                ours.replace(parsed).is_some()
+                ours.replace(read.parsed).is_some()
             }
             _ => {
                 let place = place(document.line_of("kind"));
@@ -77,8 +89,22 @@ pub(super) fn parse(text: &str, to: &mut Settings, file: &str, in_pod: bool) -> 
         };
         anyhow::ensure!(!twice, "{}: a second {kind}: give one", place(document.line_of("kind")));
     }
-    if let Some((theirs, mut unused)) = theirs {
-        KubeProxyConfiguration::write(theirs, to, &mut unused);
+    if theirs.is_none() && ours.is_none() {
+        warnings.push(format!(
+            "{file}: says nothing, which kube-proxy refuses: defaults and flags hold"
+        ));
+    }
+    if let Some((theirs, unused, document)) = theirs {
+        let mut notes = Notes {
+            unused,
+            ..Notes::default()
+        };
+        KubeProxyConfiguration::write(theirs, to, &mut notes);
+        let Notes { unused, warnings: said } = notes;
+        warnings.extend(said.iter().map(|(field, what)| {
+            let place = place(document.line_of(field));
+            format!("{place}: {}: {field}: {what}", kube_proxy::KIND)
+        }));
         if !unused.is_empty() {
             warnings.push(format!(
                 "{file}: {}: shunt has no use for {}: ignored",
@@ -108,8 +134,16 @@ fn has_service_account() -> bool {
         && Path::new("/var/run/secrets/kubernetes.io/serviceaccount/token").exists()
 }
 
-/// A document as a type, and the fields that the type does not have.
-fn read_document<T: DeserializeOwned>(document: Document<'_>) -> Result<(T, Vec<(String, Value)>), Mistake> {
+/// A document that has been read.
+struct Read<T> {
+    parsed: T,
+    /// Fields that the type does not have.
+    ignored: Vec<(String, Value)>,
+    /// All of it.
+    tree: Value,
+}
+
+fn read_document<T: DeserializeOwned>(document: Document<'_>) -> Result<Read<T>, Mistake> {
     let mut ignored = Vec::new();
     let parsed =
         serde_saphyr::with_deserializer_from_str_with_options(document.text, yaml::options(), |deserializer| {
@@ -123,7 +157,22 @@ fn read_document<T: DeserializeOwned>(document: Document<'_>) -> Result<(T, Vec<
         let value = tree.pointer(&format!("/{}", field.replace('.', "/"))).cloned();
         (field, value.unwrap_or_default())
     };
-    Ok((parsed, ignored.into_iter().map(with_value).collect()))
+    let ignored = ignored.into_iter().map(with_value).collect();
+    Ok(Read { parsed, ignored, tree })
+}
+
+/// Whether a field stands in a document twice.
+fn twice(document: &Document<'_>, place: impl Fn(Option<u64>) -> String) -> Option<String> {
+    let error = serde_saphyr::from_str_with_options::<IgnoredAny>(document.text, yaml::strict()).err()?;
+    let mistake = yaml::mistake(&error, *document, "");
+    let is_that = mistake.message.contains("duplicate");
+    is_that.then(|| {
+        format!(
+            "{}: {}: stands there twice, the last one holds",
+            place(mistake.line),
+            mistake.field
+        )
+    })
 }
 
 /// A warning per field that is nobody's.

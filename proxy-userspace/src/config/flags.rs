@@ -1,19 +1,29 @@
 //! The flags of `shunt run`. None has a default here, so that what is not given leaves a file's word alone; `--help` tells
 //! those of [`Settings`].
 
-use std::{net::IpAddr, path::PathBuf, time::Duration};
+use std::{
+    net::IpAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use clap::{Args, ValueEnum};
 use ipnet::IpNet;
 
-use super::{HEALTHZ_PORT, METRICS_PORT, PortRange, Settings, conntrack, file, values::Listen};
+use super::{
+    HEALTHZ_PORT, METRICS_PORT, PortRange, Settings, file,
+    kube_proxy_flags::KubeProxyArgs,
+    values::{Listen, Network, NodePortAddress, Timeout},
+};
 use crate::datapath::{attach::XdpMode, netns::NodePortAddresses};
 
 /// `shunt run`.
 #[derive(Clone, Debug, Args)]
+// As kube-proxy has it: of a flag that is given twice the last one holds.
+#[command(args_override_self = true)]
 pub struct RunArgs {
     /// A file of YAML with a KubeProxyConfiguration (kubeproxy.config.k8s.io/v1alpha1) as clusters have it, a
-    /// ShuntConfiguration (shunt.dev/v1alpha1), or both; flags stand over it.
+    /// ShuntConfiguration (shunt.dev/v1alpha1), or both; flags stand over it. Changes are followed: what can change live does.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Print what flags, file and defaults come to, as such a file, and exit.
@@ -79,10 +89,14 @@ pub struct RunArgs {
     service_node_port_range: Option<PortRange>,
     /// Networks of the cluster's pods: their packets are internal clients' wherever they come in.
     #[arg(long, value_name = "CIDR", num_args = 1.., value_delimiter = ',')]
-    cluster_cidr: Vec<IpNet>,
-    /// Node addresses that node ports and healthCheckNodePort answer on: networks, or `primary` [default: all].
-    #[arg(long, value_name = "CIDR|primary", num_args = 1.., value_delimiter = ',')]
+    cluster_cidr: Vec<Network>,
+    /// Node addresses that node ports and healthCheckNodePort answer on: networks, `primary` (the Node object's best of each
+    /// family), `localhost`, `all`. Networks of one family do not limit the other [default: all].
+    #[arg(long, value_name = "CIDR|WORD", num_args = 1.., value_delimiter = ',')]
     nodeport_addresses: Vec<String>,
+    /// Serve spec.externalIPs of Services [default: on].
+    #[arg(long, value_enum)]
+    external_ips: Option<Switch>,
     /// Seconds for which a backend that has not answered a connection gets no new ones, twice as long each time it does not answer
     /// again, up to 60; 0: none. The annotation shunt.dev/retry of a Service says whether its connections try another backend
     /// [default: 1].
@@ -98,30 +112,39 @@ pub struct RunArgs {
     /// Where /metrics is served; empty: nowhere [default: 127.0.0.1:10249].
     #[arg(long, value_name = "IP:PORT")]
     metrics_bind_address: Option<Listen<METRICS_PORT>>,
+    /// How log lines are written, to stderr: text, or json with the fields of Kubernetes' components [default: text].
+    #[arg(long, value_name = "FORMAT", value_parser = ["text", "json"])]
+    logging_format: Option<String>,
+    /// How much is logged: from 4 on what a developer wants to know, from 6 on everything; RUST_LOG stands over it [default: 0].
+    #[arg(short, long = "v", value_name = "LEVEL")]
+    verbosity: Option<u32>,
     #[command(flatten)]
     conntrack: ConntrackArgs,
     #[command(flatten)]
     capacities: CapacityArgs,
+    /// What kube-proxy's users have on its command line.
+    #[command(flatten)]
+    pub kube_proxy: KubeProxyArgs,
 }
 
 /// `--conntrack-*`: names and defaults of kube-proxy's flags
 /// (<https://kubernetes.io/docs/reference/command-line-tools-reference/kube-proxy/>); where those leave the kernel's time-outs
-/// alone, the kernel's defaults.
+/// alone, the kernel's defaults. Zero leaves one as it is.
 #[derive(Clone, Debug, Args)]
 struct ConntrackArgs {
     /// How long an open TCP connection may be silent before it is forgotten; it finds its backend again while the Service's
     /// backends stay the same [default: 24h].
-    #[arg(long, value_name = "DURATION", value_parser = conntrack::parse)]
-    conntrack_tcp_timeout_established: Option<Duration>,
+    #[arg(long, value_name = "DURATION")]
+    conntrack_tcp_timeout_established: Option<Timeout>,
     /// The same when one side has sent FIN [default: 1h].
-    #[arg(long, value_name = "DURATION", value_parser = conntrack::parse)]
-    conntrack_tcp_timeout_close_wait: Option<Duration>,
+    #[arg(long, value_name = "DURATION")]
+    conntrack_tcp_timeout_close_wait: Option<Timeout>,
     /// The same for UDP, until the client has sent again after an answer [default: 30s].
-    #[arg(long, value_name = "DURATION", value_parser = conntrack::parse)]
-    conntrack_udp_timeout: Option<Duration>,
+    #[arg(long, value_name = "DURATION")]
+    conntrack_udp_timeout: Option<Timeout>,
     /// The same for UDP from then on [default: 2m].
-    #[arg(long, value_name = "DURATION", value_parser = conntrack::parse)]
-    conntrack_udp_timeout_stream: Option<Duration>,
+    #[arg(long, value_name = "DURATION")]
+    conntrack_udp_timeout_stream: Option<Timeout>,
 }
 
 /// `--max-*`.
@@ -162,18 +185,25 @@ enum Switch {
 }
 
 impl RunArgs {
+    /// The file of `--config`.
+    pub fn config_file(&self) -> Option<&Path> {
+        self.config.as_deref()
+    }
+
     /// What the agent is to do, and warnings about the file, one line each.
     ///
     /// # Errors
     /// One line that names what cannot be.
     pub fn settings(self) -> anyhow::Result<(Settings, Vec<String>)> {
         let mut settings = Settings::default();
-        let warnings = match &self.config {
+        let mut warnings = match &self.config {
             Some(path) => file::read(path, &mut settings)?,
             None => Vec::new(),
         };
+        let (kube_proxy, has_file) = (self.kube_proxy.clone(), self.config.is_some());
         self.write(&mut settings);
-        settings.conntrack.check()?;
+        kube_proxy.write(&mut settings, has_file, &mut warnings);
+        warnings.extend(settings.conntrack.clamp());
         NodePortAddresses::parse(&settings.nodeport_addresses, &[]).map_err(anyhow::Error::msg)?;
         Ok((settings, warnings))
     }
@@ -201,8 +231,21 @@ impl RunArgs {
         set(&mut to.answer_ping, is_on(self.answer_ping));
         set_list(&mut to.load_balancer_cidrs, self.load_balancer_cidr);
         set(&mut to.service_node_port_range, self.service_node_port_range);
-        set_list(&mut to.cluster_cidrs, self.cluster_cidr);
-        set_list(&mut to.nodeport_addresses, self.nodeport_addresses);
+        set_list(
+            &mut to.cluster_cidrs,
+            self.cluster_cidr.into_iter().map(|network| network.0).collect(),
+        );
+        set_list(
+            &mut to.nodeport_addresses,
+            // What is no address is told once everything is together.
+            self.nodeport_addresses
+                .into_iter()
+                .map(|text| text.parse().map_or(text, |NodePortAddress(address)| address))
+                .collect(),
+        );
+        set(&mut to.external_ips, is_on(self.external_ips));
+        set(&mut to.logging.json, self.logging_format.map(|format| format == "json"));
+        set(&mut to.logging.verbosity, self.verbosity);
         set(
             &mut to.retry_silence,
             self.retry_silence.map(|seconds| Duration::from_secs(seconds.into())),
@@ -216,19 +259,24 @@ impl RunArgs {
             &mut to.metrics_bind_address,
             self.metrics_bind_address.map(|listen| listen.0),
         );
-        set(
-            &mut to.conntrack.tcp_established,
-            self.conntrack.conntrack_tcp_timeout_established,
-        );
-        set(
-            &mut to.conntrack.tcp_close_wait,
-            self.conntrack.conntrack_tcp_timeout_close_wait,
-        );
-        set(&mut to.conntrack.udp, self.conntrack.conntrack_udp_timeout);
-        set(
-            &mut to.conntrack.udp_stream,
-            self.conntrack.conntrack_udp_timeout_stream,
-        );
+        let given = |timeout: Option<Timeout>| timeout.and_then(|timeout| timeout.0);
+        for (to, timeout) in [
+            (
+                &mut to.conntrack.tcp_established,
+                self.conntrack.conntrack_tcp_timeout_established,
+            ),
+            (
+                &mut to.conntrack.tcp_close_wait,
+                self.conntrack.conntrack_tcp_timeout_close_wait,
+            ),
+            (&mut to.conntrack.udp, self.conntrack.conntrack_udp_timeout),
+            (
+                &mut to.conntrack.udp_stream,
+                self.conntrack.conntrack_udp_timeout_stream,
+            ),
+        ] {
+            set(to, given(timeout));
+        }
         set(&mut to.capacities.frontends, self.capacities.max_frontends);
         set(&mut to.capacities.slots, self.capacities.max_slots);
         set(&mut to.capacities.backends, self.capacities.max_backends);

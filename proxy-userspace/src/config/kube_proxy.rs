@@ -1,13 +1,13 @@
 //! `KubeProxyConfiguration`, as clusters have it in the ConfigMap `kube-proxy`
 //! (<https://kubernetes.io/docs/reference/config-api/kube-proxy-config.v1alpha1/>). What is empty says nothing.
 
-use std::{fmt, net::Ipv6Addr, path::PathBuf, str::FromStr};
+use std::{collections::BTreeMap, fmt, net::Ipv6Addr, path::PathBuf, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
-    HEALTHZ_PORT, METRICS_PORT, Settings, conntrack,
+    HEALTHZ_PORT, Logging as LoggingSettings, METRICS_PORT, Settings, conntrack,
     flags::{set, set_list, set_option},
     values::{Address, Listen, Networks, NodePortAddress, Text, Timeout, duration, or_empty, or_null},
 };
@@ -34,14 +34,22 @@ pub(super) struct KubeProxyConfiguration {
     detect_local: DetectLocal,
     #[serde(with = "or_empty")]
     detect_local_mode: Option<DetectLocalMode>,
+    #[serde(deserialize_with = "or_null")]
+    feature_gates: BTreeMap<String, bool>,
     #[serde(with = "or_empty")]
     healthz_bind_address: Option<Listen<HEALTHZ_PORT>>,
     #[serde(with = "or_empty")]
     hostname_override: Option<String>,
     #[serde(deserialize_with = "or_null")]
     iptables: Iptables,
+    #[serde(deserialize_with = "or_null")]
+    logging: Logging,
     #[serde(with = "or_empty")]
     metrics_bind_address: Option<Listen<METRICS_PORT>>,
+    #[serde(with = "or_empty", skip_serializing)]
+    mode: Option<String>,
+    #[serde(deserialize_with = "or_null", skip_serializing)]
+    nftables: Nftables,
     #[serde(deserialize_with = "or_null")]
     node_port_addresses: Vec<Text<NodePortAddress>>,
 }
@@ -80,11 +88,35 @@ struct DetectLocal {
 #[serde(rename_all = "camelCase", default)]
 struct Iptables {
     localhost_node_ports: Option<bool>,
+    #[serde(skip_serializing)]
+    masquerade_all: Option<bool>,
 }
+
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Nftables {
+    masquerade_all: Option<bool>,
+}
+
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+struct Logging {
+    #[serde(with = "or_empty")]
+    format: Option<String>,
+    verbosity: Option<u32>,
+}
+
+/// kube-proxy's gate for `spec.externalIPs`, which is open unless said otherwise.
+pub(super) const EXTERNAL_IPS_GATE: &str = "AllowServiceExternalIPs";
+/// The mode in which kube-proxy opens node ports on primary addresses alone unless told otherwise.
+pub(super) const NFTABLES: &str = "nftables";
+/// What becomes of `masqueradeAll`.
+pub(super) const MASQUERADE_ALL: &str =
+    "not done: a client's address is kept wherever its answers come back through this node";
 
 /// How kube-proxy tells that a packet comes from a pod of this node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum DetectLocalMode {
+pub(super) enum DetectLocalMode {
     ClusterCIDR,
     NodeCIDR,
     BridgeInterface,
@@ -128,8 +160,6 @@ const UNUSED: &[(&str, &[&str])] = &[
     // Windows of TCP are not looked at anyway.
     ("conntrack.tcpBeLiberal", &["true"]),
     ("enableProfiling", &[]),
-    ("featureGates", &[]),
-    ("iptables.masqueradeAll", &[]),
     ("iptables.masqueradeBit", &["14"]),
     ("iptables.minSyncPeriod", &["1s"]),
     ("iptables.syncPeriod", &["30s"]),
@@ -142,15 +172,11 @@ const UNUSED: &[(&str, &[&str])] = &[
     ("ipvs.tcpTimeout", &[]),
     ("ipvs.udpTimeout", &[]),
     ("logging.flushFrequency", &["5s", "5000000000"]),
-    ("logging.format", &["text"]),
     ("logging.options.json.infoBufferSize", &[]),
     ("logging.options.json.splitStream", &[]),
     ("logging.options.text.infoBufferSize", &[]),
     ("logging.options.text.splitStream", &[]),
-    ("logging.verbosity", &[]),
     ("logging.vmodule", &[]),
-    ("mode", &["iptables"]),
-    ("nftables.masqueradeAll", &[]),
     ("nftables.masqueradeBit", &["14"]),
     ("nftables.minSyncPeriod", &["1s"]),
     ("nftables.syncPeriod", &["30s"]),
@@ -211,9 +237,18 @@ fn is_default(value: &Value, defaults: &[&str]) -> bool {
     ["", "0", "0s", "0.0", "false"].iter().chain(defaults).any(same)
 }
 
+/// What a document has to say besides its settings.
+#[derive(Debug, Default)]
+pub(super) struct Notes {
+    /// Fields that are set and have no use here.
+    pub unused: Vec<String>,
+    /// Fields that mean something, and what has become of that.
+    pub warnings: Vec<(&'static str, String)>,
+}
+
 impl KubeProxyConfiguration {
-    /// Writes what is given; names in `unused` what is not taken.
-    pub(super) fn write(self, to: &mut Settings, unused: &mut Vec<String>) {
+    /// Writes what is given, and notes what is not taken.
+    pub(super) fn write(self, to: &mut Settings, notes: &mut Notes) {
         // An unspecified one only names kube-proxy's preferred family.
         let bind = self.bind_address.map(|Address(address)| address);
         set_option(&mut to.bind_address, bind.filter(|address| !address.is_unspecified()));
@@ -238,24 +273,54 @@ impl KubeProxyConfiguration {
             &mut to.nodeport_addresses,
             self.node_port_addresses.into_iter().map(|text| text.0.0).collect(),
         );
+        let mode = self.mode.unwrap_or_default();
+        open_node_ports_as(&mode, to);
+        let (field, masquerade_all) = match mode.as_str() {
+            NFTABLES => ("nftables.masqueradeAll", self.nftables.masquerade_all),
+            _ => ("iptables.masqueradeAll", self.iptables.masquerade_all),
+        };
+        if masquerade_all == Some(true) {
+            notes.warnings.push((field, MASQUERADE_ALL.to_owned()));
+        }
+        write_gates(&self.feature_gates, to, &mut notes.unused);
+        self.logging.write(&mut to.logging);
+        let unused = &mut notes.unused;
 
         let mode = self.detect_local_mode.unwrap_or(DetectLocalMode::ClusterCIDR);
-        let DetectLocal {
-            bridge_interface,
-            interface_name_prefix,
-        } = self.detect_local;
-        // Pods of this node are told by their devices; of a bridge and the node's own range nothing need be known.
-        let useless = matches!(mode, DetectLocalMode::NodeCIDR | DetectLocalMode::BridgeInterface);
-        match (mode, &self.cluster_cidr) {
-            (DetectLocalMode::ClusterCIDR, Some(networks)) => to.cluster_cidrs = networks.0.clone(),
+        // Pods of this node are told by their devices: of a bridge and of the node's own range nothing need be known.
+        let prefix = self.detect_local.interface_name_prefix;
+        match (mode, self.cluster_cidr) {
+            (DetectLocalMode::ClusterCIDR, Some(networks)) => to.cluster_cidrs = networks.0,
             (_, networks) => name(unused, "clusterCIDR", networks.is_some()),
         }
-        match (mode, &interface_name_prefix) {
+        match (mode, prefix) {
             (DetectLocalMode::InterfaceNamePrefix, Some(prefix)) => to.pod_devices = vec![format!("{prefix}*")],
             (_, prefix) => name(unused, "detectLocal.interfaceNamePrefix", prefix.is_some()),
         }
-        name(unused, "detectLocal.bridgeInterface", bridge_interface.is_some());
-        name(unused, "detectLocalMode", useless);
+    }
+}
+
+/// `mode`: where node ports answer if nothing is said about it.
+pub(super) fn open_node_ports_as(mode: &str, to: &mut Settings) {
+    if mode == NFTABLES && to.nodeport_addresses.is_empty() {
+        to.nodeport_addresses.push("primary".to_owned());
+    }
+}
+
+/// `featureGates`: there is one that has a meaning here.
+pub(super) fn write_gates(gates: &BTreeMap<String, bool>, to: &mut Settings, unused: &mut Vec<String>) {
+    for (gate, is_open) in gates {
+        match gate.as_str() {
+            EXTERNAL_IPS_GATE => to.external_ips = *is_open,
+            _ => unused.push(format!("featureGates.{gate}")),
+        }
+    }
+}
+
+impl Logging {
+    fn write(self, to: &mut LoggingSettings) {
+        set(&mut to.json, self.format.map(|format| format == "json"));
+        set(&mut to.verbosity, self.verbosity);
     }
 }
 
@@ -307,11 +372,21 @@ impl From<&Settings> for KubeProxyConfiguration {
             // Its outcome is `podDevices` of the other document.
             detect_local: DetectLocal::default(),
             detect_local_mode: Some(DetectLocalMode::ClusterCIDR),
+            // Its outcome is `externalIPs` of the other document.
+            feature_gates: BTreeMap::new(),
             healthz_bind_address: listen(settings.healthz_bind_address).map(Listen),
             hostname_override: settings.node_name.clone(),
             iptables: Iptables {
                 localhost_node_ports: Some(settings.localhost_node_ports),
+                masquerade_all: None,
             },
+            logging: Logging {
+                format: Some(if settings.logging.json { "json" } else { "text" }.to_owned()),
+                verbosity: Some(settings.logging.verbosity),
+            },
+            // Its outcome is in `nodePortAddresses`.
+            mode: None,
+            nftables: Nftables::default(),
             metrics_bind_address: listen(settings.metrics_bind_address).map(Listen),
             node_port_addresses: settings
                 .nodeport_addresses

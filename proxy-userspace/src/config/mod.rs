@@ -17,13 +17,17 @@ use crate::{
     sync::node::SNAT_PORTS,
 };
 
+mod changes;
 pub mod conntrack;
 mod file;
 pub mod flags;
 mod kube_proxy;
+pub mod kube_proxy_flags;
 mod own;
+mod review;
 mod values;
 
+pub use changes::Changes;
 pub use values::PortRange;
 
 /// Where everything is pinned unless said otherwise.
@@ -83,10 +87,12 @@ pub struct Settings {
     pub service_node_port_range: PortRange,
     /// `--cluster-cidr`.
     pub cluster_cidrs: Vec<IpNet>,
-    /// `--nodeport-addresses`: networks, or `primary` alone; empty: all addresses.
+    /// `--nodeport-addresses`: networks and the words `primary`, `localhost` and `all`; empty: all addresses.
     pub nodeport_addresses: Vec<String>,
     /// `iptables.localhostNodePorts`: node ports may answer on loopback addresses too, to processes of the node.
     pub localhost_node_ports: bool,
+    /// `--external-ips`, and kube-proxy's feature gate `AllowServiceExternalIPs`: whether `spec.externalIPs` are served.
+    pub external_ips: bool,
     /// `--retry-silence`.
     pub retry_silence: Duration,
     /// `--snat-ports`.
@@ -101,6 +107,17 @@ pub struct Settings {
     pub metrics_bind_address: Option<SocketAddr>,
     /// `bindAddressHardFail`: an agent that cannot listen on either ends.
     pub bind_address_hard_fail: bool,
+    /// `logging`, `--logging-format` and `-v`.
+    pub logging: Logging,
+}
+
+/// How the agent logs; the environment's `RUST_LOG` stands over the verbosity.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Logging {
+    /// A line is a JSON object with the fields of Kubernetes' components.
+    pub json: bool,
+    /// Up to 3 what an operator wants to know, from 4 on what a developer does, from 6 on everything.
+    pub verbosity: u32,
 }
 
 impl Default for Settings {
@@ -127,6 +144,7 @@ impl Default for Settings {
             cluster_cidrs: Vec::new(),
             nodeport_addresses: Vec::new(),
             localhost_node_ports: true,
+            external_ips: true,
             retry_silence: Duration::from_secs(1),
             snat_ports: PortRange(SNAT_PORTS),
             conntrack: Conntrack::default(),
@@ -134,6 +152,7 @@ impl Default for Settings {
             healthz_bind_address: Some((Ipv4Addr::UNSPECIFIED, HEALTHZ_PORT).into()),
             metrics_bind_address: Some((Ipv4Addr::LOCALHOST, METRICS_PORT).into()),
             bind_address_hard_fail: false,
+            logging: Logging::default(),
         }
     }
 }

@@ -30,6 +30,8 @@ pub(super) struct ShuntConfiguration {
     count_traffic: Option<bool>,
     #[serde(deserialize_with = "or_null")]
     devices: Vec<String>,
+    #[serde(rename = "externalIPs")]
+    external_ips: Option<bool>,
     fast_path: Option<bool>,
     /// Over the other document's; empty: no such server, which cannot be said there.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -90,6 +92,7 @@ impl ShuntConfiguration {
         self.capacities.write(&mut to.capacities);
         set(&mut to.cgroup_root, self.cgroup_root.map(|path| Some(path.into())));
         set_list(&mut to.devices, self.devices);
+        set(&mut to.external_ips, self.external_ips);
         set(&mut to.fast_path, self.fast_path);
         set(&mut to.count_traffic, self.count_traffic);
         set(
@@ -156,6 +159,7 @@ impl From<&Settings> for ShuntConfiguration {
             capacities: Capacities::from(&settings.capacities),
             cgroup_root: settings.cgroup_root.as_ref().map(text),
             devices: settings.devices.clone(),
+            external_ips: Some(settings.external_ips),
             fast_path: Some(settings.fast_path),
             count_traffic: Some(settings.count_traffic),
             healthz_bind_address: settings.healthz_bind_address.is_none().then_some(Text(Listen(None))),

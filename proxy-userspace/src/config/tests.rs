@@ -37,7 +37,7 @@ fn the_help_tells_the_defaults() {
             told.push(flag);
         }
     }
-    assert_eq!(told.len(), 23, "{told:?}");
+    assert_eq!(told.len(), 26, "{told:?}");
     for (flag, other) in [
         ("xdp", "off"),
         ("snat-ports", "1-2"),
@@ -171,8 +171,9 @@ fn every_field_arrives_and_ours_stands_over_theirs() {
         load_balancer_cidrs: networks(&["198.51.100.0/24"]),
         service_node_port_range: PortRange(31_000..=31_999),
         cluster_cidrs: networks(&["10.244.0.0/16", "fd00:10:244::/56"]),
-        nodeport_addresses: vec!["192.0.2.0/24".into()],
+        nodeport_addresses: vec!["192.0.2.0/24".into(), "localhost".into()],
         localhost_node_ports: false,
+        external_ips: false,
         retry_silence: Duration::from_secs(7),
         snat_ports: PortRange(20_000..=20_999),
         conntrack: Conntrack {
@@ -194,6 +195,10 @@ fn every_field_arrives_and_ours_stands_over_theirs() {
         healthz_bind_address: None,
         metrics_bind_address: Some("[2001:db8::1]:9000".parse().unwrap()),
         bind_address_hard_fail: true,
+        logging: Logging {
+            json: true,
+            verbosity: 4,
+        },
     };
     assert_eq!(settings, expected);
     let unused = "c.yaml: KubeProxyConfiguration: shunt has no use for detectLocal.interfaceNamePrefix: ignored";
@@ -237,8 +242,8 @@ fn half_a_file_is_no_reason_to_fall_over() {
 #[test]
 fn what_is_dumped_comes_to_the_same() {
     let manifests = format!("{OURS}manifests: [/etc/shunt, 'a b']\nmetricsBindAddress: ''\nnodeIPs: [192.0.2.1]\n");
-    let primary = format!("{THEIRS}nodePortAddresses: [primary]\nbindAddress: 2001:db8::1\n");
-    for text in ["", KUBEADM, EVERY_FIELD, &manifests, &primary] {
+    let primary = format!("{THEIRS}mode: nftables\nbindAddress: 2001:db8::1\nlogging: {{format: json}}\n");
+    for text in [KUBEADM, EVERY_FIELD, &manifests, &primary] {
         let settings = parse(text).unwrap().0;
         let dumped = settings.dump().unwrap();
         assert_eq!(parse(&dumped), Ok((settings.clone(), Vec::new())), "{dumped}");
@@ -314,24 +319,317 @@ fn pods_are_told_by_their_devices_or_networks() {
         let (settings, warnings) = parse(&format!("{THEIRS}clusterCIDR: 10.244.0.0/16\n{fields}")).unwrap();
         (settings.cluster_cidrs.len(), settings.pod_devices, warnings.join("\n"))
     };
-    let says = |fields: &str| format!("c.yaml: KubeProxyConfiguration: shunt has no use for {fields}: ignored");
+    let unused = |fields: &str| format!("c.yaml: KubeProxyConfiguration: shunt has no use for {fields}: ignored");
     assert_eq!(with(""), (1, vec![], String::new()));
     assert_eq!(
         with("detectLocalMode: InterfaceNamePrefix\ndetectLocal: {interfaceNamePrefix: cali}"),
-        (0, vec!["cali*".into()], says("clusterCIDR"))
+        (0, vec!["cali*".into()], unused("clusterCIDR"))
     );
     assert_eq!(
         with("detectLocalMode: BridgeInterface\ndetectLocal: {bridgeInterface: cbr0}"),
-        (
-            0,
-            vec![],
-            says("clusterCIDR, detectLocal.bridgeInterface, detectLocalMode")
-        )
+        (0, vec![], unused("clusterCIDR")),
+        "a bridge's ports are found"
     );
+    assert_eq!(with("detectLocalMode: NodeCIDR"), (0, vec![], unused("clusterCIDR")));
     assert_eq!(
-        with("detectLocalMode: NodeCIDR"),
-        (0, vec![], says("clusterCIDR, detectLocalMode"))
+        with("detectLocal: {interfaceNamePrefix: cali}"),
+        (1, vec![], unused("detectLocal.interfaceNamePrefix"))
     );
+}
+
+/// F13: `mode` says where node ports answer if nothing else does.
+#[test]
+fn node_ports_answer_where_the_mode_has_them() {
+    let with = |fields: &str| {
+        let (settings, warnings) = parse(&format!("{THEIRS}{fields}\n")).unwrap();
+        (settings.nodeport_addresses.join(" "), warnings.len())
+    };
+    for (fields, expected, warnings) in [
+        ("mode: ''", "", 0),
+        ("mode: iptables", "", 0),
+        ("mode: ipvs", "", 0),
+        ("mode: nftables", "primary", 0),
+        ("mode: nftables\nnodePortAddresses: []", "primary", 0),
+        ("mode: nftables\nnodePortAddresses: [all]", "all", 0),
+        (
+            "mode: iptables\nnodePortAddresses: ['primary', localhost]",
+            "primary localhost",
+            0,
+        ),
+        ("mode: userspace", "", 1),
+        ("nodePortAddresses: [010.000.0.0/08, all, all]", "10.0.0.0/8 all all", 2),
+    ] {
+        assert_eq!(with(fields), (expected.to_owned(), warnings), "{fields}");
+    }
+    let flags = |flags: &[&str]| with_flags(flags).nodeport_addresses.join(" ");
+    assert_eq!(flags(&["--proxy-mode=nftables"]), "primary");
+    assert_eq!(flags(&["--proxy-mode=ipvs"]), "");
+    assert_eq!(
+        flags(&["--proxy-mode=nftables", "--nodeport-addresses=primary,localhost"]),
+        "primary localhost"
+    );
+}
+
+/// What kube-proxy accepts starts, and what it refuses is told; each in one warning that says what became of it.
+#[test]
+fn an_odd_value_is_one_warning_that_says_what_became_of_it() {
+    let unused =
+        |value: &str, wanted: &str| format!("`{value}`: kube-proxy refuses that: {wanted}; shunt has no use for it");
+    let taken = |value: &str, wanted: &str| format!("`{value}`: kube-proxy refuses that: {wanted}; taken as it reads");
+    let positive = "wants a duration that is not negative, such as 30s";
+    let cases: Vec<(&str, &str, String)> = vec![
+        ("bindAddress: 010.0.0.01", "bindAddress", "`010.0.0.01`: leading zeros, read as decimal numbers: 10.0.0.1".into()),
+        ("metricsBindAddress: 127.000.0.1:9000", "metricsBindAddress", "`127.000.0.1:9000`: leading zeros, read as decimal numbers: 127.0.0.1:9000".into()),
+        ("clusterCIDR: 10.044.0.0/016", "clusterCIDR", "`10.044.0.0/016`: leading zeros, read as decimal numbers: 10.44.0.0/16".into()),
+        ("nodePortAddresses: [all, 010.0.0.0/8]", "nodePortAddresses[1]", "`010.0.0.0/8`: leading zeros, read as decimal numbers: 10.0.0.0/8".into()),
+        ("nodePortAddresses: [all, all]", "nodePortAddresses[1]", "`all`: kube-proxy refuses a word twice; it means no more than once".into()),
+        ("healthzBindAddress: 0.0.0.0:0", "healthzBindAddress", "`0.0.0.0:0`: kube-proxy refuses port 0; listening on a port that the kernel chooses".into()),
+        ("healthzBindAddress: '[::]:0'", "healthzBindAddress", "`[::]:0`: kube-proxy refuses port 0; listening on a port that the kernel chooses".into()),
+        ("clusterCIDR: 10.0.0.0/16,10.1.0.0/16", "clusterCIDR", "kube-proxy refuses two of a family; all of them are taken".into()),
+        ("clusterCIDR: '10.0.0.0/16, fd00::/48'", "clusterCIDR", "`10.0.0.0/16, fd00::/48`: kube-proxy refuses white space between networks; read without it".into()),
+        ("detectLocalMode: InterfaceNamePrefix", "detectLocalMode", "`InterfaceNamePrefix`: kube-proxy refuses that without detectLocal.interfaceNamePrefix; pods are found by their devices".into()),
+        ("detectLocalMode: BridgeInterface", "detectLocalMode", "`BridgeInterface`: kube-proxy refuses that without detectLocal.bridgeInterface; pods are found by their devices".into()),
+        ("bindAddressHardFail: 'true'", "bindAddressHardFail", taken("true", "wants true or false")),
+        ("iptables: {localhostNodePorts: 'false'}", "iptables.localhostNodePorts", taken("false", "wants true or false")),
+        ("mode: userspace", "mode", taken("userspace", "wants iptables, ipvs, nftables")),
+        ("logging: {format: xml}", "logging.format", taken("xml", "wants text, json")),
+        ("oomScoreAdj: -1001", "oomScoreAdj", unused("-1001", "wants a number from -1000 to 1000")),
+        ("iptables: {masqueradeBit: 32}", "iptables.masqueradeBit", unused("32", "wants a number from 0 to 31")),
+        ("nftables: {masqueradeBit: '1'}", "nftables.masqueradeBit", unused("1", "wants a number from 0 to 31")),
+        ("conntrack: {maxPerCore: -1}", "conntrack.maxPerCore", unused("-1", "wants a number from 0 on")),
+        ("conntrack: {min: -1}", "conntrack.min", unused("-1", "wants a number from 0 on")),
+        ("clientConnection: {burst: -5}", "clientConnection.burst", unused("-5", "wants a number from 0 on")),
+        ("configSyncPeriod: -1s", "configSyncPeriod", unused("-1s", positive)),
+        ("iptables: {syncPeriod: 30}", "iptables.syncPeriod", unused("30", positive)),
+        ("ipvs: {tcpTimeout: -1s}", "ipvs.tcpTimeout", unused("-1s", positive)),
+        ("ipvs: {excludeCIDRs: [10.0.0.0/8, x]}", "ipvs.excludeCIDRs", unused_list()),
+        ("showHiddenMetricsForVersion: latest", "showHiddenMetricsForVersion", unused("latest", "wants MAJOR.MINOR")),
+        ("iptables: {minSyncPeriod: 1m}", "iptables.minSyncPeriod", "`60s`: kube-proxy refuses that: longer than syncPeriod; shunt has no use for it".into()),
+        ("iptables: {masqueradeAll: true}", "iptables.masqueradeAll", kube_proxy::MASQUERADE_ALL.into()),
+        ("mode: nftables\nnftables: {masqueradeAll: true}", "nftables.masqueradeAll", kube_proxy::MASQUERADE_ALL.into()),
+        // The field of a mode that is not used.
+        ("nftables: {masqueradeAll: true}", "", String::new()),
+        ("mode: nftables\niptables: {masqueradeAll: true}", "", String::new()),
+        ("hostnameOverride: a\nhostnameOverride: b", "hostnameOverride", "stands there twice, the last one holds".into()),
+        ("healthzBindAddress: '::1'", "", String::new()),
+        ("bindAddress: '::ffff:192.0.2.1'", "", String::new()),
+        ("nodePortAddresses: [primary, localhost, all, 10.0.0.0/8, fd00::/8]", "", String::new()),
+        ("featureGates: {AllowServiceExternalIPs: false}", "", String::new()),
+        ("logging: {format: json, verbosity: 4, flushFrequency: 5s}", "", String::new()),
+        ("conntrack: {tcpEstablishedTimeout: 1s, udpTimeout: 10000h, udpStreamTimeout: 1s}", "", String::new()),
+    ];
+    for (fields, field, said) in cases {
+        let (_, warnings) = parse(&format!("{THEIRS}{fields}\n")).unwrap_or_else(|error| panic!("{fields}: {error}"));
+        if said.is_empty() {
+            assert_eq!(warnings, Vec::<String>::new(), "{fields}");
+            continue;
+        }
+        let [warning] = &warnings[..] else {
+            panic!("{fields}: {warnings:#?}")
+        };
+        let line = fields.lines().count() + 2;
+        let kind = if said.starts_with("stands") {
+            ""
+        } else {
+            " KubeProxyConfiguration:"
+        };
+        assert_eq!(*warning, format!("c.yaml:{line}:{kind} {field}: {said}"), "{fields}");
+    }
+}
+
+fn unused_list() -> String {
+    r#"`["10.0.0.0/8","x"]`: kube-proxy refuses that: `x` is no network; shunt has no use for it"#.to_owned()
+}
+
+#[test]
+fn time_outs_are_brought_to_what_can_be() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("config.yaml");
+    std::fs::write(
+        &path,
+        format!("{THEIRS}conntrack: {{udpTimeout: 1ms, tcpCloseWaitTimeout: 9000h}}\n"),
+    )
+    .unwrap();
+    let settings = |flags: &[&str]| {
+        let config = format!("--config={}", path.display());
+        let line = ["run", &config].into_iter().chain(flags.iter().copied());
+        Cli::try_parse_from(line).unwrap().args.settings().unwrap()
+    };
+    let (found, warnings) = settings(&[]);
+    assert_eq!((found.conntrack.udp.as_secs(), warnings.len()), (5, 2), "{warnings:?}");
+    assert_eq!(found.conntrack.tcp_close_wait.as_secs(), 8784 * 3600);
+    // Zero leaves alone what is there.
+    let (found, warnings) = settings(&["--conntrack-udp-timeout=0", "--conntrack-tcp-timeout-close-wait=2h"]);
+    assert_eq!((found.conntrack.udp.as_secs(), warnings.len()), (5, 1), "{warnings:?}");
+    assert_eq!(found.conntrack.tcp_close_wait.as_secs(), 7200);
+    assert!(Cli::try_parse_from(["run", "--conntrack-udp-timeout=-1s"]).is_err());
+}
+
+/// 18.13: kube-proxy's command line, as people have it.
+#[test]
+fn kube_proxys_flags_start_shunt() {
+    let line = |text: &str| {
+        let args = text.split(' ').map(std::ffi::OsString::from);
+        let (line, unused) = kube_proxy_flags::translate(args);
+        let line: Vec<String> = line.into_iter().map(|arg| arg.into_string().unwrap()).collect();
+        (line.join(" "), unused)
+    };
+    for (given, expected, unused) in [
+        ("shunt", "shunt", 0),
+        ("shunt status -o json", "shunt status -o json", 0),
+        ("shunt --help", "shunt --help", 0),
+        ("/usr/bin/shunt --version=true", "/usr/bin/shunt --version", 0),
+        ("kube-proxy", "kube-proxy run", 0),
+        (
+            "/usr/local/bin/kube-proxy --v=2",
+            "/usr/local/bin/kube-proxy run --v=2",
+            0,
+        ),
+        (
+            "shunt --config=/c --hostname-override=a",
+            "shunt run --config=/c --hostname-override=a",
+            0,
+        ),
+        ("shunt run --hostname_override a", "shunt run --hostname-override a", 0),
+        ("shunt -v 4", "shunt run -v 4", 0),
+        ("shunt --cluster-cidr= --kubeconfig=/k", "shunt run --kubeconfig=/k", 0),
+        (
+            "shunt --oom-score-adj -998 --masquerade-all",
+            "shunt run --masquerade-all",
+            1,
+        ),
+        (
+            "shunt --profiling --logtostderr=true --ipvs-scheduler rr --xdp off",
+            "shunt run --xdp off",
+            3,
+        ),
+        ("shunt --healthz-bind-address=", "shunt run --healthz-bind-address=", 0),
+    ] {
+        let (found, names) = line(given);
+        assert_eq!((found.as_str(), names.len()), (expected, unused), "{given}: {names:?}");
+    }
+}
+
+/// Every flag of kube-proxy 1.37 on Linux, with a value that it accepts: none keeps shunt from starting, and each either means
+/// something or is named.
+#[test]
+fn every_flag_of_kube_proxys_means_something_or_is_named() {
+    let silent = [
+        "--bind-address=192.0.2.1",
+        "--bind-address-hard-fail",
+        "--cleanup=false",
+        "--cluster-cidr=10.0.0.0/8,fd00::/48",
+        "--conntrack-tcp-timeout-close-wait=1h0m0s",
+        "--conntrack-tcp-timeout-established=0s",
+        "--conntrack-udp-timeout=30s",
+        "--conntrack-udp-timeout-stream=0",
+        "--detect-local-mode=ClusterCIDR",
+        "--feature-gates=AllowServiceExternalIPs=false",
+        "--healthz-bind-address=0.0.0.0:10256",
+        "--healthz-port=0",
+        "--hostname-override=node-a",
+        "--init-only=false",
+        "--iptables-localhost-nodeports=false",
+        "--kubeconfig=/k",
+        "--logging-format=json",
+        "--masquerade-all=false",
+        "--metrics-bind-address=[::1]:10249",
+        "--metrics-port=0",
+        "--nodeport-addresses=primary,localhost",
+        "--proxy-mode=nftables",
+        "--v=2",
+        "--write-config-to=/w",
+    ];
+    let named = [
+        "--boot-id-file=/b",
+        "--config-sync-period=15m0s",
+        "--conntrack-max-per-core=32768",
+        "--conntrack-min=131072",
+        "--conntrack-tcp-be-liberal",
+        "--iptables-masquerade-bit=14",
+        "--iptables-min-sync-period=1s",
+        "--iptables-sync-period=30s",
+        "--ipvs-exclude-cidrs=10.0.0.0/8",
+        "--ipvs-min-sync-period=0s",
+        "--ipvs-scheduler=rr",
+        "--ipvs-strict-arp",
+        "--ipvs-sync-period=30s",
+        "--ipvs-tcp-timeout=0s",
+        "--ipvs-tcpfin-timeout=0s",
+        "--ipvs-udp-timeout=0s",
+        "--kube-api-burst=10",
+        "--kube-api-content-type=application/json",
+        "--kube-api-qps=5",
+        "--log-flush-frequency=5s",
+        "--log-json-info-buffer-size=0",
+        "--log-json-split-stream",
+        "--log-text-info-buffer-size=0",
+        "--log-text-split-stream",
+        "--machine-id-file=/m",
+        "--master=https://192.0.2.1:6443",
+        "--oom-score-adj=-999",
+        "--pod-bridge-interface=cbr0",
+        "--pod-interface-name-prefix=cali",
+        "--profiling",
+        "--show-hidden-metrics-for-version=1.36",
+        "--vmodule=a=1",
+    ];
+    let settings = |flags: &[&str]| {
+        let args = ["kube-proxy"].iter().chain(flags).map(std::ffi::OsString::from);
+        let (line, unused) = kube_proxy_flags::translate(args);
+        let mut args = Cli::try_parse_from(&line[1..])
+            .unwrap_or_else(|error| panic!("{flags:?}: {error}"))
+            .args;
+        args.kube_proxy.unused = unused;
+        args.settings().unwrap()
+    };
+    for flag in silent {
+        assert_eq!(settings(&[flag]).1, Vec::<String>::new(), "{flag}");
+    }
+    for flag in named {
+        let name = flag.split('=').next().unwrap();
+        assert_eq!(
+            settings(&[flag]).1,
+            [format!("shunt has no use for {name}: ignored")],
+            "{flag}"
+        );
+    }
+    // All at once, and once more: the last one holds.
+    let all: Vec<_> = silent
+        .iter()
+        .chain(&named)
+        .chain(&["--hostname-override=node-b"])
+        .copied()
+        .collect();
+    let (found, warnings) = settings(&all);
+    assert_eq!(warnings.len(), 1);
+    let expected = Settings {
+        kubeconfig: Some("/k".into()),
+        node_name: Some("node-b".into()),
+        bind_address: Some("192.0.2.1".parse().unwrap()),
+        bind_address_hard_fail: true,
+        cluster_cidrs: vec!["10.0.0.0/8".parse().unwrap(), "fd00::/48".parse().unwrap()],
+        nodeport_addresses: vec!["primary".into(), "localhost".into()],
+        localhost_node_ports: false,
+        external_ips: false,
+        healthz_bind_address: None,
+        metrics_bind_address: None,
+        logging: Logging {
+            json: true,
+            verbosity: 2,
+        },
+        ..Settings::default()
+    };
+    assert_eq!(found, expected);
+    assert_eq!(
+        settings(&["--masquerade-all"]).1,
+        [format!("--masquerade-all: {}", kube_proxy::MASQUERADE_ALL)]
+    );
+    let (prefix, warnings) = settings(&[
+        "--detect-local-mode=InterfaceNamePrefix",
+        "--pod-interface-name-prefix=cali",
+    ]);
+    assert_eq!((prefix.pod_devices, warnings), (vec!["cali*".to_owned()], Vec::new()));
 }
 
 #[test]
@@ -359,8 +657,8 @@ capacities: {{maxFlows: 7}}
             "c.yaml:8: KubeProxyConfiguration: conntrack.bar: no such field, ignored",
             "c.yaml:15: ShuntConfiguration: socketLb: no such field, ignored",
             "c.yaml:16: ShuntConfiguration: capacities.maxFlows: no such field, ignored",
-            "c.yaml: KubeProxyConfiguration: shunt has no use for mode, ipvs.strictARP, conntrack.maxPerCore, featureGates, \
-             logging.options.text.splitStream, logging.verbosity, showHiddenMetricsForVersion: ignored",
+            "c.yaml: KubeProxyConfiguration: shunt has no use for ipvs.strictARP, conntrack.maxPerCore, \
+             logging.options.text.splitStream, showHiddenMetricsForVersion, featureGates.A, featureGates.B: ignored",
         ]
     );
 }
@@ -372,9 +670,9 @@ fn mistakes_are_one_line_with_file_line_and_field() {
         (THEIRS, "clusterCIDR: 10.244.0.0", format!("3: KubeProxyConfiguration: clusterCIDR: `10.244.0.0`: {network}")),
         (
             THEIRS,
-            "mode: ''\nnodePortAddresses:\n- 10.0.0.0/8\n- all",
-            "6: KubeProxyConfiguration: nodePortAddresses[1]: `all`: give networks, such as 10.0.0.0/8 or fd00::/8, or \
-             `primary` alone"
+            "mode: ''\nnodePortAddresses:\n- 10.0.0.0/8\n- none",
+            "6: KubeProxyConfiguration: nodePortAddresses[1]: `none`: give networks, such as 10.0.0.0/8 or fd00::/8, or \
+             `primary`, `localhost` or `all`"
                 .into(),
         ),
         (
@@ -405,12 +703,12 @@ fn mistakes_are_one_line_with_file_line_and_field() {
         (
             THEIRS,
             "conntrack:\n  udpTimeout: -5s",
-            "4: KubeProxyConfiguration: conntrack.udpTimeout: `-5s`: give a duration from 5s to 8784h, as in 24h, 1h30m or 90s".into(),
+            "4: KubeProxyConfiguration: conntrack.udpTimeout: `-5s`: give a duration, as in 24h, 1h30m or 90s, or 0s to leave it alone".into(),
         ),
         (
             THEIRS,
             "conntrack: {tcpEstablishedTimeout: 1 day}",
-            "3: KubeProxyConfiguration: conntrack.tcpEstablishedTimeout: `1 day`: give a duration from 5s to 8784h, as in 24h, 1h30m or 90s".into(),
+            "3: KubeProxyConfiguration: conntrack.tcpEstablishedTimeout: `1 day`: give a duration, as in 24h, 1h30m or 90s, or 0s to leave it alone".into(),
         ),
         (
             OURS,
@@ -438,5 +736,6 @@ fn mistakes_are_one_line_with_file_line_and_field() {
     ] {
         assert_eq!(parse(&format!("{head}{rest}\n")), Err(format!("c.yaml:{expected}")));
     }
-    assert_eq!(parse("# nothing yet\n"), Ok((Settings::default(), Vec::new())));
+    let nothing = "c.yaml: says nothing, which kube-proxy refuses: defaults and flags hold".to_owned();
+    assert_eq!(parse("# nothing yet\n"), Ok((Settings::default(), vec![nothing])));
 }

@@ -2,7 +2,7 @@
 
 use std::{
     fmt,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     ops::RangeInclusive,
     str::FromStr,
     time::Duration,
@@ -12,7 +12,30 @@ use ipnet::IpNet;
 use jiff::SignedDuration;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 
-use super::conntrack;
+/// An address as kube-proxy reads it: parts of an IPv4 address may have leading zeros, and are decimal all the same; an IPv4
+/// address in IPv6 clothes (`::ffff:192.0.2.1`) is one of IPv4.
+pub(super) fn address(text: &str) -> Option<IpAddr> {
+    if let Ok(address) = text.parse::<IpAddr>() {
+        return Some(address.to_canonical());
+    }
+    let parts: Vec<u8> = text.split('.').map(decimal).collect::<Option<_>>()?;
+    Some(Ipv4Addr::from(<[u8; 4]>::try_from(parts).ok()?).into())
+}
+
+/// The same with a prefix length.
+pub(super) fn network(text: &str) -> Option<IpNet> {
+    if let Ok(network) = text.parse() {
+        return Some(network);
+    }
+    let (address, length) = text.split_once('/')?;
+    IpNet::new(self::address(address)?, decimal(length)?).ok()
+}
+
+/// A number of digits alone, leading zeros among them.
+fn decimal(text: &str) -> Option<u8> {
+    let is_number = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    is_number.then(|| text.parse().ok()).flatten()
+}
 
 /// `FIRST-LAST`, not empty and without port 0.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,14 +70,23 @@ impl<const PORT: u16> FromStr for Listen<PORT> {
         if text.is_empty() {
             return Ok(Self(None));
         }
-        let bracketed = text.strip_prefix('[').and_then(|text| text.strip_suffix(']'));
-        let address = bracketed
-            .unwrap_or(text)
-            .parse()
-            .map(|ip: IpAddr| SocketAddr::new(ip, PORT));
-        match text.parse().or(address) {
-            Ok(address) => Ok(Self(Some(address))),
-            Err(_) => Err("give IP:PORT ([IP]:PORT for IPv6) or an IP"),
+        let bare = |text: &str| {
+            address(
+                text.strip_prefix('[')
+                    .and_then(|text| text.strip_suffix(']'))
+                    .unwrap_or(text),
+            )
+        };
+        let with_port = || -> Option<SocketAddr> {
+            let (ip, port) = text.rsplit_once(':')?;
+            // Colons without brackets are part of an address.
+            let ip = bare(ip).filter(|_| ip.starts_with('[') || !ip.contains(':'))?;
+            Some(SocketAddr::new(ip, port.parse().ok()?))
+        };
+        let without = || Some(SocketAddr::new(bare(text)?, PORT));
+        match with_port().or_else(without) {
+            Some(address) => Ok(Self(Some(address))),
+            None => Err("give IP:PORT ([IP]:PORT for IPv6) or an IP"),
         }
     }
 }
@@ -74,7 +106,7 @@ impl FromStr for Address {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let wanted = "give an IP address, such as 192.0.2.1 or 2001:db8::1";
-        text.parse().map(Self).map_err(|_| wanted)
+        address(text).map(Self).ok_or(wanted)
     }
 }
 
@@ -93,7 +125,7 @@ impl FromStr for Network {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let wanted = "give a network, such as 10.244.0.0/16 or fd00:10:244::/56";
-        text.parse().map(Self).map_err(|_| wanted)
+        network(text).map(Self).ok_or(wanted)
     }
 }
 
@@ -125,7 +157,7 @@ impl fmt::Display for Networks {
     }
 }
 
-/// A network, or `primary`.
+/// A network, or a word for some.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct NodePortAddress(pub String);
 
@@ -133,10 +165,11 @@ impl FromStr for NodePortAddress {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let wanted = "give networks, such as 10.0.0.0/8 or fd00::/8, or `primary` alone";
-        match text == "primary" || text.parse::<IpNet>().is_ok() {
-            true => Ok(Self(text.to_owned())),
-            false => Err(wanted),
+        match text {
+            "primary" | "localhost" | "all" => Ok(Self(text.to_owned())),
+            _ => network(text)
+                .map(|network| Self(network.to_string()))
+                .ok_or("give networks, such as 10.0.0.0/8 or fd00::/8, or `primary`, `localhost` or `all`"),
         }
     }
 }
@@ -155,18 +188,16 @@ pub(super) fn duration(text: &str) -> Option<Duration> {
     }
 }
 
-/// A time-out, or zero, which leaves it alone.
+/// A time-out, or zero, which leaves it alone. What is too short or too long is told later ([`clamp`](super::conntrack::Conntrack::clamp)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Timeout(pub Option<Duration>);
 
 impl FromStr for Timeout {
-    type Err = String;
+    type Err = &'static str;
 
-    fn from_str(text: &str) -> Result<Self, String> {
-        match duration(text) {
-            Some(Duration::ZERO) => Ok(Self(None)),
-            _ => conntrack::parse(text).map(|duration| Self(Some(duration))),
-        }
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let duration = duration(text).ok_or("give a duration, as in 24h, 1h30m or 90s, or 0s to leave it alone")?;
+        Ok(Self(Some(duration).filter(|duration| !duration.is_zero())))
     }
 }
 

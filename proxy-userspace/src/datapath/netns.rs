@@ -3,14 +3,14 @@
 use std::{
     collections::BTreeSet,
     io,
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::{AsRawFd, OwnedFd},
     str::FromStr,
     time::Duration,
 };
 
 use futures::StreamExt;
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use netlink_packet_route::{
     RouteNetlinkMessage,
     address::{AddressAttribute, AddressMessage},
@@ -24,51 +24,116 @@ use super::rtnl;
 /// Addresses are read again this often even when the kernel reports no change.
 const RESYNC: Duration = Duration::from_secs(60);
 
-/// `--nodeport-addresses`: on which of the node's addresses node ports answer.
+/// `localhost`, IPv4 and IPv6.
+const LOOPBACK: [IpNet; 2] = [
+    IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8)),
+    IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::LOCALHOST, 128)),
+];
+/// `all`.
+const EVERYTHING: [IpNet; 2] = [
+    IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 0)),
+    IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::UNSPECIFIED, 0)),
+];
+
+/// `--nodeport-addresses`: on which of the node's addresses node ports answer. Each family has a say of its own: networks of IPv4 do
+/// not limit IPv6, and the other way round (`pkg/proxy/util/nodeport_addresses.go` of kube-proxy).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum NodePortAddresses {
-    /// On all but loopback and link-local ones, like kube-proxy's default in iptables mode.
+pub struct NodePortAddresses {
+    v4: Admitted,
+    v6: Admitted,
+}
+
+/// Addresses of one family.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+enum Admitted {
+    /// All but link-local ones.
     #[default]
     All,
-    /// On the Node object's addresses alone (`primary`).
-    Primary(BTreeSet<IpAddr>),
-    /// On those within any of these networks.
+    /// Those within any of these networks.
     Within(Vec<IpNet>),
 }
 
 impl NodePortAddresses {
-    /// From the values of `--nodeport-addresses`: none, `primary` alone, or networks.
+    /// From the values of `--nodeport-addresses`: networks and the words `primary` (the best of the node's own addresses, of each
+    /// family), `localhost` and `all`. None at all admits everything.
     ///
     /// # Errors
     /// One line that names the value.
     pub fn parse(values: &[String], node_ips: &[IpAddr]) -> Result<Self, String> {
-        match values {
-            [] => Ok(Self::All),
-            [word] if word == "primary" => Ok(Self::Primary(node_ips.iter().copied().collect())),
-            networks => networks
-                .iter()
-                .map(|text| {
-                    IpNet::from_str(text).map_err(|_| {
-                        format!("--nodeport-addresses {text}: neither a network (10.0.0.0/8, fd00::/8) nor, alone, `primary`")
-                    })
-                })
-                .collect::<Result<_, _>>()
-                .map(Self::Within),
+        let mut networks = Vec::new();
+        for value in values {
+            match value.as_str() {
+                "primary" => networks.extend([false, true].into_iter().filter_map(|v6| {
+                    let of_family = |ip: &&IpAddr| ip.is_ipv6() == v6 && !ip.is_loopback();
+                    node_ips.iter().find(of_family).map(|&ip| IpNet::from(ip))
+                })),
+                "localhost" => networks.extend(LOOPBACK),
+                "all" => networks.extend(EVERYTHING),
+                text => networks.push(IpNet::from_str(text).map_err(|_| {
+                    format!(
+                        "--nodeport-addresses {text}: neither a network (10.0.0.0/8, fd00::/8) nor `primary`, `localhost` or `all`"
+                    )
+                })?),
+            }
         }
+        let (v6, v4): (Vec<IpNet>, Vec<IpNet>) = networks.into_iter().partition(|network| network.addr().is_ipv6());
+        Ok(Self {
+            v4: Admitted::from(v4),
+            v6: Admitted::from(v6),
+        })
     }
 
-    /// Whether node ports answer on this address of the node. Loopback is not decided here: see `CONFIG_NODEPORT_LOOPBACK`.
+    fn of(&self, v6: bool) -> &Admitted {
+        if v6 { &self.v6 } else { &self.v4 }
+    }
+
+    /// Whether node ports answer on this address of the node. Loopback is not decided here: see [`Self::admits_loopback`].
     pub fn admits(&self, address: IpAddr) -> bool {
         let special = match address {
             IpAddr::V4(a) => a.is_loopback() || a.is_link_local() || a.is_unspecified(),
             IpAddr::V6(a) => a.is_loopback() || a.is_unicast_link_local() || a.is_unspecified(),
         };
         !special
-            && match self {
-                Self::All => true,
-                Self::Primary(addresses) => addresses.contains(&address),
-                Self::Within(networks) => networks.iter().any(|n| n.contains(&address)),
+            && match self.of(address.is_ipv6()) {
+                Admitted::All => true,
+                Admitted::Within(networks) => networks.iter().any(|network| network.contains(&address)),
             }
+    }
+
+    /// Whether node ports answer on loopback addresses of a family, to processes of the node (`CONFIG_NODEPORT_LOOPBACK*`).
+    pub fn admits_loopback(&self, v6: bool) -> bool {
+        let loopback = LOOPBACK[usize::from(v6)];
+        match self.of(v6) {
+            Admitted::All => true,
+            Admitted::Within(networks) => networks
+                .iter()
+                .any(|network| network.contains(&loopback.network()) || loopback.contains(network)),
+        }
+    }
+
+    /// Whether a server that is told to listen where node ports do answers on this address, loopback addresses among them.
+    pub fn answers(&self, address: IpAddr) -> bool {
+        if address.is_loopback() {
+            return self.admits_loopback(address.is_ipv6());
+        }
+        match self.of(address.is_ipv6()) {
+            Admitted::All => true,
+            Admitted::Within(networks) => networks.iter().any(|network| network.contains(&address)),
+        }
+    }
+
+    /// Whether some address of a family is left out.
+    pub fn restricts(&self, v6: bool) -> bool {
+        *self.of(v6) != Admitted::All
+    }
+}
+
+impl From<Vec<IpNet>> for Admitted {
+    fn from(networks: Vec<IpNet>) -> Self {
+        match networks.is_empty() || networks.iter().any(|network| network.prefix_len() == 0) {
+            true => Self::All,
+            false => Self::Within(networks),
+        }
     }
 }
 
@@ -202,24 +267,55 @@ mod tests {
         values.iter().map(|&v| v.to_owned()).collect()
     }
 
+    /// F13: each family by itself. Of a node with 10.0.0.1 and fd00::1 as the Node object has them, and others.
     #[test]
     fn which_addresses_node_ports_answer_on() {
-        let a = |text: &str| text.parse::<IpAddr>().unwrap();
-        let all = NodePortAddresses::parse(&[], &[]).unwrap();
-        for (address, admitted) in [
-            ("10.0.0.1", true),
-            ("fd00::1", true),
-            ("127.0.0.1", false),
-            ("fe80::1", false),
-            ("169.254.0.1", false),
+        let node_ips = ["10.0.0.1", "10.0.0.9", "fd00::1"].map(|text| text.parse().unwrap());
+        // In this order: the primary address, another, loopback; IPv4, then IPv6.
+        let asked = ["10.0.0.1", "192.0.2.1", "127.0.0.1", "fd00::1", "2001:db8::1", "::1"];
+        for (values, expected) in [
+            (&[][..], "yyy yyy"),
+            (&["all"], "yyy yyy"),
+            (&["primary"], "y-- y--"),
+            (&["localhost"], "--y --y"),
+            (&["primary", "localhost"], "y-y y-y"),
+            (&["localhost", "all"], "yyy yyy"),
+            (&["10.0.0.0/24"], "y-- yyy"),
+            (&["192.0.2.0/24", "localhost"], "-yy --y"),
+            (&["192.0.2.0/24", "primary"], "yy- y--"),
+            (&["0.0.0.0/0"], "yyy yyy"),
+            (&["0.0.0.0/0", "fd00::/64"], "yyy y--"),
+            (&["fd00::/64"], "yyy y--"),
+            (&["::/0"], "yyy yyy"),
+            (&["::1/128"], "yyy --y"),
+            (&["127.0.0.0/8"], "--y yyy"),
+            (&["127.0.0.1/32"], "--y yyy"),
+            (&["10.0.0.0/24", "0.0.0.0/0"], "yyy yyy"),
+            (&["172.16.0.0/12", "2001:db8:1::/48"], "--- ---"),
         ] {
-            assert_eq!(all.admits(a(address)), admitted, "{address}");
+            let admitted = NodePortAddresses::parse(&strings(values), &node_ips).unwrap();
+            let answers: Vec<_> = asked
+                .iter()
+                .map(|text| {
+                    let address: IpAddr = text.parse().unwrap();
+                    match address.is_loopback() {
+                        true => admitted.admits_loopback(address.is_ipv6()),
+                        false => admitted.admits(address),
+                    }
+                })
+                .map(|yes| if yes { "y" } else { "-" })
+                .collect();
+            let found = format!("{} {}", answers[..3].concat(), answers[3..].concat());
+            assert_eq!(found, expected, "{values:?}");
         }
-        let primary = NodePortAddresses::parse(&strings(&["primary"]), &[a("10.0.0.1")]).unwrap();
-        assert!(primary.admits(a("10.0.0.1")) && !primary.admits(a("10.0.0.2")));
-        let within = NodePortAddresses::parse(&strings(&["10.0.0.0/8", "fd00::/8"]), &[]).unwrap();
-        assert!(within.admits(a("10.9.9.9")) && within.admits(a("fd00::5")) && !within.admits(a("192.0.2.1")));
-        let error = NodePortAddresses::parse(&strings(&["primary", "10.0.0.0/8"]), &[]).unwrap_err();
-        assert!(error.contains("--nodeport-addresses primary"), "{error}");
+        let all = NodePortAddresses::default();
+        for never in ["127.0.0.1", "::1", "fe80::1", "169.254.0.1", "0.0.0.0"] {
+            assert!(!all.admits(never.parse().unwrap()), "{never}");
+        }
+        // A family without primary address is not limited by the word.
+        let one = NodePortAddresses::parse(&strings(&["primary"]), &node_ips[..1]).unwrap();
+        assert!(one.admits(node_ips[2]) && one.restricts(false) && !one.restricts(true));
+        let error = NodePortAddresses::parse(&strings(&["primary", "10.0.0.0"]), &[]).unwrap_err();
+        assert!(error.starts_with("--nodeport-addresses 10.0.0.0: neither"), "{error}");
     }
 }

@@ -64,6 +64,30 @@ struct Build {
     layout: u32,
 }
 
+/// What became of a changed file of `--config`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Reload {
+    /// It is good. What cannot change live is counted by [`Metrics::set_waits_for_restart`].
+    Applied,
+    /// It is broken, or cannot be: the last good one goes on.
+    Refused,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Outcome {
+    outcome: &'static str,
+}
+
+impl Reload {
+    fn label(self) -> Outcome {
+        let outcome = match self {
+            Self::Applied => "applied",
+            Self::Refused => "refused",
+        };
+        Outcome { outcome }
+    }
+}
+
 /// Changes of objects of one kind.
 #[derive(Clone, Debug, Default)]
 struct Changes {
@@ -84,6 +108,9 @@ pub struct Metrics {
     requests: Family<Request, Counter>,
     problems: Family<Kind, Counter>,
     unprogrammed: Gauge,
+    reloads: Family<Outcome, Counter>,
+    last_reload_successful: Gauge,
+    waits_for_restart: Gauge,
 }
 
 impl Default for Metrics {
@@ -104,6 +131,9 @@ impl Default for Metrics {
             requests: Family::default(),
             problems: Family::default(),
             unprogrammed: Gauge::default(),
+            reloads: Family::default(),
+            last_reload_successful: Gauge::default(),
+            waits_for_restart: Gauge::default(),
         }
     }
 }
@@ -182,8 +212,24 @@ impl Metrics {
         self.unprogrammed.set(i64::try_from(services).unwrap_or(i64::MAX));
     }
 
+    /// The file of `--config` has changed.
+    pub fn reloaded(&self, outcome: Reload) {
+        self.reloads.get_or_create(&outcome.label()).inc();
+        self.last_reload_successful.set(i64::from(outcome == Reload::Applied));
+    }
+
+    /// So many settings of the file take effect when the agent starts again.
+    pub fn set_waits_for_restart(&self, settings: usize) {
+        self.waits_for_restart.set(i64::try_from(settings).unwrap_or(i64::MAX));
+    }
+
     fn register(&self, registry: &mut Registry) {
         // Zeros say more than nothing.
+        for outcome in [Reload::Applied, Reload::Refused] {
+            drop(self.reloads.get_or_create(&outcome.label()));
+        }
+        // The one that the agent has started with.
+        self.last_reload_successful.set(1);
         self.set_no_local_endpoints([0, 0]);
         for code in [200, 503] {
             drop(self.healthz.get_or_create(&Code { code }));
@@ -241,6 +287,21 @@ impl Metrics {
             "unprogrammed_services",
             "Services that are not wholly in the maps",
             self.unprogrammed.clone(),
+        );
+        own.register(
+            "config_reloads",
+            "Changes of the file of --config, by what became of them",
+            self.reloads.clone(),
+        );
+        own.register(
+            "config_last_reload_successful",
+            "Whether the file of --config, as it is now, was good",
+            self.last_reload_successful.clone(),
+        );
+        own.register(
+            "config_waits_for_restart",
+            "Settings of the file of --config that take effect when the agent starts again",
+            self.waits_for_restart.clone(),
         );
         own.register(
             "build",

@@ -15,14 +15,14 @@ use tokio::sync::mpsc;
 
 /// Folders are looked through so often when the kernel tells of changes: it does not for network file systems, and not
 /// for the targets of symbolic links.
-pub(super) const POLL: Duration = Duration::from_secs(5);
+pub(crate) const POLL: Duration = Duration::from_secs(5);
 /// The same where the kernel cannot tell.
-pub(super) const POLL_ALONE: Duration = Duration::from_millis(500);
+pub(crate) const POLL_ALONE: Duration = Duration::from_millis(500);
 /// Deepest folder below a given one; symbolic links could go on for ever.
 const MOST_DEPTH: usize = 16;
 
 /// A watcher that sends a word for every change; `None` where the kernel has none to give.
-pub(super) fn watch(paths: &[PathBuf], wake: &mpsc::Sender<()>) -> Option<notify::RecommendedWatcher> {
+pub(crate) fn watch(paths: &[PathBuf], wake: &mpsc::Sender<()>) -> Option<notify::RecommendedWatcher> {
     let wake = wake.clone();
     // Events name absolute paths.
     let paths: Vec<PathBuf> = paths
@@ -161,7 +161,7 @@ fn walk(folder: &Path, depth: usize, files: &mut Vec<PathBuf>, unreadable: &mut 
 }
 
 /// What tells whether any file changed, without reading them.
-pub(super) fn signature(paths: &[PathBuf]) -> Vec<(PathBuf, u64, Option<SystemTime>, u64)> {
+pub(crate) fn signature(paths: &[PathBuf]) -> Vec<(PathBuf, u64, Option<SystemTime>, u64)> {
     use std::os::unix::fs::MetadataExt;
     let (files, _) = list(paths);
     files

@@ -5,7 +5,7 @@
 
 mod allocate;
 pub mod convert;
-mod files;
+pub(crate) mod files;
 pub mod kubernetes;
 pub mod manifests;
 pub mod queue;

@@ -4,8 +4,8 @@ use std::{collections::BTreeSet, net::IpAddr, ops::RangeInclusive, time::Duratio
 
 use ipnet::IpNet;
 use shunt_common::layout::{
-    AFFINITY_TICK_NS, CONFIG_ANSWER_PING, CONFIG_NODEPORT_LOOPBACK, Config, MAX_CLUSTER_CIDRS, MAX_SERVICE_CIDRS,
-    Octets, Prefix, Timeouts,
+    AFFINITY_TICK_NS, CONFIG_ANSWER_PING, CONFIG_NODEPORT_LOOPBACK4, CONFIG_NODEPORT_LOOPBACK6, Config,
+    MAX_CLUSTER_CIDRS, MAX_SERVICE_CIDRS, Octets, Prefix, Timeouts,
 };
 
 use super::addresses;
@@ -36,8 +36,8 @@ pub struct NodeSettings {
     pub snat_ports: RangeInclusive<u16>,
     /// When flows are over.
     pub timeouts: Timeouts,
-    /// Whether node ports answer on loopback addresses, to processes in the node's own namespace.
-    pub loopback: bool,
+    /// Whether node ports answer on loopback addresses, to processes in the node's own namespace: IPv4's, IPv6's.
+    pub loopback: [bool; 2],
     /// `SO_NETNS_COOKIE` of the node's network namespace.
     pub host_netns: u64,
 }
@@ -99,8 +99,7 @@ pub fn config(settings: &NodeSettings, snat_entries: u32) -> Result<Config, Node
         snat_first: first,
         snat_ports: ports,
         snat_ways: ways,
-        flags: if settings.loopback { CONFIG_NODEPORT_LOOPBACK } else { 0 }
-            | if settings.answer_ping { CONFIG_ANSWER_PING } else { 0 },
+        flags: flags(settings),
         timeouts: settings.timeouts,
         silence: ticks(settings.retry_silence.min(RETRY_SILENCE_MOST)),
         silence_most: ticks(RETRY_SILENCE_MOST),
@@ -109,6 +108,18 @@ pub fn config(settings: &NodeSettings, snat_entries: u32) -> Result<Config, Node
     family::<shunt_common::family::V4>(settings, &mut config)?;
     family::<shunt_common::family::V6>(settings, &mut config)?;
     Ok(config)
+}
+
+/// `Config::flags`.
+fn flags(settings: &NodeSettings) -> u32 {
+    let [v4, v6] = settings.loopback;
+    [
+        (v4, CONFIG_NODEPORT_LOOPBACK4),
+        (v6, CONFIG_NODEPORT_LOOPBACK6),
+        (settings.answer_ping, CONFIG_ANSWER_PING),
+    ]
+    .iter()
+    .fold(0, |flags, (is_set, flag)| if *is_set { flags | flag } else { flags })
 }
 
 /// A time in [`AFFINITY_TICK_NS`].
@@ -203,7 +214,7 @@ mod tests {
             retry_silence: Duration::from_secs(1),
             snat_ports: SNAT_PORTS,
             timeouts: Timeouts::default(),
-            loopback: true,
+            loopback: [false, true],
             host_netns: 7,
         }
     }
@@ -219,7 +230,7 @@ mod tests {
         assert_eq!((config.silence, config.silence_most), (59, 3576), "17 ms each");
         assert_eq!(
             (config.host_netns, config.flags),
-            (7, CONFIG_NODEPORT_LOOPBACK | CONFIG_ANSWER_PING)
+            (7, CONFIG_NODEPORT_LOOPBACK6 | CONFIG_ANSWER_PING)
         );
         assert_eq!((config.v4.node, config.v4.cluster_cidr_count), ([192, 0, 2, 1], 1));
         // Host bits of a CIDR are dropped: the programs compare masked addresses.

@@ -780,7 +780,7 @@ fn node_addresses_are_followed() {
         ip("link set eth0 up");
         ip("addr add 192.0.2.1/24 dev eth0");
         runtime().block_on(async {
-            let (addresses, _task) = netns::watch_addresses(NodePortAddresses::All).unwrap();
+            let (addresses, _task) = netns::watch_addresses(NodePortAddresses::default()).unwrap();
             let expect = |texts: &[&str]| -> BTreeSet<IpAddr> { texts.iter().map(|t| t.parse().unwrap()).collect() };
             assert_eq!(*addresses.borrow(), expect(&["192.0.2.1"]));
             ip("addr add 2001:db8::1/64 dev eth0 nodad");

@@ -18,16 +18,18 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use shunt_lab::UniqueName;
 
-const SHUNT: &str = env!("CARGO_BIN_EXE_shunt");
+pub(super) const SHUNT: &str = env!("CARGO_BIN_EXE_shunt");
+/// Longest wait for an agent's programs to be verified, which takes seconds on a machine with nothing else to do.
+const READY: Duration = Duration::from_secs(90);
 /// Longest wait for anything that takes milliseconds.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A namespace with the addresses of a node and its pods, a cgroup, a bpf root and a folder of manifests.
-struct Node {
-    name: String,
-    cgroup: PathBuf,
-    bpf_root: PathBuf,
-    manifests: tempfile::TempDir,
+pub(super) struct Node {
+    pub(super) name: String,
+    pub(super) cgroup: PathBuf,
+    pub(super) bpf_root: PathBuf,
+    pub(super) manifests: tempfile::TempDir,
     /// Last: whatever has its name goes with it.
     _unique: UniqueName,
 }
@@ -42,7 +44,7 @@ fn sh(script: &str) {
 }
 
 impl Node {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let unique = UniqueName::take().unwrap();
         let name = unique.prefix();
         let cgroup2 = shunt::datapath::cgroup::default_root();
@@ -93,7 +95,7 @@ impl Node {
         wait.recv_timeout(PATIENCE).expect("a server");
     }
 
-    fn manifest(&self, name: &str, text: &str) {
+    pub(super) fn manifest(&self, name: &str, text: &str) {
         // As editors do: written beside it, then moved into place.
         let new = self.manifests.path().join(format!(".{name}.new"));
         fs::write(&new, text).unwrap();
@@ -106,7 +108,7 @@ impl Node {
         command
     }
 
-    fn start(&self, more: &[&str]) -> Agent {
+    pub(super) fn start(&self, more: &[&str]) -> Agent {
         let [manifests, bpf_root, cgroup] =
             [self.manifests.path(), &self.bpf_root, &self.cgroup].map(|path| path.display().to_string());
         let source = ["--node-name", "node-a", "--manifests", &manifests];
@@ -116,36 +118,7 @@ impl Node {
     }
 
     fn start_with(&self, args: &[&str]) -> Agent {
-        let mut child = self
-            .command()
-            .arg("run")
-            .args(args)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("nsenter");
-        let (lines_tx, lines) = std::sync::mpsc::channel();
-        let stdout = BufReader::new(child.stdout.take().unwrap());
-        thread::spawn(move || {
-            stdout
-                .lines()
-                .map_while(Result::ok)
-                .try_for_each(|line| lines_tx.send(line))
-        });
-        let log = std::sync::Arc::new(std::sync::Mutex::new(String::new()));
-        let stderr = BufReader::new(child.stderr.take().unwrap());
-        let log_of_thread = log.clone();
-        let reader = thread::spawn(move || {
-            for line in stderr.lines().map_while(Result::ok) {
-                *log_of_thread.lock().unwrap() += &(line + "\n");
-            }
-        });
-        Agent {
-            child,
-            lines,
-            log,
-            reader: Some(reader),
-        }
+        Agent::spawn(self.command().arg("run").args(args))
     }
 
     fn shunt(&self, args: &[&str]) -> Output {
@@ -157,7 +130,7 @@ impl Node {
             .expect("shunt")
     }
 
-    fn json(&self, args: &[&str]) -> Value {
+    pub(super) fn json(&self, args: &[&str]) -> Value {
         let output = self.shunt(&[args, &["-o", "json"]].concat());
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "shunt {args:?}: {stderr}");
@@ -172,7 +145,7 @@ impl Node {
     }
 
     /// Who answers a process in the node's cgroup that connects; `None` when it is refused.
-    fn dial(&self, address: &str, port: u16) -> Option<String> {
+    pub(super) fn dial(&self, address: &str, port: u16) -> Option<String> {
         let script = format!(
             "echo $$ > {}/cgroup.procs; exec nsenter --net=/run/netns/{} timeout 5 bash -c 'exec 3<>/dev/tcp/{address}/{port} || exit 1; cat <&3'",
             self.cgroup.display(),
@@ -211,7 +184,7 @@ impl Drop for Node {
     }
 }
 
-struct Agent {
+pub(super) struct Agent {
     child: Child,
     lines: std::sync::mpsc::Receiver<String>,
     log: std::sync::Arc<std::sync::Mutex<String>>,
@@ -219,20 +192,50 @@ struct Agent {
 }
 
 impl Agent {
+    pub(super) fn spawn(command: &mut Command) -> Self {
+        let mut child = command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("nsenter");
+        let (lines_tx, lines) = std::sync::mpsc::channel();
+        let stdout = BufReader::new(child.stdout.take().unwrap());
+        thread::spawn(move || {
+            stdout
+                .lines()
+                .map_while(Result::ok)
+                .try_for_each(|line| lines_tx.send(line))
+        });
+        let log = std::sync::Arc::new(std::sync::Mutex::new(String::new()));
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        let log_of_thread = log.clone();
+        let reader = thread::spawn(move || {
+            for line in stderr.lines().map_while(Result::ok) {
+                *log_of_thread.lock().unwrap() += &(line + "\n");
+            }
+        });
+        Self {
+            child,
+            lines,
+            log,
+            reader: Some(reader),
+        }
+    }
+
     /// The line on stdout.
-    fn ready(&self) -> String {
-        match self.lines.recv_timeout(PATIENCE) {
+    pub(super) fn ready(&self) -> String {
+        match self.lines.recv_timeout(READY) {
             Ok(line) => line,
             Err(_) => panic!("not ready: {}", self.log()),
         }
     }
 
-    fn log(&self) -> String {
+    pub(super) fn log(&self) -> String {
         self.log.lock().unwrap().clone()
     }
 
     /// Sends a signal; returns the exit code, which a signal's death has not, and all that was logged.
-    fn end(mut self, signal: Signal) -> (Option<i32>, String) {
+    pub(super) fn end(mut self, signal: Signal) -> (Option<i32>, String) {
         let pid = Pid::from_child(&self.child);
         kill_process(pid, signal).unwrap();
         self.wait()
@@ -252,7 +255,7 @@ impl Drop for Agent {
     }
 }
 
-const SERVICE: &str = "
+pub(super) const SERVICE: &str = "
 apiVersion: v1
 kind: Service
 metadata: {name: web, namespace: shop}
@@ -264,7 +267,7 @@ spec:
   ports: [{port: 80, targetPort: 8080, nodePort: 30080}]
 ";
 
-fn pod(n: u8) -> String {
+pub(super) fn pod(n: u8) -> String {
     format!(
         "
 apiVersion: v1
@@ -281,7 +284,7 @@ status:
 }
 
 /// Everything that a process on the node can dial.
-const FRONTENDS: [(&str, u16); 6] = [
+pub(super) const FRONTENDS: [(&str, u16); 6] = [
     ("10.96.0.10", 80),
     ("fd00:10:96::10", 80),
     ("192.0.2.1", 30080),
@@ -516,8 +519,8 @@ kind: KubeProxyConfiguration
 bindAddress: 192.0.2.9
 hostnameOverride: node-a
 healthzBindAddress: 192.0.2.1:11256
-mode: nftables
-nodePortAddresses: [192.0.2.0/24]
+ipvs: {scheduler: rr}
+nodePortAddresses: [192.0.2.0/24, 2001:db8:9::/48]
 ---
 apiVersion: shunt.dev/v1alpha1
 kind: ShuntConfiguration
@@ -560,7 +563,7 @@ fn a_configuration_file_is_all_that_an_agent_needs() {
         )
     };
     let (dumped, warnings) = dump(&config);
-    let unused = "KubeProxyConfiguration: shunt has no use for mode: ignored";
+    let unused = "KubeProxyConfiguration: shunt has no use for ipvs.scheduler: ignored";
     assert!(
         warnings.contains(unused) && warnings.trim().lines().count() == 1,
         "{warnings}"
@@ -623,12 +626,12 @@ fn a_configuration_that_cannot_be_is_told_in_one_line() {
             format!("{file}:3: ShuntConfiguration: snatPorts: `0-1`"),
         ),
         (
-            Some(format!("{theirs}nodePortAddresses: [primary, 10.0.0.0/8]\n")),
-            "--nodeport-addresses primary: neither a network".to_owned(),
+            Some(format!("{theirs}nodePortAddresses: [primary, none]\n")),
+            format!("{file}:3: KubeProxyConfiguration: nodePortAddresses[1]: `none`: give networks"),
         ),
         (
-            Some(format!("{theirs}conntrack: {{udpTimeout: 5m, udpStreamTimeout: 1m}}\n")),
-            "--conntrack-udp-timeout 300s is longer than".to_owned(),
+            Some(format!("{theirs}conntrack: {{udpTimeout: -5m}}\n")),
+            format!("{file}:3: KubeProxyConfiguration: conntrack.udpTimeout: `-5m`: give a duration"),
         ),
         (
             Some(format!("{ours}capacities: {{snat: 100}}\n")),

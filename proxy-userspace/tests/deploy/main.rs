@@ -334,7 +334,7 @@ fn the_role_has_the_least_verbs() {
     assert_eq!(
         allowed,
         [
-            "/nodes list watch",
+            "/nodes get list watch",
             "/services get list watch",
             "discovery.k8s.io/endpointslices get list watch",
             "events.k8s.io/events create",

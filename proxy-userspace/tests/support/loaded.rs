@@ -89,7 +89,7 @@ impl Loaded {
             retry_silence: std::time::Duration::ZERO,
             snat_ports: 10_240..=29_999,
             timeouts: Default::default(),
-            loopback: false,
+            loopback: [false; 2],
             host_netns: 0,
         };
         maps.set_config(&node::config(&settings, 20_000).unwrap()).unwrap();

@@ -84,7 +84,7 @@ pub(crate) fn node_settings(addresses: &[IpAddr]) -> NodeSettings {
         retry_silence: Duration::from_secs(1),
         snat_ports: 10_240..=29_999,
         timeouts: Default::default(),
-        loopback: false,
+        loopback: [false; 2],
         host_netns: 0,
     }
 }

@@ -1,9 +1,7 @@
 //! The agent of one node, as a process in the node's namespace.
 
 use std::{
-    env,
-    ffi::CString,
-    fs,
+    env, fs,
     io::{BufRead, BufReader, Read},
     net::SocketAddr,
     os::unix::process::CommandExt,
@@ -15,15 +13,12 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use rustix::{
-    mount::{MountPropagationFlags, mount_bind, mount_change},
-    process::{Pid, Signal, kill_process},
-    thread::{UnshareFlags, unshare_unsafe},
-};
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::{
     capabilities,
     lab::{Lab, POD_CIDRS, SERVICE_CIDRS},
+    mounts::mount_at,
     netns::NetNs,
     registry,
 };
@@ -142,21 +137,6 @@ pub fn find_shunt() -> Result<PathBuf> {
         .context("no shunt binary: run `cargo xtask build` and set SHUNT_BIN=target/release/shunt")
 }
 
-/// Makes `command` start in a mount namespace of its own, where this folder is `/run` (and `/var/run`).
-fn mount_as_run(command: &mut Command, folder: &Path) -> Result<()> {
-    let folder = CString::new(folder.as_os_str().as_encoded_bytes()).context("a path with a zero in it")?;
-    let mount = move || {
-        // SAFETY: changes this thread's view of mounts only; it is a child's only thread, just forked.
-        unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;
-        mount_change(c"/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
-        mount_bind(&folder, c"/run")?;
-        Ok(())
-    };
-    // SAFETY: between fork and exec only system calls are made, with texts that were made before.
-    unsafe { command.pre_exec(mount) };
-    Ok(())
-}
-
 /// What a running agent has printed so far.
 #[derive(Debug, Default)]
 struct Printed {
@@ -257,7 +237,7 @@ impl Agent {
         if let Some((server, run)) = &self.pod {
             command.env("KUBERNETES_SERVICE_HOST", server.ip().to_string());
             command.env("KUBERNETES_SERVICE_PORT", server.port().to_string());
-            mount_as_run(&mut command, run)?;
+            mount_at(&mut command, run, c"/run")?;
         }
         if let Some(names) = &self.capabilities {
             capabilities::keep_only(&mut command, names)?;

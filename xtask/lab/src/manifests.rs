@@ -128,7 +128,7 @@ struct SlicePort {
 }
 
 /// A port that the lab has a server for; for others (SCTP) there is none.
-fn known_port(number: Option<u16>, protocol: Option<&str>) -> Option<Port> {
+pub(crate) fn known_port(number: Option<u16>, protocol: Option<&str>) -> Option<Port> {
     let proto = match protocol {
         None | Some("TCP") => Proto::Tcp,
         Some("UDP") => Proto::Udp,
@@ -207,7 +207,7 @@ struct PodIp {
     ip: IpAddr,
 }
 
-fn files(path: &Path) -> Result<Vec<PathBuf>> {
+pub(crate) fn files(path: &Path) -> Result<Vec<PathBuf>> {
     if !path.is_dir() {
         return Ok(vec![path.to_owned()]);
     }
@@ -232,6 +232,14 @@ struct EndpointPort {
     port: Port,
 }
 
+/// The objects of a file.
+pub(crate) fn documents(file: &Path) -> Result<Vec<Value>> {
+    let read = || -> Result<Vec<Value>> { Ok(serde_saphyr::from_multiple(&fs::read_to_string(file)?)?) };
+    let mut documents = read().with_context(|| format!("{}", file.display()))?;
+    documents.retain(|document| !document.is_null());
+    Ok(documents)
+}
+
 fn parse(text: &str, endpoints: &mut Vec<EndpointPort>) -> Result<Vec<PodSpec>> {
     let mut pods = Vec::new();
     let documents: Vec<Value> = serde_saphyr::from_multiple(text)?;
@@ -242,6 +250,8 @@ fn parse(text: &str, endpoints: &mut Vec<EndpointPort>) -> Result<Vec<PodSpec>> 
             .and_then(Value::as_str)
             .unwrap_or("without metadata.name");
         match object.kind.as_deref() {
+            // The kubelet gives it a status, and an address ([`crate::Kubelet`]).
+            Some("Pod") if document.get("status").is_none() => {}
             Some("Pod") => {
                 pods.push(spec(
                     Pod::deserialize(&document).with_context(|| format!("Pod {name}"))?,

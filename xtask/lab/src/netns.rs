@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use rustix::{
-    mount::{UnmountFlags, mount_bind, unmount},
+    mount::{MountPropagationFlags, UnmountFlags, mount_bind, mount_bind_recursive, mount_change, unmount},
     thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe},
 };
 
@@ -33,6 +33,22 @@ impl Drop for Inner {
     fn drop(&mut self) {
         remove(&self.path);
     }
+}
+
+/// Makes the folder of namespaces a mount of its own, shared, as `ip netns add` does when it is not: that would hide the
+/// namespaces that are there already, and nobody could remove them any more.
+pub(crate) fn share_dir() -> Result<()> {
+    let shared = MountPropagationFlags::SHARED | MountPropagationFlags::REC;
+    let share = || -> io::Result<()> {
+        std::fs::create_dir_all(NETNS_DIR)?;
+        if mount_change(NETNS_DIR, shared) == Err(rustix::io::Errno::INVAL) {
+            // It is no mount yet.
+            mount_bind_recursive(NETNS_DIR, NETNS_DIR)?;
+            mount_change(NETNS_DIR, shared)?;
+        }
+        Ok(())
+    };
+    share().with_context(|| format!("{NETNS_DIR}: cannot be made a shared mount (needs root)"))
 }
 
 /// Unmounts and unlinks a namespace's file; the kernel ends the namespace with its last process and socket.

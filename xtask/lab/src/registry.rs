@@ -49,6 +49,7 @@ impl UniqueName {
     pub fn take() -> Result<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let _guard = registry_lock()?;
+        netns::share_dir()?;
         let number = format!("{}-{}", process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let path = Path::new(REGISTRY_DIR).join(&number);
         let mut file = match File::create_new(&path) {

@@ -72,6 +72,7 @@ pub(super) async fn tell(connection: Arc<Connection>, reports: Reports, node_nam
 /// The resource of an object that Events are written about.
 fn resource(kind: &str) -> Option<(&'static str, &'static str)> {
     match kind {
+        "Node" => Some(("v1", "nodes")),
         "Service" => Some(("v1", "services")),
         "EndpointSlice" => Some(("discovery.k8s.io/v1", "endpointslices")),
         _ => None,
@@ -84,7 +85,14 @@ async fn post(connection: &Connection, report: &Report, node_name: &str) -> Resu
         return Ok(());
     };
     let root = if version == "v1" { "api" } else { "apis" };
-    let path = format!("/{root}/{version}/namespaces/{}/{plural}/{}", name.namespace, name.name);
+    // A Node has no namespace; Events about it stand in `default`, as a kubelet's do.
+    let (path, namespace) = match &*name.namespace {
+        "" => (format!("/{root}/{version}/{plural}/{}", name.name), "default"),
+        namespace => (
+            format!("/{root}/{version}/namespaces/{namespace}/{plural}/{}", name.name),
+            namespace,
+        ),
+    };
     // `kubectl describe` asks for Events by the object's UID. Its metadata is enough where the server can send that alone.
     let request = Request::builder()
         .method(Method::GET)
@@ -100,7 +108,7 @@ async fn post(connection: &Connection, report: &Report, node_name: &str) -> Resu
     let event = event(report, version, &object["metadata"], node_name);
     let request = Request::builder()
         .method(Method::POST)
-        .uri(format!("/apis/events.k8s.io/v1/namespaces/{}/events", name.namespace))
+        .uri(format!("/apis/events.k8s.io/v1/namespaces/{namespace}/events"))
         .header(http::header::CONTENT_TYPE, "application/json")
         .body(event.to_string().into_bytes())
         .map_err(|error| Failure::Unreadable(error.to_string()))?;
@@ -110,7 +118,8 @@ async fn post(connection: &Connection, report: &Report, node_name: &str) -> Resu
 
 fn event(report: &Report, version: &str, metadata: &Value, node_name: &str) -> Value {
     let problem = &report.problem;
-    let (namespace, name) = (&metadata["namespace"], metadata["name"].as_str().unwrap_or_default());
+    let name = metadata["name"].as_str().unwrap_or_default();
+    let namespace = metadata["namespace"].as_str().unwrap_or("default");
     let mut note = match &*problem.field {
         "" => problem.message.clone(),
         field => format!("{field}: {}", problem.message),
@@ -131,7 +140,7 @@ fn event(report: &Report, version: &str, metadata: &Value, node_name: &str) -> V
         "type": "Warning", "reason": "CannotServe", "action": "Programming",
         "note": note,
         "regarding": {
-            "apiVersion": version, "kind": &*problem.kind, "namespace": namespace, "name": name,
+            "apiVersion": version, "kind": &*problem.kind, "namespace": metadata["namespace"], "name": name,
             "uid": metadata["uid"], "resourceVersion": metadata["resourceVersion"],
         },
         "reportingController": CONTROLLER,

@@ -7,8 +7,7 @@ use serde_json::{Value, json};
 use shunt_apiserver::{ApiServer, Gone, Kind, Refusal, Relay, Streaming};
 
 use super::*;
-use crate::metrics::Metrics;
-use crate::model::Model;
+use crate::{health::Health, metrics::Metrics, model::Model, report::Reports};
 
 /// A change that the server tells at once is here at once; this is for those that take attempts.
 const LONG: Duration = Duration::from_secs(30);
@@ -67,13 +66,18 @@ impl Agent {
     }
 
     fn start_at(kubeconfig: PathBuf, proxy_name: Option<&str>) -> Self {
+        Self::start_reporting(kubeconfig, proxy_name, Reports::default())
+    }
+
+    fn start_reporting(kubeconfig: PathBuf, proxy_name: Option<&str>, reports: Reports) -> Self {
         let source = Kubernetes::new(Config {
             kubeconfig: Some(kubeconfig),
             node_name: "node-a".to_owned(),
             proxy_name: proxy_name.map(str::to_owned),
         });
         let (tx, events) = mpsc::channel(16);
-        tokio::spawn(async move { source.run(tx).await.unwrap() });
+        let queue = Queue::new(tx, Health::default(), reports);
+        tokio::spawn(async move { source.run(queue).await.unwrap() });
         Self {
             events,
             model: Model::new(NodeFacts::default()),
@@ -550,13 +554,30 @@ async fn the_role_allows_what_is_asked_for_and_nothing_else() {
     odd["spec"]["sessionAffinity"] = "Cookie".into();
     server.apply(odd);
     server.apply(slice("a-1", "a", &["127.0.0.1"]));
-    let mut agent = Agent::start(&server);
+    let reports = Reports::default();
+    let mut agent = Agent::start_reporting(server.kubeconfig(), None, reports.clone());
     agent.until("complete", Model::is_complete).await;
+    // What is wrong with the configuration is told about the own Node.
+    server.apply(node("node-a"));
+    reports.report_here(Problem::new(
+        "Node",
+        &ObjectName::new("", "node-a"),
+        "--config",
+        "is not taken over",
+    ));
     let began = Instant::now();
-    while server.list(Kind::Events).len() < 2 || server.watches() < 3 {
+    while server.list(Kind::Events).len() < 3 || server.watches() < 3 {
         assert!(began.elapsed() < LONG);
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+    let events = server.list(Kind::Events);
+    let of_node = events
+        .iter()
+        .find(|event| event["regarding"]["kind"] == "Node")
+        .unwrap();
+    assert_eq!(of_node["regarding"]["name"], "node-a");
+    assert_eq!(of_node["metadata"]["namespace"], "default");
+    assert_eq!(of_node["note"], "on node node-a: --config: is not taken over");
     let text = include_str!("../../../../deploy/base/rbac.yaml");
     let objects: Vec<Value> = serde_saphyr::from_multiple(text).unwrap();
     let role = objects

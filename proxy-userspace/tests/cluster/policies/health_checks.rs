@@ -22,12 +22,12 @@ fn get(cluster: &Cluster, node: &str, to: SocketAddr, request: &str) -> Option<(
     })
 }
 
-/// P4: as node ports, health checks are answered on the addresses that are admitted, as kube-proxy's `nodePortAddresses`
-/// says.
+/// P4, F13: as node ports, health checks are answered on the addresses that are admitted, as kube-proxy's `nodePortAddresses`
+/// says, each family by itself.
 #[test]
 fn load_balancers_are_answered_on_admitted_addresses() {
     let spec = "  externalTrafficPolicy: Local\n  healthCheckNodePort: 32001\n";
-    let extra = ["--nodeport-addresses", "fd50::/64"];
+    let extra = ["--nodeport-addresses", "fd50::/64,127.0.0.0/8"];
     let cluster = Cluster::start_with("off", &extra, |cluster| {
         cluster.documents("web", 1, spec, &ready(&["web-a"]))
     });

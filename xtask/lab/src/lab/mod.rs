@@ -254,7 +254,7 @@ impl Lab {
     }
 
     /// The cgroup for a process somewhere in the lab.
-    fn cgroup_of(&self, name: &str, sockets: Sockets) -> Result<PathBuf> {
+    pub(crate) fn cgroup_of(&self, name: &str, sockets: Sockets) -> Result<PathBuf> {
         let node = self.place(name, |place| place.node.clone())?;
         match (sockets, node) {
             (Sockets::Unhooked, _) => Ok(self.cgroup.join("unhooked")),

@@ -1,4 +1,4 @@
-//! The agent's HTTP servers under thousands of connections that ask for nothing, or ask slowly (SPEC H3). Needs root.
+//! The agent's HTTP servers under thousands of connections that ask for nothing, or ask slowly (SPEC H3).
 
 use std::{
     fs,
