@@ -5,21 +5,22 @@
 //! the Node; `/readyz` (not kube-proxy's) whether this very agent's datapath is live, so that a rolling update does not go on to
 //! the next node before.
 //!
-//! On the metrics address: `/metrics`, `/proxyMode`, and a `/healthz` that says no more than that somebody answers.
+//! On the metrics address: `/metrics`, `/proxyMode`, a `/healthz` that says no more than that somebody answers, and for people
+//! `/configz`, `/flagz` and `/statusz`, which kube-proxy writes as it pleases from one release to the next. Nothing there changes
+//! anything, and nothing there is a secret: of credentials only the files' names are told.
 //!
 //! Methods make no difference, as with kube-proxy. Both addresses speak HTTP without asking who is there.
 
-use std::{
-    net::SocketAddr,
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::{env, net::SocketAddr, sync::Arc, time::SystemTime};
 
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::{Response, StatusCode};
 use k8s_openapi::jiff::Timestamp;
+use serde::Serialize;
 
 use crate::{
+    config::Settings,
     connections::Connections,
     health::Health,
     http::{self, Listening},
@@ -72,7 +73,9 @@ pub async fn serve_metrics(
     hard_fail: bool,
     connections: Connections,
     exporter: Exporter,
+    pages: Pages,
 ) -> anyhow::Result<()> {
+    let pages = Arc::new(pages);
     let listening = Listening {
         subject: "--metrics-bind-address".to_owned(),
         trouble: Box::new(|message| tracing::warn!("--metrics-bind-address: {message}")),
@@ -82,13 +85,71 @@ pub async fn serve_metrics(
         consequence: "nobody can read this agent's metrics",
     };
     let answer = move |request: hyper::Request<_>| {
-        let (path, exporter) = (request.uri().path().to_owned(), exporter.clone());
-        async move { answer_metrics(&path, exporter).await }
+        let (path, exporter, pages) = (request.uri().path().to_owned(), exporter.clone(), pages.clone());
+        async move { answer_metrics(&path, exporter, &pages).await }
     };
     http::serve(listening, connections, |_| true, answer).await
 }
 
-async fn answer_metrics(path: &str, exporter: Exporter) -> Response<Full<Bytes>> {
+/// What people may look up about a running agent.
+#[derive(Clone, Debug)]
+pub struct Pages {
+    configz: String,
+    flagz: String,
+    started: SystemTime,
+}
+
+impl Pages {
+    /// Of an agent with these settings, which starts now.
+    ///
+    /// # Errors
+    /// A path in the settings that is no UTF-8 cannot be told.
+    pub fn new(settings: &Settings) -> anyhow::Result<Self> {
+        let args: Vec<_> = env::args().skip(1).collect();
+        Ok(Self {
+            configz: settings.configz()?,
+            flagz: flagz(&args),
+            started: SystemTime::now(),
+        })
+    }
+
+    fn statusz(&self) -> String {
+        let up = self.started.elapsed().unwrap_or_default().as_secs();
+        let (hours, minutes, seconds) = (up / 3600, up / 60 % 60, up % 60);
+        let paths = METRICS_PATHS.join(" ");
+        format!(
+            "\nshunt statusz\n{NOT_FOR_MACHINES}\n\nStarted: {}\nUp: {hours} hr {minutes:02} min {seconds:02} sec\n\
+             Binary version: {}\nPaths: {paths}\n",
+            rfc3339(self.started),
+            env!("CARGO_PKG_VERSION"),
+        )
+    }
+}
+
+/// What is answered on the metrics address.
+const METRICS_PATHS: [&str; 6] = ["/configz", "/flagz", "/healthz", "/metrics", "/proxyMode", "/statusz"];
+/// Kubernetes' components say the same.
+const NOT_FOR_MACHINES: &str = "Warning: this page is for debugging, and its format may change at any time.";
+
+/// The command line, a flag a line.
+fn flagz(args: &[String]) -> String {
+    let mut lines: Vec<String> = Vec::new();
+    for arg in args {
+        match (arg.strip_prefix("--"), lines.last_mut()) {
+            (Some(flag), _) => lines.push(flag.to_owned()),
+            // The value of the flag before it.
+            (None, Some(line)) => {
+                line.push(if line.contains('=') { ',' } else { '=' });
+                line.push_str(arg);
+            }
+            // The verb.
+            (None, None) => {}
+        }
+    }
+    format!("\nshunt flagz\n{NOT_FOR_MACHINES}\n\n{}\n", lines.join("\n"))
+}
+
+async fn answer_metrics(path: &str, exporter: Exporter, pages: &Pages) -> Response<Full<Bytes>> {
     let response: Response<Bytes> = match path {
         "/metrics" => match exporter.scrape().await {
             Some(text) => http::response(StatusCode::OK, metrics::CONTENT_TYPE, text),
@@ -99,6 +160,9 @@ async fn answer_metrics(path: &str, exporter: Exporter) -> Response<Full<Bytes>>
             ),
         },
         "/healthz" => http::response(StatusCode::OK, PLAIN, "ok".into()),
+        "/configz" => http::response(StatusCode::OK, "application/json", pages.configz.clone().into()),
+        "/flagz" => http::response(StatusCode::OK, PLAIN, pages.flagz.clone().into()),
+        "/statusz" => http::response(StatusCode::OK, PLAIN, pages.statusz().into()),
         "/proxyMode" => http::response(StatusCode::OK, PLAIN, "shunt".into()),
         _ => http::response(StatusCode::NOT_FOUND, PLAIN, NOT_FOUND.into()),
     };
@@ -117,30 +181,75 @@ fn answer_health(path: &str, health: &Health) -> Response<String> {
         _ => return http::response(StatusCode::NOT_FOUND, PLAIN, NOT_FOUND.to_owned()),
     };
     let now = SystemTime::now();
-    // kube-proxy's: of one that is healthy the last update is always recent, whether or not something changed.
-    let updated = match healthy {
-        true => now,
-        false => health.last_programmed().unwrap_or(UNIX_EPOCH),
+    let programmed = health.last_programmed();
+    let proxier = |healthy| {
+        programmed.map(|time| Proxier {
+            last_updated: rfc3339(time),
+            healthy,
+        })
+    };
+    // One path to the maps for both families.
+    let status = Status {
+        ipv4: proxier(keeps_up),
+        ipv6: proxier(keeps_up),
+    };
+    let body = Body {
+        // kube-proxy's: of one that is healthy the last update is always recent, whether or not something changed.
+        last_updated: match (healthy, programmed) {
+            (true, _) => rfc3339(now),
+            (false, Some(time)) => rfc3339(time),
+            (false, None) => NEVER.to_owned(),
+        },
+        current_time: rfc3339(now),
+        node_eligible,
+        healthy: keeps_up,
+        status: programmed.map(|_| status),
     };
     let status = match healthy {
         true => StatusCode::OK,
         false => StatusCode::SERVICE_UNAVAILABLE,
     };
-    let mut body = format!(
-        r#"{{"lastUpdated": "{}","currentTime": "{}""#,
-        rfc3339(updated),
-        rfc3339(now)
-    );
-    if let Some(eligible) = node_eligible {
-        body.push_str(&format!(r#", "nodeEligible": {eligible}"#));
-    }
-    body.push('}');
+    // Neither maps with odd keys nor a writer that fails.
+    let body = serde_json::to_string(&body).unwrap_or_default();
     http::response(status, "application/json", body)
 }
 
-fn rfc3339(time: SystemTime) -> Timestamp {
+/// Go's time when there is none.
+const NEVER: &str = "0001-01-01T00:00:00Z";
+
+/// `ProxyHealth` of kube-proxy, with its fields in their order.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Body {
+    last_updated: String,
+    current_time: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    node_eligible: Option<bool>,
+    /// Whether changes come into the maps in time, whatever becomes of the Node.
+    healthy: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    status: Option<Status>,
+}
+
+#[derive(Serialize)]
+struct Status {
+    #[serde(rename = "IPv4")]
+    ipv4: Option<Proxier>,
+    #[serde(rename = "IPv6")]
+    ipv6: Option<Proxier>,
+}
+
+/// `ProxierHealth`.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Proxier {
+    last_updated: String,
+    healthy: bool,
+}
+
+fn rfc3339(time: SystemTime) -> String {
     // Beyond the year 9999 only.
-    Timestamp::try_from(time).unwrap_or(Timestamp::MAX)
+    Timestamp::try_from(time).unwrap_or(Timestamp::MAX).to_string()
 }
 
 #[cfg(test)]
@@ -176,27 +285,60 @@ mod tests {
         assert_eq!(status("/healthz/", &health), 404);
     }
 
-    /// A2: kube-proxy's body, with times that anybody can parse, and its headers.
+    /// A2: kube-proxy's body (1.37), with times that anybody can parse, and its headers.
     #[test]
     fn the_answer_is_kube_proxys() {
+        let text = |path: &str, health: &Health| answer_health(path, health).body().clone();
+        let body =
+            |path: &str, health: &Health| -> serde_json::Value { serde_json::from_str(&text(path, health)).unwrap() };
         let health = Health::default();
-        let bad = answer_health("/healthz", &health);
+        let bad = text("/healthz", &health);
         assert!(
-            bad.body()
-                .starts_with(r#"{"lastUpdated": "1970-01-01T00:00:00Z","currentTime": "20"#),
-            "{bad:?}"
+            bad.starts_with(r#"{"lastUpdated":"0001-01-01T00:00:00Z","currentTime":"20"#),
+            "{bad}"
         );
+        assert!(bad.ends_with(r#","nodeEligible":true,"healthy":true}"#), "{bad}");
+        health.queued();
+        health.programmed();
         health.goes_live();
         health.set_node_leaves(true);
-        let body: serde_json::Value = serde_json::from_str(answer_health("/healthz", &health).body()).unwrap();
-        assert_eq!(body["nodeEligible"], false);
+        let leaving = body("/healthz", &health);
+        assert_eq!(
+            (&leaving["nodeEligible"], &leaving["healthy"]),
+            (&false.into(), &true.into())
+        );
+        for family in ["IPv4", "IPv6"] {
+            assert_eq!(leaving["status"][family]["healthy"], true);
+            assert_eq!(leaving["status"][family]["lastUpdated"], leaving["lastUpdated"]);
+        }
         let good = answer_health("/livez", &health);
         assert_eq!(good.headers()["content-type"], "application/json");
         assert_eq!(good.headers()["x-content-type-options"], "nosniff");
-        let body: serde_json::Value = serde_json::from_str(good.body()).unwrap();
-        assert_eq!(body["lastUpdated"], body["currentTime"]);
-        let time: Timestamp = body["currentTime"].as_str().unwrap().parse().unwrap();
+        let good = body("/livez", &health);
+        assert_eq!(good["lastUpdated"], good["currentTime"]);
+        let time: Timestamp = good["currentTime"].as_str().unwrap().parse().unwrap();
         assert!(Timestamp::now().duration_since(time).as_secs() < 60);
-        assert_eq!(body["nodeEligible"], serde_json::Value::Null);
+        assert_eq!(good["nodeEligible"], serde_json::Value::Null);
+        assert_eq!(good["healthy"], true);
+    }
+
+    #[test]
+    fn flags_are_a_line_each() {
+        let args = [
+            "run",
+            "--xdp",
+            "off",
+            "--devices",
+            "a",
+            "b",
+            "--config=/c",
+            "--dump-config",
+        ]
+        .map(str::to_owned);
+        let page = flagz(&args);
+        assert!(
+            page.ends_with("\n\nxdp=off\ndevices=a,b\nconfig=/c\ndump-config\n"),
+            "{page}"
+        );
     }
 }

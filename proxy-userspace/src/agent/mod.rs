@@ -6,6 +6,7 @@
 //!
 //! The agent ends at SIGTERM or SIGINT and leaves the datapath attached: `shunt cleanup` takes that away.
 
+mod netfilter;
 mod node;
 mod reconcile;
 mod reload;
@@ -27,7 +28,7 @@ use tracing::{debug, info, warn};
 
 use self::reconcile::Agent;
 use crate::{
-    admin,
+    admin::{self, Pages},
     config::{Settings, flags::RunArgs},
     connections::Connections,
     datapath::{
@@ -139,8 +140,15 @@ async fn serve(settings: Settings, args: RunArgs, mut watch: Stopwatch) -> anyho
         ));
     }
     if let Some(address) = settings.metrics_bind_address {
-        let exporter = Exporter::new(&metrics, health.clone(), maps.clone());
-        servers.spawn(admin::serve_metrics(address, hard_fail, connections.clone(), exporter));
+        let exporter = Exporter::new(&metrics, health.clone(), maps.clone(), connections.clone());
+        let pages = Pages::new(&settings)?;
+        servers.spawn(admin::serve_metrics(
+            address,
+            hard_fail,
+            connections.clone(),
+            exporter,
+            pages,
+        ));
     }
 
     let (tx, mut events) = mpsc::channel(QUEUE);
@@ -164,6 +172,7 @@ async fn serve(settings: Settings, args: RunArgs, mut watch: Stopwatch) -> anyho
         errors: HashMap::new(),
         live: None,
         lack_local: Default::default(),
+        tuning: JoinSet::new(),
         metrics: metrics.clone(),
         reports: reports.clone(),
         checks: HealthChecks::new(connections, health.clone(), reports.clone()),
@@ -171,6 +180,7 @@ async fn serve(settings: Settings, args: RunArgs, mut watch: Stopwatch) -> anyho
         datapath,
         watch,
     };
+    agent.tune_netfilter();
     let mut retry = slots::GRACE;
     let slow = tokio::time::sleep(SLOW_SOURCE);
     tokio::pin!(slow);

@@ -1,16 +1,16 @@
 //! What the source says, brought into the maps; and what follows when this node changes.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{BTreeSet, HashMap},
     future::pending,
     net::IpAddr,
 };
 
 use anyhow::Context;
-use tokio::sync::watch;
+use tokio::{sync::watch, task::JoinSet};
 use tracing::{debug, info, warn};
 
-use super::node as this_node;
+use super::{netfilter, node as this_node};
 use crate::{
     config::Settings,
     datapath::{
@@ -47,8 +47,32 @@ pub(super) struct Agent {
     pub(super) metrics: Metrics,
     pub(super) reports: Reports,
     /// Services whose endpoints are all elsewhere, by internal and external traffic policy `Local`.
-    pub(super) lack_local: [HashSet<ObjectName>; 2],
+    pub(super) lack_local: [LackLocal; 2],
+    /// Sets what is to be set in netfilter's table; ends with the agent.
+    pub(super) tuning: JoinSet<()>,
     pub(super) checks: HealthChecks,
+}
+
+/// Services whose endpoints are all elsewhere although they want local ones.
+#[derive(Debug, Default)]
+pub(super) struct LackLocal {
+    families: HashMap<ObjectName, [bool; 2]>,
+    /// How many of them are of IPv4, and of IPv6.
+    counts: [usize; 2],
+}
+
+impl LackLocal {
+    /// Notes the families of a Service that is one of these, or that it is none.
+    fn set(&mut self, name: &ObjectName, families: Option<[bool; 2]>) {
+        let before = match families {
+            Some(families) => self.families.insert(name.clone(), families),
+            None => self.families.remove(name),
+        };
+        for (n, count) in self.counts.iter_mut().enumerate() {
+            *count += usize::from(families.is_some_and(|families| families[n]));
+            *count -= usize::from(before.is_some_and(|families| families[n]));
+        }
+    }
 }
 
 /// What goes on once programs are attached.
@@ -66,6 +90,14 @@ impl Drop for Live {
 }
 
 impl Agent {
+    /// Sees to netfilter's own connection table, as the settings have it now.
+    pub(super) fn tune_netfilter(&mut self) {
+        self.tuning.abort_all();
+        if let Some(wanted) = self.settings.netfilter {
+            self.tuning.spawn(netfilter::tune(wanted));
+        }
+    }
+
     /// Takes in what the source says. Until it has told everything the maps stay as they are: what is not named yet is not
     /// gone. Says whether something was freed.
     pub(super) async fn take(&mut self, batch: Vec<Event>) -> anyhow::Result<bool> {
@@ -121,18 +153,18 @@ impl Agent {
             }
         }
         self.metrics
-            .set_no_local_endpoints(self.lack_local.each_ref().map(HashSet::len));
+            .set_no_local_endpoints(self.lack_local.each_ref().map(|lacking| lacking.counts));
         self.metrics.set_unprogrammed(self.syncer.failed().len());
         freed
     }
 
     fn reconcile(&mut self, name: &ObjectName) -> bool {
         self.checks.set(name, self.model.health_check(name).as_ref());
+        let addresses = self.model.service(name).map(|service| &service.cluster_ips[..]);
+        let is_of = |v6| addresses.is_some_and(|ips| ips.iter().any(|ip| ip.is_ipv6() == v6));
+        let families = [false, true].map(is_of);
         for (lacking, lacks) in self.lack_local.iter_mut().zip(self.model.lacks_local_endpoints(name)) {
-            match lacks {
-                true => drop(lacking.insert(name.clone())),
-                false => drop(lacking.remove(name)),
-            }
+            lacking.set(name, lacks.then_some(families));
         }
         match self.syncer.apply(&self.model.plan(name)) {
             Ok(applied) => {

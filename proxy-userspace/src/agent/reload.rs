@@ -140,6 +140,9 @@ impl Agent {
 
     /// Brings [`Agent::settings`] into the datapath, where `before` differs.
     async fn apply_settings(&mut self, before: &Settings) -> anyhow::Result<()> {
+        if before.netfilter != self.settings.netfilter {
+            self.tune_netfilter();
+        }
         let Some(live) = &self.live else { return Ok(()) };
         let now = &self.settings;
         let devices_stay = (

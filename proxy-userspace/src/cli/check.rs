@@ -7,6 +7,7 @@ use std::{
     fs, io,
     os::fd::{AsFd, AsRawFd},
     path::Path,
+    time::Duration,
 };
 
 use aya::{
@@ -25,6 +26,7 @@ use crate::datapath::{
     },
     capability, cgroup,
     load::{is_bpffs, kernel},
+    netfilter::{self, Netfilter, Value},
 };
 
 /// `BPF_PROG_TYPE_SCHED_CLS`.
@@ -103,6 +105,7 @@ pub fn check(bpf_root: &Path, cgroup_root: &Path) -> Report {
     filesystems(&mut rows, bpf_root, cgroup_root);
     features(&mut rows);
     others(&mut rows);
+    connection_table(&mut rows);
     Report {
         kernel: kernel(),
         rows: rows.0,
@@ -343,6 +346,47 @@ fn others(rows: &mut Rows) {
             "kube-proxy, or a shunt, runs in this network namespace: stop it first",
         );
     }
+}
+
+/// What kube-proxy takes care of in netfilter's own table, which others on the node go on using.
+fn connection_table(rows: &mut Rows) {
+    let what = "netfilter's connection table as kube-proxy keeps it";
+    let Some(count) = Value::Count.read() else {
+        rows.add(
+            what,
+            Need::Optional,
+            Ok("nothing on this node asks for it".to_owned()),
+            "",
+        );
+        return;
+    };
+    let wanted = Netfilter::default();
+    let value = |value: Value| value.read().unwrap_or_default();
+    let (max, established, close_wait) = (
+        value(Value::Max),
+        value(Value::TcpEstablished),
+        value(Value::TcpCloseWait),
+    );
+    let seconds = |timeout: Option<Duration>| timeout.unwrap_or_default().as_secs();
+    let mut lacks = Vec::new();
+    if let Some(entries) = wanted.entries(netfilter::cpus()).filter(|entries| max < *entries) {
+        lacks.push(format!("nf_conntrack_max is {max}, not {entries}"));
+    }
+    if established > seconds(wanted.tcp_established) {
+        lacks.push(format!("open TCP connections stay {established} s"));
+    }
+    if close_wait < seconds(wanted.tcp_close_wait) {
+        lacks.push(format!("half-closed ones {close_wait} s"));
+    }
+    let found = match lacks.is_empty() {
+        true => Ok(format!(
+            "{count} of {max} entries; TCP: {established} s, CLOSE_WAIT {close_wait} s"
+        )),
+        false => Err(lacks.join(", ")),
+    };
+    let advice = "time-outs: run the agent with a KubeProxyConfiguration; the size: net.netfilter.nf_conntrack_max by sysctl on the \
+                  node, or deploy/components/netfilter-conntrack";
+    rows.add(what, Need::Optional, found, advice);
 }
 
 /// Whether a TCP socket listens on `port` in this network namespace.

@@ -89,11 +89,12 @@ pub enum Output {
 
 /// Parses the command line and runs its verb; an error is one line on stderr.
 pub fn main() -> ExitCode {
-    let (line, unused) = kube_proxy_flags::translate(std::env::args_os());
-    let verb = Cli::parse_from(line).verb;
+    let line = kube_proxy_flags::translate(std::env::args_os());
+    let verb = Cli::parse_from(line.args).verb;
     let result = match verb {
         Verb::Run(mut args) => {
-            args.kube_proxy.unused = unused;
+            args.kube_proxy.unused = line.unused;
+            args.kube_proxy.is_its_line = line.is_kube_proxys;
             run::run(*args).map(|()| true)
         }
         Verb::Check { common, cgroup_root } => {

@@ -45,6 +45,7 @@ impl Settings {
             healthz_bind_address,
             metrics_bind_address,
             bind_address_hard_fail,
+            netfilter,
             logging,
         } = self;
         let live = [
@@ -59,7 +60,7 @@ impl Settings {
                 *localhost_node_ports != new.localhost_node_ports,
             ),
             ("retrySilenceSeconds", *retry_silence != new.retry_silence),
-            ("conntrack", *conntrack != new.conntrack),
+            ("conntrack", *conntrack != new.conntrack || *netfilter != new.netfilter),
             (
                 "serviceCIDRs",
                 self.takes_service_cidrs() && *service_cidrs != new.service_cidrs,
@@ -114,6 +115,7 @@ impl Settings {
         };
         Self {
             bind_address: new.bind_address,
+            netfilter: new.netfilter,
             devices: new.devices.clone(),
             pod_devices: new.pod_devices.clone(),
             answer_ping: new.answer_ping,

@@ -15,7 +15,7 @@ use super::{
     kube_proxy_flags::KubeProxyArgs,
     values::{Listen, Network, NodePortAddress, Timeout},
 };
-use crate::datapath::{attach::XdpMode, netns::NodePortAddresses};
+use crate::datapath::{attach::XdpMode, netfilter::Netfilter, netns::NodePortAddresses};
 
 /// `shunt run`.
 #[derive(Clone, Debug, Args)]
@@ -201,6 +201,10 @@ impl RunArgs {
             None => Vec::new(),
         };
         let (kube_proxy, has_file) = (self.kube_proxy.clone(), self.config.is_some());
+        // Of a machine without a cluster nothing is changed that was not asked for.
+        if kube_proxy.is_its_line && !has_file && self.manifests.is_empty() {
+            settings.netfilter = Some(Netfilter::default());
+        }
         self.write(&mut settings);
         kube_proxy.write(&mut settings, has_file, &mut warnings);
         warnings.extend(settings.conntrack.clamp());
@@ -276,6 +280,22 @@ impl RunArgs {
             ),
         ] {
             set(to, given(timeout));
+        }
+        if let Some(netfilter) = &mut to.netfilter {
+            for (to, timeout) in [
+                (
+                    &mut netfilter.tcp_established,
+                    self.conntrack.conntrack_tcp_timeout_established,
+                ),
+                (
+                    &mut netfilter.tcp_close_wait,
+                    self.conntrack.conntrack_tcp_timeout_close_wait,
+                ),
+                (&mut netfilter.udp, self.conntrack.conntrack_udp_timeout),
+                (&mut netfilter.udp_stream, self.conntrack.conntrack_udp_timeout_stream),
+            ] {
+                set(to, timeout.map(|timeout| timeout.0));
+            }
         }
         set(&mut to.capacities.frontends, self.capacities.max_frontends);
         set(&mut to.capacities.slots, self.capacities.max_slots);

@@ -1,7 +1,7 @@
 //! `KubeProxyConfiguration`, as clusters have it in the ConfigMap `kube-proxy`
 //! (<https://kubernetes.io/docs/reference/config-api/kube-proxy-config.v1alpha1/>). What is empty says nothing.
 
-use std::{collections::BTreeMap, fmt, net::Ipv6Addr, path::PathBuf, str::FromStr};
+use std::{collections::BTreeMap, fmt, net::Ipv6Addr, path::PathBuf, str::FromStr, time::Duration};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -9,8 +9,10 @@ use serde_json::Value;
 use super::{
     HEALTHZ_PORT, Logging as LoggingSettings, METRICS_PORT, Settings, conntrack,
     flags::{set, set_list, set_option},
-    values::{Address, Listen, Networks, NodePortAddress, Text, Timeout, duration, or_empty, or_null},
+    values::{Address, Listen, Networks, NodePortAddress, Text, Timeout, duration, or_empty, or_null, or_zero},
 };
+
+use crate::datapath::netfilter::Netfilter;
 
 pub(super) const API_VERSION: &str = "kubeproxy.config.k8s.io/v1alpha1";
 pub(super) const KIND: &str = "KubeProxyConfiguration";
@@ -65,6 +67,11 @@ struct ClientConnection {
 #[derive(Debug, Default, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", default)]
 struct Conntrack {
+    #[serde(deserialize_with = "or_zero")]
+    max_per_core: Option<u32>,
+    #[serde(deserialize_with = "or_zero")]
+    min: Option<u32>,
+    tcp_be_liberal: Option<bool>,
     #[serde(with = "or_empty")]
     tcp_close_wait_timeout: Option<Timeout>,
     #[serde(with = "or_empty")]
@@ -155,10 +162,6 @@ const UNUSED: &[(&str, &[&str])] = &[
     ("clientConnection.qps", &["5"]),
     // Nothing is ever forgotten that would have to be told again.
     ("configSyncPeriod", &["15m"]),
-    ("conntrack.maxPerCore", &["32768"]),
-    ("conntrack.min", &["131072"]),
-    // Windows of TCP are not looked at anyway.
-    ("conntrack.tcpBeLiberal", &["true"]),
     ("enableProfiling", &[]),
     ("iptables.masqueradeBit", &["14"]),
     ("iptables.minSyncPeriod", &["1s"]),
@@ -267,6 +270,7 @@ impl KubeProxyConfiguration {
         set(&mut to.bind_address_hard_fail, self.bind_address_hard_fail);
         set_option(&mut to.kubeconfig, self.client_connection.kubeconfig.map(PathBuf::from));
         set_option(&mut to.node_name, self.hostname_override);
+        to.netfilter = Some(self.conntrack.for_netfilter());
         self.conntrack.write(&mut to.conntrack);
         set(&mut to.localhost_node_ports, self.iptables.localhost_node_ports);
         set_list(
@@ -325,6 +329,21 @@ impl Logging {
 }
 
 impl Conntrack {
+    /// The same for netfilter's table, with kube-proxy's defaults for what is left out; zero leaves a value alone.
+    fn for_netfilter(&self) -> Netfilter {
+        let defaults = Netfilter::default();
+        let given = |timeout: Option<Timeout>, default| timeout.map_or(default, |timeout| timeout.0);
+        Netfilter {
+            tcp_established: given(self.tcp_established_timeout, defaults.tcp_established),
+            tcp_close_wait: given(self.tcp_close_wait_timeout, defaults.tcp_close_wait),
+            udp: given(self.udp_timeout, defaults.udp),
+            udp_stream: given(self.udp_stream_timeout, defaults.udp_stream),
+            max_per_core: self.max_per_core.unwrap_or(defaults.max_per_core),
+            min: self.min.unwrap_or(defaults.min),
+            be_liberal: self.tcp_be_liberal.unwrap_or(defaults.be_liberal),
+        }
+    }
+
     fn write(self, to: &mut conntrack::Conntrack) {
         let given = |timeout: Option<Timeout>| timeout.and_then(|timeout| timeout.0);
         set(&mut to.tcp_close_wait, given(self.tcp_close_wait_timeout));
@@ -335,14 +354,26 @@ impl Conntrack {
     }
 }
 
-impl From<&conntrack::Conntrack> for Conntrack {
-    fn from(timeouts: &conntrack::Conntrack) -> Self {
-        let timeout = |duration| Some(Timeout(Some(duration)));
+impl From<&Settings> for Conntrack {
+    fn from(settings: &Settings) -> Self {
+        let (ours, defaults) = (&settings.conntrack, conntrack::Conntrack::default());
+        // One field says both: netfilter's value where there is one, zero where there is none and ours is the default.
+        let timeout = |netfilter: fn(&Netfilter) -> Option<Duration>, ours: Duration, default: Duration| {
+            Some(Timeout(match settings.netfilter.as_ref().map(netfilter) {
+                Some(Some(timeout)) => Some(timeout),
+                Some(None) if ours == default => None,
+                _ => Some(ours),
+            }))
+        };
+        let netfilter = settings.netfilter.unwrap_or_default();
         Self {
-            tcp_close_wait_timeout: timeout(timeouts.tcp_close_wait),
-            tcp_established_timeout: timeout(timeouts.tcp_established),
-            udp_stream_timeout: timeout(timeouts.udp_stream),
-            udp_timeout: timeout(timeouts.udp),
+            max_per_core: Some(netfilter.max_per_core),
+            min: Some(netfilter.min),
+            tcp_be_liberal: Some(netfilter.be_liberal),
+            tcp_close_wait_timeout: timeout(|n| n.tcp_close_wait, ours.tcp_close_wait, defaults.tcp_close_wait),
+            tcp_established_timeout: timeout(|n| n.tcp_established, ours.tcp_established, defaults.tcp_established),
+            udp_stream_timeout: timeout(|n| n.udp_stream, ours.udp_stream, defaults.udp_stream),
+            udp_timeout: timeout(|n| n.udp, ours.udp, defaults.udp),
         }
     }
 }
@@ -368,7 +399,7 @@ impl From<&Settings> for KubeProxyConfiguration {
                 kubeconfig: settings.kubeconfig.as_ref().map(text),
             },
             cluster_cidr: networks(&settings.cluster_cidrs),
-            conntrack: Conntrack::from(&settings.conntrack),
+            conntrack: Conntrack::from(settings),
             // Its outcome is `podDevices` of the other document.
             detect_local: DetectLocal::default(),
             detect_local_mode: Some(DetectLocalMode::ClusterCIDR),

@@ -25,6 +25,12 @@ pub struct KubeProxyArgs {
     #[arg(long, hide = true, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = boolean)]
     bind_address_hard_fail: Option<bool>,
     #[arg(long, hide = true)]
+    conntrack_max_per_core: Option<u32>,
+    #[arg(long, hide = true)]
+    conntrack_min: Option<u32>,
+    #[arg(long, hide = true, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = boolean)]
+    conntrack_tcp_be_liberal: Option<bool>,
+    #[arg(long, hide = true)]
     detect_local_mode: Option<DetectLocalMode>,
     #[arg(long, hide = true)]
     pod_interface_name_prefix: Option<String>,
@@ -54,6 +60,9 @@ pub struct KubeProxyArgs {
     /// Those that were given and have no use, as [`translate`] found them.
     #[arg(skip)]
     pub unused: Vec<String>,
+    /// Whether the line had no verb, as kube-proxy's has none.
+    #[arg(skip)]
+    pub is_its_line: bool,
 }
 
 /// `--feature-gates`.
@@ -69,9 +78,6 @@ const UNUSED: &[(&str, bool)] = &[
     ("cleanup-ipvs", false),
     ("config-sync-period", true),
     ("conntrack-max", true),
-    ("conntrack-max-per-core", true),
-    ("conntrack-min", true),
-    ("conntrack-tcp-be-liberal", false),
     ("ipvs-exclude-cidrs", true),
     ("ipvs-min-sync-period", true),
     ("ipvs-scheduler", true),
@@ -128,17 +134,32 @@ const EMPTY_SAYS_NOTHING: &[&str] = &[
     "write-config-to",
 ];
 
-/// A command line as [`clap`] takes it, and the flags that were taken off it. A line of kube-proxy's has no verb: what begins with a
+/// A command line as [`clap`] takes it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Line {
+    /// What is to be parsed.
+    pub args: Vec<OsString>,
+    /// Flags that were taken off it.
+    pub unused: Vec<String>,
+    /// Whether it is one of kube-proxy's, which have no verb.
+    pub is_kube_proxys: bool,
+}
+
+/// Makes a command line one of shunt's. A line of kube-proxy's has no verb: what begins with a
 /// flag, and everything that a program of that name is told, is meant for `run`.
-pub fn translate(args: impl IntoIterator<Item = OsString>) -> (Vec<OsString>, Vec<String>) {
+pub fn translate(args: impl IntoIterator<Item = OsString>) -> Line {
     let mut args = args.into_iter().peekable();
     let program = args.next().unwrap_or_default();
     let is_kube_proxy = PathBuf::from(&program)
         .file_name()
         .is_some_and(|name| name == "kube-proxy");
     let mut line = vec![program];
+    let mut is_kube_proxys = true;
     match args.peek().and_then(|arg| arg.to_str()) {
-        Some("run") => line.extend(args.next()),
+        Some("run") => {
+            line.extend(args.next());
+            is_kube_proxys = false;
+        }
         Some("-h" | "--help" | "-V" | "--version") => {}
         Some(flag) if flag.starts_with("--version=") => {
             args.next();
@@ -148,7 +169,10 @@ pub fn translate(args: impl IntoIterator<Item = OsString>) -> (Vec<OsString>, Ve
         None if is_kube_proxy => line.push("run".into()),
         _ => {
             line.extend(args);
-            return (line, Vec::new());
+            return Line {
+                args: line,
+                ..Line::default()
+            };
         }
     }
     let mut unused = Vec::new();
@@ -186,7 +210,11 @@ pub fn translate(args: impl IntoIterator<Item = OsString>) -> (Vec<OsString>, Ve
             );
         }
     }
-    (line, unused)
+    Line {
+        args: line,
+        unused,
+        is_kube_proxys,
+    }
 }
 
 /// A truth as Go writes it.
@@ -221,6 +249,11 @@ impl KubeProxyArgs {
         set_option(&mut to.bind_address, bind.filter(|address| !address.is_unspecified()));
         set(&mut to.bind_address_hard_fail, self.bind_address_hard_fail);
         set(&mut to.localhost_node_ports, self.iptables_localhost_nodeports);
+        if let Some(netfilter) = &mut to.netfilter {
+            set(&mut netfilter.max_per_core, self.conntrack_max_per_core);
+            set(&mut netfilter.min, self.conntrack_min);
+            set(&mut netfilter.be_liberal, self.conntrack_tcp_be_liberal);
+        }
         if let Some(mode) = self.proxy_mode {
             if !["iptables", "ipvs", kube_proxy::NFTABLES].contains(&mode.as_str()) {
                 warnings.push(format!(

@@ -13,7 +13,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use self::conntrack::Conntrack;
 use crate::{
-    datapath::{Capacities, attach::XdpMode},
+    datapath::{Capacities, attach::XdpMode, netfilter::Netfilter},
     sync::node::SNAT_PORTS,
 };
 
@@ -107,6 +107,8 @@ pub struct Settings {
     pub metrics_bind_address: Option<SocketAddr>,
     /// `bindAddressHardFail`: an agent that cannot listen on either ends.
     pub bind_address_hard_fail: bool,
+    /// `conntrack` of a KubeProxyConfiguration, for netfilter's own table; `None`: that is left alone.
+    pub netfilter: Option<Netfilter>,
     /// `logging`, `--logging-format` and `-v`.
     pub logging: Logging,
 }
@@ -152,6 +154,7 @@ impl Default for Settings {
             healthz_bind_address: Some((Ipv4Addr::UNSPECIFIED, HEALTHZ_PORT).into()),
             metrics_bind_address: Some((Ipv4Addr::LOCALHOST, METRICS_PORT).into()),
             bind_address_hard_fail: false,
+            netfilter: None,
             logging: Logging::default(),
         }
     }
@@ -173,6 +176,14 @@ impl Settings {
     /// When one cannot be written as YAML.
     pub fn dump(&self) -> anyhow::Result<String> {
         file::dump(self)
+    }
+
+    /// The same as JSON, a member a document (`/configz`).
+    ///
+    /// # Errors
+    /// When one cannot be written as JSON.
+    pub fn configz(&self) -> anyhow::Result<String> {
+        file::configz(self)
     }
 
     /// Networks of cluster IPs. With manifests there are always some, since this agent gives addresses from them; a cluster's

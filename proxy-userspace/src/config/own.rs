@@ -43,6 +43,8 @@ pub(super) struct ShuntConfiguration {
     /// As `healthz_bind_address`.
     #[serde(skip_serializing_if = "Option::is_none")]
     metrics_bind_address: Option<Text<Listen<METRICS_PORT>>>,
+    /// Whether `conntrack` of the other document is applied to netfilter's table.
+    netfilter_conntrack: Option<bool>,
     #[serde(rename = "nodeIPs", deserialize_with = "or_null")]
     node_ips: Vec<Text<Address>>,
     #[serde(deserialize_with = "or_null")]
@@ -108,6 +110,9 @@ impl ShuntConfiguration {
             &mut to.metrics_bind_address,
             self.metrics_bind_address.map(|text| text.0.0),
         );
+        if self.netfilter_conntrack == Some(false) {
+            to.netfilter = None;
+        }
         set_list(
             &mut to.node_ips,
             self.node_ips.into_iter().map(|text| text.0.0).collect(),
@@ -166,6 +171,7 @@ impl From<&Settings> for ShuntConfiguration {
             load_balancer_cidrs: networks(&settings.load_balancer_cidrs),
             manifests: settings.manifests.iter().map(text).collect(),
             metrics_bind_address: settings.metrics_bind_address.is_none().then_some(Text(Listen(None))),
+            netfilter_conntrack: Some(settings.netfilter.is_some()),
             node_ips: settings
                 .node_ips
                 .iter()

@@ -3,6 +3,7 @@ use std::time::Duration;
 use clap::{CommandFactory, Parser};
 
 use super::{flags::RunArgs, values::Listen, *};
+use crate::datapath::netfilter::Netfilter;
 
 #[derive(Debug, Parser)]
 struct Cli {
@@ -103,6 +104,11 @@ fn kubeadms_configuration_is_taken_as_it_is_and_without_a_word() {
     let expected = Settings {
         kubeconfig: Some("/var/lib/kube-proxy/kubeconfig.conf".into()),
         cluster_cidrs: vec!["10.244.0.0/16".parse().unwrap()],
+        netfilter: Some(Netfilter {
+            // `udpTimeout: 0s` and no `tcpEstablishedTimeout`.
+            udp: None,
+            ..Netfilter::default()
+        }),
         ..Settings::default()
     };
     assert_eq!(parse(KUBEADM), Ok((expected, Vec::new())));
@@ -126,7 +132,11 @@ featureGates: {{}}
 oomScoreAdj: -999
 "
     );
-    assert_eq!(parse(&text), Ok((Settings::default(), Vec::new())));
+    let expected = Settings {
+        netfilter: Some(Netfilter::default()),
+        ..Settings::default()
+    };
+    assert_eq!(parse(&text), Ok((expected, Vec::new())));
 }
 
 #[test]
@@ -144,7 +154,24 @@ fn udp_streams_last_as_long_as_other_udp_at_least() {
 #[test]
 fn zeros_of_conntrack_leave_it_alone() {
     let text = format!("{THEIRS}conntrack: {{maxPerCore: 0, tcpCloseWaitTimeout: 0s, tcpEstablishedTimeout: 0s}}\n");
-    assert_eq!(parse(&text), Ok((Settings::default(), Vec::new())));
+    let expected = Settings {
+        netfilter: Some(Netfilter {
+            tcp_established: None,
+            tcp_close_wait: None,
+            max_per_core: 0,
+            ..Netfilter::default()
+        }),
+        ..Settings::default()
+    };
+    assert_eq!(parse(&text), Ok((expected.clone(), Vec::new())));
+    let left_alone = Settings {
+        netfilter: None,
+        ..expected
+    };
+    assert_eq!(
+        parse(&format!("{text}---\n{OURS}netfilterConntrack: false\n")),
+        Ok((left_alone, Vec::new()))
+    );
 }
 
 #[test]
@@ -195,6 +222,15 @@ fn every_field_arrives_and_ours_stands_over_theirs() {
         healthz_bind_address: None,
         metrics_bind_address: Some("[2001:db8::1]:9000".parse().unwrap()),
         bind_address_hard_fail: true,
+        netfilter: Some(Netfilter {
+            tcp_established: Some(Duration::from_secs(7200)),
+            tcp_close_wait: Some(Duration::from_secs(1800)),
+            udp: Some(Duration::from_secs(10)),
+            udp_stream: Some(Duration::from_secs(90)),
+            max_per_core: 1000,
+            min: 2000,
+            be_liberal: true,
+        }),
         logging: Logging {
             json: true,
             verbosity: 4,
@@ -396,8 +432,8 @@ fn an_odd_value_is_one_warning_that_says_what_became_of_it() {
         ("oomScoreAdj: -1001", "oomScoreAdj", unused("-1001", "wants a number from -1000 to 1000")),
         ("iptables: {masqueradeBit: 32}", "iptables.masqueradeBit", unused("32", "wants a number from 0 to 31")),
         ("nftables: {masqueradeBit: '1'}", "nftables.masqueradeBit", unused("1", "wants a number from 0 to 31")),
-        ("conntrack: {maxPerCore: -1}", "conntrack.maxPerCore", unused("-1", "wants a number from 0 on")),
-        ("conntrack: {min: -1}", "conntrack.min", unused("-1", "wants a number from 0 on")),
+        ("conntrack: {maxPerCore: -1}", "conntrack.maxPerCore", taken("-1", "wants a number from 0 on")),
+        ("conntrack: {min: -1}", "conntrack.min", taken("-1", "wants a number from 0 on")),
         ("clientConnection: {burst: -5}", "clientConnection.burst", unused("-5", "wants a number from 0 on")),
         ("configSyncPeriod: -1s", "configSyncPeriod", unused("-1s", positive)),
         ("iptables: {syncPeriod: 30}", "iptables.syncPeriod", unused("30", positive)),
@@ -470,9 +506,9 @@ fn time_outs_are_brought_to_what_can_be() {
 fn kube_proxys_flags_start_shunt() {
     let line = |text: &str| {
         let args = text.split(' ').map(std::ffi::OsString::from);
-        let (line, unused) = kube_proxy_flags::translate(args);
-        let line: Vec<String> = line.into_iter().map(|arg| arg.into_string().unwrap()).collect();
-        (line.join(" "), unused)
+        let line = kube_proxy_flags::translate(args);
+        let args: Vec<String> = line.args.into_iter().map(|arg| arg.into_string().unwrap()).collect();
+        (args.join(" "), line.unused)
     };
     for (given, expected, unused) in [
         ("shunt", "shunt", 0),
@@ -519,6 +555,9 @@ fn every_flag_of_kube_proxys_means_something_or_is_named() {
         "--bind-address-hard-fail",
         "--cleanup=false",
         "--cluster-cidr=10.0.0.0/8,fd00::/48",
+        "--conntrack-max-per-core=0",
+        "--conntrack-min=1000",
+        "--conntrack-tcp-be-liberal",
         "--conntrack-tcp-timeout-close-wait=1h0m0s",
         "--conntrack-tcp-timeout-established=0s",
         "--conntrack-udp-timeout=30s",
@@ -543,9 +582,6 @@ fn every_flag_of_kube_proxys_means_something_or_is_named() {
     let named = [
         "--boot-id-file=/b",
         "--config-sync-period=15m0s",
-        "--conntrack-max-per-core=32768",
-        "--conntrack-min=131072",
-        "--conntrack-tcp-be-liberal",
         "--iptables-masquerade-bit=14",
         "--iptables-min-sync-period=1s",
         "--iptables-sync-period=30s",
@@ -576,11 +612,12 @@ fn every_flag_of_kube_proxys_means_something_or_is_named() {
     ];
     let settings = |flags: &[&str]| {
         let args = ["kube-proxy"].iter().chain(flags).map(std::ffi::OsString::from);
-        let (line, unused) = kube_proxy_flags::translate(args);
-        let mut args = Cli::try_parse_from(&line[1..])
+        let line = kube_proxy_flags::translate(args);
+        let mut args = Cli::try_parse_from(&line.args[1..])
             .unwrap_or_else(|error| panic!("{flags:?}: {error}"))
             .args;
-        args.kube_proxy.unused = unused;
+        args.kube_proxy.unused = line.unused;
+        args.kube_proxy.is_its_line = line.is_kube_proxys;
         args.settings().unwrap()
     };
     for flag in silent {
@@ -614,6 +651,15 @@ fn every_flag_of_kube_proxys_means_something_or_is_named() {
         external_ips: false,
         healthz_bind_address: None,
         metrics_bind_address: None,
+        netfilter: Some(Netfilter {
+            tcp_established: None,
+            tcp_close_wait: Some(Duration::from_secs(3600)),
+            udp: Some(Duration::from_secs(30)),
+            udp_stream: None,
+            max_per_core: 0,
+            min: 1000,
+            be_liberal: true,
+        }),
         logging: Logging {
             json: true,
             verbosity: 2,
@@ -657,7 +703,7 @@ capacities: {{maxFlows: 7}}
             "c.yaml:8: KubeProxyConfiguration: conntrack.bar: no such field, ignored",
             "c.yaml:15: ShuntConfiguration: socketLb: no such field, ignored",
             "c.yaml:16: ShuntConfiguration: capacities.maxFlows: no such field, ignored",
-            "c.yaml: KubeProxyConfiguration: shunt has no use for ipvs.strictARP, conntrack.maxPerCore, \
+            "c.yaml: KubeProxyConfiguration: shunt has no use for ipvs.strictARP, \
              logging.options.text.splitStream, showHiddenMetricsForVersion, featureGates.A, featureGates.B: ignored",
         ]
     );

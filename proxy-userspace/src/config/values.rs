@@ -265,6 +265,12 @@ where
     Option::deserialize(deserializer).map(Option::unwrap_or_default)
 }
 
+/// A number; one below zero is told elsewhere ([`review`](super::review)), and is as good as zero.
+pub(super) fn or_zero<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
+    let number: Option<i64> = Option::deserialize(deserializer)?;
+    Ok(number.map(|number| u32::try_from(number.max(0)).unwrap_or(u32::MAX)))
+}
+
 /// Seconds, at most a minute.
 pub(super) fn up_to_a_minute<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
     match Option::deserialize(deserializer)? {

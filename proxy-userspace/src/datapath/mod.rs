@@ -31,6 +31,7 @@ pub mod devices;
 pub mod load;
 pub mod lock;
 pub mod maps;
+pub mod netfilter;
 pub mod netns;
 pub(crate) mod pods;
 pub(crate) mod rtnl;

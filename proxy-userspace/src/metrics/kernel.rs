@@ -8,7 +8,7 @@ use std::{
 
 use prometheus_client::{
     collector::Collector,
-    encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric},
+    encoding::{DescriptorEncoder, EncodeGaugeValue, EncodeLabelSet, EncodeMetric},
     metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
 };
 use shunt_common::layout::{Traffic, names};
@@ -18,6 +18,9 @@ use crate::{
     datapath::maps::{Maps, Usage},
     health::Health,
 };
+
+/// The families as kube-proxy names them.
+pub(super) const FAMILIES: [&str; 2] = ["IPv4", "IPv6"];
 
 /// The datapath of one agent.
 pub(super) struct Kernel {
@@ -44,20 +47,25 @@ impl Kernel {
     fn encode_health(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
         let seconds = |time: Option<SystemTime>| {
             let since = time.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-            ConstGauge::new(since.map_or(0.0, |since| since.as_secs_f64()))
+            since.map_or(0.0, |since| since.as_secs_f64())
         };
         let truth = |is: bool| ConstGauge::new(f64::from(u8::from(is)));
         for (name, help, value) in [
             (
                 "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds",
                 "When a change last came from the source, seconds since 1970.",
-                seconds(self.health.last_queued()),
+                self.health.last_queued(),
             ),
             (
                 "kubeproxy_sync_proxy_rules_last_timestamp_seconds",
                 "When changes were last brought into the maps, seconds since 1970.",
-                seconds(self.health.last_programmed()),
+                self.health.last_programmed(),
             ),
+        ] {
+            let families = FAMILIES.map(|family| ([("ip_family", family)], seconds(value)));
+            gauges(encoder, name, help, families.into_iter())?;
+        }
+        for (name, help, value) in [
             (
                 "shunt_agent_live",
                 "Whether the maps hold all there is and the programs are attached by this agent.",
@@ -190,11 +198,11 @@ impl Collector for Kernel {
     }
 }
 
-fn gauges<L: EncodeLabelSet>(
+fn gauges<L: EncodeLabelSet, V: EncodeGaugeValue>(
     encoder: &mut DescriptorEncoder,
     name: &str,
     help: &str,
-    samples: impl Iterator<Item = (L, u64)>,
+    samples: impl Iterator<Item = (L, V)>,
 ) -> fmt::Result {
     let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
     for (labels, value) in samples {

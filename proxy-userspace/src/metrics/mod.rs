@@ -8,6 +8,7 @@
 pub mod flows;
 pub mod kernel;
 pub mod process;
+mod servers;
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -29,7 +30,8 @@ use prometheus_client::{
 use shunt_common::layout::LAYOUT_VERSION;
 use tokio::sync::watch;
 
-use crate::{datapath::maps::Maps, health::Health, object::Event};
+use self::kernel::FAMILIES;
+use crate::{connections::Connections, datapath::maps::Maps, health::Health, object::Event};
 
 /// Media type of what [`Exporter::scrape`] returns.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -48,14 +50,59 @@ struct Request {
     host: String,
 }
 
+/// Services of one family; what concerns both has the same value for each.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct IpFamily {
+    ip_family: &'static str,
+}
+
+/// A histogram by family.
+type ByFamily = Family<IpFamily, Histogram, fn() -> Histogram>;
+
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Policy {
     traffic_policy: &'static str,
+    ip_family: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Kind {
     kind: String,
+}
+
+/// What Kubernetes' components say of themselves; what has no meaning here is empty.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct KubernetesBuild {
+    major: &'static str,
+    minor: &'static str,
+    git_version: String,
+    git_commit: &'static str,
+    git_tree_state: &'static str,
+    build_date: &'static str,
+    go_version: &'static str,
+    compiler: &'static str,
+    platform: String,
+}
+
+impl KubernetesBuild {
+    fn of_shunt() -> Self {
+        let arch = match std::env::consts::ARCH {
+            "x86_64" => "amd64",
+            "aarch64" => "arm64",
+            other => other,
+        };
+        Self {
+            major: env!("CARGO_PKG_VERSION_MAJOR"),
+            minor: env!("CARGO_PKG_VERSION_MINOR"),
+            git_version: format!("v{}", env!("CARGO_PKG_VERSION")),
+            git_commit: "",
+            git_tree_state: "",
+            build_date: "",
+            go_version: "",
+            compiler: "rustc",
+            platform: format!("{}/{arch}", std::env::consts::OS),
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -98,8 +145,8 @@ struct Changes {
 /// What the agent counts and times of its own work; clones share the values.
 #[derive(Clone, Debug)]
 pub struct Metrics {
-    sync_duration: Histogram,
-    programming_duration: Histogram,
+    sync_duration: ByFamily,
+    programming_duration: ByFamily,
     services: Changes,
     endpoints: Changes,
     no_local_endpoints: Family<Policy, Gauge>,
@@ -116,13 +163,18 @@ pub struct Metrics {
 impl Default for Metrics {
     fn default() -> Self {
         // kube-proxy's buckets.
-        let programming = linear_buckets(0.25, 0.25, 2)
-            .chain(linear_buckets(1.0, 1.0, 59))
-            .chain(linear_buckets(60.0, 5.0, 12))
-            .chain(linear_buckets(120.0, 30.0, 7));
+        let sync: fn() -> Histogram = || Histogram::new(exponential_buckets(0.001, 2.0, 15));
+        let programming: fn() -> Histogram = || {
+            Histogram::new(
+                linear_buckets(0.25, 0.25, 2)
+                    .chain(linear_buckets(1.0, 1.0, 59))
+                    .chain(linear_buckets(60.0, 5.0, 12))
+                    .chain(linear_buckets(120.0, 30.0, 7)),
+            )
+        };
         Self {
-            sync_duration: Histogram::new(exponential_buckets(0.001, 2.0, 15)),
-            programming_duration: Histogram::new(programming),
+            sync_duration: Family::new_with_constructor(sync),
+            programming_duration: Family::new_with_constructor(programming),
             services: Changes::default(),
             endpoints: Changes::default(),
             no_local_endpoints: Family::default(),
@@ -135,6 +187,12 @@ impl Default for Metrics {
             last_reload_successful: Gauge::default(),
             waits_for_restart: Gauge::default(),
         }
+    }
+}
+
+fn observe(histogram: &ByFamily, seconds: f64) {
+    for ip_family in FAMILIES {
+        histogram.get_or_create(&IpFamily { ip_family }).observe(seconds);
     }
 }
 
@@ -163,21 +221,26 @@ impl Metrics {
     pub fn programmed(&self, (services, endpoints): (u64, u64), seconds: f64) {
         self.services.pending.dec_by(services.cast_signed());
         self.endpoints.pending.dec_by(endpoints.cast_signed());
-        self.sync_duration.observe(seconds);
+        observe(&self.sync_duration, seconds);
     }
 
     /// So many seconds lay between a change in the cluster and its being in the maps.
     pub fn network_programmed(&self, seconds: f64) {
-        self.programming_duration.observe(seconds);
+        observe(&self.programming_duration, seconds);
     }
 
-    /// So many Services with `internalTrafficPolicy` and with `externalTrafficPolicy: Local` have endpoints, and none here.
-    pub fn set_no_local_endpoints(&self, [internal, external]: [usize; 2]) {
-        for (traffic_policy, count) in [("internal", internal), ("external", external)] {
-            let count = i64::try_from(count).unwrap_or(i64::MAX);
-            self.no_local_endpoints
-                .get_or_create(&Policy { traffic_policy })
-                .set(count);
+    /// So many Services with `internalTrafficPolicy` and with `externalTrafficPolicy: Local` have endpoints, and none here; of IPv4
+    /// and of IPv6.
+    pub fn set_no_local_endpoints(&self, [internal, external]: [[usize; 2]; 2]) {
+        for (traffic_policy, counts) in [("internal", internal), ("external", external)] {
+            for (ip_family, count) in FAMILIES.into_iter().zip(counts) {
+                let labels = Policy {
+                    traffic_policy,
+                    ip_family,
+                };
+                let count = i64::try_from(count).unwrap_or(i64::MAX);
+                self.no_local_endpoints.get_or_create(&labels).set(count);
+            }
         }
     }
 
@@ -230,7 +293,11 @@ impl Metrics {
         }
         // The one that the agent has started with.
         self.last_reload_successful.set(1);
-        self.set_no_local_endpoints([0, 0]);
+        self.set_no_local_endpoints([[0; 2]; 2]);
+        for ip_family in FAMILIES {
+            drop(self.sync_duration.get_or_create(&IpFamily { ip_family }));
+            drop(self.programming_duration.get_or_create(&IpFamily { ip_family }));
+        }
         for code in [200, 503] {
             drop(self.healthz.get_or_create(&Code { code }));
             drop(self.livez.get_or_create(&Code { code }));
@@ -272,6 +339,13 @@ impl Metrics {
         );
         kube_proxy.register("proxy_healthz", "Answers of /healthz", self.healthz.clone());
         kube_proxy.register("proxy_livez", "Answers of /livez", self.livez.clone());
+        let build: Family<KubernetesBuild, Gauge> = Family::default();
+        build.get_or_create(&KubernetesBuild::of_shunt()).set(1);
+        registry.register(
+            "kubernetes_build_info",
+            "1, with the version of the agent in the labels of Kubernetes' components",
+            build,
+        );
         registry.register(
             "rest_client_requests",
             "Requests to the API server",
@@ -335,11 +409,12 @@ struct Renderings {
 
 impl Exporter {
     /// Of an agent that counts in `metrics` and programs `maps`.
-    pub fn new(metrics: &Metrics, health: Health, maps: Arc<Maps>) -> Self {
+    pub fn new(metrics: &Metrics, health: Health, maps: Arc<Maps>, connections: Connections) -> Self {
         let mut registry = Registry::default();
         metrics.register(&mut registry);
         registry.register_collector(Box::new(kernel::Kernel::new(maps, health)));
         registry.register_collector(Box::new(process::Process));
+        registry.register_collector(Box::new(servers::Servers(connections)));
         Self::of(registry)
     }
 

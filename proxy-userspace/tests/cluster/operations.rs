@@ -203,6 +203,10 @@ fn healthz_follows_the_node_and_livez_does_not() {
         let body: Value = serde_json::from_str(&body).unwrap();
         assert_eq!(body["nodeEligible"], true);
         assert_eq!(body["lastUpdated"], body["currentTime"]);
+        assert_eq!(
+            (&body["healthy"], &body["status"]["IPv4"]["healthy"]),
+            (&json!(true), &json!(true))
+        );
     }
     let leaves = |why: &str| {
         world.wait_for_status("/healthz", Some(503));
@@ -432,7 +436,7 @@ fn traffic_of_a_service_is_counted_where_that_is_asked_for() {
 fn kube_proxys_metrics_are_there() {
     let world = World::start(&[]);
     world.serve_web(json!({ "internalTrafficPolicy": "Local" }));
-    let count = "kubeproxy_network_programming_duration_seconds_count";
+    let count = "kubeproxy_network_programming_duration_seconds_count{ip_family=\"IPv6\"}";
     wait_until("programming latency", || world.scrape().value(count) >= 2.0);
     let scrape = world.scrape();
     assert_eq!(scrape.value("kubeproxy_sync_proxy_rules_endpoint_changes_total"), 2.0);
@@ -443,33 +447,35 @@ fn kube_proxys_metrics_are_there() {
         ("sync_proxy_rules_duration_seconds", 15, "0.001", "16.384"),
         ("network_programming_duration_seconds", 80, "0.25", "300.0"),
     ] {
-        let bucket = |bound: &str| format!("kubeproxy_{name}_bucket{{le=\"{bound}\"}}");
+        let bucket = |bound: &str| format!("kubeproxy_{name}_bucket{{le=\"{bound}\",ip_family=\"IPv4\"}}");
         assert_eq!(
             scrape.0.matches(&format!("kubeproxy_{name}_bucket")).count(),
-            buckets + 1,
-            "{name}"
+            2 * (buckets + 1),
+            "{name}, of both families"
         );
         for bound in [first, last, "+Inf"] {
             assert!(scrape.0.contains(&bucket(bound)), "{}", bucket(bound));
         }
-        let count = scrape.value(&format!("kubeproxy_{name}_count"));
+        let count = scrape.value(&format!("kubeproxy_{name}_count{{ip_family=\"IPv4\"}}"));
         assert!(count >= 2.0);
         assert_eq!(scrape.value(&bucket(last)), count, "within seconds");
     }
     let now = Timestamp::now().as_second() as f64;
     for name in ["last_queued_timestamp_seconds", "last_timestamp_seconds"] {
-        let time = scrape.value(&format!("kubeproxy_sync_proxy_rules_{name}"));
-        assert!((now - time).abs() < 60.0, "{name}: {time}");
+        for family in ["IPv4", "IPv6"] {
+            let time = scrape.value(&format!("kubeproxy_sync_proxy_rules_{name}{{ip_family=\"{family}\"}}"));
+            assert!((now - time).abs() < 60.0, "{name}: {time}");
+        }
     }
 
     // A pod on another node is no local endpoint, and a change of a minute ago took a minute.
-    let policy = "kubeproxy_sync_proxy_rules_no_local_endpoints_total{traffic_policy=\"internal\"}";
+    let policy = "kubeproxy_sync_proxy_rules_no_local_endpoints_total{traffic_policy=\"internal\",ip_family=\"IPv6\"}";
     assert_eq!(scrape.value(policy), 0.0);
     let long_ago = Timestamp::now() - SignedDuration::from_secs(90);
     world.set_endpoint("node-b", &long_ago.to_string());
     wait_until("no local endpoint", || world.scrape().value(policy) == 1.0);
     wait_until("two more", || world.scrape().value(count) == scrape.value(count) + 2.0);
-    let sum = "kubeproxy_network_programming_duration_seconds_sum";
+    let sum = "kubeproxy_network_programming_duration_seconds_sum{ip_family=\"IPv6\"}";
     let more = world.scrape().value(sum) - scrape.value(sum);
     assert!((180.0..240.0).contains(&more), "{more}");
 
@@ -486,6 +492,22 @@ fn kube_proxys_metrics_are_there() {
             "rest_client_requests_total{{code=\"200\",method=\"GET\",host=\"{SERVER}\"}}"
         )) >= 3.0
     );
+    let version = env!("CARGO_PKG_VERSION");
+    assert!(scrape.0.lines().any(|line| {
+        line.starts_with("kubernetes_build_info{")
+            && line.contains(&format!("git_version=\"v{version}\""))
+            && line.ends_with(" 1")
+    }));
+    for (path, kind, has) in [
+        ("/configz", "application/json", "\"kubeproxy.config.k8s.io\":{"),
+        ("/flagz", "text/plain", "\nnode-name=node-a\n"),
+        ("/statusz", "text/plain", "\nUp: 0 hr 0"),
+    ] {
+        let (status, head, body) = world.get(Ipv4Addr::LOCALHOST, METRICS, path).unwrap();
+        assert_eq!(status, 200, "{path}");
+        assert!(head.contains(&format!("content-type: {kind}")), "{path}: {head}");
+        assert!(body.contains(has), "{path}: {body}");
+    }
     assert_eq!(scrape.value("shunt_agent_live"), 1.0);
     assert!(scrape.value("process_resident_memory_bytes") > 1e6);
     assert!(scrape.value("process_cpu_seconds_total") > 0.0);

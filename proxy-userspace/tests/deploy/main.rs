@@ -417,6 +417,24 @@ fn the_component_that_closes_sockets_of_pods_adds_what_it_takes_and_nothing_else
     assert_eq!(with, pod("overlays/instead-of-kube-proxy"));
 }
 
+#[test]
+fn the_component_for_netfilters_table_adds_a_sight_of_its_files_and_nothing_else() {
+    let with = with_component("overlays/instead-of-kube-proxy", "components/netfilter-conntrack");
+    let daemonset = with.into_iter().find(|object| object["kind"] == "DaemonSet").unwrap();
+    let daemonset: DaemonSet = serde_json::from_value(daemonset).unwrap();
+    let mut with = daemonset.spec.unwrap().template.spec.unwrap();
+    let mount = with.containers[0].volume_mounts.as_mut().unwrap().pop().unwrap();
+    let volume = with.volumes.as_mut().unwrap().pop().unwrap();
+    let files = shunt::datapath::netfilter::SYSCTLS;
+    assert_eq!((&mount.name, mount.read_only), (&volume.name, None));
+    // The same files, in another place.
+    let below = |path: &str, folder: &str| path.strip_prefix(folder).map(str::to_owned);
+    let place = below(files[1], &mount.mount_path);
+    assert_eq!(place, below(files[0], &volume.host_path.unwrap().path));
+    assert_eq!(place.as_deref(), Some("/netfilter"));
+    assert_eq!(with, pod("overlays/instead-of-kube-proxy"));
+}
+
 /// Prometheus finds the agents' port, and the agents answer there; nothing else is changed.
 #[test]
 fn the_component_for_prometheus_leads_to_the_agents() {
