@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// Arguments of `run`.
-#[derive(clap::Args)]
+#[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// One round of traffic and the table; fails unless every frontend was answered by every one of its backends.
     #[arg(long)]
@@ -19,7 +19,11 @@ pub(crate) struct Args {
     #[arg(long, hide = true)]
     built: bool,
     /// Arguments of `shunt run` (`--manifests DIR`, `--kubeconfig FILE`, …): runs the agent on this machine itself.
-    #[arg(last = true)]
+    #[arg(
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "ARGUMENTS OF shunt run"
+    )]
     agent: Vec<String>,
 }
 

@@ -16,6 +16,8 @@ const BPF_LINKER_VERSION: &str = "0.13.0";
 const BPF_LINKER_LLVM: std::ops::RangeInclusive<u32> = 21..=23;
 /// The first rustc that builds the workspace, `rust-version` in `Cargo.toml`.
 const MIN_RUSTC: (u32, u32) = (1, 95);
+/// What rustup adds to a toolchain: the source of `core`, which BPF programs are built with, and what checks need.
+const COMPONENTS: [&str; 3] = ["rust-src", "clippy", "rustfmt"];
 /// Debian's stand-in for a toolchain with rust-src.
 const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
 const DEBIAN_PACKAGES: [&str; 2] = ["rustc-web", "rust-web-src"];
@@ -51,6 +53,36 @@ struct Toolchain {
     what: String,
 }
 
+/// Arguments of `setup`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Lists what is there, what is missing and what would be installed, and changes nothing.
+    #[arg(long)]
+    check: bool,
+}
+
+/// `cargo xtask setup`.
+///
+/// # Errors
+///
+/// As [`setup`]; with `--check`, when something is missing.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    if args.check { check() } else { setup() }
+}
+
+/// Installs one more package, for a program.
+///
+/// # Errors
+///
+/// With what to do, when it cannot be installed.
+pub(crate) fn package(program: &str, package: &'static str) -> Result<()> {
+    programs(
+        &[(program, package)],
+        "for tests beside other programs",
+        &mut Apt::default(),
+    )
+}
+
 /// Makes the machine fit to build and test; quick when it is.
 ///
 /// # Errors
@@ -61,6 +93,7 @@ pub(crate) fn setup() -> Result<()> {
     fs::create_dir_all(&tools).with_context(|| format!("{}", tools.display()))?;
     let mut apt = Apt::default();
     let toolchain = toolchain(&mut apt)?;
+    add_clippy(&toolchain);
     let linker = bpf_linker(&tools, &toolchain, &mut apt)?;
     programs(&PROGRAMS, "for tests and the demo", &mut apt)?;
 
@@ -82,6 +115,106 @@ pub(crate) fn setup() -> Result<()> {
     Ok(())
 }
 
+/// What a check of the machine found of one thing.
+enum Found {
+    There(String),
+    /// With what would be done.
+    Missing(String),
+}
+
+/// Lists what [`setup`] looks for, and changes nothing.
+fn check() -> Result<()> {
+    let mut missing = 0;
+    for (what, found) in inventory() {
+        match found {
+            Found::There(text) => println!("there    {what}: {text}"),
+            Found::Missing(text) => {
+                missing += 1;
+                println!("missing  {what}: {text}");
+            }
+        }
+    }
+    if missing > 0 {
+        bail!("{missing} missing: `cargo xtask setup` does what stands beside each");
+    }
+    Ok(())
+}
+
+fn inventory() -> Vec<(String, Found)> {
+    let mut list = Vec::new();
+    let apt = |packages: &str| {
+        if which("apt-get").is_some() {
+            format!("apt-get install {packages}")
+        } else {
+            format!("install Debian's {packages} or its like by hand: there is no apt-get")
+        }
+    };
+    let (components, debian) = (COMPONENTS.join(" "), DEBIAN_PACKAGES.join(" "));
+    let toolchain = candidates().find(|toolchain| fits(toolchain).is_ok());
+    let add = if which("rustup").is_some() {
+        format!("rustup component add {components}, or {}", apt(&debian))
+    } else {
+        apt(&debian)
+    };
+    list.push((
+        "toolchain for BPF, with rust-src".to_owned(),
+        match &toolchain {
+            Some(toolchain) => Found::There(toolchain.what.clone()),
+            None => Found::Missing(add),
+        },
+    ));
+    let add = if which("rustup").is_some() {
+        format!("rustup component add {components}")
+    } else {
+        "only rustup adds it: without, the lints of the BPF programs are skipped".to_owned()
+    };
+    let clippy = toolchain.as_ref().and_then(clippy_of);
+    list.push((
+        "its clippy".to_owned(),
+        clippy.map_or(Found::Missing(add), |path| Found::There(path.display().to_string())),
+    ));
+    let llvm = toolchain
+        .as_ref()
+        .map_or(*BPF_LINKER_LLVM.start(), |toolchain| toolchain.llvm);
+    let tools = target().join("tools");
+    if built_linker(&tools, llvm) {
+        list.push((
+            format!("bpf-linker {BPF_LINKER_VERSION}"),
+            Found::There(tools.join("bin/bpf-linker").display().to_string()),
+        ));
+    } else {
+        list.push((
+            format!("bpf-linker {BPF_LINKER_VERSION}"),
+            Found::Missing(format!("cargo install into {}", tools.display())),
+        ));
+        let oldest = llvm.max(*BPF_LINKER_LLVM.start());
+        let found = (oldest..=*BPF_LINKER_LLVM.end()).find(has_llvm);
+        list.push((
+            "LLVM for development, for bpf-linker".to_owned(),
+            found.map_or_else(
+                || Found::Missing(apt(&format!("llvm-{oldest}-dev"))),
+                |llvm| Found::There(format!("/usr/lib/llvm-{llvm}")),
+            ),
+        ));
+        for (there, package) in linker_needs() {
+            let found = if there {
+                Found::There("for bpf-linker".to_owned())
+            } else {
+                Found::Missing(apt(package))
+            };
+            list.push((package.to_owned(), found));
+        }
+    }
+    for (program, package) in PROGRAMS {
+        let found = which(program).map_or_else(
+            || Found::Missing(apt(package)),
+            |path| Found::There(path.display().to_string()),
+        );
+        list.push((program.to_owned(), found));
+    }
+    list
+}
+
 /// Installs what `cargo xtask vm` needs besides [`setup`].
 ///
 /// # Errors
@@ -91,9 +224,35 @@ pub(crate) fn vm() -> Result<()> {
     programs(&VM_PROGRAMS, "for tests in another kernel", &mut Apt::default())
 }
 
+/// Toolchains with the source of `core`, the best first.
+fn candidates() -> impl Iterator<Item = Toolchain> {
+    rustup_toolchains().into_iter().chain([debian_toolchain()]).flatten()
+}
+
+/// The clippy of a toolchain.
+fn clippy_of(toolchain: &Toolchain) -> Option<PathBuf> {
+    let bin = toolchain.cargo.as_ref()?.parent()?;
+    Some(bin.join("cargo-clippy")).filter(|path| path.is_file())
+}
+
+/// Adds clippy to a toolchain without, if rustup can: the lints of the BPF programs say so if not.
+fn add_clippy(toolchain: &Toolchain) {
+    if clippy_of(toolchain).is_none() && which("rustup").is_some() {
+        say("setup", "adding clippy to the active rustup toolchain");
+        if let Err(error) = rustup_add() {
+            say("setup", format_args!("{error:#}"));
+        }
+    }
+}
+
+fn rustup_add() -> Result<()> {
+    let mut command = Command::new("rustup");
+    command.args(["component", "add"]).args(COMPONENTS).current_dir(root());
+    capture(&mut command).map(drop)
+}
+
 /// Finds a toolchain with the source of `core`, or adds that to one.
 fn toolchain(apt: &mut Apt) -> Result<Toolchain> {
-    let candidates = || rustup_toolchains().into_iter().chain([debian_toolchain()]).flatten();
     let mut reasons = Vec::new();
     for toolchain in candidates() {
         match fits(&toolchain) {
@@ -102,13 +261,9 @@ fn toolchain(apt: &mut Apt) -> Result<Toolchain> {
         }
     }
     if which("rustup").is_some() {
-        say("setup", "adding rust-src to the active rustup toolchain");
-        match capture(
-            Command::new("rustup")
-                .args(["component", "add", "rust-src"])
-                .current_dir(root()),
-        ) {
-            Ok(_) => {
+        say("setup", "adding rust-src and clippy to the active rustup toolchain");
+        match rustup_add() {
+            Ok(()) => {
                 if let Some(toolchain) = candidates().find(|toolchain| fits(toolchain).is_ok()) {
                     return Ok(toolchain);
                 }
@@ -218,30 +373,16 @@ fn fits(toolchain: &Toolchain) -> Result<()> {
 /// `target/tools/bin/bpf-linker`, built if it is not there or of another version.
 fn bpf_linker(tools: &Path, toolchain: &Toolchain, apt: &mut Apt) -> Result<PathBuf> {
     let linker = tools.join("bin/bpf-linker");
-    let stamp = tools.join("bpf-linker.stamp");
-    let built = fs::read_to_string(&stamp).unwrap_or_default();
-    if let Some((version, llvm)) = built.trim().split_once(" llvm-") {
-        let llvm: u32 = llvm.parse().unwrap_or(0);
-        // Running it shows that the shared LLVM that it was linked to is still there.
-        if version == BPF_LINKER_VERSION
-            && llvm >= toolchain.llvm
-            && capture(Command::new(&linker).arg("--version")).is_ok()
-        {
-            return Ok(linker);
-        }
+    if built_linker(tools, toolchain.llvm) {
+        return Ok(linker);
     }
     let llvm = llvm_dev(toolchain, apt)?;
-    let mut missing = Vec::new();
-    for (there, package) in [
-        (which("cc").is_some(), "gcc"),
-        (which("c++").is_some(), "g++"),
-        (Path::new("/usr/include/zlib.h").is_file(), "zlib1g-dev"),
-        (Path::new("/usr/include/zstd.h").is_file(), "libzstd-dev"),
-    ] {
-        if !there {
-            missing.push(package);
-        }
-    }
+    let needs = linker_needs();
+    let missing: Vec<&str> = needs
+        .iter()
+        .filter(|(there, _)| !there)
+        .map(|(_, package)| *package)
+        .collect();
     apt.install(&missing, "to build bpf-linker")?;
     say(
         "setup",
@@ -270,25 +411,49 @@ fn bpf_linker(tools: &Path, toolchain: &Toolchain, apt: &mut Apt) -> Result<Path
     let _ = fs::remove_dir_all(&build);
     built.context("bpf-linker does not build")?;
     capture(Command::new(&linker).arg("--version")).context("bpf-linker does not run")?;
+    let stamp = tools.join("bpf-linker.stamp");
     fs::write(&stamp, format!("{BPF_LINKER_VERSION} llvm-{llvm}\n")).with_context(|| format!("{}", stamp.display()))?;
     Ok(linker)
+}
+
+/// Whether `target/tools` has a bpf-linker of our version that runs and reads bitcode of this LLVM.
+fn built_linker(tools: &Path, llvm: u32) -> bool {
+    let built = fs::read_to_string(tools.join("bpf-linker.stamp")).unwrap_or_default();
+    built.trim().split_once(" llvm-").is_some_and(|(version, of)| {
+        // Running it shows that the shared LLVM that it was linked to is still there.
+        version == BPF_LINKER_VERSION
+            && of.parse().unwrap_or(0) >= llvm
+            && capture(Command::new(tools.join("bin/bpf-linker")).arg("--version")).is_ok()
+    })
+}
+
+/// What building bpf-linker takes besides LLVM: whether it is there, and its package.
+fn linker_needs() -> [(bool, &'static str); 4] {
+    [
+        (which("cc").is_some(), "gcc"),
+        (which("c++").is_some(), "g++"),
+        (Path::new("/usr/include/zlib.h").is_file(), "zlib1g-dev"),
+        (Path::new("/usr/include/zstd.h").is_file(), "libzstd-dev"),
+    ]
+}
+
+/// Whether an LLVM is installed for development.
+fn has_llvm(llvm: &u32) -> bool {
+    Path::new(&format!("/usr/lib/llvm-{llvm}/bin/llvm-config")).is_file()
+        && Path::new(&format!("/usr/lib/llvm-{llvm}/include/llvm-c/Core.h")).exists()
 }
 
 /// The version of an installed LLVM for development that bpf-linker and the compiler go with.
 fn llvm_dev(toolchain: &Toolchain, apt: &mut Apt) -> Result<u32> {
     let oldest = toolchain.llvm.max(*BPF_LINKER_LLVM.start());
     let fit = || oldest..=*BPF_LINKER_LLVM.end();
-    let installed = |llvm: &u32| {
-        Path::new(&format!("/usr/lib/llvm-{llvm}/bin/llvm-config")).is_file()
-            && Path::new(&format!("/usr/lib/llvm-{llvm}/include/llvm-c/Core.h")).exists()
-    };
-    if let Some(llvm) = fit().find(installed) {
+    if let Some(llvm) = fit().find(has_llvm) {
         return Ok(llvm);
     }
     let mut reason = None;
     for llvm in fit() {
         match apt.install(&[&format!("llvm-{llvm}-dev")], "for bpf-linker") {
-            Ok(()) if installed(&llvm) => return Ok(llvm),
+            Ok(()) if has_llvm(&llvm) => return Ok(llvm),
             Ok(()) => {}
             Err(error) => reason = reason.or(Some(error)),
         }

@@ -157,17 +157,17 @@ fn both(client: &Client, to: SocketAddr, check: impl Fn(&Answer)) {
     panic!("{to} from {}: only {seen:?} answered", client.name());
 }
 
-/// Whether to go on.
-fn sockets_are_there() -> bool {
-    let there = has_sctp();
-    assert!(
-        there || std::env::var_os(EXPECTED).is_none(),
-        "this kernel should have SCTP sockets: modprobe sctp"
-    );
-    if !there {
-        eprintln!("not tested: this kernel has no SCTP sockets; `cargo xtask vm` has one that does");
-    }
-    there
+/// Skips a test where the kernel has no SCTP sockets.
+macro_rules! need_sctp {
+    () => {
+        if !has_sctp() {
+            assert!(
+                std::env::var_os(EXPECTED).is_none(),
+                "this kernel should have SCTP sockets: modprobe sctp"
+            );
+            shunt_lab::skip!("this kernel has no SCTP sockets; `cargo xtask vm` boots one that does");
+        }
+    };
 }
 
 /// F1–F4 with SCTP, for pods and clients outside, both families; P6; L1 and L4.
@@ -259,17 +259,14 @@ fn associations(lab: Lab, xdp: &str) {
 
 #[test]
 fn associations_reach_backends_with_xdp() {
-    if sockets_are_there() {
-        associations(Lab::new().unwrap(), "native");
-    }
+    need_sctp!();
+    associations(Lab::new().unwrap(), "native");
 }
 
 /// Pods leave checksums to their devices (`CHECKSUM_PARTIAL`), nodes compute them on the way out, and the other node checks them.
 #[test]
 fn checksums_left_to_devices_are_right_on_the_wire() {
-    if !sockets_are_there() {
-        return;
-    }
+    need_sctp!();
     let lab = Lab::builder().checksum_offload().build().unwrap();
     for node in ["node-a", "node-b"] {
         lab.ns(node)

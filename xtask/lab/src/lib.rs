@@ -30,6 +30,7 @@ mod netns;
 mod probe;
 mod protocol;
 mod registry;
+mod skip;
 pub mod worker;
 
 pub use agent::{Agent, AgentOptions, find_shunt, mount_bpffs, remove_pins};
@@ -39,5 +40,6 @@ pub use kubelet::Kubelet;
 pub use lab::{Cni, Lab, LabBuilder, NODE_LAN_V4, NODE_LAN_V6, PodSpec, Port, Sockets, pod_cidrs};
 pub use netns::NetNs;
 pub use protocol::{Answer, Dial, DialError, Proto, Stage};
-pub use registry::{RUN_VARIABLE, UniqueName};
+pub use registry::{Owner, RUN_VARIABLE, UniqueName, owner};
+pub use skip::{SKIPPED, peer, peer_variable};
 pub use worker::has_sctp;

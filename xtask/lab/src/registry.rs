@@ -182,3 +182,51 @@ fn sweep(number: &str) -> bool {
     }
     !left
 }
+
+/// Whose something with a machine-wide name is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Owner {
+    /// A lab's, or another [`UniqueName`]'s.
+    Lab {
+        /// The run of tests that it belongs to; empty for none.
+        run: String,
+        /// Whether the process that took the name lives.
+        alive: bool,
+    },
+    /// Of a process that put its id into the name.
+    Process {
+        /// Whether there is such a process.
+        alive: bool,
+    },
+    /// Nobody knows.
+    Unknown,
+}
+
+/// Whose a name is: of a namespace, a folder of pins or a cgroup.
+#[must_use]
+pub fn owner(name: &str) -> Owner {
+    let rest = name.strip_prefix(NAME).unwrap_or_default();
+    let mut words = rest.split('-');
+    // `shunt-lab-PID-COUNT…`, or `shunt-labN…` of earlier versions.
+    let number = match (words.next(), words.next(), words.next()) {
+        (Some(""), Some(pid), Some(count)) => format!("{pid}-{count}"),
+        (Some(number), ..) => number.to_owned(),
+        _ => String::new(),
+    };
+    let path = Path::new(REGISTRY_DIR).join(&number);
+    if let (false, Ok(text)) = (number.is_empty(), fs::read_to_string(&path)) {
+        let run = text.trim().split(' ').nth(1).unwrap_or_default().to_owned();
+        let locked = File::open(&path).map(|file| flock(&file, FlockOperation::NonBlockingLockShared).is_err());
+        return Owner::Lab {
+            run,
+            alive: locked.unwrap_or(false),
+        };
+    }
+    let pid = name.split(['-', '.']).find_map(|word| word.parse::<u32>().ok());
+    match pid {
+        Some(pid) => Owner::Process {
+            alive: Path::new(&format!("/proc/{pid}")).exists(),
+        },
+        None => Owner::Unknown,
+    }
+}

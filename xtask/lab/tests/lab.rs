@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use shunt_lab::{Cni, Dial, Lab, PodSpec, Port, Proto, Sockets, UniqueName, manifests::Manifests};
+use shunt_lab::{Cni, Dial, Lab, Owner, PodSpec, Port, Proto, Sockets, UniqueName, manifests::Manifests};
 
 const WEB: Port = Port {
     proto: Proto::Tcp,
@@ -403,4 +403,24 @@ fn labs_that_begin_and_end_at_once_take_nothing_from_each_other() {
     for prefix in killed {
         assert!(traces(&prefix).is_empty(), "{prefix} is left");
     }
+}
+
+#[test]
+fn a_name_tells_its_owner() {
+    let name = UniqueName::take().unwrap();
+    for whole in [name.prefix(), format!("{}-node-a", name.prefix())] {
+        let Owner::Lab { alive, .. } = shunt_lab::owner(&whole) else {
+            panic!("{whole} is a lab's");
+        };
+        assert!(alive, "{whole}");
+    }
+    let prefix = name.prefix();
+    drop(name);
+    // The process is all that the name tells then.
+    assert_eq!(shunt_lab::owner(&prefix), Owner::Process { alive: true });
+    assert_eq!(
+        shunt_lab::owner("shunt-test-4000000000-1"),
+        Owner::Process { alive: false }
+    );
+    assert_eq!(shunt_lab::owner("shunt"), Owner::Unknown);
 }

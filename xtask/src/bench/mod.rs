@@ -28,7 +28,7 @@ pub(crate) use connections::peer;
 pub(crate) use report::{Row, Target};
 
 /// Arguments of `bench`.
-#[derive(clap::Args)]
+#[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// What to measure; everything if nothing is named.
     groups: Vec<Group>,

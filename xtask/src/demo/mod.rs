@@ -123,7 +123,7 @@ impl Demo {
         }
         clients.push((Vantage::Node, lab.client(&lab.nodes()[0], Sockets::Hooked)?));
         clients.push((Vantage::Outside, lab.client("client", Sockets::Unhooked)?));
-        let options = AgentOptions::manifests(&folder).shunt(target().join("release/shunt"));
+        let options = AgentOptions::manifests(&folder).shunt(shunt());
         let mut agents = Vec::new();
         for node in lab.nodes() {
             let agent = lab.start_agent(node, &options)?;
@@ -244,7 +244,7 @@ impl Demo {
     fn hints(&self) -> Result<String> {
         let client = self.lab.ns("client")?;
         let agent = self.agents.first().context("no agent")?;
-        let shunt = target().join("release/shunt");
+        let shunt = shunt();
         let (client, shunt, root) = (client.path().display(), shunt.display(), agent.bpf_root().display());
         let web = self.rows.keys().chain(&[]).find_map(|frontend| match frontend.address {
             Address::Ip(ip @ IpAddr::V4(_)) if frontend.kind == "LoadBalancer" => {
@@ -312,4 +312,9 @@ impl std::ops::AddAssign for Hooks {
         self.tc += other.tc;
         self.xdp += other.xdp;
     }
+}
+
+/// The agent of the demo: the release build, or what `SHUNT_BIN` names.
+fn shunt() -> PathBuf {
+    std::env::var_os("SHUNT_BIN").map_or_else(|| target().join("release/shunt"), PathBuf::from)
 }

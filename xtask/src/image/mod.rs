@@ -21,7 +21,7 @@ use crate::{
 const NAME: &str = concat!("localhost/shunt:", env!("CARGO_PKG_VERSION"));
 
 /// Arguments of `image`.
-#[derive(clap::Args)]
+#[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Architectures of the image [default: those that a target of the Rust toolchain is installed for].
     #[arg(long, value_enum, value_delimiter = ',')]

@@ -28,7 +28,7 @@ const BEGIN: &str = "shunt-vm: begin";
 const END: &str = "shunt-vm: end, failed: ";
 
 /// Arguments of `vm`.
-#[derive(clap::Args)]
+#[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Debian's newest kernel of this series (6.1, 6.12, …), or a folder with `boot/vmlinuz-*` and `lib/modules`.
     #[arg(long, default_value = "6.12", value_name = "SERIES|DIR")]
@@ -40,7 +40,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "MINUTES", default_value_t = 60)]
     timeout: u64,
     /// `test`, and what is passed on to the test programs: names of tests, `--nocapture`, …
-    #[arg(last = true, default_values = ["test"])]
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, default_values = ["test"])]
     command: Vec<String>,
 }
 
@@ -51,7 +51,7 @@ pub(crate) struct Args {
 /// When the set-up or the build fails, the kernel cannot be had or does not boot, or a test fails.
 pub(crate) fn vm(args: &Args) -> Result<()> {
     let Some((verb, filter)) = args.command.split_first().filter(|(verb, _)| *verb == "test") else {
-        bail!("after -- comes test, and what is passed on to the test programs: there is no other verb in a VM");
+        bail!("the verb is test, and what is passed on to the test programs follows: there is no other verb in a VM");
     };
     if std::env::consts::ARCH != "x86_64" {
         bail!("{verb} in a VM: only x86-64 machines are emulated");

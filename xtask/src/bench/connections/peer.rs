@@ -54,7 +54,7 @@ pub(super) struct Round {
 }
 
 /// The hidden verb that this program starts itself with.
-#[derive(clap::Args)]
+#[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Serve here; without it, be a client.
     #[arg(long)]
