@@ -7,6 +7,7 @@ mod image;
 mod run;
 mod setup;
 mod shell;
+mod story;
 mod test;
 mod vm;
 

@@ -5,8 +5,9 @@ use std::{env, os::unix::process::CommandExt};
 use anyhow::{Context, Result};
 
 use crate::{
-    build, demo,
+    build, demo, setup,
     shell::{as_root, is_root, show, target},
+    story,
 };
 
 /// Arguments of `run`.
@@ -15,6 +16,10 @@ pub(crate) struct Args {
     /// One round of traffic and the table; fails unless every frontend was answered by every one of its backends.
     #[arg(long)]
     once: bool,
+    /// The story of a Service, chapter by chapter: discovery, balancing, node ports, load balancer, ingress, readiness. Waits for
+    /// Enter after each step, unless with --once.
+    #[arg(long)]
+    story: bool,
     /// Everything is built already: set when this starts itself again as root.
     #[arg(long, hide = true)]
     built: bool,
@@ -35,17 +40,25 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<()> {
     if !args.built {
         build::build()?;
+        if args.story {
+            setup::story()?;
+        }
     }
     let mut command = if !args.agent.is_empty() {
         let mut command = as_root(&target().join("release/shunt").to_string_lossy())?;
         command.arg("run").args(&args.agent);
         command
     } else if is_root() {
-        return if args.once { demo::one_round() } else { demo::live() };
+        return match (args.story, args.once) {
+            (true, once) => story::story(once),
+            (false, true) => demo::one_round(),
+            (false, false) => demo::live(),
+        };
     } else {
         let this = env::current_exe().context("this program's path")?;
         let mut command = as_root(&this.to_string_lossy())?;
         command.args(["run", "--built"]).args(args.once.then_some("--once"));
+        command.args(args.story.then_some("--story"));
         command
     };
     // Only returns when it cannot be started.

@@ -33,6 +33,9 @@ const PROGRAMS: [(&str, &str); 7] = [
     ("nsenter", "util-linux"),
 ];
 
+/// Programs that the story calls besides, nginx apart.
+const STORY_PROGRAMS: [(&str, &str); 3] = [("curl", "curl"), ("ping", "iputils-ping"), ("dpkg-deb", "dpkg")];
+
 /// Programs that `cargo xtask vm` calls besides, which nothing else needs.
 const VM_PROGRAMS: [(&str, &str); 6] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
@@ -249,6 +252,73 @@ fn rustup_add() -> Result<()> {
     let mut command = Command::new("rustup");
     command.args(["component", "add"]).args(COMPONENTS).current_dir(root());
     capture(&mut command).map(drop)
+}
+
+/// Installs what the story needs besides [`setup`]: programs, and nginx, which is unpacked and not installed, because Debian's
+/// package would start it on this machine.
+///
+/// # Errors
+///
+/// With what to do, when something is missing and cannot be had.
+pub(crate) fn story() -> Result<()> {
+    programs(&STORY_PROGRAMS, "for the story", &mut Apt::default())?;
+    if nginx().is_ok() {
+        return Ok(());
+    }
+    let folder = target().join("tools/nginx");
+    fs::create_dir_all(&folder).with_context(|| format!("{}", folder.display()))?;
+    let mut apt = Apt::default();
+    apt.update()?;
+    // Its name in Debian 12, and in older releases and Ubuntu.
+    for package in ["nginx", "nginx-core", "nginx-light"] {
+        say(
+            "setup",
+            format_args!(
+                "apt-get download {package}: for the story, unpacked into {}",
+                folder.display()
+            ),
+        );
+        let downloaded = capture(
+            Command::new("apt-get")
+                .args(["download", "-qq", package])
+                .current_dir(&folder),
+        );
+        if let Err(error) = downloaded {
+            say("setup", format_args!("{error:#}"));
+            continue;
+        }
+        for entry in fs::read_dir(&folder)?.flatten() {
+            let file = entry.path();
+            if file.extension().is_some_and(|extension| extension == "deb") {
+                capture(Command::new("dpkg-deb").arg("-x").arg(&file).arg(&folder))?;
+                fs::remove_file(&file)?;
+            }
+        }
+        if nginx().is_ok() {
+            return Ok(());
+        }
+    }
+    nginx().map(drop)
+}
+
+/// nginx, installed or unpacked by [`story`], if it runs.
+///
+/// # Errors
+///
+/// When there is none.
+pub(crate) fn nginx() -> Result<PathBuf> {
+    let unpacked = target().join("tools/nginx/usr/sbin/nginx");
+    let runs = |path: &PathBuf| {
+        Command::new(path)
+            .arg("-v")
+            .output()
+            .is_ok_and(|output| output.status.success())
+    };
+    [which("nginx"), Some(unpacked)]
+        .into_iter()
+        .flatten()
+        .find(runs)
+        .context("there is no nginx that runs: cargo xtask run --story sets it up, or install nginx")
 }
 
 /// Finds a toolchain with the source of `core`, or adds that to one.
@@ -495,6 +565,20 @@ struct Apt {
 }
 
 impl Apt {
+    /// Fetches the package lists, once.
+    fn update(&mut self) -> Result<()> {
+        if !self.updated {
+            let how = if is_root() { "" } else { " with sudo" };
+            say("setup", format_args!("apt-get update{how}"));
+            // An unreachable repository among several is no reason to stop: the package may be in another.
+            if let Err(error) = capture(as_root("apt-get")?.args(["update", "-qq"])) {
+                say("setup", format_args!("{error:#}"));
+            }
+            self.updated = true;
+        }
+        Ok(())
+    }
+
     fn install(&mut self, packages: &[&str], why: &str) -> Result<()> {
         if packages.is_empty() {
             return Ok(());
@@ -503,15 +587,8 @@ impl Apt {
         if which("apt-get").is_none() {
             bail!("install {list} ({why}): this is neither Debian nor Ubuntu");
         }
+        self.update()?;
         let how = if is_root() { "" } else { " with sudo" };
-        if !self.updated {
-            say("setup", format_args!("apt-get update{how}"));
-            // An unreachable repository among several is no reason to stop: the package may be in another.
-            if let Err(error) = capture(as_root("apt-get")?.args(["update", "-qq"])) {
-                say("setup", format_args!("{error:#}"));
-            }
-            self.updated = true;
-        }
         say("setup", format_args!("apt-get install {list}{how}: {why}"));
         let mut command = as_root("apt-get")?;
         command

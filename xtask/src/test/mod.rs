@@ -122,8 +122,10 @@ fn sections(args: &Args, run: &str, report: &Report) -> Result<()> {
         }
         report.timed("tests", || runner::run(&tests, &settings, report));
         if all {
-            report.timed("demo", || {
-                demo(run, &programs, report);
+            report.timed("demo", || demo(run, &programs, "one round", &["--once"], report));
+            report.timed("story", || match setup::story() {
+                Ok(()) => demo(run, &programs, "the story", &["--story", "--once"], report),
+                Err(error) => report.failed("demo", "the story", Duration::ZERO, &format!("{error:#}")),
             });
         }
     });
@@ -142,16 +144,16 @@ fn jobs() -> usize {
     thread::available_parallelism().map_or(2, NonZero::get) + 1
 }
 
-/// One round of the demo, with the agent that the tests were built with.
-fn demo(run: &str, programs: &[Program], report: &Report) {
+/// One round of the demo, or the story, with the agent that the tests were built with.
+fn demo(run: &str, programs: &[Program], name: &str, words: &[&str], report: &Report) {
     let Ok(this) = env::current_exe() else { return };
     let mut command = Command::new(this);
-    command.args(["run", "--once", "--built"]);
+    command.args(["run", "--built"]).args(words);
     command.env(shunt_lab::RUN_VARIABLE, run);
     if let Some(folder) = programs.first().and_then(|program| program.path.ancestors().nth(2)) {
         command.env("SHUNT_BIN", folder.join("shunt"));
     }
-    checks::command(report, "demo", "one round", command.current_dir(root()));
+    checks::command(report, "demo", name, command.current_dir(root()));
 }
 
 /// What takes long besides tests: the image, tried out, and other kernels.
