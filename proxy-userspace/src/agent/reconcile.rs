@@ -142,15 +142,9 @@ impl Agent {
     /// Plans and applies what is pending; when that frees something, also what failed before. Says whether it did.
     pub(super) fn reconcile_pending(&mut self) -> bool {
         let pending = std::mem::take(&mut self.pending);
-        let mut freed = false;
-        for name in &pending {
-            freed |= self.reconcile(name);
-        }
-        if freed {
-            let failed: Vec<_> = self.syncer.failed().difference(&pending).cloned().collect();
-            for name in &failed {
-                self.reconcile(name);
-            }
+        let freed = self.reconcile(&pending);
+        if freed && !self.syncer.failed().is_empty() {
+            self.reconcile(&self.syncer.failed().clone());
         }
         self.metrics
             .set_no_local_endpoints(self.lack_local.each_ref().map(|lacking| lacking.counts));
@@ -158,34 +152,40 @@ impl Agent {
         freed
     }
 
-    fn reconcile(&mut self, name: &ObjectName) -> bool {
-        self.checks.set(name, self.model.health_check(name).as_ref());
-        let addresses = self.model.service(name).map(|service| &service.cluster_ips[..]);
-        let is_of = |v6| addresses.is_some_and(|ips| ips.iter().any(|ip| ip.is_ipv6() == v6));
-        let families = [false, true].map(is_of);
-        for (lacking, lacks) in self.lack_local.iter_mut().zip(self.model.lacks_local_endpoints(name)) {
-            lacking.set(name, lacks.then_some(families));
-        }
-        match self.syncer.apply(&self.model.plan(name)) {
-            Ok(applied) => {
-                for warning in &applied.warnings {
-                    self.reports.report_here(Problem::new("Service", name, "", warning));
-                }
-                if self.errors.remove(name).is_some() {
-                    info!("Service {name}: wholly in the maps now");
-                }
-                debug!("Service {name}: {applied:?}");
-                applied.deleted > 0
-            }
-            Err(error) => {
-                let text = error.to_string();
-                if self.errors.get(name) != Some(&text) {
-                    self.reports.report_here(error.problem());
-                    self.errors.insert(name.clone(), text);
-                }
-                false
+    /// Brings Services to their plans, all at once: frontends may go from one of them to another.
+    fn reconcile(&mut self, names: &BTreeSet<ObjectName>) -> bool {
+        for name in names {
+            self.checks.set(name, self.model.health_check(name).as_ref());
+            let addresses = self.model.service(name).map(|service| &service.cluster_ips[..]);
+            let is_of = |v6| addresses.is_some_and(|ips| ips.iter().any(|ip| ip.is_ipv6() == v6));
+            let families = [false, true].map(is_of);
+            for (lacking, lacks) in self.lack_local.iter_mut().zip(self.model.lacks_local_endpoints(name)) {
+                lacking.set(name, lacks.then_some(families));
             }
         }
+        let mut freed = false;
+        for (name, result) in self.syncer.apply_all(names.iter().map(|name| self.model.plan(name))) {
+            match result {
+                Ok(applied) => {
+                    for warning in &applied.warnings {
+                        self.reports.report_here(Problem::new("Service", &name, "", warning));
+                    }
+                    if self.errors.remove(&name).is_some() {
+                        info!("Service {name}: wholly in the maps now");
+                    }
+                    debug!("Service {name}: {applied:?}");
+                    freed |= applied.deleted > 0;
+                }
+                Err(error) => {
+                    let text = error.to_string();
+                    if self.errors.get(&name) != Some(&text) {
+                        self.reports.report_here(error.problem());
+                        self.errors.insert(name, text);
+                    }
+                }
+            }
+        }
+        freed
     }
 
     pub(super) fn prune(&mut self) -> bool {

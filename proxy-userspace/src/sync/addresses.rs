@@ -47,9 +47,8 @@ impl Addresses {
         })
     }
 
-    /// Brings the entries of one Service's addresses to its plan. To be called after its frontends are in the maps, or their
-    /// ports would be refused for a moment.
-    pub(super) fn bring(&mut self, maps: &Maps, plan: &ServicePlan) -> Result<(), MapError> {
+    /// Takes in which addresses a Service has by its plan; returns those that must be [written](Self::write).
+    pub(super) fn take(&mut self, plan: &ServicePlan) -> HashSet<IpAddr> {
         let mut parts: BTreeMap<IpAddr, u32> = BTreeMap::new();
         for frontend in &plan.frontends {
             let FrontendAddress::Ip(address) = frontend.id.address else {
@@ -69,8 +68,7 @@ impl Addresses {
             self.of_service
                 .insert(plan.service.clone(), parts.keys().copied().collect());
         }
-        let mut error = None;
-        for address in touched {
+        for &address in &touched {
             let owners = self.parts.entry(address).or_default();
             match parts.get(&address) {
                 Some(&part) => owners.insert(plan.service.clone(), part),
@@ -79,10 +77,8 @@ impl Addresses {
             if owners.is_empty() {
                 self.parts.remove(&address);
             }
-            // One that does not fit must not keep the others out.
-            error = error.or(self.write(maps, address).err());
         }
-        error.map_or(Ok(()), Err)
+        touched
     }
 
     /// Deletes the entries that no Service named since this agent started.
@@ -97,7 +93,7 @@ impl Addresses {
     }
 
     /// Makes the entry what the address's Services make of it.
-    fn write(&mut self, maps: &Maps, address: IpAddr) -> Result<(), MapError> {
+    pub(super) fn write(&mut self, maps: &Maps, address: IpAddr) -> Result<(), MapError> {
         let wanted = self
             .parts
             .get(&address)

@@ -15,73 +15,114 @@ use super::{
 use crate::{
     datapath::maps::{MapError, Maps},
     object::ObjectName,
-    plan::{Frontend, FrontendId, ServicePlan},
+    plan::{FrontendId, ServicePlan},
 };
 
 /// A Service on its way to its plan.
-struct Change<'a> {
-    plan: &'a ServicePlan,
-    /// Those of the planned frontends that nobody else has.
-    wanted: Vec<&'a Frontend>,
+pub(super) struct Change {
     /// Ranges that it had.
     before: HashSet<(FamilyIndex, SlotRange)>,
     /// Ranges that it was given.
     fresh: Vec<(FamilyIndex, SlotRange)>,
     /// Where the ranges of frontends with affinity begin.
     affine: HashSet<(FamilyIndex, u32)>,
+    /// Frontends that it had and has no more.
+    gone: Vec<FrontendId>,
+    /// Entries that did not fit; they are tried again when `gone` has made room.
+    refused: Vec<(FrontendId, layout::Frontend)>,
     /// The first thing that did not fit.
     error: Option<Cause>,
 }
 
-impl Change<'_> {
+impl Change {
     fn fail(&mut self, cause: impl Into<Cause>) {
         self.error.get_or_insert_with(|| cause.into());
+    }
+
+    /// Whether other Services may be brought in before this one is [finished](Syncer::finish).
+    pub(super) fn may_wait(&self) -> bool {
+        !self.gone.is_empty() && self.refused.is_empty()
     }
 }
 
 impl Syncer {
-    /// Brings one Service to its plan, as far as it fits; returns the first thing that did not.
-    pub(super) fn bring_to(
+    /// Brings one Service to its plan as far as nothing is taken away by it. `None`: there is nothing to do.
+    pub(super) fn begin(&mut self, plan: &ServicePlan, applied: &mut Applied) -> Result<Option<Change>, Cause> {
+        let mut state = match self.services.remove(&plan.service) {
+            Some(state) => state,
+            None if plan.frontends.is_empty() => return Ok(None),
+            None => self.introduce(&plan.service)?,
+        };
+        let result = self.begin_with(plan, &mut state, applied);
+        state.is_unfinished = result.is_ok();
+        self.services.insert(plan.service.clone(), state);
+        result.map(Some)
+    }
+
+    fn begin_with(
         &mut self,
         plan: &ServicePlan,
         state: &mut ServiceState,
         applied: &mut Applied,
-    ) -> Result<(), Cause> {
+    ) -> Result<Change, Cause> {
         let mut change = Change {
-            plan,
-            wanted: Vec::with_capacity(plan.frontends.len()),
             before: state.ranges(),
             fresh: Vec::new(),
             affine: HashSet::new(),
+            gone: Vec::new(),
+            refused: Vec::new(),
             error: None,
         };
         self.members.collect(&self.maps, Instant::now())?;
         // New sources before anyone is asked for his.
-        self.add_source_ranges(&mut change, state);
-        for frontend in &plan.frontends {
-            match self.taken_by_other(&plan.service, frontend) {
-                Some(owner) => change.fail(Cause::Taken {
-                    frontend: frontend.id,
-                    owner,
-                }),
-                None => change.wanted.push(frontend),
+        self.add_source_ranges(plan, &mut change, state);
+        if !state.live {
+            claim_ids(&self.maps, state, &plan.frontends)?;
+        }
+        let entries = self.prepare(plan, &mut change, state, applied);
+        for (id, value) in entries {
+            if self.put(&plan.service, state, id, value, applied).is_err() {
+                change.refused.push((id, value));
             }
         }
-        if !state.live {
-            claim_ids(&self.maps, state, &change.wanted)?;
-        }
-        let entries = self.prepare(&mut change, state, applied);
-        self.switch(&mut change, state, entries, applied);
-        self.release(&mut change, state);
-        state.live = true;
-        match change.error {
-            Some(cause) => Err(cause),
-            None => self.settle_backends(plan, &change.wanted, state),
-        }
+        let names: HashSet<&FrontendId> = plan.frontends.iter().map(|frontend| &frontend.id).collect();
+        change.gone = state
+            .frontends
+            .keys()
+            .filter(|id| !names.contains(id))
+            .copied()
+            .collect();
+        Ok(change)
     }
 
-    fn add_source_ranges(&self, change: &mut Change<'_>, state: &mut ServiceState) {
-        for &range in change.plan.source_ranges.difference(&state.source_ranges.clone()) {
+    /// Takes away what the plan has no more, and returns the first thing that did not fit.
+    pub(super) fn finish(
+        &mut self,
+        plan: &ServicePlan,
+        mut change: Change,
+        applied: &mut Applied,
+    ) -> Result<(), Cause> {
+        let Some(mut state) = self.services.remove(&plan.service) else {
+            return Ok(());
+        };
+        state.is_unfinished = false;
+        self.delete_gone(plan, &mut change, &mut state, applied);
+        self.release(plan, &mut change, &mut state);
+        state.live = true;
+        let result = match change.error {
+            Some(cause) => Err(cause),
+            None => self.settle_backends(plan, &mut state),
+        };
+        if state.frontends.is_empty() && plan.frontends.is_empty() && result.is_ok() {
+            self.maps.services.delete(&state.number)?;
+        } else {
+            self.services.insert(plan.service.clone(), state);
+        }
+        result
+    }
+
+    fn add_source_ranges(&self, plan: &ServicePlan, change: &mut Change, state: &mut ServiceState) {
+        for &range in plan.source_ranges.difference(&state.source_ranges.clone()) {
             let table = self.maps.table(FamilyIndex::of_address(range.addr()));
             match table.add_source_range(state.number, range) {
                 Ok(()) => drop(state.source_ranges.insert(range)),
@@ -93,12 +134,13 @@ impl Syncer {
     /// Filter bits, backends and slots: nothing that a packet sees yet. Returns the entries that name them.
     fn prepare(
         &mut self,
-        change: &mut Change<'_>,
+        plan: &ServicePlan,
+        change: &mut Change,
         state: &mut ServiceState,
         applied: &mut Applied,
     ) -> Vec<(FrontendId, layout::Frontend)> {
-        let mut entries = Vec::with_capacity(change.wanted.len());
-        for group in group(&change.wanted) {
+        let mut entries = Vec::with_capacity(plan.frontends.len());
+        for group in group(&plan.frontends) {
             let range = match self.slots_for(&group, state, &change.before, &mut change.fresh, applied) {
                 Ok(range) => self.ensure_members(&group, range).map(|()| range).map_err(Cause::from),
                 Err(cause) => Err(cause),
@@ -134,29 +176,18 @@ impl Syncer {
         entries
     }
 
-    /// One entry at a time; what does not fit is tried again once the gone entries have made room.
-    fn switch(
+    /// Deletes the entries that nobody else has taken meanwhile; what did not fit is tried again once they have made room.
+    fn delete_gone(
         &mut self,
-        change: &mut Change<'_>,
+        plan: &ServicePlan,
+        change: &mut Change,
         state: &mut ServiceState,
-        entries: Vec<(FrontendId, layout::Frontend)>,
         applied: &mut Applied,
     ) {
-        let plan = change.plan;
-        let mut refused = Vec::new();
-        for (id, value) in entries {
-            if self.put(&plan.service, state, id, value, applied).is_err() {
-                refused.push((id, value));
+        for id in std::mem::take(&mut change.gone) {
+            if !state.frontends.contains_key(&id) {
+                continue;
             }
-        }
-        let names: HashSet<&FrontendId> = plan.frontends.iter().map(|frontend| &frontend.id).collect();
-        let gone: Vec<FrontendId> = state
-            .frontends
-            .keys()
-            .filter(|id| !names.contains(id))
-            .copied()
-            .collect();
-        for id in gone {
             match self.maps.table(FamilyIndex::of(&id)).delete(&id) {
                 Ok(_) => {
                     applied.deleted += 1;
@@ -166,7 +197,7 @@ impl Syncer {
                 Err(cause) => change.fail(cause),
             }
         }
-        for (id, value) in refused {
+        for (id, value) in std::mem::take(&mut change.refused) {
             if let Err(cause) = self.put(&plan.service, state, id, value, applied) {
                 change.fail(cause);
             }
@@ -174,7 +205,7 @@ impl Syncer {
     }
 
     /// Gives back the slots, members and source ranges that nothing names any more.
-    fn release(&mut self, change: &mut Change<'_>, state: &mut ServiceState) {
+    fn release(&mut self, plan: &ServicePlan, change: &mut Change, state: &mut ServiceState) {
         let now = Instant::now();
         let after = state.ranges();
         for &(family, range) in change.before.difference(&after) {
@@ -193,7 +224,6 @@ impl Syncer {
                 self.members.release((family, range.base), now);
             }
         }
-        let plan = change.plan;
         for range in state
             .source_ranges
             .extract_if(.., |range| !plan.source_ranges.contains(range))
@@ -206,13 +236,9 @@ impl Syncer {
     }
 
     /// Writes which backends serve, and lets those go that are neither named nor endpoints any more.
-    fn settle_backends(
-        &mut self,
-        plan: &ServicePlan,
-        wanted: &[&Frontend],
-        state: &mut ServiceState,
-    ) -> Result<(), Cause> {
-        let needed: HashSet<BackendKey> = wanted
+    fn settle_backends(&mut self, plan: &ServicePlan, state: &mut ServiceState) -> Result<(), Cause> {
+        let needed: HashSet<BackendKey> = plan
+            .frontends
             .iter()
             .flat_map(|frontend| {
                 frontend
@@ -249,17 +275,8 @@ impl Syncer {
         Ok(())
     }
 
-    /// The owner of a frontend, if that is another Service that the source has named. From one that is known from the
-    /// maps only (it was deleted while no agent ran) the frontend is taken over.
-    fn taken_by_other(&self, service: &ObjectName, frontend: &Frontend) -> Option<ObjectName> {
-        let owner = self.owners.get(&frontend.id).filter(|owner| *owner != service)?;
-        self.services
-            .get(owner)
-            .is_some_and(|state| state.live)
-            .then(|| owner.clone())
-    }
-
-    /// Writes a frontend's entry if it differs, and takes note of who has it.
+    /// Writes a frontend's entry if it differs, and takes note of who has it. Another Service's is taken over: the model says
+    /// whose it is, and whoever had it has no claim to it any more.
     fn put(
         &mut self,
         service: &ObjectName,
@@ -283,6 +300,8 @@ impl Syncer {
         if let Some(previous) = previous.filter(|previous| previous != service)
             && let Some(other) = self.services.get_mut(&previous)
             && let Some(Some(range)) = other.frontends.remove(&id)
+            // Or it releases what it has no more itself.
+            && !other.is_unfinished
             && !other.ranges().contains(&(family, range))
         {
             self.slots[family as usize].release(range, Instant::now());

@@ -3,7 +3,6 @@
 use crate::{
     datapath::maps::{MapError, settings},
     object::{ObjectName, Problem},
-    plan::{FrontendAddress, FrontendId},
 };
 
 /// Why a Service is not (wholly) in the maps. What it had there before goes on serving.
@@ -58,19 +57,4 @@ pub enum Cause {
         /// How many live backends use.
         used: usize,
     },
-    /// Somebody else has it.
-    #[error("{} belongs to Service {owner}", describe(frontend))]
-    Taken {
-        /// What both want.
-        frontend: FrontendId,
-        /// Who has it.
-        owner: ObjectName,
-    },
-}
-
-fn describe(id: &FrontendId) -> String {
-    match id.address {
-        FrontendAddress::Ip(address) => format!("{} {}", id.protocol, std::net::SocketAddr::new(address, id.port)),
-        FrontendAddress::NodePortV4 | FrontendAddress::NodePortV6 => format!("{} node port {}", id.protocol, id.port),
-    }
 }

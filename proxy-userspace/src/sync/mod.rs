@@ -2,14 +2,17 @@
 //!
 //! For one Service, in this order: source ranges, filter bits, backend states, new slots in a range that no frontend names,
 //! their members, and then one update per frontend entry, which switches it from the old range to the new. What is gone is
-//! deleted last. Old ranges rest for a grace period ([`slots`]), backend ids until no flow names them ([`ids`]).
+//! deleted last. Several Services that change together are each brought so far that only deletions are left, and then those
+//! are done: what one of them gives up and another takes is one update of the entry, in whichever order they come (SPEC L9).
+//! Old ranges rest for a grace period ([`slots`]), backend ids until no flow names them ([`ids`]).
 //!
 //! The maps themselves are the base of the difference: slots are compared where they are mapped, frontends are looked up.
 //! So a restarted agent that finds the maps as they should be writes nothing, and an agent that was killed between two
 //! writes finishes what is missing.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet},
+    net::IpAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -109,20 +112,91 @@ impl Syncer {
     /// in [`Self::failed`].
     pub fn apply(&mut self, plan: &ServicePlan) -> Result<Applied, SyncError> {
         let mut applied = Applied::default();
-        let result = self.apply_inner(plan, &mut applied);
+        let mut result = match self.begin(plan, &mut applied) {
+            Ok(Some(change)) => self.finish(plan, change, &mut applied),
+            Ok(None) => Ok(()),
+            Err(cause) => Err(cause),
+        };
+        let touched = self.addresses.take(plan);
+        result = result.and(self.write_addresses(touched));
+        self.conclude(&plan.service, result).map(|()| applied)
+    }
+
+    /// Brings several Services to their plans, of which no two have a frontend in common. A frontend that one of them had and
+    /// another has now changes its owner in one update. Returns what became of each, in their order.
+    pub fn apply_all(
+        &mut self,
+        plans: impl IntoIterator<Item = ServicePlan>,
+    ) -> Vec<(ObjectName, Result<Applied, SyncError>)> {
+        struct Outcome {
+            service: ObjectName,
+            applied: Applied,
+            result: Result<(), Cause>,
+            touched: HashSet<IpAddr>,
+        }
+        let mut outcomes: Vec<Outcome> = Vec::new();
+        let mut unfinished = Vec::new();
+        for plan in plans {
+            let mut applied = Applied::default();
+            let mut waiting = None;
+            let result = match self.begin(&plan, &mut applied) {
+                // What did not fit needs the room that deletions make.
+                Ok(Some(change)) if change.may_wait() => {
+                    waiting = Some(change);
+                    Ok(())
+                }
+                Ok(Some(change)) => self.finish(&plan, change, &mut applied),
+                Ok(None) => Ok(()),
+                Err(cause) => Err(cause),
+            };
+            outcomes.push(Outcome {
+                service: plan.service.clone(),
+                applied,
+                result,
+                touched: self.addresses.take(&plan),
+            });
+            if let Some(change) = waiting {
+                unfinished.push((outcomes.len() - 1, plan, change));
+            }
+        }
+        for (at, plan, change) in unfinished {
+            let outcome = &mut outcomes[at];
+            outcome.result = self.finish(&plan, change, &mut outcome.applied);
+        }
+        outcomes
+            .into_iter()
+            .map(|outcome| {
+                let result = outcome.result.and(self.write_addresses(outcome.touched));
+                let result = self.conclude(&outcome.service, result).map(|()| outcome.applied);
+                (outcome.service, result)
+            })
+            .collect()
+    }
+
+    fn conclude(&mut self, service: &ObjectName, result: Result<(), Cause>) -> Result<(), SyncError> {
         match result {
             Ok(()) => {
-                self.failed.remove(&plan.service);
-                Ok(applied)
+                self.failed.remove(service);
+                Ok(())
             }
             Err(cause) => {
-                self.failed.insert(plan.service.clone());
+                self.failed.insert(service.clone());
                 Err(SyncError {
-                    service: plan.service.clone(),
+                    service: service.clone(),
                     cause,
                 })
             }
         }
+    }
+
+    /// To be called after the frontends are in the maps: an address that is known refuses the ports that are not there yet.
+    fn write_addresses(&mut self, touched: HashSet<IpAddr>) -> Result<(), Cause> {
+        let mut result = Ok(());
+        // One that does not fit must not keep the others out.
+        for address in touched {
+            result = result.and(self.addresses.write(&self.maps, address));
+        }
+        Ok(result?)
     }
 
     /// Removes a Service's entries.
@@ -170,25 +244,6 @@ impl Syncer {
             self.maps.forget_traffic(*id)?;
         }
         Ok(reclaimed.len())
-    }
-
-    fn apply_inner(&mut self, plan: &ServicePlan, applied: &mut Applied) -> Result<(), Cause> {
-        let mut state = match self.services.remove(&plan.service) {
-            Some(state) => state,
-            None if plan.frontends.is_empty() => return Ok(()),
-            None => self.introduce(&plan.service)?,
-        };
-        let mut result = self.bring_to(plan, &mut state, applied);
-        // Last: an address that is known refuses the ports that are not there yet.
-        if let Err(error) = self.addresses.bring(&self.maps, plan) {
-            result = result.and(Err(error.into()));
-        }
-        if state.frontends.is_empty() && plan.frontends.is_empty() && result.is_ok() {
-            self.maps.services.delete(&state.number)?;
-        } else {
-            self.services.insert(plan.service.clone(), state);
-        }
-        result
     }
 
     /// A number and a `services` entry for a new Service.

@@ -152,9 +152,9 @@ impl Syncer {
 }
 
 /// Frontends by what their slots must hold.
-pub(super) fn group<'a>(frontends: &[&'a Frontend]) -> Vec<Group<'a>> {
+pub(super) fn group(frontends: &[Frontend]) -> Vec<Group<'_>> {
     let mut index: HashMap<(FamilyIndex, usize, Table, &BackendSet), usize> = HashMap::new();
-    let mut groups: Vec<Group<'a>> = Vec::new();
+    let mut groups: Vec<Group<'_>> = Vec::new();
     for frontend in frontends {
         let family = FamilyIndex::of(&frontend.id);
         let key = (family, frontend.port_index, frontend.table, &frontend.backends);

@@ -128,7 +128,7 @@ impl Syncer {
 }
 
 /// After a restart: gives the ids in a Service's slots back to its backends, so that counters and flows keep their meaning.
-pub(super) fn claim_ids(maps: &Maps, state: &mut ServiceState, wanted: &[&Frontend]) -> Result<(), MapError> {
+pub(super) fn claim_ids(maps: &Maps, state: &mut ServiceState, wanted: &[Frontend]) -> Result<(), MapError> {
     for frontend in wanted {
         let Some(Some(range)) = state.frontends.get(&frontend.id) else {
             continue;

@@ -17,6 +17,8 @@ pub(super) struct ServiceState {
     pub(super) number: u32,
     /// Whether the source has named it since this agent started; else it is known from the maps only.
     pub(super) live: bool,
+    /// Whether its change has begun and is not finished.
+    pub(super) is_unfinished: bool,
     /// Its entries and their slots; `None` without slots, or with slots that are not its own.
     pub(super) frontends: BTreeMap<FrontendId, Option<SlotRange>>,
     /// Ids of its backends, those included that get no new flows.
@@ -39,6 +41,7 @@ impl ServiceState {
         Self {
             number,
             live: false,
+            is_unfinished: false,
             frontends: BTreeMap::new(),
             backends: HashMap::new(),
             gone: HashMap::new(),

@@ -372,7 +372,7 @@ fn nothing_is_pruned_before_the_source_is_complete_and_then_only_what_it_never_n
 }
 
 #[test]
-fn an_address_goes_from_a_deleted_service_to_a_new_one_but_not_between_living_ones() {
+fn an_address_goes_from_one_service_to_another_in_one_update() {
     let root = Root::new(Capacities::default());
     let mut first = syncer(&root);
     first.apply(&simple("old", "10.96.0.1", &["10.0.0.1"])).unwrap();
@@ -388,24 +388,102 @@ fn an_address_goes_from_a_deleted_service_to_a_new_one_but_not_between_living_on
         Some(set(&["10.0.0.2"], 8080))
     );
 
-    let error = second.apply(&simple("third", "10.96.0.1", &["10.0.0.3"])).unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "Service default/third: TCP 10.96.0.1:80 belongs to Service default/new; what it had before goes on, the rest is \
-         tried again"
-    );
-    assert_eq!(
-        reach(&maps, &id(ip("10.96.0.1"), 80, Scope::External)),
-        Some(set(&["10.0.0.2"], 8080))
-    );
-    assert!(second.failed().contains(&name("third")));
-    second.remove(&name("new")).unwrap();
+    // Between living ones, one at a time: the model says whose it is. Whoever had it takes nothing away afterwards.
     second.apply(&simple("third", "10.96.0.1", &["10.0.0.3"])).unwrap();
-    assert!(second.failed().is_empty());
+    second.remove(&name("new")).unwrap();
     assert_eq!(
         reach(&maps, &id(ip("10.96.0.1"), 80, Scope::External)),
         Some(set(&["10.0.0.3"], 8080))
     );
+    assert_eq!(second.counts(), (1, 1));
+}
+
+/// SPEC L9: swapped, renamed, or one after the other, whatever the names: at every moment one of the two has the frontend, and
+/// no slot or id is lost by it.
+#[test]
+fn frontends_that_change_their_service_are_never_without_one() {
+    for (giver, taker) in [("a", "b"), ("b", "a")] {
+        let root = Root::new(Capacities::default());
+        let maps = Arc::new(root.maps());
+        let mut syncer = Syncer::with_grace(maps.clone(), Duration::ZERO).unwrap();
+        let moving = ["192.0.2.1", "2001:db8::1"];
+        let swapped = ["192.0.2.2", "2001:db8::2"];
+        let pods = |service: &str| {
+            if service == giver {
+                ["10.0.0.1", "fd00::1"]
+            } else {
+                ["10.0.0.2", "fd00::2"]
+            }
+        };
+        let with = |service: &str, external: &[&str]| {
+            let own = if service == "a" { "10.96.0.1" } else { "10.96.0.2" };
+            let of = |address: &&str| {
+                let pod = pods(service)[usize::from(address.contains(':'))];
+                frontend(ip(address), 80, &backends(&[pod], 8080), Table::Maglev)
+            };
+            plan(service, [own].iter().chain(external).map(of))
+        };
+        let watched: Vec<FrontendId> = moving
+            .iter()
+            .chain(&swapped)
+            .map(|address| id(ip(address), 80, Scope::External))
+            .collect();
+        let in_order = |plans: [ServicePlan; 2]| {
+            let mut plans = plans;
+            plans.sort_by(|a, b| a.service.cmp(&b.service));
+            plans
+        };
+        let begin = in_order([with(giver, &moving), with(taker, &swapped)]);
+        syncer.apply_all(begin.clone());
+        let free = syncer.slots.each_ref().map(SlotAllocator::free);
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let watcher = scope.spawn(|| {
+                let mut looks = 0u64;
+                while !done.load(Ordering::Relaxed) {
+                    for id in &watched {
+                        let entry = maps.table(FamilyIndex::of(id)).get(id).unwrap();
+                        assert!(entry.is_some_and(|entry| entry.slot_count > 0), "{id} is nobody's");
+                    }
+                    looks += 1;
+                }
+                looks
+            });
+            // Ids of backends rest until no flow can name them, and there are 256.
+            for _ in 0..15 {
+                // Swapped, and all given to one, and back.
+                for plans in [
+                    [with(giver, &swapped), with(taker, &moving)],
+                    [with(giver, &[moving, swapped].concat()), with(taker, &[])],
+                    [with(giver, &moving), with(taker, &swapped)],
+                ] {
+                    for (service, result) in syncer.apply_all(in_order(plans)) {
+                        result.unwrap_or_else(|error| panic!("{service}: {error}"));
+                    }
+                }
+                // Renamed: one is gone altogether.
+                let both = [moving, swapped].concat();
+                syncer.apply_all(in_order([with(giver, &both), ServicePlan::empty(name(taker))]));
+                syncer.apply_all(in_order([ServicePlan::empty(name(giver)), with(taker, &both)]));
+                assert_eq!(syncer.counts().0, 1);
+                syncer.apply_all(begin.clone());
+            }
+            done.store(true, Ordering::Relaxed);
+            assert!(watcher.join().unwrap() > 0);
+        });
+        thread::sleep(Duration::from_millis(5));
+        syncer.apply_all(begin.clone());
+        assert_eq!(syncer.counts(), (2, 4));
+        assert_eq!(
+            syncer.slots.each_ref().map(SlotAllocator::free),
+            free,
+            "no slot is lost"
+        );
+        let mut next = Syncer::new(maps.clone()).unwrap();
+        let writes = maps.writes();
+        next.apply_all(begin);
+        assert_eq!(maps.writes(), writes, "the maps are as they should be");
+    }
 }
 
 #[test]
