@@ -6,8 +6,9 @@
 
 use std::collections::BTreeMap;
 
-use k8s_openapi::api::core::v1::{Pod, Service, ServicePort};
 use serde::Serialize;
+
+use crate::source::kinds::{Pod, Service, ServicePort};
 
 /// Namespace of the Services that every pod is told of.
 pub const MASTER_NAMESPACE: &str = "default";
@@ -89,16 +90,13 @@ pub fn cluster_ip(service: &Service) -> Option<&str> {
         return None;
     }
     let written = spec.cluster_ip.as_deref().filter(|ip| !ip.is_empty());
-    let first = || spec.cluster_ips.iter().flatten().map(String::as_str).next();
+    let first = || spec.cluster_ips.iter().map(String::as_str).next();
     written.or_else(first).filter(|ip| !ip.is_empty() && *ip != "None")
 }
 
 /// `spec.enableServiceLinks`, which is true unless it says otherwise (API reference, `PodSpec`).
 pub fn enable_service_links(pod: &Pod) -> bool {
-    pod.spec
-        .as_ref()
-        .and_then(|spec| spec.enable_service_links)
-        .unwrap_or(true)
+    pod.spec.enable_service_links.unwrap_or(true)
 }
 
 /// What a kubelet makes of one Service that has a cluster IP.
@@ -107,7 +105,7 @@ fn of_service(name: &str, service: &Service) -> Vec<Variable> {
         return Vec::new();
     };
     let prefix = variable_name(name);
-    let ports = || service.spec.iter().filter_map(|spec| spec.ports.as_ref()).flatten();
+    let ports = || service.spec.iter().flat_map(|spec| &spec.ports);
     let mut variables = Vec::new();
     let mut add = |name: String, value: String| variables.push(Variable { name, value });
     add(format!("{prefix}_SERVICE_HOST"), host.to_owned());

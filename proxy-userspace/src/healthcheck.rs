@@ -6,7 +6,7 @@
 //! the Service, and the port is tried again until it is free or no longer asked for.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::HashMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::{
         Arc, PoisonError, RwLock,
@@ -23,7 +23,8 @@ use crate::{
     datapath::netns::NodePortAddresses,
     health::Health,
     http::{self, Listening},
-    object::{EndpointSlice, NodeFacts, ObjectName, Problem, Service},
+    object::{ObjectName, Problem, Service},
+    plan,
     report::Reports,
 };
 
@@ -38,25 +39,11 @@ pub struct Check {
     pub local: [Option<usize>; 2],
 }
 
-/// What to answer for a Service; `None` when nobody is to be answered.
-pub fn check<'a>(
-    service: &Service,
-    slices: impl IntoIterator<Item = &'a EndpointSlice>,
-    node: &NodeFacts,
-) -> Option<Check> {
+/// What to answer for a Service, of which so many endpoints of this node can serve; `None` when nobody is to be answered.
+pub fn check(service: &Service, ready_local: impl FnOnce() -> [usize; 2]) -> Option<Check> {
     let port = service.health_check_node_port?;
-    let mut ready: BTreeSet<IpAddr> = BTreeSet::new();
-    for endpoint in slices.into_iter().flat_map(|slice| &slice.endpoints) {
-        let is_ready = (endpoint.ready || service.publish_not_ready) && !endpoint.terminating;
-        if is_ready && node.is_local(endpoint) {
-            ready.insert(endpoint.address);
-        }
-    }
-    let local = [false, true].map(|v6| {
-        let of_family = |ip: &&IpAddr| ip.is_ipv6() == v6;
-        let is_mine = service.cluster_ips.is_empty() || service.cluster_ips.iter().any(|ip| of_family(&ip));
-        is_mine.then(|| ready.iter().filter(of_family).count())
-    });
+    let ready = ready_local();
+    let local = [false, true].map(|v6| plan::has_family(service, v6).then_some(ready[usize::from(v6)]));
     Some(Check { port, local })
 }
 
@@ -225,8 +212,13 @@ fn answer(state: &State) -> Response<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
-    use crate::object::Endpoint;
+    use crate::{
+        object::{Endpoint, EndpointPort, EndpointSlice, NodeFacts, Protocol, ServicePort},
+        plan::Excluded,
+    };
 
     fn name() -> ObjectName {
         ObjectName::new("shop", "web")
@@ -239,12 +231,18 @@ mod tests {
             cluster_ips: cluster_ips.iter().map(|ip| ip.parse().unwrap()).collect(),
             external_ips: Vec::new(),
             load_balancer_ips: Vec::new(),
-            ports: Vec::new(),
+            ports: vec![ServicePort {
+                name: "".into(),
+                protocol: Protocol::Tcp,
+                port: 80,
+                node_port: None,
+            }],
             affinity_secs: None,
             external_policy: Default::default(),
             internal_policy: Default::default(),
             health_check_node_port: Some(32_000),
             source_ranges: Vec::new(),
+            limits_sources: [false; 2],
             publish_not_ready: false,
             retry: Default::default(),
         }
@@ -263,7 +261,11 @@ mod tests {
         EndpointSlice {
             name: name(),
             service: name(),
-            ports: Vec::new(),
+            ports: vec![EndpointPort {
+                name: "".into(),
+                protocol: Protocol::Tcp,
+                port: 8080,
+            }],
             endpoints: endpoints.iter().map(endpoint).collect(),
         }
     }
@@ -290,14 +292,19 @@ mod tests {
             name: "node-a".into(),
             ..Default::default()
         };
-        let of = |ips: &[&str]| check(&service(ips), &slices, &node).unwrap().local;
+        let ask = |service: &Service| {
+            check(service, || {
+                plan::ready_local(service, &slices, &node, &Excluded::default())
+            })
+        };
+        let of = |ips: &[&str]| ask(&service(ips)).unwrap().local;
         assert_eq!(of(&["10.96.0.1", "fd96::1"]), [Some(1), Some(2)]);
         assert_eq!(of(&["10.96.0.1"]), [Some(1), None]);
         let without = Service {
             health_check_node_port: None,
             ..service(&["10.96.0.1"])
         };
-        assert_eq!(check(&without, &slices, &node), None);
+        assert_eq!(ask(&without), None);
     }
 
     /// P4: kube-proxy's body, byte for byte, and its headers.

@@ -18,7 +18,7 @@ use std::{
 use crate::{
     healthcheck::{self, Check},
     object::{EndpointSlice, Event, NodeFacts, ObjectName, Problem, Protocol, Service, TrafficPolicy},
-    plan::{Excluded, FrontendAddress, FrontendKind, ServicePlan, addresses, plan},
+    plan::{self, Excluded, FrontendAddress, FrontendKind, ServicePlan, addresses, has_family},
 };
 
 /// What only one Service can have.
@@ -89,6 +89,8 @@ pub struct Model {
     reported_endpoints: HashSet<(ObjectName, IpAddr)>,
     /// Lost claims that were reported, by loser; forgotten when the claim is won or given up.
     reported_claims: HashSet<(Claim, ObjectName)>,
+    /// Claims that changed since they were last judged.
+    contested: BTreeSet<Claim>,
     complete: bool,
     /// Number of the next Service that begins to ask.
     next_claim: u64,
@@ -108,6 +110,7 @@ impl Model {
             endpoint_addresses: HashMap::new(),
             reported_endpoints: HashSet::new(),
             reported_claims: HashSet::new(),
+            contested: BTreeSet::new(),
             complete: false,
             next_claim: 1,
             problems: Vec::new(),
@@ -148,7 +151,7 @@ impl Model {
             return ServicePlan::empty(name.clone());
         };
         let slices: Vec<&EndpointSlice> = self.slices(name).collect();
-        plan(
+        plan::plan(
             service,
             slices.iter().copied(),
             &self.node,
@@ -158,7 +161,12 @@ impl Model {
 
     /// What to answer on a Service's `healthCheckNodePort`; `None` when it has none or is gone.
     pub fn health_check(&self, name: &ObjectName) -> Option<Check> {
-        healthcheck::check(self.services.get(name)?, self.slices(name), &self.node)
+        let service = self.services.get(name)?;
+        healthcheck::check(service, || {
+            let slices: Vec<&EndpointSlice> = self.slices(name).collect();
+            let excluded = self.excluded(service, &slices);
+            plan::ready_local(service, slices, &self.node, &excluded)
+        })
     }
 
     /// Whether endpoints of a Service are all on other nodes although `internalTrafficPolicy` or `externalTrafficPolicy` wants
@@ -177,12 +185,9 @@ impl Model {
         if wants == [false; 2] {
             return wants;
         }
-        let usable = || {
-            self.slices(name)
-                .flat_map(|slice| &slice.endpoints)
-                .filter(|endpoint| endpoint.ready || endpoint.serving || service.publish_not_ready)
-        };
-        let elsewhere = usable().next().is_some() && !usable().any(|endpoint| self.node.is_local(endpoint));
+        let slices: Vec<&EndpointSlice> = self.slices(name).collect();
+        let excluded = self.excluded(service, &slices);
+        let elsewhere = plan::is_elsewhere(service, slices, &self.node, &excluded);
         wants.map(|wants| wants && elsewhere)
     }
 
@@ -216,7 +221,11 @@ impl Model {
     }
 
     /// What was found since the last call that cannot be served, each thing once: lost claims and forbidden endpoints.
+    /// Claims are judged here: of events that belong together, one may take what the next gives up.
     pub fn take_problems(&mut self) -> Vec<Problem> {
+        for claim in std::mem::take(&mut self.contested) {
+            self.report_claim(claim);
+        }
         std::mem::take(&mut self.problems)
     }
 
@@ -363,7 +372,7 @@ impl Model {
             }
         }
         if self.complete {
-            changed.into_iter().for_each(|claim| self.report_claim(claim));
+            self.contested.extend(changed);
         }
     }
 
@@ -488,7 +497,8 @@ fn claims_of(service: &Service) -> BTreeMap<Claim, (bool, String)> {
         ("status.loadBalancer.ingress", &service.load_balancer_ips),
         ("spec.externalIPs", &service.external_ips),
     ] {
-        for (i, ip) in ips.iter().enumerate() {
+        let of_family = |(_, ip): &(usize, &IpAddr)| has_family(service, ip.is_ipv6());
+        for (i, ip) in ips.iter().enumerate().filter(of_family) {
             claims
                 .entry(Claim::Address(*ip))
                 .or_insert_with(|| (false, format!("{field}[{i}]")));

@@ -111,8 +111,11 @@ pub struct Service {
     pub internal_policy: TrafficPolicy,
     /// `spec.healthCheckNodePort`.
     pub health_check_node_port: Option<u16>,
-    /// `spec.loadBalancerSourceRanges`; empty: everybody.
+    /// `spec.loadBalancerSourceRanges`.
     pub source_ranges: Vec<ipnet::IpNet>,
+    /// Whether `source_ranges` limit clients of a family (IPv4, IPv6), be it to nobody; a family that the Service names no range
+    /// of is not limited.
+    pub limits_sources: [bool; 2],
     /// `spec.publishNotReadyAddresses`.
     pub publish_not_ready: bool,
     /// Annotation `shunt.dev/retry`.
@@ -128,7 +131,7 @@ pub struct Endpoint {
     pub node: Option<Arc<str>>,
     /// `conditions.ready`; absent means true.
     pub ready: bool,
-    /// `conditions.serving`; absent means `ready`.
+    /// `conditions.serving`; absent means true.
     pub serving: bool,
     /// `conditions.terminating`; absent means false.
     pub terminating: bool,
@@ -231,6 +234,8 @@ pub struct Problem {
     pub field: String,
     /// What is wrong, and what to do about it.
     pub message: String,
+    /// Whether the object is served all the same, just as it is written.
+    pub is_served: bool,
 }
 
 impl Problem {
@@ -243,6 +248,15 @@ impl Problem {
             name: Some(name.clone()),
             field: field.into(),
             message: message.into(),
+            is_served: false,
+        }
+    }
+
+    /// Something about a field that the user should know, though it is served as it is written.
+    pub fn warning(kind: &str, name: &ObjectName, field: impl Into<String>, message: impl Into<String>) -> Self {
+        Self {
+            is_served: true,
+            ..Self::new(kind, name, field, message)
         }
     }
 
@@ -255,6 +269,7 @@ impl Problem {
             name: None,
             field: String::new(),
             message: message.into(),
+            is_served: false,
         }
     }
 }

@@ -16,7 +16,9 @@ use shunt_common::layout::{
     FRONTEND_SOURCE_RANGES,
 };
 
-use crate::object::{EndpointSlice, NodeFacts, ObjectName, Protocol, Retry, Service, ServicePort, TrafficPolicy};
+use crate::object::{
+    Endpoint, EndpointSlice, NodeFacts, ObjectName, Protocol, Retry, Service, ServicePort, TrafficPolicy,
+};
 
 /// Where a frontend listens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -164,7 +166,7 @@ pub fn plan<'a>(
                     protocol: port.protocol,
                     scope,
                 };
-                let (role, flags) = role(service, port.protocol, kind, scope, choices);
+                let (role, flags) = role(service, &id, kind, choices);
                 // An address that stands under two headings of one Service is what it was first.
                 frontends.entry(id).or_insert_with(|| Frontend {
                     id,
@@ -190,6 +192,42 @@ pub fn plan<'a>(
         source_ranges: service.source_ranges.iter().copied().collect(),
         endpoints: candidates.standing(),
     }
+}
+
+/// How many endpoints of this node are ready, stay so and can serve some port of the Service, by family (IPv4, IPv6): each
+/// address once, as kube-proxy counts them (`LocalReadyEndpoints`).
+pub fn ready_local<'a>(
+    service: &Service,
+    slices: impl IntoIterator<Item = &'a EndpointSlice>,
+    node: &NodeFacts,
+    excluded: &Excluded,
+) -> [usize; 2] {
+    let candidates = Candidates::collect(service, slices, node, excluded);
+    let ready: BTreeSet<IpAddr> = candidates
+        .0
+        .values()
+        .flatten()
+        .filter(|(_, candidate)| candidate.stays_ready && candidate.local)
+        .map(|((address, _), _)| *address)
+        .collect();
+    [false, true].map(|v6| ready.iter().filter(|ip| ip.is_ipv6() == v6).count())
+}
+
+/// Whether endpoints that can serve are all on other nodes.
+pub fn is_elsewhere<'a>(
+    service: &Service,
+    slices: impl IntoIterator<Item = &'a EndpointSlice>,
+    node: &NodeFacts,
+    excluded: &Excluded,
+) -> bool {
+    let candidates = Candidates::collect(service, slices, node, excluded);
+    let mut usable = candidates
+        .0
+        .values()
+        .flat_map(BTreeMap::values)
+        .filter(|candidate| candidate.ready || candidate.serving_terminating)
+        .peekable();
+    usable.peek().is_some() && !usable.any(|candidate| candidate.local)
 }
 
 impl ServicePlan {
@@ -231,7 +269,7 @@ pub(crate) fn addresses(
 ) -> Vec<(FrontendKind, FrontendAddress, u16)> {
     let listed = |kind: FrontendKind, ips: &[IpAddr]| -> Vec<(FrontendKind, FrontendAddress, u16)> {
         ips.iter()
-            .filter(|ip| !excluded.addresses.contains(ip))
+            .filter(|ip| has_family(service, ip.is_ipv6()) && !excluded.addresses.contains(ip))
             .map(|ip| (kind, FrontendAddress::Ip(*ip), port.port))
             .collect()
     };
@@ -252,17 +290,24 @@ pub(crate) fn addresses(
     all
 }
 
-/// Whether a Service is of a family: that of its cluster IPs, both where it has none.
-fn has_family(service: &Service, is_v6: bool) -> bool {
+/// Whether a Service is of a family: that of its cluster IPs, both where it has none. Addresses of another, which a load
+/// balancer may well have, are left to their owner.
+pub(crate) fn has_family(service: &Service, is_v6: bool) -> bool {
     service.cluster_ips.is_empty() || service.cluster_ips.iter().any(|ip| ip.is_ipv6() == is_v6)
 }
 
-/// One endpoint of one port, united over all slices that hold it.
-#[derive(Clone, Copy, Debug, Default)]
+/// One endpoint of one port.
+///
+/// One address may be in several slices while an endpoint moves from one to the other, or because a pod that hangs in
+/// termination and its successor share it. Each is judged by itself and the greatest counts (SPEC B8): the one that
+/// serves best, with the node and the hints of just that one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 struct Candidate {
+    stays_ready: bool,
     ready: bool,
     serving: bool,
     serving_terminating: bool,
+    // What follows only makes the choice between equals the same in every run.
     local: bool,
     has_node_hint: bool,
     for_this_node: bool,
@@ -270,14 +315,29 @@ struct Candidate {
     for_this_zone: bool,
 }
 
+impl Candidate {
+    fn new(endpoint: &Endpoint, service: &Service, node: &NodeFacts) -> Self {
+        let ready = endpoint.ready || service.publish_not_ready;
+        Self {
+            stays_ready: ready && !endpoint.terminating,
+            ready,
+            serving: endpoint.serving,
+            serving_terminating: endpoint.serving && endpoint.terminating,
+            local: node.is_local(endpoint),
+            has_node_hint: !endpoint.nodes.is_empty(),
+            for_this_node: endpoint.nodes.contains(&node.name),
+            has_zone_hint: !endpoint.zones.is_empty(),
+            for_this_zone: node.zone.as_ref().is_some_and(|zone| endpoint.zones.contains(zone)),
+        }
+    }
+}
+
 /// The endpoints of every port: by port index and family, then by address and port.
 struct Candidates(BTreeMap<(usize, bool), BTreeMap<(IpAddr, u16), Candidate>>);
 
 /// The backends of one Service port in one family, by who asks.
 struct Choices {
-    /// Everybody's, whatever the node: ready ones, else those that still serve while they terminate.
-    all: BackendSet,
-    /// The same, kept to the node or zone when the hints allow it.
+    /// Ready ones, kept to the node or zone when the hints allow it; else those that still serve while they terminate.
     near: BackendSet,
     /// Those of this node, by the same preference.
     local: BackendSet,
@@ -286,18 +346,16 @@ struct Choices {
 /// A field of [`Choices`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
-    All,
     Near,
     Local,
 }
 
 /// Number of [`Role`]s.
-const ROLES: u32 = 3;
+const ROLES: u32 = 2;
 
 impl Choices {
     fn of(&self, role: Role) -> &BackendSet {
         match role {
-            Role::All => &self.all,
             Role::Near => &self.near,
             Role::Local => &self.local,
         }
@@ -327,15 +385,7 @@ impl Candidates {
                         .or_default()
                         .entry((endpoint.address, slice_port.port))
                         .or_default();
-                    // Slices may disagree while one follows the other: what any of them allows is allowed.
-                    candidate.ready |= endpoint.ready || service.publish_not_ready;
-                    candidate.serving |= endpoint.serving;
-                    candidate.serving_terminating |= endpoint.serving && endpoint.terminating;
-                    candidate.local |= node.is_local(endpoint);
-                    candidate.has_node_hint |= !endpoint.nodes.is_empty();
-                    candidate.for_this_node |= endpoint.nodes.contains(&node.name);
-                    candidate.has_zone_hint |= !endpoint.zones.is_empty();
-                    candidate.for_this_zone |= node.zone.as_ref().is_some_and(|zone| endpoint.zones.contains(zone));
+                    *candidate = Candidate::new(endpoint, service, node).max(*candidate);
                 }
             }
         }
@@ -376,7 +426,6 @@ impl Candidates {
             }
         };
         let ready = || candidates.values().filter(|candidate| candidate.ready);
-        let all = best(&|_| true);
         // Hints count only when every ready endpoint has them and some are meant for us: a half-written set, or one
         // that knows nothing of this node, must not send all traffic to few endpoints.
         let near = if ready().all(|candidate| candidate.has_node_hint)
@@ -386,45 +435,43 @@ impl Candidates {
         } else if ready().all(|candidate| candidate.has_zone_hint) && ready().any(|candidate| candidate.for_this_zone) {
             pick(&|candidate| candidate.ready && candidate.for_this_zone)
         } else {
-            all.clone()
+            best(&|_| true)
         };
         Choices {
             local: best(&|candidate| candidate.local),
             near,
-            all,
         }
     }
 }
 
 /// Which of the [`Choices`] and which flags a frontend has.
-fn role(service: &Service, protocol: Protocol, kind: FrontendKind, scope: Scope, choices: &Choices) -> (Role, u16) {
+fn role(service: &Service, id: &FrontendId, kind: FrontendKind, choices: &Choices) -> (Role, u16) {
     let mut flags = 0;
     if service.affinity_secs.is_some() {
         flags |= FRONTEND_AFFINITY;
     }
     match service.retry {
-        Retry::Sockets if protocol == Protocol::Tcp => flags |= FRONTEND_PACKETS_ONLY,
+        Retry::Sockets if id.protocol == Protocol::Tcp => flags |= FRONTEND_PACKETS_ONLY,
         Retry::Off => flags |= FRONTEND_NO_RETRY,
         _ => {}
     }
-    // Also when the ranges are all of the other family: "other sources are dropped" (SPEC P5).
-    if kind == FrontendKind::LoadBalancer && !service.source_ranges.is_empty() {
+    if kind == FrontendKind::LoadBalancer && service.limits_sources[usize::from(id.address.is_ipv6())] {
         flags |= FRONTEND_SOURCE_RANGES;
     }
-    let role = match (kind, scope) {
+    let role = match (kind, id.scope) {
         // The internal policy goes by what is dialled, not by who dials. None: refused (SPEC P3).
         (FrontendKind::ClusterIp, _) if service.internal_policy == TrafficPolicy::Local => Role::Local,
-        (FrontendKind::ClusterIp, Scope::External) => Role::All,
-        // Internal clients of an external address get all backends, whatever the external policy (SPEC P2).
-        (_, Scope::Internal) => Role::Near,
+        (FrontendKind::ClusterIp, _) => Role::Near,
         (_, Scope::External) if service.external_policy == TrafficPolicy::Local => {
             flags |= FRONTEND_KEEP_SOURCE;
-            if choices.local.is_empty() && !choices.all.is_empty() {
+            if choices.local.is_empty() && !choices.near.is_empty() {
                 flags |= FRONTEND_DROP;
             }
             Role::Local
         }
-        (_, Scope::External) => Role::All,
+        // Internal clients of an external address get all backends, whatever the external policy (SPEC P2); and hints are for
+        // everybody (SPEC B5).
+        _ => Role::Near,
     };
     (role, flags)
 }

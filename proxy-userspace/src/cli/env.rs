@@ -12,7 +12,6 @@ use std::{
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 use ipnet::IpNet;
-use k8s_openapi::api::core::v1::{Pod, Service};
 
 use super::{print, services};
 use crate::{
@@ -20,7 +19,10 @@ use crate::{
     datapath::maps::Maps,
     environment::{self, MASTER_NAMESPACE, Variable},
     object::ObjectName,
-    source::{kubernetes, manifests},
+    source::{
+        kinds::{Pod, Service},
+        kubernetes, manifests,
+    },
 };
 
 /// `shunt env`.
@@ -211,8 +213,7 @@ fn pinned_cluster_ips(args: &EnvArgs) -> BTreeMap<ObjectName, BTreeSet<IpAddr>> 
 
 /// Names that a container sets itself.
 fn own_variables<'p>(pod: &'p Pod, container: Option<&str>) -> anyhow::Result<BTreeSet<&'p str>> {
-    let spec = pod.spec.as_ref().context("--pod: the Pod has no spec")?;
-    let mut containers = spec.containers.iter().chain(spec.init_containers.iter().flatten());
+    let mut containers = pod.spec.containers.iter().chain(&pod.spec.init_containers);
     let found = match container {
         None => containers.next(),
         Some(name) => {
@@ -221,7 +222,7 @@ fn own_variables<'p>(pod: &'p Pod, container: Option<&str>) -> anyhow::Result<BT
             found
         }
     };
-    let own = found.iter().filter_map(|container| container.env.as_ref()).flatten();
+    let own = found.iter().flat_map(|container| &container.env);
     Ok(own.map(|variable| variable.name.as_str()).collect())
 }
 

@@ -25,6 +25,7 @@ fn service(name: &str) -> Service {
         internal_policy: TrafficPolicy::Cluster,
         health_check_node_port: None,
         source_ranges: Vec::new(),
+        limits_sources: [false; 2],
         publish_not_ready: false,
         retry: Default::default(),
     }

@@ -5,17 +5,17 @@
 //!
 //! Rules: <https://kubernetes.io/docs/reference/kubernetes-api/service-resources/>.
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-
+use super::kinds::Meta;
 use crate::object::{ObjectName, Problem};
 
+pub(super) mod decimal;
 mod endpoints;
 mod nodes;
 mod report;
 mod service;
 
 pub use self::{
-    endpoints::{ANNOTATION_TRIGGER_TIME, LABEL_SERVICE, endpoints, slice, triggered},
+    endpoints::{LABEL_SERVICE, endpoints, slice, triggered},
     nodes::{LABEL_ZONE, PodFacts, TAINT_TO_BE_DELETED, node, pod},
     service::{ANNOTATION_RETRY, DEFAULT_AFFINITY_SECS, service},
 };
@@ -25,7 +25,7 @@ pub const LABEL_SERVICE_PROXY: &str = "service.kubernetes.io/service-proxy-name"
 /// Label of headless Services and their slices.
 pub const LABEL_HEADLESS: &str = "service.kubernetes.io/headless";
 /// `namespace/name` of an object; `default` where it names no namespace. `None` and a problem without a name.
-pub fn name(kind: &str, meta: &ObjectMeta, problems: &mut Vec<Problem>) -> Option<ObjectName> {
+pub fn name(kind: &str, meta: &Meta, problems: &mut Vec<Problem>) -> Option<ObjectName> {
     let namespace = match meta.namespace.as_deref() {
         None | Some("") => "default",
         Some(namespace) => namespace,
@@ -61,16 +61,16 @@ fn is_dns_name(name: &str) -> bool {
 }
 
 /// Whether the object's labels say that it is not for this proxy (SPEC F7).
-fn left_alone(meta: &ObjectMeta) -> bool {
-    meta.labels
-        .as_ref()
-        .is_some_and(|labels| labels.contains_key(LABEL_SERVICE_PROXY) || labels.contains_key(LABEL_HEADLESS))
+fn left_alone(meta: &Meta) -> bool {
+    [LABEL_SERVICE_PROXY, LABEL_HEADLESS]
+        .iter()
+        .any(|label| meta.labels.get(label).is_some())
 }
 
 /// Turns the label [`LABEL_SERVICE_PROXY`] into what [`service`] and [`slice`] look at, when this proxy has a name itself: its
 /// own objects lose the label, and all others are left alone.
-pub fn claim(meta: &mut ObjectMeta, proxy_name: &str) {
-    let labels = meta.labels.get_or_insert_default();
+pub fn claim(meta: &mut Meta, proxy_name: &str) {
+    let labels = &mut meta.labels.0;
     if labels.get(LABEL_SERVICE_PROXY).is_some_and(|name| name == proxy_name) {
         labels.remove(LABEL_SERVICE_PROXY);
     } else {

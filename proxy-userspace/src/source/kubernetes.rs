@@ -14,13 +14,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use k8s_openapi::{
-    api::{
-        core::v1::{Node, Service},
-        discovery::v1::EndpointSlice,
-    },
-    apimachinery::pkg::apis::meta::v1::ObjectMeta,
-};
+use k8s_openapi::api::core::v1 as api;
 use kube::{Api, Client, api::ListParams};
 use tokio::{
     sync::mpsc,
@@ -40,7 +34,11 @@ use connection::Connection;
 use failure::Failure;
 use follow::{Follower, Selection, Told};
 
-use super::{convert, queue::Queue};
+use super::{
+    convert,
+    kinds::{EndpointSlice, Kind, Meta, Node, Service},
+    queue::Queue,
+};
 use crate::object::{self, Event, NodeFacts, ObjectName, Problem};
 
 /// Events that are sent at once when they are there.
@@ -175,7 +173,7 @@ fn waits_for_itself(name: &ObjectName) -> String {
 
 /// Says what Nodes there are when the own one is not.
 async fn missing_node(client: &Client, node_name: &str) -> String {
-    let nodes = Api::<Node>::all(client.clone());
+    let nodes = Api::<api::Node>::all(client.clone());
     let known = match nodes.list_metadata(&ListParams::default().limit(LISTED_NODES)).await {
         Ok(list) => {
             let names: Vec<String> = list.items.into_iter().filter_map(|node| node.metadata.name).collect();
@@ -290,14 +288,14 @@ struct Slim<T> {
 
 fn slim<K, T>(mut raw: K, proxy_name: Option<&str>, convert: impl FnOnce(&K, &mut Vec<Problem>) -> Option<T>) -> Slim<T>
 where
-    K: kube::Resource<DynamicType = ()>,
+    K: Kind,
 {
     if let Some(name) = proxy_name {
         convert::claim(raw.meta_mut(), name);
     }
     let mut problems = Vec::new();
     let value = convert(&raw, &mut problems);
-    let meta: &ObjectMeta = raw.meta();
+    let meta: &Meta = raw.meta();
     Slim {
         name: ObjectName::new(
             meta.namespace.as_deref().unwrap_or_default(),

@@ -6,6 +6,7 @@
 mod allocate;
 pub mod convert;
 pub(crate) mod files;
+pub mod kinds;
 pub mod kubernetes;
 pub mod manifests;
 pub mod queue;

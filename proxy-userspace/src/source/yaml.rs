@@ -5,16 +5,13 @@
 
 use std::{cell::Cell, fmt};
 
-use k8s_openapi::api::{
-    core::v1::{Endpoints, Node, Pod, Service},
-    discovery::v1::EndpointSlice,
-};
 use serde::{
     Deserialize, Deserializer,
     de::{DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
 use serde_saphyr::Spanned;
 
+use super::kinds::{EndpointSlice, Endpoints, Node, Pod, Service};
 use crate::yaml::{Document, Mistake, documents, join, mistake, options};
 
 /// An object as the manifest has it.

@@ -741,3 +741,81 @@ fn bad_input_is_one_line_that_says_what_to_do() {
     server.write_token("another").unwrap();
     unauthorized.wait_ready().unwrap();
 }
+
+/// S3: objects as API servers store them, for years and through releases: nulls, odd values and long texts in fields that shunt
+/// has no use for take nothing away, in a list and in a watch.
+#[test]
+fn objects_are_served_as_they_are_stored() {
+    const OTHER: u16 = 30_090;
+    let mut cluster = Cluster::start(&[]);
+    let Some(server) = cluster.api.ours() else { return };
+    let odd_meta = |object: &mut Value| {
+        object["metadata"]["managedFields"] =
+            json!([{ "time": null, "fieldsV1": { "f:x": "y".repeat(1 << 20) } }, null]);
+        object["metadata"]["annotations"] = json!({ "note": "n".repeat(1 << 18) });
+        object["metadata"]["ownerReferences"] = json!([{ "uid": null, "controller": "perhaps" }]);
+        object["metadata"]["creationTimestamp"] = Value::Null;
+    };
+    let mut service = cluster.api.get(&web());
+    odd_meta(&mut service);
+    service["spec"]["ports"][0]["nodePort"] = OTHER.into();
+    service["spec"]["ports"][0]["appProtocol"] = json!({ "of": "another release" });
+    service["spec"]["ofTheFuture"] = json!([[null]]);
+    service["status"] = json!({
+        "conditions": [{ "type": "Balanced", "status": "Perhaps", "lastTransitionTime": null }],
+        "loadBalancer": { "ingress": [{ "hostname": null, "ports": "none" }] },
+    });
+    let mut objects = vec![service];
+    for mut slice in cluster.slices() {
+        odd_meta(&mut slice);
+        for endpoint in slice["endpoints"].as_array_mut().unwrap() {
+            endpoint["targetRef"] = json!({ "kind": null, "uid": 5 });
+            endpoint["zone"] = json!(7);
+            endpoint["hints"] = Value::Null;
+            endpoint["conditions"] = json!({ "ready": null, "serving": null });
+        }
+        objects.push(slice);
+    }
+    for name in ["node-a", "node-b"] {
+        let mut node = node(name, &cluster.lab.node_ips(name).unwrap());
+        odd_meta(&mut node);
+        node["status"]["conditions"] = json!([{ "type": "Ready", "lastHeartbeatTime": null }]);
+        node["spec"] = json!({ "taints": [{ "key": "k", "timeAdded": "then" }], "podCIDRs": null });
+        objects.push(node);
+    }
+    for object in objects {
+        server.apply(object);
+    }
+    let client = cluster.lab.client("client", Sockets::Unhooked).unwrap();
+    let inside = cluster.lab.client("packets", Sockets::Unhooked).unwrap();
+    every_node_answers(&cluster, &client, OTHER);
+    for ip in &cluster.cluster_ips {
+        inside.tcp(SocketAddr::new(*ip, 80)).unwrap();
+        inside.udp(SocketAddr::new(*ip, 80)).unwrap();
+    }
+    // From nothing, as a list.
+    for agent in &mut cluster.agents {
+        agent.stop().unwrap();
+        agent.cli(&["cleanup"]).unwrap();
+        agent.spawn().unwrap();
+        agent.wait_ready().unwrap();
+    }
+    every_node_answers(&cluster, &client, OTHER);
+    for agent in &cluster.agents {
+        let output = agent.output();
+        assert!(!output.contains("cannot be read"), "{output}");
+    }
+}
+
+/// Waits until each node's port answers over TCP, IPv4 and IPv6.
+fn every_node_answers(cluster: &Cluster, client: &Client, port: u16) {
+    let began = Instant::now();
+    for node in ["node-a", "node-b"] {
+        for ip in cluster.lab.node_ips(node).unwrap() {
+            while let Err(error) = client.tcp(SocketAddr::new(ip, port)) {
+                assert!(began.elapsed() < PATIENCE, "{ip}: {error}");
+                thread::sleep(PACE);
+            }
+        }
+    }
+}

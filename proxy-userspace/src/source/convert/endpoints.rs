@@ -2,19 +2,16 @@
 
 use std::{collections::BTreeSet, time::SystemTime};
 
-use k8s_openapi::{
-    api::{core::v1::Endpoints, discovery::v1::EndpointSlice},
-    apimachinery::pkg::apis::meta::v1::ObjectMeta,
-    jiff::Timestamp,
-};
+use k8s_openapi::jiff::Timestamp;
 
 use super::{left_alone, name, report::Report};
-use crate::object::{self, ObjectName, Problem};
+use crate::{
+    object::{self, ObjectName, Problem},
+    source::kinds::{EndpointSlice, Endpoints, Meta},
+};
 
 /// Label of a slice that names its Service.
 pub const LABEL_SERVICE: &str = "kubernetes.io/service-name";
-/// Annotation of a slice: RFC 3339 time of what changed it.
-pub const ANNOTATION_TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 
 /// An EndpointSlice; `None` when it is another proxy's, names no Service, or holds domain names.
 pub fn slice(slice: &EndpointSlice, problems: &mut Vec<Problem>) -> Option<object::EndpointSlice> {
@@ -27,11 +24,7 @@ pub fn slice(slice: &EndpointSlice, problems: &mut Vec<Problem>) -> Option<objec
         name: &name,
         problems,
     };
-    let owner = slice
-        .metadata
-        .labels
-        .as_ref()
-        .and_then(|labels| labels.get(LABEL_SERVICE));
+    let owner = slice.metadata.labels.get(LABEL_SERVICE);
     let Some(owner) = owner.filter(|owner| !owner.is_empty()) else {
         report.push(
             "metadata.labels",
@@ -41,7 +34,7 @@ pub fn slice(slice: &EndpointSlice, problems: &mut Vec<Problem>) -> Option<objec
     };
     let service = ObjectName {
         namespace: name.namespace.clone(),
-        name: owner.as_str().into(),
+        name: owner.into(),
     };
     let is_v6 = match slice.address_type.as_str() {
         "IPv4" => false,
@@ -60,7 +53,7 @@ pub fn slice(slice: &EndpointSlice, problems: &mut Vec<Problem>) -> Option<objec
     };
 
     let mut ports = Vec::new();
-    for (i, port) in slice.ports.iter().flatten().enumerate() {
+    for (i, port) in slice.ports.iter().enumerate() {
         let Some(number) = port.port else {
             report.push(format!("ports[{i}].port"), "is missing; a Service needs a number here");
             continue;
@@ -93,25 +86,20 @@ pub fn slice(slice: &EndpointSlice, problems: &mut Vec<Problem>) -> Option<objec
             );
             continue;
         }
-        let conditions = endpoint.conditions.as_ref();
-        let ready = conditions.and_then(|conditions| conditions.ready).unwrap_or(true);
-        let hints = endpoint.hints.clone().unwrap_or_default();
-        let (zones, nodes) = (hints.for_zones.unwrap_or_default(), hints.for_nodes.unwrap_or_default());
+        let (conditions, hints) = (&endpoint.conditions, &endpoint.hints);
         endpoints.push(object::Endpoint {
             address,
             node: endpoint.node_name.as_deref().map(Into::into),
-            ready,
-            serving: conditions.and_then(|conditions| conditions.serving).unwrap_or(ready),
-            terminating: conditions
-                .and_then(|conditions| conditions.terminating)
-                .unwrap_or(false),
+            ready: conditions.ready.unwrap_or(true),
+            serving: conditions.serving.unwrap_or(true),
+            terminating: conditions.terminating.unwrap_or(false),
             zones: report.hints(
                 |j| format!("endpoints[{i}].hints.forZones[{j}].name"),
-                zones.iter().map(|zone| zone.name.as_str()),
+                hints.for_zones.iter().map(|zone| zone.name.as_str()),
             ),
             nodes: report.hints(
                 |j| format!("endpoints[{i}].hints.forNodes[{j}].name"),
-                nodes.iter().map(|node| node.name.as_str()),
+                hints.for_nodes.iter().map(|node| node.name.as_str()),
             ),
         });
     }
@@ -139,10 +127,13 @@ pub fn endpoints(endpoints: &Endpoints, problems: &mut Vec<Problem>) -> Vec<obje
         problems,
     };
     let mut slices = Vec::new();
-    for (s, subset) in endpoints.subsets.iter().flatten().enumerate() {
+    for (s, subset) in endpoints.subsets.iter().enumerate() {
         let mut ports = Vec::new();
-        for (i, port) in subset.ports.iter().flatten().enumerate() {
-            let number = report.port(|| format!("subsets[{s}].ports[{i}].port"), port.port);
+        for (i, port) in subset.ports.iter().enumerate() {
+            let number = report.port(
+                || format!("subsets[{s}].ports[{i}].port"),
+                port.port.unwrap_or_default(),
+            );
             let protocol = report.protocol(|| format!("subsets[{s}].ports[{i}].protocol"), port.protocol.as_deref());
             if let (Some(number), Some(protocol)) = (number, protocol) {
                 ports.push(object::EndpointPort {
@@ -157,13 +148,14 @@ pub fn endpoints(endpoints: &Endpoints, problems: &mut Vec<Problem>) -> Vec<obje
             ("addresses", &subset.addresses, true),
             ("notReadyAddresses", &subset.not_ready_addresses, false),
         ] {
-            for (i, address) in addresses.iter().flatten().enumerate() {
+            for (i, address) in addresses.iter().enumerate() {
                 if let Some(ip) = report.backend_ip(|| format!("subsets[{s}].{list}[{i}].ip"), &address.ip) {
                     families[usize::from(ip.is_ipv6())].push(object::Endpoint {
                         address: ip,
                         node: address.node_name.as_deref().map(Into::into),
                         ready,
-                        serving: ready,
+                        // Not said: the controller that makes slices of such objects leaves the condition out.
+                        serving: true,
                         terminating: false,
                         zones: BTreeSet::new(),
                         nodes: BTreeSet::new(),
@@ -189,7 +181,7 @@ pub fn endpoints(endpoints: &Endpoints, problems: &mut Vec<Problem>) -> Vec<obje
 }
 
 /// When the change of a pod or Service happened that an EndpointSlice tells of, as the endpoint slice controller notes it.
-pub fn triggered(meta: &ObjectMeta) -> Option<SystemTime> {
-    let text = meta.annotations.as_ref()?.get(ANNOTATION_TRIGGER_TIME)?;
+pub fn triggered(meta: &Meta) -> Option<SystemTime> {
+    let text = meta.annotations.trigger_time.as_ref()?;
     Some(text.parse::<Timestamp>().ok()?.into())
 }

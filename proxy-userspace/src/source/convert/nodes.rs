@@ -2,10 +2,11 @@
 
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
-use k8s_openapi::api::core::v1::{Node, Pod};
-
-use super::{name, report::Report};
-use crate::object::{NodeFacts, ObjectName, Problem, Protocol};
+use super::{decimal, name, report::Report};
+use crate::{
+    object::{NodeFacts, ObjectName, Problem, Protocol},
+    source::kinds::{Node, Pod},
+};
 
 /// Label of a Node that names its zone.
 pub const LABEL_ZONE: &str = "topology.kubernetes.io/zone";
@@ -44,11 +45,11 @@ pub fn pod(pod: &Pod, problems: &mut Vec<Problem>) -> Option<PodFacts> {
         return None;
     }
     let mut addresses = Vec::new();
-    for (i, ip) in status.pod_ips.iter().flatten().enumerate() {
+    for (i, ip) in status.pod_ips.iter().enumerate() {
         let ip = report.backend_ip(|| format!("status.podIPs[{i}].ip"), &ip.ip);
         addresses.extend(ip.filter(|ip| !addresses.contains(ip)));
     }
-    if status.pod_ips.iter().flatten().next().is_none()
+    if status.pod_ips.is_empty()
         && let Some(ip) = status.pod_ip.as_deref().filter(|ip| !ip.is_empty())
     {
         addresses.extend(report.backend_ip(|| "status.podIP".to_owned(), ip));
@@ -56,24 +57,22 @@ pub fn pod(pod: &Pod, problems: &mut Vec<Problem>) -> Option<PodFacts> {
     if addresses.is_empty() {
         return None;
     }
-    let spec = pod.spec.as_ref();
+    let spec = &pod.spec;
     // A sidecar is an init container that goes on running; its ports count (KEP 753).
     let sidecars = spec
-        .and_then(|spec| spec.init_containers.as_ref())
-        .into_iter()
-        .flatten()
+        .init_containers
+        .iter()
         .enumerate()
         .filter(|(_, container)| container.restart_policy.as_deref() == Some("Always"))
         .map(|(i, container)| ("initContainers", i, container));
     let containers = spec
-        .map(|spec| &spec.containers)
-        .into_iter()
-        .flatten()
+        .containers
+        .iter()
         .enumerate()
         .map(|(i, container)| ("containers", i, container));
     let mut ports = Vec::new();
     for (list, c, container) in containers.chain(sidecars) {
-        for (i, port) in container.ports.iter().flatten().enumerate() {
+        for (i, port) in container.ports.iter().enumerate() {
             let field = |name: &str| format!("spec.{list}[{c}].ports[{i}].{name}");
             let number = report.port(|| field("containerPort"), port.container_port);
             let protocol = report.protocol(|| field("protocol"), port.protocol.as_deref());
@@ -83,16 +82,16 @@ pub fn pod(pod: &Pod, problems: &mut Vec<Problem>) -> Option<PodFacts> {
         }
     }
     Some(PodFacts {
-        labels: pod.metadata.labels.clone().unwrap_or_default(),
+        labels: pod.metadata.labels.0.clone(),
         node: spec
-            .and_then(|spec| spec.node_name.as_deref())
+            .node_name
+            .as_deref()
             .filter(|node| !node.is_empty())
             .map(Into::into),
         addresses,
         ready: status
             .conditions
             .iter()
-            .flatten()
             .any(|condition| condition.type_ == "Ready" && condition.status == "True"),
         terminating: pod.metadata.deletion_timestamp.is_some(),
         ports,
@@ -102,27 +101,17 @@ pub fn pod(pod: &Pod, problems: &mut Vec<Problem>) -> Option<PodFacts> {
 
 /// A Node.
 pub fn node(node: &Node) -> NodeFacts {
-    let labels = node.metadata.labels.as_ref();
     NodeFacts {
         name: node.metadata.name.as_deref().unwrap_or_default().into(),
-        zone: labels
-            .and_then(|labels| labels.get(LABEL_ZONE))
-            .map(|zone| zone.as_str().into()),
+        zone: node.metadata.labels.get(LABEL_ZONE).map(Into::into),
         // `Hostname` and DNS entries are no addresses: what does not parse is one of them.
         addresses: node
             .status
+            .addresses
             .iter()
-            .filter_map(|status| status.addresses.as_ref())
-            .flatten()
-            .filter_map(|address| address.address.parse::<IpAddr>().ok())
-            .map(|ip| ip.to_canonical())
+            .filter_map(|address| Some(decimal::ip(&address.address)?.0))
             .collect(),
         leaves: node.metadata.deletion_timestamp.is_some()
-            || node
-                .spec
-                .iter()
-                .filter_map(|spec| spec.taints.as_ref())
-                .flatten()
-                .any(|taint| taint.key == TAINT_TO_BE_DELETED),
+            || node.spec.taints.iter().any(|taint| taint.key == TAINT_TO_BE_DELETED),
     }
 }

@@ -1,12 +1,15 @@
 //! Fields that objects have in common, checked.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
+    fmt,
     net::{IpAddr, Ipv4Addr},
     sync::Arc,
 };
 
-use super::service::ANNOTATION_RETRY;
+use ipnet::IpNet;
+
+use super::{decimal, service::ANNOTATION_RETRY};
 use crate::object::{ObjectName, Problem, Protocol, Retry, TrafficPolicy};
 
 /// Collects the problems of one object.
@@ -19,6 +22,12 @@ pub(super) struct Report<'a> {
 impl Report<'_> {
     pub(super) fn push(&mut self, field: impl Into<String>, message: impl Into<String>) {
         self.problems.push(Problem::new(self.kind, self.name, field, message));
+    }
+
+    /// Says something about a field that is served as it is written.
+    pub(super) fn warn(&mut self, field: impl Into<String>, message: impl Into<String>) {
+        self.problems
+            .push(Problem::warning(self.kind, self.name, field, message));
     }
 
     pub(super) fn port(&mut self, field: impl FnOnce() -> String, port: i32) -> Option<u16> {
@@ -57,11 +66,8 @@ impl Report<'_> {
         }
     }
 
-    pub(super) fn retry(&mut self, annotations: Option<&BTreeMap<String, String>>) -> Retry {
-        match annotations
-            .and_then(|all| all.get(ANNOTATION_RETRY))
-            .map(|value| value.trim())
-        {
+    pub(super) fn retry(&mut self, annotation: Option<&str>) -> Retry {
+        match annotation.map(str::trim) {
             None => Retry::Packets,
             Some("true") => Retry::Sockets,
             Some("false") => Retry::Off,
@@ -95,20 +101,49 @@ impl Report<'_> {
     }
 
     pub(super) fn ip(&mut self, field: impl FnOnce() -> String, text: &str) -> Option<IpAddr> {
-        match text.trim().parse::<IpAddr>() {
-            Ok(ip) => Some(ip.to_canonical()),
-            Err(_) => {
+        match decimal::ip(text) {
+            Some((ip, false)) => Some(ip),
+            Some((ip, true)) => {
+                self.warn(field(), leading_zeros(text, &ip));
+                Some(ip)
+            }
+            None => {
                 self.push(field(), format!("{text:?} is no IP address"));
                 None
             }
         }
     }
 
-    /// An address that clients may dial.
-    pub(super) fn frontend_ip(&mut self, field: impl Fn() -> String, text: &str) -> Option<IpAddr> {
+    /// A network.
+    pub(super) fn net(&mut self, field: impl FnOnce() -> String, text: &str) -> Option<IpNet> {
+        match decimal::net(text) {
+            Some((net, false)) => Some(net),
+            Some((net, true)) => {
+                self.warn(field(), leading_zeros(text, &net));
+                Some(net)
+            }
+            None => {
+                self.push(
+                    field(),
+                    format!("{text:?} is no CIDR such as 203.0.113.0/24; nobody is let in by it"),
+                );
+                None
+            }
+        }
+    }
+
+    /// An address that clients may dial. The API forbids external IPs what it forbids endpoints, and leaves a load balancer
+    /// whatever its controller found (`ValidateLoadBalancerStatus`).
+    pub(super) fn frontend_ip(
+        &mut self,
+        field: impl Fn() -> String,
+        text: &str,
+        may_be_link_local: bool,
+    ) -> Option<IpAddr> {
         let ip = self.ip(&field, text)?;
         match forbidden(ip) {
             None => Some(ip),
+            Some(LINK_LOCAL) if may_be_link_local => Some(ip),
             Some(what) => {
                 self.push(field(), format!("{ip} is {what}; no Service can be reached there"));
                 None
@@ -132,6 +167,13 @@ impl Report<'_> {
     }
 }
 
+/// What to say of a number such as 010, which is eight to others.
+fn leading_zeros(text: &str, read: &dyn fmt::Display) -> String {
+    format!("{text:?} has leading zeros; write {read}, as which it is served")
+}
+
+const LINK_LOCAL: &str = "a link-local address";
+
 /// What is wrong with an address as an endpoint or a frontend, if anything: the API's rule for both
 /// (`ValidateEndpointIP`), and all of multicast.
 fn forbidden(ip: IpAddr) -> Option<&'static str> {
@@ -144,7 +186,7 @@ fn forbidden(ip: IpAddr) -> Option<&'static str> {
     } else if ip.is_loopback() {
         Some("a loopback address")
     } else if link_local {
-        Some("a link-local address")
+        Some(LINK_LOCAL)
     } else if ip.is_multicast() {
         Some("a multicast address")
     } else if ip == IpAddr::V4(Ipv4Addr::BROADCAST) {

@@ -2,11 +2,12 @@
 
 use std::{net::IpAddr, sync::Arc};
 
-use ipnet::IpNet;
-use k8s_openapi::api::core::v1::{Service, ServiceSpec};
-
 use super::{left_alone, name, report::Report};
-use crate::object::{self, Problem, ServicePort, TrafficPolicy};
+use crate::{
+    object::{self, Problem, ServicePort, TrafficPolicy},
+    source::kinds::{Service, ServiceSpec},
+};
+use ipnet::IpNet;
 
 /// Annotation of a Service: `false`, and no connection tries another backend; `true`, and those of pods' sockets do too
 /// ([`Retry`]).
@@ -51,11 +52,11 @@ pub fn service(service: &Service, problems: &mut Vec<Problem>) -> Option<object:
     }
     let has_node_ports = matches!(service_type, "NodePort" | "LoadBalancer");
 
-    let cluster_ips = distinct(cluster_ips_of(service), &mut report);
-    let external_ips = spec.external_ips.iter().flatten().enumerate();
+    let cluster_ips = distinct(cluster_ips_of(service), true, &mut report);
+    let external_ips = spec.external_ips.iter().enumerate();
     let external_ips = external_ips.map(|(i, text)| (format!("spec.externalIPs[{i}]"), text.as_str()));
-    let external_ips = distinct(external_ips, &mut report);
-    let mut load_balancer_ips = distinct(load_balancer_ips_of(service), &mut report);
+    let external_ips = distinct(external_ips, false, &mut report);
+    let load_balancer_ips = distinct(load_balancer_ips_of(service, &mut report), true, &mut report);
     let ports = ports(spec, has_node_ports, &mut report);
     let affinity_secs = affinity_secs(spec, &mut report);
     let external_policy = report.policy("spec.externalTrafficPolicy", spec.external_traffic_policy.as_deref());
@@ -67,28 +68,13 @@ pub fn service(service: &Service, problems: &mut Vec<Problem>) -> Option<object:
         _ => None,
     };
 
-    let source_ranges = source_ranges(spec, &mut report);
-    let asked_ranges = spec
-        .load_balancer_source_ranges
-        .as_ref()
-        .is_some_and(|ranges| !ranges.is_empty());
-    if asked_ranges && source_ranges.is_empty() && !load_balancer_ips.is_empty() {
-        // An empty list would mean everybody: the opposite of what was asked for.
-        report.push(
-            "spec.loadBalancerSourceRanges",
-            "has no valid CIDR; the load balancer addresses are not served until it has",
-        );
-        load_balancer_ips.clear();
-    }
+    let is_balanced = service_type == "LoadBalancer" || !load_balancer_ips.is_empty();
+    let (source_ranges, limits_sources) = source_ranges(spec, &cluster_ips, is_balanced, &mut report);
 
-    let retry = report.retry(service.metadata.annotations.as_ref());
+    let retry = report.retry(service.metadata.annotations.retry.as_deref());
 
     Some(object::Service {
-        created: service
-            .metadata
-            .creation_timestamp
-            .as_ref()
-            .map(|time| time.0.as_second()),
+        created: service.metadata.creation_timestamp.0.map(|time| time.as_second()),
         cluster_ips,
         external_ips,
         load_balancer_ips,
@@ -98,6 +84,7 @@ pub fn service(service: &Service, problems: &mut Vec<Problem>) -> Option<object:
         internal_policy,
         health_check_node_port,
         source_ranges,
+        limits_sources,
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
         retry,
         name,
@@ -105,10 +92,14 @@ pub fn service(service: &Service, problems: &mut Vec<Problem>) -> Option<object:
 }
 
 /// Addresses that clients may dial, each once.
-fn distinct<'t>(fields: impl IntoIterator<Item = (String, &'t str)>, report: &mut Report<'_>) -> Vec<IpAddr> {
+fn distinct<'t>(
+    fields: impl IntoIterator<Item = (String, &'t str)>,
+    may_be_link_local: bool,
+    report: &mut Report<'_>,
+) -> Vec<IpAddr> {
     let mut ips = Vec::new();
     for (field, text) in fields {
-        if let Some(ip) = report.frontend_ip(|| field.clone(), text)
+        if let Some(ip) = report.frontend_ip(|| field.clone(), text, may_be_link_local)
             && !ips.contains(&ip)
         {
             ips.push(ip);
@@ -120,7 +111,7 @@ fn distinct<'t>(fields: impl IntoIterator<Item = (String, &'t str)>, report: &mu
 /// Ports with names, numbers and node ports of their own.
 fn ports(spec: &ServiceSpec, has_node_ports: bool, report: &mut Report<'_>) -> Vec<ServicePort> {
     let mut ports: Vec<ServicePort> = Vec::new();
-    for (i, port) in spec.ports.iter().flatten().enumerate() {
+    for (i, port) in spec.ports.iter().enumerate() {
         let number = report.port(|| format!("spec.ports[{i}].port"), port.port);
         let protocol = report.protocol(|| format!("spec.ports[{i}].protocol"), port.protocol.as_deref());
         let node_port = match port.node_port {
@@ -180,7 +171,7 @@ fn ports(spec: &ServiceSpec, has_node_ports: bool, report: &mut Report<'_>) -> V
             node_port,
         });
     }
-    if spec.ports.iter().flatten().next().is_none() {
+    if spec.ports.is_empty() {
         report.push("spec.ports", "is empty; nothing can be served");
     }
     ports
@@ -191,10 +182,7 @@ fn affinity_secs(spec: &ServiceSpec, report: &mut Report<'_>) -> Option<u32> {
     match spec.session_affinity.as_deref() {
         None | Some("" | "None") => None,
         Some("ClientIP") => {
-            let asked = spec
-                .session_affinity_config
-                .as_ref()
-                .and_then(|config| config.client_ip.as_ref()?.timeout_seconds);
+            let asked = spec.session_affinity_config.client_ip.timeout_seconds;
             match asked.map(u32::try_from) {
                 None => Some(DEFAULT_AFFINITY_SECS),
                 Some(Ok(secs)) if (1..=MAX_AFFINITY_SECS).contains(&secs) => Some(secs),
@@ -220,18 +208,52 @@ fn affinity_secs(spec: &ServiceSpec, report: &mut Report<'_>) -> Option<u32> {
     }
 }
 
-fn source_ranges(spec: &ServiceSpec, report: &mut Report<'_>) -> Vec<IpNet> {
-    let mut source_ranges: Vec<IpNet> = Vec::new();
-    for (i, text) in spec.load_balancer_source_ranges.iter().flatten().enumerate() {
-        match text.trim().parse::<IpNet>() {
-            Ok(range) => source_ranges.push(range.trunc()),
-            Err(_) => report.push(
-                format!("spec.loadBalancerSourceRanges[{i}]"),
-                format!("{text:?} is no CIDR such as 203.0.113.0/24; nobody is let in by it"),
-            ),
+/// The ranges, and whether they limit clients of IPv4 and IPv6. Ranges limit their own family. What cannot be read may have
+/// been of either, so a family of which nothing can be read is limited to nobody then: everybody is the opposite of what was
+/// asked for.
+fn source_ranges(
+    spec: &ServiceSpec,
+    cluster_ips: &[IpAddr],
+    is_balanced: bool,
+    report: &mut Report<'_>,
+) -> (Vec<IpNet>, [bool; 2]) {
+    const FIELD: &str = "spec.loadBalancerSourceRanges";
+    let mut ranges: Vec<IpNet> = Vec::new();
+    for (i, text) in spec.load_balancer_source_ranges.iter().enumerate() {
+        ranges.extend(report.net(|| format!("{FIELD}[{i}]"), text).map(|range| range.trunc()));
+    }
+    let some_unreadable = ranges.len() < spec.load_balancer_source_ranges.len();
+    let of_family = |v6: bool| ranges.iter().filter(move |range| range.addr().is_ipv6() == v6);
+    // Everybody writes 0.0.0.0/0 to mean everybody.
+    let lets_all_in = |v6: bool| of_family(v6).any(|range| range.prefix_len() == 0);
+    let limits = [false, true].map(|v6| match of_family(v6).next() {
+        Some(_) => !lets_all_in(v6),
+        None => some_unreadable,
+    });
+    for (v6, family) in [(false, "IPv4"), (true, "IPv6")] {
+        // A manifest may leave its cluster IPs to be allocated.
+        let is_mine = match cluster_ips {
+            [] => spec.ip_families.iter().any(|asked| asked == family),
+            ips => ips.iter().any(|ip| ip.is_ipv6() == v6),
+        };
+        if !is_balanced || !is_mine || of_family(v6).next().is_some() {
+            continue;
+        }
+        if some_unreadable {
+            report.push(
+                FIELD,
+                format!("has no valid {family} range; no {family} client is let in until it has"),
+            );
+        } else if limits[usize::from(!v6)] {
+            report.warn(
+                FIELD,
+                format!(
+                    "has no {family} range, so it limits no {family} client; add one (::/0 or 0.0.0.0/0 for everybody)"
+                ),
+            );
         }
     }
-    source_ranges
+    (ranges, limits)
 }
 
 /// Whether a Service is headless: `clusterIP: None`.
@@ -245,7 +267,6 @@ fn cluster_ips_of(service: &Service) -> Vec<(String, &str)> {
     let mut all: Vec<(String, &str)> = spec
         .cluster_ips
         .iter()
-        .flatten()
         .enumerate()
         .map(|(i, ip)| (format!("spec.clusterIPs[{i}]"), &**ip))
         .collect();
@@ -259,17 +280,20 @@ fn cluster_ips_of(service: &Service) -> Vec<(String, &str)> {
 }
 
 /// `status.loadBalancer.ingress[].ip`, each with its field.
-fn load_balancer_ips_of(service: &Service) -> Vec<(String, &str)> {
-    let ingress = service
-        .status
-        .iter()
-        .filter_map(|status| status.load_balancer.as_ref()?.ingress.as_ref());
+fn load_balancer_ips_of<'s>(service: &'s Service, report: &mut Report<'_>) -> Vec<(String, &'s str)> {
     let mut all = Vec::new();
-    for (i, ingress) in ingress.flatten().enumerate() {
-        // `Proxy`: the load balancer terminates or rewrites, packets never carry its address to a node (SPEC F3).
-        let proxied = ingress.ip_mode.as_deref() == Some("Proxy");
-        if let Some(text) = ingress.ip.as_deref().filter(|text| !text.is_empty() && !proxied) {
-            all.push((format!("status.loadBalancer.ingress[{i}].ip"), text));
+    for (i, ingress) in service.status.load_balancer.ingress.iter().enumerate() {
+        let Some(text) = ingress.ip.as_deref().filter(|text| !text.is_empty()) else {
+            continue;
+        };
+        match ingress.ip_mode.as_deref() {
+            None | Some("" | "VIP") => all.push((format!("status.loadBalancer.ingress[{i}].ip"), text)),
+            // The load balancer terminates or rewrites, packets never carry its address to a node (SPEC F3).
+            Some("Proxy") => {}
+            Some(other) => report.push(
+                format!("status.loadBalancer.ingress[{i}].ipMode"),
+                format!("{other:?} is no mode that is known here (VIP, Proxy); {text} is left to the load balancer"),
+            ),
         }
     }
     all

@@ -9,7 +9,6 @@
 
 use std::{
     borrow::Cow,
-    collections::BTreeMap,
     hash::{BuildHasher, Hasher, RandomState},
     sync::Arc,
     time::Duration,
@@ -22,7 +21,7 @@ use kube::{
     client::Body,
     core::Request,
 };
-use serde::{Deserialize, de::DeserializeOwned};
+use serde::{Deserialize, de::IgnoredAny};
 use serde_json::value::RawValue;
 use tokio::{
     sync::mpsc,
@@ -30,6 +29,7 @@ use tokio::{
 };
 
 use super::{
+    super::kinds::Kind,
     connection::{Connection, root_cause},
     failure::{Failure, Status},
 };
@@ -50,8 +50,6 @@ const STEADY: Duration = Duration::from_secs(2);
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
 /// A server that repeats itself is asked for a new list at most this often.
 const DOUBT: Duration = Duration::from_secs(60);
-/// The annotation on the bookmark that ends a streamed list (KEP 3157).
-const LIST_END: &str = "k8s.io/initial-events-end";
 
 /// What one kind's list and watch tell.
 #[derive(Debug)]
@@ -136,7 +134,16 @@ struct Meta {
     resource_version: String,
     #[serde(rename = "continue")]
     next: String,
-    annotations: Option<BTreeMap<String, String>>,
+    annotations: Option<Annotations>,
+}
+
+/// Of all annotations, which may be long, the one that matters.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Annotations {
+    /// On the bookmark that ends a streamed list (KEP 3157).
+    #[serde(rename = "k8s.io/initial-events-end")]
+    list_end: Option<IgnoredAny>,
 }
 
 /// A `resourceVersion`. Those of one kind can be compared as numbers (KEP 5504), which etcd's have always been.
@@ -178,14 +185,14 @@ pub(super) struct Follower<K, T, F, S> {
 
 impl<K, T, C, F> Follower<K, T, F, mpsc::Sender<C>>
 where
-    K: kube::Resource<DynamicType = ()> + DeserializeOwned,
+    K: Kind,
     C: From<Told<T>>,
     F: Fn(K) -> T,
 {
     pub(super) fn new(connection: Arc<Connection>, selection: Selection, slim: F, tell: mpsc::Sender<C>) -> Self {
         Self {
             connection,
-            request: Request::new(K::url_path(&(), None)),
+            request: Request::new(K::PATH),
             selection,
             slim,
             tell,
@@ -328,7 +335,7 @@ where
                 },
                 "BOOKMARK" => {
                     let meta = meta(line.object)?;
-                    if meta.annotations.is_some_and(|all| all.contains_key(LIST_END)) {
+                    if meta.annotations.is_some_and(|all| all.list_end.is_some()) {
                         self.listed(meta.resource_version).await?;
                         return self.read(lines).await;
                     }

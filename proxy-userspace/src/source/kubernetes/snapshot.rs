@@ -3,10 +3,24 @@
 use std::path::Path;
 
 use anyhow::{Context, anyhow};
-use k8s_openapi::api::core::v1::{Pod, Service};
-use kube::{Api, Client, api::ListParams};
+use kube::{
+    Client,
+    api::{GetParams, ListParams},
+    core::Request,
+};
+use serde::Deserialize;
 
-use super::connection;
+use super::{
+    super::kinds::{Pod, Service},
+    connection,
+};
+
+/// A list.
+#[derive(Deserialize)]
+struct List<T> {
+    // null for an empty list.
+    items: Option<Vec<T>>,
+}
 
 /// The Services of some namespaces, and the Pod `pod` of the first of these.
 ///
@@ -20,10 +34,11 @@ pub async fn snapshot(
     let (client, server) = connection::read(kubeconfig).await?;
     let mut services = Vec::new();
     for namespace in namespaces {
-        let api: Api<Service> = Api::namespaced(client.clone(), namespace);
-        let list = api.list(&ListParams::default()).await;
+        let request = Request::new(format!("/api/v1/namespaces/{namespace}/services"));
+        let request = request.list(&ListParams::default()).context("cannot ask for a list")?;
+        let list = client.request::<List<Service>>(request).await;
         let list = list.map_err(|error| refused(&error, &format!("list the Services of {namespace}"), &server))?;
-        services.extend(list.items);
+        services.extend(list.items.into_iter().flatten());
     }
     let pod = match (pod, namespaces.first()) {
         (Some(pod), Some(namespace)) => Some(read_pod(client, namespace, pod, &server).await?),
@@ -33,10 +48,17 @@ pub async fn snapshot(
 }
 
 async fn read_pod(client: Client, namespace: &str, name: &str, server: &str) -> anyhow::Result<Pod> {
-    let api: Api<Pod> = Api::namespaced(client, namespace);
-    let found = api.get_opt(name).await;
-    let found = found.map_err(|error| refused(&error, &format!("read the Pod {namespace}/{name}"), server))?;
-    found.with_context(|| format!("--pod {name}: there is no such Pod in namespace {namespace}"))
+    let request = Request::new(format!("/api/v1/namespaces/{namespace}/pods"));
+    let request = request
+        .get(name, &GetParams::default())
+        .context("cannot ask for a Pod")?;
+    match client.request::<Pod>(request).await {
+        Ok(pod) => Ok(pod),
+        Err(kube::Error::Api(status)) if status.code == 404 => {
+            Err(anyhow!("--pod {name}: there is no such Pod in namespace {namespace}"))
+        }
+        Err(error) => Err(refused(&error, &format!("read the Pod {namespace}/{name}"), server)),
+    }
 }
 
 fn refused(error: &kube::Error, what: &str, server: &str) -> anyhow::Error {

@@ -2,9 +2,13 @@
 
 use std::{collections::BTreeMap, net::IpAddr};
 
-use k8s_openapi::{api::core::v1::Service as KubernetesService, apimachinery::pkg::util::intstr::IntOrString};
-
-use crate::object::{Problem, Service, TrafficPolicy};
+use crate::{
+    object::{Problem, Service, TrafficPolicy},
+    source::{
+        convert::decimal,
+        kinds::{self, IntOrString},
+    },
+};
 
 /// A Service and what an API server or a controller would have made of it.
 #[derive(Debug)]
@@ -47,17 +51,13 @@ pub(super) enum DualStack {
 }
 
 /// What a checked Service asks for beside what it is.
-pub(super) fn service_manifest(
-    raw: &KubernetesService,
-    service: Service,
-    problems: &mut Vec<Problem>,
-) -> ServiceManifest {
+pub(super) fn service_manifest(raw: &kinds::Service, service: Service, problems: &mut Vec<Problem>) -> ServiceManifest {
     let spec = raw.spec.clone().unwrap_or_default();
     let mut problem =
         |field: String, message: String| problems.push(Problem::new("Service", &service.name, field, message));
     let mut targets = Vec::new();
     for port in &service.ports {
-        let raw_port = spec.ports.iter().flatten().enumerate().find(|(_, raw)| {
+        let raw_port = spec.ports.iter().enumerate().find(|(_, raw)| {
             raw.name.as_deref().unwrap_or_default() == &*port.name && raw.port == i32::from(port.port)
         });
         targets.push(match raw_port.and_then(|(i, raw)| Some((i, raw.target_port.as_ref()?))) {
@@ -87,7 +87,7 @@ pub(super) fn service_manifest(
         });
     }
     let mut families = Vec::new();
-    for (i, family) in spec.ip_families.iter().flatten().enumerate() {
+    for (i, family) in spec.ip_families.iter().enumerate() {
         match family.as_str() {
             "IPv4" => families.push(false),
             "IPv6" => families.push(true),
@@ -126,17 +126,13 @@ pub(super) fn service_manifest(
         }
     };
     let is_load_balancer = spec.type_.as_deref() == Some("LoadBalancer");
-    let has_ingress = raw
-        .status
-        .iter()
-        .filter_map(|status| status.load_balancer.as_ref()?.ingress.as_ref())
-        .any(|ingress| !ingress.is_empty());
+    let has_ingress = !raw.status.load_balancer.ingress.is_empty();
     let load_balancer_ip = spec
         .load_balancer_ip
         .as_deref()
         .filter(|ip| !ip.is_empty())
         .and_then(|ip| {
-            let parsed = ip.parse::<IpAddr>().ok();
+            let parsed = decimal::ip(ip).map(|(ip, _)| ip);
             if parsed.is_none() {
                 problem("spec.loadBalancerIP".to_owned(), format!("{ip:?} is no IP address"));
             }
@@ -145,7 +141,7 @@ pub(super) fn service_manifest(
     // A class names a controller of its own.
     let ours = spec.load_balancer_class.as_deref().unwrap_or_default().is_empty();
     ServiceManifest {
-        selector: spec.selector.clone().unwrap_or_default(),
+        selector: spec.selector.0.clone(),
         targets,
         families: (!families.is_empty()).then_some(families),
         dual_stack,

@@ -2,13 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use k8s_openapi::{
-    api::core::v1::{Pod, Service},
-    apimachinery::pkg::apis::meta::v1::ObjectMeta,
-};
-
 use super::{
-    super::yaml::{self, Object},
+    super::{
+        kinds::{Meta, Pod, Service},
+        yaml::{self, Object},
+    },
     Config, State, check_paths, files,
 };
 use crate::object::{ObjectName, Problem};
@@ -61,7 +59,7 @@ pub async fn snapshot(config: Config) -> anyhow::Result<Snapshot> {
             continue;
         };
         // As it is written, where it is: an IPv6 address has more than one form.
-        let written = spec.cluster_ip.iter().chain(spec.cluster_ips.iter().flatten());
+        let written = spec.cluster_ip.iter().chain(&spec.cluster_ips);
         match written.clone().find(|text| text.parse() == Ok(*first)) {
             Some(text) => spec.cluster_ip = Some(text.clone()),
             None => {
@@ -73,7 +71,7 @@ pub async fn snapshot(config: Config) -> anyhow::Result<Snapshot> {
     Ok(snapshot)
 }
 
-fn name(meta: &ObjectMeta) -> ObjectName {
+fn name(meta: &Meta) -> ObjectName {
     let namespace = meta.namespace.as_deref().filter(|namespace| !namespace.is_empty());
     ObjectName::new(namespace.unwrap_or("default"), meta.name.as_deref().unwrap_or_default())
 }

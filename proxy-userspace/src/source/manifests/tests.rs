@@ -19,6 +19,11 @@ impl Cluster {
         Self::with(|_| {})
     }
 
+    /// A node of another name.
+    pub(crate) fn of(node: &str) -> Self {
+        Self::with(|config| node.clone_into(&mut config.node_name))
+    }
+
     fn with(change: impl FnOnce(&mut Config)) -> Self {
         let mut config = Config {
             paths: Vec::new(),
@@ -533,8 +538,11 @@ status:
         &text.replace("ports:", "loadBalancerSourceRanges: [10.0.0.0/33], ports:"),
     );
     assert_eq!(
-        fresh.plan("web"),
-        ["10.96.1.1:80/TCP ClusterIp ->", "192.0.2.9:80/TCP ExternalIp ->"]
+        fresh.plan("web")[2..],
+        [
+            "198.51.100.1:80/TCP LoadBalancer source-ranges ->",
+            "198.51.100.3:80/TCP LoadBalancer source-ranges ->",
+        ]
     );
 }
 
@@ -556,6 +564,7 @@ fn policies_that_make_no_sense_are_named_and_get_their_default() {
     };
     let ranged = Service {
         source_ranges: vec!["10.0.0.0/8".parse().unwrap()],
+        limits_sources: [true; 2],
         ..plain.clone()
     };
     let timeout = |secs: &str| {

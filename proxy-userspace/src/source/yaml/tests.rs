@@ -151,7 +151,7 @@ fn numbers_and_switches_are_strings_where_strings_are_wanted() {
         panic!("{:?}", parsed[0].object);
     };
     assert_eq!(pod.metadata.name.as_deref(), Some("7"));
-    let labels = pod.metadata.labels.as_ref().unwrap();
+    let labels = &pod.metadata.labels.0;
     assert_eq!(
         ["version", "hex", "on", "when"].map(|label| labels[label].as_str()),
         ["1.20", "0x10", "true", "2024-01-01"]

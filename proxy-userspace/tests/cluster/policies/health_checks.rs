@@ -100,6 +100,25 @@ fn load_balancers_are_told_about_local_endpoints() {
         cluster.apply(&cluster.documents("web", 1, &spec(32_001), &endpoints));
         until(32_001, [[Some(503); 2], [Some(200); 2]]);
     }
+    // An endpoint in a slice without a port that the Service has can serve nobody.
+    for ports in [
+        "[]",
+        "[{ name: t, protocol: TCP }]",
+        "[{ name: other, protocol: TCP, port: 8080 }]",
+    ] {
+        let documents = cluster.documents("web", 1, &spec(32_001), &ready(&["web-a"]));
+        let without = documents.iter().map(|text| {
+            let line = format!(
+                "ports: [{{ name: t, protocol: TCP, port: {APP} }}, {{ name: u, protocol: UDP, port: {APP} }}]"
+            );
+            text.replace(&line, &format!("ports: {ports}"))
+        });
+        let mut documents: Vec<String> = without.collect();
+        let other = cluster.slices("web", &ready(&["web-b"]));
+        documents.extend(other.iter().map(|text| text.replace("name: web-", "name: whole-")));
+        cluster.apply(&documents);
+        until(32_001, [[Some(503); 2], [Some(200); 2]]);
+    }
     // Another port, and a second Service that wants the same.
     cluster.apply(&cluster.documents("web", 1, &spec(32_002), &ready(&["web-b"])));
     until(32_002, [[Some(503); 2], [Some(200); 2]]);

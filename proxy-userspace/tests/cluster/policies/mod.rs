@@ -16,6 +16,7 @@ use tempfile::TempDir;
 mod affinity;
 mod endpoints;
 mod health_checks;
+mod meaning;
 mod source_ranges;
 mod traffic;
 

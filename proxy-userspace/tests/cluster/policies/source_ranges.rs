@@ -23,8 +23,11 @@ fn source_ranges(xdp: &str) {
             vec![ip("hooked", false), ip("packets", true)],
             [vec!["hooked", "node-a"], vec!["packets", "node-a"]],
         ),
-        // All of one family: none of the other.
-        (vec!["0.0.0.0/0".to_owned()], [everyone.clone(), vec!["node-a"]]),
+        // Each family by itself, and everybody is everybody.
+        (vec!["0.0.0.0/0".to_owned()], [everyone.clone(), everyone.clone()]),
+        (vec!["'::/0'".to_owned()], [everyone.clone(), everyone.clone()]),
+        (vec![ip("hooked", false)], [vec!["hooked", "node-a"], everyone.clone()]),
+        (vec![ip("packets", true)], [everyone.clone(), vec!["packets", "node-a"]]),
         (
             wide(["10.44.0.0/16", "fd44::/48"]),
             [vec!["hooked", "packets", "node-a"], vec!["hooked", "packets", "node-a"]],

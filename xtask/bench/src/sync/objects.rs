@@ -55,6 +55,7 @@ pub(super) fn service(n: u32) -> Service {
         internal_policy: TrafficPolicy::Cluster,
         health_check_node_port: None,
         source_ranges: Vec::new(),
+        limits_sources: [false; 2],
         publish_not_ready: false,
         retry: Default::default(),
     }
