@@ -748,7 +748,9 @@ fn bad_input_is_one_line_that_says_what_to_do() {
 fn objects_are_served_as_they_are_stored() {
     const OTHER: u16 = 30_090;
     let mut cluster = Cluster::start(&[]);
-    let Some(server) = cluster.api.ours() else { return };
+    let Some(server) = cluster.api.ours() else {
+        shunt_lab::skip!("KUBECONFIG names a real server, where objects are checked before they are stored");
+    };
     let odd_meta = |object: &mut Value| {
         object["metadata"]["managedFields"] =
             json!([{ "time": null, "fieldsV1": { "f:x": "y".repeat(1 << 20) } }, null]);
