@@ -4,6 +4,7 @@
 use crate::{
     checksum::Difference,
     family::{Family, Words6},
+    packet::ETHERNET,
 };
 
 /// An unsigned number, as it stands in memory: fields of a packet are in network order.
@@ -17,6 +18,11 @@ impl Number for u64 {}
 pub trait Access {
     /// Length in bytes.
     fn length(&self) -> u32;
+    /// Length of what stands in front of the IP header, as [`crate::packet::Packet::link_header`].
+    #[inline(always)]
+    fn link_length(&self) -> u32 {
+        ETHERNET as u32
+    }
     /// The number at `offset`; `None` where the packet ends before.
     fn load<T: Number>(&self, offset: u32) -> Option<T>;
     /// Writes a number; `false` where the packet ends before.

@@ -24,37 +24,40 @@ pub fn quote_len<A: Copy>(headers: &Headers<A>) -> usize {
     headers.l4 - headers.l3 + if headers.tuple.proto == UDP { 8 } else { 20 }
 }
 
-/// Length of the headers that go in front of the quote, after Ethernet.
+/// Length of the headers that go in front of the quote, after the link layer's.
 #[inline(always)]
 pub const fn prefix_len<F: Family>() -> usize {
     F::HEADER + ICMP
 }
 
 /// Writes the refusal of a packet that has been cut after `quote` bytes and moved [`prefix_len`] bytes to the back; its
-/// Ethernet header is still the refused packet's. `false` if the packet is too short after all.
+/// link-layer header, if any, is still the refused packet's. `false` if the packet is too short after all.
 #[inline(always)]
 #[must_use]
 pub fn port_unreachable<F: Family>(packet: &impl Packet, refused: &Headers<F::Words>, quote: usize) -> bool {
-    let inner = ETHERNET + prefix_len::<F>();
+    let link = packet.link_header();
+    let inner = link + prefix_len::<F>();
     if !settle_checksum::<F>(packet, refused, inner) {
         return false;
     }
     let Some(sum) = sum(packet, inner, quote) else {
         return false;
     };
-    let Some(start) = packet.bytes(0, ETHERNET + prefix_len::<F>()) else {
+    let Some(start) = packet.bytes(0, link + prefix_len::<F>()) else {
         return false;
     };
-    let (ip, icmp) = (ETHERNET, ETHERNET + F::HEADER);
+    let (ip, icmp) = (link, link + F::HEADER);
     let length = (ICMP + quote) as u16;
     // SAFETY: all writes lie within the bytes checked above.
     unsafe {
-        let (to_low, to_high): (u32, u16) = (read(start, 6), read(start, 10));
-        let (from_low, from_high): (u32, u16) = (read(start, 0), read(start, 4));
-        write(start, 0, to_low);
-        write(start, 4, to_high);
-        write(start, 6, from_low);
-        write(start, 10, from_high);
+        if link == ETHERNET {
+            let (to_low, to_high): (u32, u16) = (read(start, 6), read(start, 10));
+            let (from_low, from_high): (u32, u16) = (read(start, 0), read(start, 4));
+            write(start, 0, to_low);
+            write(start, 4, to_high);
+            write(start, 6, from_low);
+            write(start, 10, from_high);
+        }
 
         let (kind, mut icmp_sum) = if F::HEADER == 20 {
             let total = F::HEADER as u16 + length;

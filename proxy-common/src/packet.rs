@@ -12,6 +12,12 @@ pub trait Packet {
     ///
     /// The pointer is good until the packet is resized or a helper invalidates it; callers ask again after that.
     fn bytes(&self, offset: usize, len: usize) -> Option<*mut u8>;
+
+    /// Length of what stands in front of the IP header: that of an Ethernet header, or nothing (TUN, WireGuard, IPIP).
+    #[inline(always)]
+    fn link_header(&self) -> usize {
+        ETHERNET
+    }
 }
 
 /// Length of an Ethernet header without VLAN tags.

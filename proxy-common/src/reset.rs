@@ -74,6 +74,9 @@ pub fn reset<F: Family>(packet: &impl Packet, answered: &Headers<F::Words>) -> b
         write::<u16>(tcp, 16, pseudo);
         write::<u16>(tcp, 18, !checksum::fold(rest));
     }
+    if packet.link_header() != ETHERNET {
+        return true;
+    }
     let Some(ethernet) = packet.bytes(0, ETHERNET) else {
         return false;
     };

@@ -18,6 +18,8 @@ use crate::support::Node;
 mod affinity;
 #[path = "balance/failover.rs"]
 mod failover;
+#[path = "balance/networks.rs"]
+mod networks;
 #[path = "balance/reset.rs"]
 mod reset;
 mod support;

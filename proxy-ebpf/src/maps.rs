@@ -11,7 +11,9 @@ use core::{
 
 use aya_ebpf::{
     Global,
-    bindings::{BPF_ANY, BPF_F_CURRENT_NETNS, BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST, bpf_sock_tuple},
+    bindings::{
+        __sk_buff, BPF_ANY, BPF_F_CURRENT_NETNS, BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST, bpf_sock_tuple, xdp_md,
+    },
     btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SkStorage},
     helpers::{bpf_jiffies64, bpf_ktime_get_coarse_ns, bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp},
     macros::btf_map,
@@ -24,6 +26,8 @@ use shunt_common::{
     layout::*,
     packet::Tuple,
 };
+
+use crate::fib;
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 
@@ -193,10 +197,15 @@ pub(crate) trait Hook {
     /// # Safety
     /// `state` must lie within a live map value; nothing is read or written.
     unsafe fn counter(state: *mut BackendState) -> *mut u64;
+    /// Index of the device by which the packet came in; 0 for sockets.
+    ///
+    /// # Safety
+    /// `ctx` must be the running program's context.
+    unsafe fn device(ctx: *mut c_void) -> u32;
 }
 
 macro_rules! hooks {
-    ($($(#[$doc:meta])* $hook:ident: $event:ident, $counter:ident;)+) => {
+    ($($(#[$doc:meta])* $hook:ident: $event:ident, $counter:ident, |$ctx:ident| $device:expr;)+) => {
         $(
             $(#[$doc])*
             pub(crate) struct $hook;
@@ -209,6 +218,11 @@ macro_rules! hooks {
                     // SAFETY: the caller's promise.
                     unsafe { &raw mut (*state).$counter }
                 }
+
+                #[inline(always)]
+                unsafe fn device($ctx: *mut c_void) -> u32 {
+                    $device
+                }
             }
         )+
     };
@@ -216,11 +230,12 @@ macro_rules! hooks {
 
 hooks! {
     /// The cgroup hooks.
-    Socket: SocketFlow, socket_flows;
+    Socket: SocketFlow, socket_flows, |_ctx| 0;
     /// tc.
-    Tc: TcFlow, tc_flows;
+    // SAFETY: the caller's promise, here and below.
+    Tc: TcFlow, tc_flows, |ctx| unsafe { (*ctx.cast::<__sk_buff>()).ifindex };
     /// XDP.
-    Xdp: XdpFlow, xdp_flows;
+    Xdp: XdpFlow, xdp_flows, |ctx| unsafe { (*ctx.cast::<xdp_md>()).ingress_ifindex };
 }
 
 /// The kernel's maps, as the decision wants them.
@@ -415,6 +430,17 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
     fn add_fragment(&self, key: &FragmentKey<F::Words>, ports: &FragmentPorts) {
         // An LRU refuses nobody but for lack of memory; then the later fragments are lost.
         let _done = F::FRAGMENTS.insert(bytes(key), ports, BPF_ANY.into());
+    }
+
+    #[inline(always)]
+    fn remove_fragment(&self, key: &FragmentKey<F::Words>) {
+        let _not_noted = F::FRAGMENTS.remove(bytes(key));
+    }
+
+    #[inline(always)]
+    fn route_source(&self, tuple: &Tuple<F::Words>) -> Option<F::Words> {
+        // SAFETY: it is the running program's.
+        fib::source::<F>(self.ctx, unsafe { H::device(self.ctx) }, tuple)
     }
 
     #[inline(always)]

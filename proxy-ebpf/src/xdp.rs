@@ -16,7 +16,7 @@ use aya_ebpf::{
 use shunt_common::{
     balance::{Maps, established, undecided},
     event::Event,
-    family::{Family, V4, V6, Words6},
+    family::{Family, V4, V6},
     icmp,
     packet::{self, ETHERNET, Headers, Packet, Tuple},
     reset,
@@ -24,6 +24,7 @@ use shunt_common::{
 };
 
 use crate::{
+    fib::FibLookup,
     maps::{KernelFamily, KernelMaps, Xdp, count},
     traffic,
 };
@@ -199,46 +200,13 @@ fn send(device: u32) -> u32 {
     unsafe { bpf_redirect(device, 0) as u32 }
 }
 
-/// The kernel's `struct bpf_fib_lookup`, without its unions.
-#[repr(C)]
-pub(crate) struct FibLookup {
-    pub(crate) family: u8,
-    pub(crate) l4_protocol: u8,
-    pub(crate) sport: u16,
-    pub(crate) dport: u16,
-    /// In: length of the packet from its IP header. Out: the route's MTU.
-    pub(crate) tot_len: u16,
-    /// In: the device the packet came in through. Out: the one it leaves through.
-    pub(crate) ifindex: u32,
-    pub(crate) flowinfo: u32,
-    pub(crate) src: Words6,
-    pub(crate) dst: Words6,
-    pub(crate) vlan: u32,
-    /// Source and destination MAC address.
-    pub(crate) macs: [u16; 6],
-}
-
-const _: () = assert!(size_of::<FibLookup>() == 64);
-
 /// Routes the packet by the kernel's tables and sends it, if it can be sent from here.
 #[inline(always)]
 fn send_on<F: KernelFamily>(ctx: &XdpContext, headers: &Headers<F::Words>, to: &Translation<F::Words>) -> u32 {
     let new = &to.tuple;
     let frame = Frame(ctx);
     let ingress = ctx.ingress_ifindex() as u32;
-    let mut fib = FibLookup {
-        family: F::AF,
-        l4_protocol: new.proto,
-        sport: new.src_port.to_be(),
-        dport: new.dst_port.to_be(),
-        tot_len: (frame.len() - ETHERNET) as u16,
-        ifindex: ingress,
-        flowinfo: 0,
-        src: words::<F>(new.src),
-        dst: words::<F>(new.dst),
-        vlan: 0,
-        macs: [0; 6],
-    };
+    let mut fib = FibLookup::new::<F>(new, (frame.len() - ETHERNET) as u16, ingress);
     // SAFETY: `fib` has the size and layout of the kernel's struct.
     let routed = unsafe { bpf_fib_lookup(ctx.as_ptr(), (&raw mut fib).cast(), size_of::<FibLookup>() as i32, 0) };
     // Another device may lack the means to send XDP frames, and would lose them without a word.
@@ -263,22 +231,6 @@ fn send_on<F: KernelFamily>(ctx: &XdpContext, headers: &Headers<F::Words>, to: &
     }
     count_traffic(ctx, to);
     send(ingress)
-}
-
-/// An address as the kernel's union holds it: IPv4 in the first word.
-#[inline(always)]
-pub(crate) fn words<F: Family>(addr: F::Words) -> Words6 {
-    // SAFETY: an address is one or two words.
-    unsafe {
-        if size_of::<F::Words>() == 4 {
-            Words6 {
-                high: u64::from(core::mem::transmute_copy::<_, u32>(&addr)),
-                low: 0,
-            }
-        } else {
-            core::mem::transmute_copy(&addr)
-        }
-    }
 }
 
 /// Turns the packet into its refusal and sends it back.

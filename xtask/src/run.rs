@@ -3,6 +3,7 @@
 use std::{env, os::unix::process::CommandExt};
 
 use anyhow::{Context, Result};
+use shunt_lab::{NETWORKS, Network};
 
 use crate::{
     build, demo, setup,
@@ -20,6 +21,9 @@ pub(crate) struct Args {
     /// Enter after each step, unless with --once.
     #[arg(long)]
     story: bool,
+    /// How the demo's nodes and pods are joined.
+    #[arg(long, default_value = "plain", value_parser = network)]
+    network: Network,
     /// Everything is built already: set when this starts itself again as root.
     #[arg(long, hide = true)]
     built: bool,
@@ -30,6 +34,13 @@ pub(crate) struct Args {
         value_name = "ARGUMENTS OF shunt run"
     )]
     agent: Vec<String>,
+}
+
+fn network(name: &str) -> Result<Network, String> {
+    Network::named(name).ok_or_else(|| {
+        let names: Vec<_> = NETWORKS.iter().map(|network| network.name).collect();
+        format!("there is no such network, but {}", names.join(", "))
+    })
 }
 
 /// Builds, becomes root if it is not, and runs the demo or the agent.
@@ -51,13 +62,15 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     } else if is_root() {
         return match (args.story, args.once) {
             (true, once) => story::story(once),
-            (false, true) => demo::one_round(),
-            (false, false) => demo::live(),
+            (false, true) => demo::one_round(args.network),
+            (false, false) => demo::live(args.network),
         };
     } else {
         let this = env::current_exe().context("this program's path")?;
         let mut command = as_root(&this.to_string_lossy())?;
-        command.args(["run", "--built"]).args(args.once.then_some("--once"));
+        command
+            .args(["run", "--built", "--network", args.network.name])
+            .args(args.once.then_some("--once"));
         command.args(args.story.then_some("--story"));
         command
     };

@@ -9,7 +9,9 @@ use super::{
     open::{insert, open},
     port_use::port_use,
     refusal::refuse_arriving,
+    source_address::follow_route,
     source_port::translate_source,
+    translated::is_translated,
 };
 use crate::{
     event::Event,
@@ -48,10 +50,16 @@ pub(super) fn decide_here<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut 
         maps.count(Event::BackendGone);
         return Verdict::Reset;
     }
+    if is_translated(maps, scratch) {
+        return Verdict::Pass;
+    }
     if let Step::Break(verdict) = find_backend(maps, scratch) {
         return verdict;
     }
     open(maps, scratch);
+    if scratch.flow.state & FLOW_SNAT != 0 && scratch.flow.snat != scratch.arrival.tuple.src {
+        follow_route(maps, scratch);
+    }
     if scratch.flow.state & FLOW_SNAT != 0 && !translate_source(maps, scratch) {
         maps.count(Event::SnatExhausted);
         return Verdict::Drop;

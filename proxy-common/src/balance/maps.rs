@@ -41,6 +41,8 @@ pub trait Maps<F: Family>: Clock {
     fn fragment(&self, key: &FragmentKey<F::Words>) -> Option<FragmentPorts>;
     /// Notes the ports of a datagram in fragments.
     fn add_fragment(&self, key: &FragmentKey<F::Words>, ports: &FragmentPorts);
+    /// Forgets the ports of a datagram in fragments, if they are noted.
+    fn remove_fragment(&self, key: &FragmentKey<F::Words>);
     /// An entry of `flows`.
     fn flow(&self, key: &FlowKey<F::Words>) -> Option<Entry<'_, Flow<F::Words>>>;
     /// Adds to `flows`; `false` when the map refuses.
@@ -63,6 +65,9 @@ pub trait Maps<F: Family>: Clock {
     fn claim(&self, slot: Entry<'_, SnatSlot<F::Words>>, seen: u32, now: u32) -> bool;
     /// Whether a socket of this node would get packets of this tuple (a reply's: from the backend to the node).
     fn socket_takes(&self, reply: &Tuple<F::Words>) -> bool;
+    /// The source address that the node's routes give to a packet of this tuple, as `MASQUERADE` would choose it; `None` where they
+    /// cannot be asked, or have none.
+    fn route_source(&self, tuple: &Tuple<F::Words>) -> Option<F::Words>;
     /// Memory of this program run's own.
     #[expect(clippy::mut_from_ref, reason = "per-CPU memory, asked for once in a run")]
     fn scratch(&self) -> Option<&mut Scratch<F::Words>>;

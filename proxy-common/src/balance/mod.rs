@@ -33,8 +33,10 @@ mod refusal;
 mod reply;
 mod scratch;
 mod search;
+mod source_address;
 mod source_port;
 mod subprogram;
+mod translated;
 
 pub use self::{
     choose::socket_frontend,

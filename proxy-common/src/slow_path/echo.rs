@@ -58,15 +58,13 @@ pub(super) fn answer<F: Family, M: Maps<F>>(
 #[inline(always)]
 fn turn<F: Family>(packet: &impl Access, scratch: &mut Scratch<F::Words>) -> Option<()> {
     let slow = &scratch.slow;
-    let (l3, icmp) = (ETHERNET as u32, slow.path.l4);
+    let (l3, icmp) = (packet.link_length(), slow.path.l4);
     // The type is the first byte of its word, and a code of 0 the second. The pseudo-header of ICMPv6 keeps its sum when the
     // addresses change places.
     let old: u16 = packet.load(icmp)?;
     let new = u16::from_ne_bytes([reply::<F>(), 0]);
     let sum = Difference::word(old, new).apply(packet.load(icmp + 2)?);
     let (src, dst) = (slow.tuple.src, slow.tuple.dst);
-    let (to_high, to_low): (u32, u16) = (packet.load(6)?, packet.load(10)?);
-    let (from_high, from_low): (u32, u16) = (packet.load(0)?, packet.load(4)?);
     let hops = if F::HEADER == 20 {
         let word: u16 = packet.load(l3 + 8)?;
         let renewed = u16::from_ne_bytes([HOPS, word.to_ne_bytes()[1]]);
@@ -79,9 +77,15 @@ fn turn<F: Family>(packet: &impl Access, scratch: &mut Scratch<F::Words>) -> Opt
         && packet.store(icmp, new)
         && packet.store(icmp + 2, sum)
         && store_addrs::<F>(packet, l3, (src, dst), (dst, src))
-        && packet.store(0, to_high)
-        && packet.store(4, to_low)
-        && packet.store(6, from_high)
-        && packet.store(10, from_low))
+        && (l3 != ETHERNET as u32 || turn_frame(packet).is_some()))
     .then_some(())
+}
+
+/// Lets the frame's addresses change places.
+#[inline(always)]
+fn turn_frame(packet: &impl Access) -> Option<()> {
+    let (to_high, to_low): (u32, u16) = (packet.load(6)?, packet.load(10)?);
+    let (from_high, from_low): (u32, u16) = (packet.load(0)?, packet.load(4)?);
+    (packet.store(0, to_high) && packet.store(4, to_low) && packet.store(6, from_high) && packet.store(10, from_low))
+        .then_some(())
 }

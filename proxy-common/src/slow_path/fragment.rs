@@ -24,6 +24,13 @@ fn key<F: Family>(slow: &Context<F::Words>) -> FragmentKey<F::Words> {
     }
 }
 
+/// Forgets what is recorded under the name of the datagram whose first fragment is at hand: another's, with whose ports the rest of
+/// this one would go astray. Names come round: IPv4 has 65,536 for a pair of addresses and a protocol.
+#[inline(never)]
+pub(super) fn forget<F: Family, M: Maps<F>>(maps: &M, scratch: &Scratch<F::Words>) {
+    maps.remove_fragment(&key::<F>(&scratch.slow));
+}
+
 /// Records the ports of a first fragment.
 #[inline(never)]
 pub(super) fn record<F: Family, M: Maps<F>>(maps: &M, scratch: &Scratch<F::Words>) {

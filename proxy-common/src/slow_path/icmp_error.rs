@@ -26,7 +26,7 @@ use crate::{
     family::Family,
     filter,
     layout::*,
-    packet::{ETHERNET, Tuple, checksum_offset, differences},
+    packet::{Tuple, checksum_offset, differences},
     snat,
     verdict::Direction,
 };
@@ -247,7 +247,7 @@ fn write<F: Family>(packet: &impl Access, scratch: &mut Scratch<F::Words>) -> bo
 fn write_fields<F: Family>(packet: &impl Access, scratch: &mut Scratch<F::Words>) -> Option<()> {
     let slow = &scratch.slow;
     let (answer, becomes) = (&slow.answer, &slow.becomes);
-    let (l3, icmp) = (ETHERNET as u32, slow.path.l4);
+    let (l3, icmp) = (packet.link_length(), slow.path.l4);
     let (quote, transport) = (icmp + ICMP, slow.quoted.l4);
     let proto = slow.quoted.proto as u8;
     let (addresses, ports) = differences::<F>(answer, becomes);

@@ -22,7 +22,7 @@ use crate::{
     extension::{self, Path},
     family::Family,
     layout::{SCTP, TCP, UDP},
-    packet::{ACK, ETHERNET, FIN, Headers, RST, SCTP_CHECKSUM, SYN, Tuple, checksum_offset, differences, port_word},
+    packet::{ACK, FIN, Headers, Packet, RST, SCTP_CHECKSUM, SYN, Tuple, checksum_offset, differences, port_word},
     verdict::{Direction, InScratch, Verdict},
 };
 
@@ -32,7 +32,7 @@ pub fn handle<F: Family, M: Subprograms<F>>(maps: &M, packet: &impl Access, dire
     let Some(scratch) = maps.scratch() else {
         return Action::Pass;
     };
-    let l3 = ETHERNET as u32;
+    let l3 = packet.link_length();
     if !extension::find::<F>(packet, l3, &mut scratch.slow.path) {
         return Action::Pass;
     }
@@ -51,6 +51,10 @@ pub fn handle<F: Family, M: Subprograms<F>>(maps: &M, packet: &impl Access, dire
         dst_port: 0,
         proto: slow.path.proto as u8,
     };
+    if slow.path.more != 0 && slow.path.offset == 0 {
+        fragment::forget(maps, scratch);
+    }
+    let slow = &scratch.slow;
     if slow.tuple.proto == icmp_error::proto::<F>() && slow.path.is_whole() {
         match packet.load::<u8>(slow.path.l4) {
             Some(kind) if icmp_error::is_error::<F>(kind) => {
@@ -75,11 +79,11 @@ pub fn handle<F: Family, M: Subprograms<F>>(maps: &M, packet: &impl Access, dire
 
 /// The headers of a packet that gets [`Action::Refuse`]; `None` if they are too long to be quoted.
 #[inline(always)]
-pub fn headers<F: Family, M: Maps<F>>(maps: &M) -> Option<Headers<F::Words>> {
+pub fn headers<F: Family, M: Maps<F>>(maps: &M, packet: &impl Packet) -> Option<Headers<F::Words>> {
     let slow = &maps.scratch()?.slow;
-    let l4 = slow.path.l4 as usize;
-    (l4 >= ETHERNET + F::HEADER && l4 <= ETHERNET + 60).then_some(Headers {
-        l3: ETHERNET,
+    let (l3, l4) = (packet.link_header(), slow.path.l4 as usize);
+    (l4 >= l3 + F::HEADER && l4 <= l3 + 60).then_some(Headers {
+        l3,
         l4,
         tuple: slow.tuple,
         tcp_flags: 0,
@@ -183,7 +187,7 @@ fn update_sctp<F: Family>(packet: &impl Access, path: &Path, difference: u32) ->
     if difference == 0 {
         return true;
     }
-    let l3 = ETHERNET as u32;
+    let l3 = packet.link_length();
     let (length_at, fixed) = if F::HEADER == 20 {
         (l3 + 2, 0)
     } else {
@@ -230,7 +234,7 @@ fn write<F: Family>(packet: &impl Access, scratch: &mut Scratch<F::Words>) -> bo
     } else if F::HEADER == 40 {
         packet.changed(addresses);
     }
-    store_addrs::<F>(packet, ETHERNET as u32, (old.src, old.dst), (new.src, new.dst))
+    store_addrs::<F>(packet, packet.link_length(), (old.src, old.dst), (new.src, new.dst))
 }
 
 /// A packet of a protocol that no Service speaks.

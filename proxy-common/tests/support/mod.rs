@@ -42,6 +42,8 @@ pub(crate) struct Node<F: Family> {
     pub(crate) waiting: Cell<i64>,
     pub(crate) most_waiting: Cell<i64>,
     pub(crate) backends: RefCell<HashMap<u32, Box<BackendState>>>,
+    /// The source address that routes give on the way to others.
+    pub(crate) route_sources: RefCell<HashMap<F::Words, F::Words>>,
     /// Tuples that a socket of the node would take.
     pub(crate) sockets: RefCell<HashSet<Tuple<F::Words>>>,
     pub(crate) events: RefCell<Vec<Event>>,
@@ -71,6 +73,7 @@ impl<F: Family<Words: Hash>> Node<F> {
             waiting: Cell::default(),
             most_waiting: Cell::default(),
             backends: RefCell::default(),
+            route_sources: RefCell::default(),
             sockets: RefCell::default(),
             events: RefCell::default(),
             // SAFETY: all zeros is a value of every field.
@@ -216,6 +219,12 @@ impl<F: Family<Words: Hash>> Maps<F> for Node<F> {
     }
     fn add_fragment(&self, key: &FragmentKey<F::Words>, ports: &FragmentPorts) {
         self.fragments.borrow_mut().insert(*key, *ports);
+    }
+    fn remove_fragment(&self, key: &FragmentKey<F::Words>) {
+        self.fragments.borrow_mut().remove(key);
+    }
+    fn route_source(&self, tuple: &Tuple<F::Words>) -> Option<F::Words> {
+        self.route_sources.borrow().get(&tuple.dst).copied()
     }
     fn flow(&self, key: &FlowKey<F::Words>) -> Option<Entry<'_, Flow<F::Words>>> {
         entry(self.flows.borrow_mut().get_mut(key))

@@ -35,8 +35,8 @@ use super::{
     step::{Encoded, Step},
 };
 use crate::{
+    fib::FibLookup,
     maps::{KernelFamily, KernelMaps, Tc, bytes, count},
-    xdp::{FibLookup, words},
 };
 
 /// Whether there is host routing: set when the programs are loaded, so that without it the verifier takes it out.
@@ -223,20 +223,8 @@ fn send<F: RoutingFamily>(
     let Some(Work { fib, path }) = WORK.get_ptr_mut(0).and_then(|work| unsafe { work.as_mut() }) else {
         return Step::Stack;
     };
-    *fib = FibLookup {
-        family: F::AF,
-        l4_protocol: arrived.proto,
-        sport: arrived.src_port.to_be(),
-        dport: arrived.dst_port.to_be(),
-        // Without it the kernel would compare the length with the device's MTU, and not the route's. It tells the MTU in its place.
-        tot_len: length(ctx, headers, segments) as u16,
-        ifindex: ingress,
-        flowinfo: 0,
-        src: words::<F>(arrived.src),
-        dst: words::<F>(arrived.dst),
-        vlan: 0,
-        macs: [0; 6],
-    };
+    // Without a length the kernel would compare the packet's with the device's MTU, and not the route's. It tells the MTU in its place.
+    *fib = FibLookup::new::<F>(arrived, length(ctx, headers, segments) as u16, ingress);
     // SAFETY: `fib` has the size and layout of the kernel's struct.
     let routed = unsafe {
         bpf_fib_lookup(

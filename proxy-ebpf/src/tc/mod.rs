@@ -17,7 +17,7 @@ use shunt_common::{
     balance::{Maps, answering, established, refused, undecided},
     family::{Family, V4, V6},
     icmp,
-    packet::{self, ETHERNET, Headers},
+    packet::{Headers, Packet},
     reset,
     slow_path::{self, Action},
     verdict::{Direction, InScratch, Lookup, Origin, Verdict},
@@ -25,7 +25,7 @@ use shunt_common::{
 
 use self::{
     host_routing::RoutingFamily,
-    skb::{Buffer, arrival, family, headers, translate},
+    skb::{Buffer, arrival, family, headers, parse, translate},
     step::{Encoded, Step},
 };
 use crate::maps::{KernelFamily, KernelMaps, Tc};
@@ -150,7 +150,7 @@ fn open<F: KernelFamily>(ctx: &TcContext, origin: Origin) -> Encoded {
 
 #[inline(always)]
 fn opened<F: KernelFamily>(ctx: &TcContext, origin: Origin) -> Step {
-    let Some(headers) = packet::parse::<F>(&Buffer(ctx), ETHERNET) else {
+    let Some(headers) = parse::<F>(ctx) else {
         return Step::End(TC_ACT_UNSPEC);
     };
     let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
@@ -170,7 +170,7 @@ fn opened<F: KernelFamily>(ctx: &TcContext, origin: Origin) -> Step {
 /// A backend's refusal of a SYN, on its way to the client.
 #[inline(never)]
 fn refusal<F: KernelFamily>(ctx: &TcContext) -> i32 {
-    let Some(headers) = packet::parse::<F>(&Buffer(ctx), ETHERNET) else {
+    let Some(headers) = parse::<F>(ctx) else {
         return TC_ACT_UNSPEC;
     };
     let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
@@ -203,7 +203,7 @@ fn slow<F: KernelFamily>(ctx: &TcContext, direction: Direction) -> i32 {
     match slow_path::handle::<F, _>(&maps, &Buffer(ctx), direction) {
         Action::Pass => TC_ACT_UNSPEC,
         Action::Drop => TC_ACT_SHOT,
-        Action::Refuse => match slow_path::headers::<F, _>(&maps) {
+        Action::Refuse => match slow_path::headers::<F, _>(&maps, &Buffer(ctx)) {
             Some(headers) => refuse::<F>(ctx, &headers),
             None => TC_ACT_SHOT,
         },
@@ -226,7 +226,7 @@ fn refuse<F: Family>(ctx: &TcContext, headers: &Headers<F::Words>) -> i32 {
     let prefix = icmp::prefix_len::<F>() as i32;
     // SAFETY: the helpers check their arguments against the buffer; pointers are taken anew afterwards.
     unsafe {
-        if bpf_skb_change_tail(ctx.skb.skb, (ETHERNET + quote) as u32, 0) != 0
+        if bpf_skb_change_tail(ctx.skb.skb, (Buffer(ctx).link_header() + quote) as u32, 0) != 0
             || bpf_skb_adjust_room(ctx.skb.skb, prefix, BPF_ADJ_ROOM_MAC, 0) != 0
         {
             return TC_ACT_SHOT;

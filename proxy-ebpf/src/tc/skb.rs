@@ -23,7 +23,7 @@ use crate::{
     traffic,
 };
 
-/// Ethernet, the longest IPv4 header and a TCP header without options: all that is ever read.
+/// The longest link-layer and IPv4 headers, and a TCP header without options: all that is ever read.
 const HEADERS: usize = ETHERNET + 60 + 20;
 
 /// The linear part of a socket buffer.
@@ -35,12 +35,27 @@ impl Packet for Buffer<'_> {
         let start = self.0.data() + offset;
         (start + len <= self.0.data_end()).then_some(start as *mut u8)
     }
+
+    #[inline(always)]
+    fn link_header(&self) -> usize {
+        LINK_HEADER.load() as usize
+    }
 }
+
+/// Length of what stands in front of the IP header on the devices that the programs are for: set when they are loaded, once for
+/// Ethernet and once for devices without a link-layer header. The verifier takes it for the constant that it is.
+#[unsafe(no_mangle)]
+static LINK_HEADER: Global<u32> = Global::new(ETHERNET as u32);
 
 impl Access for Buffer<'_> {
     #[inline(always)]
     fn length(&self) -> u32 {
         self.0.len()
+    }
+
+    #[inline(always)]
+    fn link_length(&self) -> u32 {
+        LINK_HEADER.load()
     }
 
     #[inline(always)]
@@ -119,14 +134,21 @@ pub(super) fn family(ctx: &TcContext) -> Option<u16> {
 pub(super) fn headers<F: KernelFamily>(ctx: &TcContext) -> Option<Headers<F::Words>> {
     let buffer = Buffer(ctx);
     // Headers may stand in page fragments, where programs cannot read: have them pulled into the linear part.
-    if buffer.bytes(0, ETHERNET + F::HEADER + 20).is_none() {
+    let link = buffer.link_header();
+    if buffer.bytes(0, link + F::HEADER + 20).is_none() {
         let len = ctx.len().min(HEADERS as u32);
         // SAFETY: the helper checks the length; pointers are taken anew afterwards.
         if unsafe { bpf_skb_pull_data(ctx.skb.skb, len) } != 0 {
             return None;
         }
     }
-    packet::parse::<F>(&buffer, ETHERNET)
+    packet::parse::<F>(&buffer, link)
+}
+
+/// The headers, once [`headers`] has had them pulled.
+#[inline(always)]
+pub(super) fn parse<F: KernelFamily>(ctx: &TcContext) -> Option<Headers<F::Words>> {
+    packet::parse::<F>(&Buffer(ctx), Buffer(ctx).link_header())
 }
 
 #[inline(always)]
@@ -156,7 +178,7 @@ pub(super) fn translate<F: Family>(ctx: &TcContext, headers: &Headers<F::Words>,
 pub(super) fn count_traffic(ctx: &TcContext, counted: Counted) {
     // SAFETY: the context is valid while the program runs.
     let segments = unsafe { (*ctx.skb.skb).gso_segs };
-    traffic::count(counted, segments.max(1), ctx.len().wrapping_sub(ETHERNET as u32));
+    traffic::count(counted, segments.max(1), ctx.len().wrapping_sub(LINK_HEADER.load()));
 }
 
 /// Writes the new tuple. The transport checksum goes through the kernel, which knows whether it is complete yet.

@@ -5,6 +5,7 @@
 
 use std::{
     fs, io,
+    net::IpAddr,
     os::fd::{AsFd, AsRawFd},
     path::Path,
     time::Duration,
@@ -20,13 +21,17 @@ use comfy_table::{Table, presets::NOTHING};
 use serde::Serialize;
 
 use crate::datapath::{
+    Paths,
+    attach::{TcMode, pinned_links},
     bpf::{
         link::{self, Hook},
         probe,
     },
     capability, cgroup,
+    devices::{self, Device, DevicePatterns, Role, is_link_local},
     load::{is_bpffs, kernel},
     netfilter::{self, Netfilter, Value},
+    netlink, xdp,
 };
 
 /// `BPF_PROG_TYPE_SCHED_CLS`.
@@ -104,6 +109,7 @@ pub fn check(bpf_root: &Path, cgroup_root: &Path) -> Report {
     capabilities(&mut rows);
     filesystems(&mut rows, bpf_root, cgroup_root);
     features(&mut rows);
+    network(&mut rows, bpf_root);
     others(&mut rows);
     connection_table(&mut rows);
     Report {
@@ -315,6 +321,88 @@ fn cgroup_links() -> io::Result<String> {
     }
 }
 
+/// What of this node's network would get in the way of Service traffic.
+fn network(rows: &mut Rows, bpf_root: &Path) {
+    let devices = match devices::list() {
+        Ok(devices) => devices,
+        Err(error) => {
+            rows.add("network devices", Need::Required, Err(error.to_string()), "rtnetlink");
+            return;
+        }
+    };
+    let (taken, _) = DevicePatterns::default().select(devices);
+    let names = |devices: &[&Device]| {
+        let names: Vec<_> = devices.iter().map(|device| device.name.as_str()).collect();
+        names.join(", ")
+    };
+    let links = pinned_links(&Paths::new(bpf_root)).unwrap_or_default();
+    let bare: Vec<&Device> = taken
+        .iter()
+        .map(|(device, _)| device)
+        .filter(|device| !links.iter().any(|link| link.index == Some(device.index)))
+        .collect();
+    let found = if links.is_empty() || TcMode::probe() == TcMode::Clsact || bare.is_empty() {
+        Ok(format!("{} that shunt has programs for", taken.len()))
+    } else {
+        Err(format!("no program on {}", names(&bare)))
+    };
+    rows.add(
+        "devices by which packets come and go",
+        Need::Optional,
+        found,
+        "answers and requests by these devices are not translated: let --devices name them, or leave it out",
+    );
+    let outward: Vec<&Device> = taken
+        .iter()
+        .filter(|(_, role)| *role == Role::Node)
+        .map(|(device, _)| device)
+        .collect();
+    for (family, is_family) in [
+        ("IPv4", IpAddr::is_ipv4 as fn(&IpAddr) -> bool),
+        ("IPv6", IpAddr::is_ipv6),
+    ] {
+        let usable = |address: &&IpAddr| is_family(address) && !is_link_local(address);
+        let found = match outward.iter().flat_map(|device| &device.addresses).find(usable) {
+            Some(address) => Ok(address.to_string()),
+            None => Err("none".to_owned()),
+        };
+        rows.add(
+            &format!("{family} source address for packets to other nodes"),
+            Need::Optional,
+            found,
+            "without one, clients from outside reach the backends of this node only, in this family",
+        );
+    }
+    let setting = |device: &str| -> u32 {
+        let path = format!("/proc/sys/net/ipv4/conf/{device}/rp_filter");
+        fs::read_to_string(path).map_or(0, |text| text.trim().parse().unwrap_or(0))
+    };
+    // The kernel takes the greater of the two.
+    let strict: Vec<&Device> = outward
+        .iter()
+        .filter(|device| setting(&device.name).max(setting("all")) == 1)
+        .copied()
+        .collect();
+    let found = if strict.len() > 1 {
+        Err(format!("strict on {}", names(&strict)))
+    } else {
+        Ok("not in the way".to_owned())
+    };
+    rows.add(
+        "reverse path filter (rp_filter)",
+        Need::Optional,
+        found,
+        "packets whose answers leave by another device are dropped: set it to 2 (loose) where ways are asymmetric",
+    );
+    let found = xdp::forward_rules().map_or_else(|| Ok("none".to_owned()), Err);
+    rows.add(
+        "netfilter rules in FORWARD that XDP would pass by",
+        Need::Optional,
+        found,
+        "--xdp auto leaves the work to tc, where the rules hold; --xdp native passes them by",
+    );
+}
+
 /// Others who translate Service traffic: two proxies on a node fight over its packets.
 fn others(rows: &mut Rows) {
     let found = match nft::kube_proxy() {
@@ -406,18 +494,10 @@ fn listening(port: u16) -> bool {
 
 /// kube-proxy's traces in nf_tables, which iptables-nft writes into as well; read over netlink, as no `nft` need be there.
 mod nft {
-    use std::{io, os::fd::AsFd};
+    use std::io;
 
-    use rustix::net::{
-        AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType,
-        netlink::NETFILTER,
-        recv, send, socket_with,
-        sockopt::{Timeout, set_socket_timeout},
-    };
+    use super::netlink::dump_netfilter;
 
-    const NLM_F_REQUEST_DUMP: u16 = 0x301;
-    const NLMSG_ERROR: u16 = 2;
-    const NLMSG_DONE: u16 = 3;
     /// `NFNL_SUBSYS_NFTABLES` << 8 | `NFT_MSG_GETTABLE`.
     const GET_TABLE: u16 = (10 << 8) | 1;
     /// `NFNL_SUBSYS_NFTABLES` << 8 | `NFT_MSG_GETCHAIN`.
@@ -429,77 +509,22 @@ mod nft {
 
     /// What of kube-proxy is there, in its iptables (`KUBE-SERVICES`) or nftables mode (table `kube-proxy`).
     pub(super) fn kube_proxy() -> io::Result<Option<String>> {
-        if dump(GET_TABLE, TABLE_NAME)?.iter().any(|name| name == "kube-proxy") {
+        if names(GET_TABLE, TABLE_NAME)?.iter().any(|name| name == "kube-proxy") {
             return Ok(Some("table kube-proxy".to_owned()));
         }
-        Ok(dump(GET_CHAIN, CHAIN_NAME)?
+        Ok(names(GET_CHAIN, CHAIN_NAME)?
             .into_iter()
             .find(|name| name == "KUBE-SERVICES" || name == "KUBE-NODEPORTS")
             .map(|name| format!("chain {name}")))
     }
 
     /// The names (attribute `attribute`) of all objects of a kind and of every family.
-    fn dump(kind: u16, attribute: u16) -> io::Result<Vec<String>> {
-        let socket = socket_with(
-            AddressFamily::NETLINK,
-            SocketType::RAW,
-            SocketFlags::CLOEXEC,
-            Some(NETFILTER),
-        )?;
-        set_socket_timeout(socket.as_fd(), Timeout::Recv, Some(std::time::Duration::from_secs(5)))?;
-        let mut request = Vec::new();
-        // nlmsghdr with nfgenmsg (family 0: all, version 0, resource 0) behind it.
-        request.extend(20_u32.to_ne_bytes());
-        request.extend(kind.to_ne_bytes());
-        request.extend(NLM_F_REQUEST_DUMP.to_ne_bytes());
-        request.extend(1_u32.to_ne_bytes());
-        request.extend([0; 8]);
-        send(&socket, &request, SendFlags::empty())?;
-        let mut names = Vec::new();
-        let mut buffer = vec![0; 64 * 1024];
-        loop {
-            let (length, _) = recv(&socket, &mut buffer[..], RecvFlags::empty())?;
-            let mut rest = &buffer[..length];
-            while let Some(length) = u32_at(rest, 0)
-                .map(|l| l as usize)
-                .filter(|&l| l >= 16 && l <= rest.len())
-            {
-                let message = &rest[..length];
-                rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-                match u16_at(message, 4) {
-                    Some(NLMSG_DONE) => return Ok(names),
-                    Some(NLMSG_ERROR) => {
-                        let errno = u32_at(message, 16).unwrap_or(0).cast_signed();
-                        return if errno == 0 {
-                            Ok(names)
-                        } else {
-                            Err(io::Error::from_raw_os_error(-errno))
-                        };
-                    }
-                    _ => names.extend(name(message.get(20..).unwrap_or_default(), attribute)),
-                }
-            }
-        }
-    }
-
-    fn name(mut attributes: &[u8], wanted: u16) -> Option<String> {
-        while let (Some(length), Some(kind)) = (u16_at(attributes, 0), u16_at(attributes, 2)) {
-            let value = attributes.get(4..usize::from(length))?;
-            // The upper bits are flags (NLA_F_NESTED and its like).
-            if kind & 0x3fff == wanted {
-                return Some(String::from_utf8_lossy(value).trim_end_matches('\0').to_owned());
-            }
-            attributes = attributes.get(usize::from(length).next_multiple_of(4)..)?;
-        }
-        None
-    }
-
-    fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
-        Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
-    }
-
-    fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
-        Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+    fn names(kind: u16, attribute: u16) -> io::Result<Vec<String>> {
+        let objects = dump_netfilter(kind)?;
+        Ok(objects
+            .iter()
+            .filter_map(|object| object.attributes().text(attribute))
+            .collect())
     }
 }
 

@@ -2,17 +2,20 @@
 
 use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 
+use anyhow::Context;
 use serde::Serialize;
 use shunt_common::layout::LAYOUT_VERSION;
 
 use super::{Common, Output, open, print, table};
 use crate::{
     datapath::{
-        Paths,
-        attach::pinned_links,
+        Paths, XDP_PROGRAM,
+        attach::{TcMode, XdpMode, pinned_links},
+        devices::{self, DevicePatterns, LeftOut, Role},
         lock::agent_pid,
         maps::{MapFamily, Maps, PerFamily, Usage},
         start::{self, Start},
+        xdp::{self, Facts},
     },
     sync::table::FamilyIndex,
 };
@@ -43,6 +46,8 @@ pub struct Status {
     pub maps: Vec<Usage>,
     /// Links that hold programs to their hooks.
     pub links: Vec<Link>,
+    /// Devices of this network namespace that lack a program, and why.
+    pub without_programs: Vec<Without>,
     /// Counters by name.
     pub events: BTreeMap<&'static str, u64>,
 }
@@ -63,6 +68,67 @@ pub struct Link {
     pub attached: bool,
 }
 
+/// A device without a program.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Without {
+    /// Its name.
+    pub device: String,
+    /// `tc` or `xdp`.
+    pub what: &'static str,
+    /// Why it has none.
+    pub reason: String,
+}
+
+/// Devices that lack programs, as the kernel lists devices now.
+fn without_programs(paths: &Paths, links: &[Link], node_ips: &[IpAddr]) -> anyhow::Result<Vec<Without>> {
+    let has = |device: &str, part: &str| {
+        links
+            .iter()
+            .any(|link| link.target == device && link.attached && link.program.starts_with(part))
+    };
+    let patterns = DevicePatterns {
+        node_ips: node_ips.iter().copied().collect(),
+        ..DevicePatterns::default()
+    };
+    let (taken, left_out) = patterns.select(devices::list().context("cannot list the devices")?);
+    let mut without: Vec<Without> = left_out
+        .into_iter()
+        .filter(|device| !has(&device.name, "tc_"))
+        .map(|LeftOut { name, reason }| Without {
+            device: name,
+            what: "tc",
+            reason: reason.into_owned(),
+        })
+        .collect();
+    let facts = Facts::read(XdpMode::Auto);
+    for (device, role) in taken {
+        let clsact = TcMode::probe() == TcMode::Clsact;
+        if !has(&device.name, "tc_") && !clsact {
+            without.push(Without {
+                device: device.name,
+                what: "tc",
+                reason: "--devices or --pod-devices leave it out, or no agent has seen it".to_owned(),
+            });
+        } else if role == Role::Node && !has(&device.name, XDP_PROGRAM) {
+            // What was asked for is not pinned: the reason that holds for more modes goes first.
+            let reason = if paths.program(XDP_PROGRAM).exists() {
+                xdp::refusal(XdpMode::Native, &device, &facts)
+                    .or_else(|| xdp::refusal(XdpMode::Auto, &device, &facts))
+                    .unwrap_or_else(|| "the driver refused it, or takes no frames from it".to_owned())
+            } else {
+                "--xdp off".to_owned()
+            };
+            without.push(Without {
+                device: device.name,
+                what: "xdp",
+                reason,
+            });
+        }
+    }
+    Ok(without)
+}
+
 impl Status {
     /// Gathers it all.
     ///
@@ -78,7 +144,16 @@ impl Status {
         for family in FamilyIndex::ALL {
             frontend_entries += maps.table(family).entries()?.len();
         }
-        let links = pinned_links(&paths)?;
+        let links: Vec<Link> = pinned_links(&paths)?
+            .into_iter()
+            .map(|link| Link {
+                attached: link.index != Some(0),
+                target: link.target,
+                program: link.program,
+                link: link.link,
+                program_id: link.program_id,
+            })
+            .collect();
         Ok(Self {
             bpf_root: maps.root().into(),
             layout: LAYOUT_VERSION,
@@ -93,16 +168,8 @@ impl Status {
                 config.snat_first.saturating_add(config.snat_ports.saturating_sub(1)),
             ),
             maps: maps.usage()?,
-            links: links
-                .into_iter()
-                .map(|link| Link {
-                    attached: link.index != Some(0),
-                    target: link.target,
-                    program: link.program,
-                    link: link.link,
-                    program_id: link.program_id,
-                })
-                .collect(),
+            without_programs: without_programs(&paths, &links, &node_addresses)?,
+            links,
             events: maps.events()?.into_iter().map(|(event, n)| (event.name(), n)).collect(),
         })
     }
@@ -159,10 +226,15 @@ impl Status {
             [target.to_owned(), programs.join(" "), note.to_owned()]
         });
         let events = self.events.iter().map(|(name, n)| [(*name).to_owned(), n.to_string()]);
+        let without = self
+            .without_programs
+            .iter()
+            .map(|without| [without.device.clone(), without.what.to_owned(), without.reason.clone()]);
         [
             facts.join("\n"),
             table(["MAP", "ENTRIES", "CAPACITY", "FULL", "SETTING"], maps),
             table(["ATTACHED TO", "PROGRAMS", ""], attached),
+            table(["DEVICE", "WITHOUT", "WHY"], without),
             table(["EVENT", "COUNT"], events),
         ]
         .join("\n\n")

@@ -46,7 +46,7 @@ pub struct RunArgs {
     /// device with the default route].
     #[arg(long, value_name = "IP", num_args = 1.., value_delimiter = ',')]
     node_ip: Vec<IpAddr>,
-    /// Devices that lead out of the node; `*` stands for anything [default: those with the default route or a node address].
+    /// Devices that lead out of the node; `*` stands for anything [default: every one where packets may pass, but for pods'].
     #[arg(long, value_name = "PATTERN", num_args = 1.., value_delimiter = ',')]
     devices: Vec<String>,
     /// Devices that lead to pods [default: found by their kind and name].

@@ -18,17 +18,19 @@ use serde::{Deserialize, Serialize};
 use tracing::{debug, info, warn};
 
 use super::{
-    CGROUP_PROGRAMS, NODE_PROGRAMS, POD_PROGRAMS, Paths, XDP_PROGRAM,
+    CGROUP_PROGRAMS, LAYER3_NODE_PROGRAMS, LAYER3_POD_PROGRAMS, NODE_PROGRAMS, POD_PROGRAMS, Paths, XDP_PROGRAM,
     bpf::{
         self,
         link::{self, Hook, OpenLink, Target},
         program,
     },
-    cgroup, clsact,
-    devices::{Device, Role, XdpState},
+    cgroup, clsact, device_programs,
+    devices::{Device, LinkHeader, Role, XdpState},
+    layer3::Layer3,
     load::Datapath,
     pods::PodDevices,
-    rtnl, unescape,
+    rtnl, tc_programs, unescape,
+    xdp::{self, Facts},
 };
 
 /// `XDP_FLAGS_SKB_MODE` of linux/if_link.h.
@@ -127,6 +129,8 @@ pub struct DeviceStatus {
     pub role: Role,
     /// Programs that are attached.
     pub programs: Vec<&'static str>,
+    /// Why a node device has no XDP program.
+    pub no_xdp: Option<String>,
     /// What did not work, one line each.
     pub problems: Vec<String>,
 }
@@ -226,8 +230,9 @@ pub struct Attacher {
     filters: BTreeMap<(u32, &'static str), String>,
     /// What failed last time, so that each failure is said once.
     problems: BTreeMap<(u32, &'static str), String>,
-    /// Devices that refused native XDP under [`XdpMode::Auto`].
-    no_xdp: BTreeSet<u32>,
+    /// Devices that XDP was tried on in vain, and why: not again while they are there.
+    no_xdp: BTreeMap<u32, String>,
+    layer3: Layer3,
     /// With a fast path: where it leads.
     pods: Option<PodDevices>,
 }
@@ -257,7 +262,8 @@ impl Attacher {
             links: None,
             filters: BTreeMap::new(),
             problems: BTreeMap::new(),
-            no_xdp: BTreeSet::new(),
+            no_xdp: BTreeMap::new(),
+            layer3: datapath.layer3().clone(),
             pods: PodDevices::open(datapath)?,
         })
     }
@@ -364,7 +370,7 @@ impl Attacher {
             !matches!(target, Ok(Target::Device { index: 0 }))
         });
         let indices: BTreeSet<u32> = devices.iter().map(|(d, _)| d.index).collect();
-        self.no_xdp.retain(|index| indices.contains(index));
+        self.no_xdp.retain(|index, _| indices.contains(index));
         self.filters.retain(|(index, _), _| indices.contains(index));
         self.problems.retain(|(index, _), _| indices.contains(index));
 
@@ -373,17 +379,25 @@ impl Attacher {
         {
             warn!("--fast-path: {error}: packets to some pods are not handed over, they take the next best way");
         }
+        let mut facts = Facts::read(self.xdp);
         let mut wanted = BTreeSet::new();
         let mut status = Vec::new();
         for (device, role) in devices {
+            let no_xdp = match role {
+                Role::Node => {
+                    xdp::refusal(self.xdp, device, &facts).or_else(|| self.no_xdp.get(&device.index).cloned())
+                }
+                Role::Pod => None,
+            };
             let mut state = DeviceStatus {
                 name: device.name.clone(),
                 index: device.index,
                 role: *role,
                 programs: Vec::new(),
+                no_xdp,
                 problems: Vec::new(),
             };
-            for (program, hook) in self.wanted(device, *role) {
+            for (program, hook) in self.wanted(device, *role, state.no_xdp.is_none()) {
                 let key = (device.index, program);
                 let result = if hook != Hook::Xdp && self.tc == TcMode::Clsact {
                     self.attach_filter(device, program, hook)
@@ -392,6 +406,14 @@ impl Attacher {
                     self.attach_link(device, program, hook, &mut links)
                 };
                 match result {
+                    Ok(()) if hook == Hook::Xdp && !self.sends(device, &mut facts) => {
+                        // A driver that has its program and still takes no frames from it: tc does the work.
+                        wanted.remove(&key);
+                        let reason = xdp::takes_no_frames(device);
+                        info!(device = device.name, "no XDP here, tc does the work: {reason}");
+                        state.no_xdp = Some(reason.clone());
+                        self.no_xdp.insert(device.index, reason);
+                    }
                     Ok(()) => {
                         self.problems.remove(&key);
                         state.programs.push(program);
@@ -401,7 +423,8 @@ impl Attacher {
                     }
                     Err(error) if hook == Hook::Xdp && self.xdp == XdpMode::Auto => {
                         info!(device = device.name, "no native XDP here, tc does the work: {error}");
-                        self.no_xdp.insert(device.index);
+                        state.no_xdp = Some(error.to_string());
+                        self.no_xdp.insert(device.index, error.to_string());
                     }
                     Err(error) => {
                         let error = AttachError::Attach {
@@ -436,23 +459,37 @@ impl Attacher {
     }
 
     /// The programs for a device.
-    fn wanted(&self, device: &Device, role: Role) -> Vec<(&'static str, Hook)> {
-        let mut wanted = match role {
-            Role::Node => NODE_PROGRAMS.to_vec(),
-            Role::Pod => POD_PROGRAMS.to_vec(),
+    fn wanted(&mut self, device: &Device, role: Role, xdp: bool) -> Vec<(&'static str, Hook)> {
+        let layer3 = device.header == LinkHeader::None;
+        let mut wanted = match (role, layer3) {
+            (Role::Node, false) => NODE_PROGRAMS.to_vec(),
+            (Role::Pod, false) => POD_PROGRAMS.to_vec(),
+            (Role::Node, true) => LAYER3_NODE_PROGRAMS.to_vec(),
+            (Role::Pod, true) => LAYER3_POD_PROGRAMS.to_vec(),
         };
-        let xdp = match self.xdp {
-            XdpMode::Off => false,
-            XdpMode::Generic | XdpMode::Native => true,
-            // Devices without a kind are those of a driver; a bond hands packets of XDP to its own.
-            XdpMode::Auto => {
-                matches!(device.kind.as_deref(), None | Some("bond")) && !self.no_xdp.contains(&device.index)
+        if layer3 && !self.programs.contains_key(LAYER3_NODE_PROGRAMS[0].0) {
+            match self.layer3.load() {
+                Ok(programs) => self.programs.extend(programs),
+                // Attaching says that there is none, for each device.
+                Err(error) => warn!("programs for devices without a link-layer header: {error}"),
             }
-        };
+        }
         if role == Role::Node && xdp {
             wanted.push((XDP_PROGRAM, Hook::Xdp));
         }
         wanted
+    }
+
+    /// Whether the device takes frames from XDP, now that it has a program: with many drivers that makes the difference.
+    fn sends(&self, device: &Device, facts: &mut Facts) -> bool {
+        if self.xdp == XdpMode::Generic || facts.features.is_none() || facts.takes_frames(device) {
+            return true;
+        }
+        *facts = Facts {
+            features: xdp::features().ok(),
+            ..facts.clone()
+        };
+        facts.features.is_none() || facts.takes_frames(device)
     }
 
     /// The links that an agent before this one pinned; stale pins are removed.
@@ -465,12 +502,7 @@ impl Attacher {
             if target == "cgroup" && CGROUP_PROGRAMS.iter().any(|(name, _)| *name == program) {
                 continue;
             }
-            let hooks = NODE_PROGRAMS
-                .iter()
-                .chain(&POD_PROGRAMS)
-                .copied()
-                .chain([(XDP_PROGRAM, Hook::Xdp)]);
-            let known = hooks.clone().find(|(name, _)| *name == program);
+            let known = device_programs().find(|(name, _)| *name == program);
             match (OpenLink::open(&pin), known) {
                 (Ok(OpenLink { fd, info }), Some((program, hook))) => {
                     let Target::Device { index } = info.target else {
@@ -563,12 +595,7 @@ impl Attacher {
         clsact::ensure_qdisc(&self.paths, &device.name, device.index)?;
         clsact::attach(&device.name, hook, &self.paths.program(program))?;
         // Both roles' programs of one direction stand in one place.
-        let same_place = |name: &str| {
-            NODE_PROGRAMS
-                .iter()
-                .chain(&POD_PROGRAMS)
-                .any(|&(other, h)| other == name && h == hook)
-        };
+        let same_place = |name: &str| tc_programs().any(|(other, h)| other == name && h == hook);
         self.filters
             .retain(|(index, name), _| *index != device.index || !same_place(name));
         self.filters.insert(key, device.name.clone());

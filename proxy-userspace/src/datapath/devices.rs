@@ -1,31 +1,36 @@
 //! Which network devices get programs, followed as they appear, vanish and are renamed.
 //!
-//! *Node devices* lead out of the node, *pod devices* lead to the pods on it. Without patterns, a node device is one that
-//! has the default route or carries an address of the Node, and a pod device is one end of a pair whose other end is in
-//! another network namespace, or bears a name that CNI plugins give (`cali*`, `lxc*`, `cni*`, `tap*`). Bridges are no
-//! pod devices, their ports are; the loopback device is never any.
+//! *Node devices* lead out of the node, *pod devices* lead to the pods on it. Without patterns, a pod device is one end of a
+//! pair whose other end is in another network namespace, one that bears a name that CNI plugins give (`cali*`, `lxc*`,
+//! `cni*`, `tap*`), or a TUN device without address that host routes lead to. One with a default route, an address of the
+//! Node or a network of its own leads out all the same. Every other device is a node device, tunnels and second NICs
+//! included, but for those where no packet passes that another device does not have ([`DevicePatterns::select`]): a packet is
+//! to be translated once. With `--devices` only those that it names are node devices.
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, BTreeSet},
     fmt, io,
     net::IpAddr,
+    os::fd::OwnedFd,
     time::Duration,
 };
 
 use futures::{FutureExt, StreamExt};
 use netlink_packet_route::{
-    RouteNetlinkMessage,
-    link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, LinkXdp, XdpAttached},
+    AddressFamily, RouteNetlinkMessage,
+    address::AddressMessage,
+    link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, LinkXdp, XdpAttached},
     route::{RouteAttribute, RouteHeader, RouteMessage, RouteType},
 };
 use rtnetlink::{MulticastGroup, new_multicast_connection, packet_core::NetlinkPayload};
 use serde::Serialize;
-use tokio::{sync::watch, task::JoinHandle, time::MissedTickBehavior};
+use tokio::{io::unix::AsyncFd, sync::watch, task::JoinHandle, time::MissedTickBehavior};
 use tracing::{debug, info, warn};
 
 use super::{
     attach::{AttachError, Attacher, DeviceStatus},
-    netns, rtnl,
+    netns, rtnl, xdp,
 };
 
 /// Devices are read again this often even when the kernel reports no change.
@@ -63,6 +68,35 @@ pub struct XdpState {
     pub generic: bool,
 }
 
+/// What stands in front of a device's IP packets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LinkHeader {
+    /// An Ethernet header.
+    #[default]
+    Ethernet,
+    /// Nothing: TUN, WireGuard, IPIP, PPP.
+    None,
+    /// Something that programs do not read, by its number in linux/if_arp.h.
+    Other(u16),
+}
+
+impl LinkHeader {
+    fn of(kind: LinkLayerType) -> Self {
+        match kind {
+            LinkLayerType::Ether | LinkLayerType::Loopback => Self::Ethernet,
+            LinkLayerType::None
+            | LinkLayerType::Ppp
+            | LinkLayerType::Tunnel
+            | LinkLayerType::Tunnel6
+            | LinkLayerType::Sit
+            | LinkLayerType::Ipgre
+            | LinkLayerType::Ip6gre
+            | LinkLayerType::Rawip => Self::None,
+            other => Self::Other(other.into()),
+        }
+    }
+}
+
 /// A network device of this namespace.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Device {
@@ -74,14 +108,44 @@ pub struct Device {
     pub kind: Option<String>,
     /// It is the loopback device.
     pub loopback: bool,
-    /// Its other end is in another network namespace.
+    /// What stands in front of its IP packets.
+    pub header: LinkHeader,
+    /// Index of the bridge, bond or VRF that it belongs to.
+    pub master: Option<u32>,
+    /// Index of the device below it, in this namespace, or of its other end.
+    pub lower: Option<u32>,
+    /// Its other end, or the device below it, is in another network namespace.
     pub peer_elsewhere: bool,
     /// The XDP program on it.
     pub xdp: Option<XdpState>,
     /// It has a default route of either family.
     pub default_route: bool,
+    /// It has an address in a network of more than two addresses, link-local ones aside.
+    pub on_network: bool,
+    /// Routes to single addresses lead to it directly.
+    pub host_routes: bool,
     /// Its addresses.
     pub addresses: Vec<IpAddr>,
+}
+
+impl Device {
+    /// Whether packets through it come in from the network, whatever its kind says.
+    fn leads_out(&self, node_ips: &BTreeSet<IpAddr>) -> bool {
+        self.default_route || self.on_network || self.addresses.iter().any(|a| node_ips.contains(a))
+    }
+
+    fn is(&self, kinds: &[&str]) -> bool {
+        self.kind.as_deref().is_some_and(|kind| kinds.contains(&kind))
+    }
+}
+
+/// A device that gets no programs, and why.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct LeftOut {
+    /// Its name.
+    pub name: String,
+    /// Why nothing is missed there.
+    pub reason: Cow<'static, str>,
 }
 
 /// A name, or several with `*` for any characters.
@@ -111,7 +175,7 @@ fn glob(pattern: &[u8], name: &[u8]) -> bool {
 /// Which devices to take.
 #[derive(Clone, Debug, Default)]
 pub struct DevicePatterns {
-    /// `--devices`; empty: those with the default route or a node address.
+    /// `--devices`; empty: every device where packets may pass, but for pod devices.
     pub devices: Vec<Glob>,
     /// `--pod-devices`; empty: found as the module says.
     pub pod_devices: Vec<Glob>,
@@ -120,30 +184,104 @@ pub struct DevicePatterns {
 }
 
 impl DevicePatterns {
-    /// What a device is, if it is any of shunt's business. A device that is both leads out of the node.
-    pub fn role(&self, device: &Device) -> Option<Role> {
+    /// Devices that get programs, each with its role, and those that get none.
+    pub fn select(&self, devices: Vec<Device>) -> (Vec<(Device, Role)>, Vec<LeftOut>) {
+        let judged: Vec<Result<Role, Cow<'static, str>>> =
+            devices.iter().map(|device| self.judge(device, &devices)).collect();
+        let (mut taken, mut left_out) = (Vec::new(), Vec::new());
+        for (device, judged) in devices.into_iter().zip(judged) {
+            match judged {
+                Ok(role) => taken.push((device, role)),
+                Err(_) if device.loopback => {}
+                Err(reason) => left_out.push(LeftOut {
+                    name: device.name,
+                    reason,
+                }),
+            }
+        }
+        (taken, left_out)
+    }
+
+    /// What a device is taken for, or why it is not.
+    fn judge(&self, device: &Device, all: &[Device]) -> Result<Role, Cow<'static, str>> {
         let named = |globs: &[Glob]| globs.iter().any(|g| g.matches(&device.name));
         if device.loopback {
-            return None;
+            return Err("the loopback device".into());
         }
-        let node = if self.devices.is_empty() {
-            device.default_route || device.addresses.iter().any(|a| self.node_ips.contains(a))
-        } else {
-            named(&self.devices)
-        };
-        if node {
-            return Some(Role::Node);
+        if let LinkHeader::Other(number) = device.header {
+            return Err(format!("its link layer (type {number} of linux/if_arp.h) is not known").into());
         }
-        let pod = if self.pod_devices.is_empty() {
-            match device.kind.as_deref() {
-                Some("bridge") => false,
-                Some("veth" | "netkit") if device.peer_elsewhere => true,
-                _ => POD_NAMES.iter().any(|&p| Glob::new(p).matches(&device.name)),
+        if !self.devices.is_empty() && named(&self.devices) {
+            return Ok(Role::Node);
+        }
+        if self.is_pod(device) {
+            return Ok(Role::Pod);
+        }
+        if !self.devices.is_empty() {
+            return Err("--devices does not name it".into());
+        }
+        let of = |index: Option<u32>| index.and_then(|index| all.iter().find(|other| other.index == index));
+        if device.is(&["bridge"]) {
+            return Err("its ports have programs".into());
+        }
+        if device.is(&["vrf"]) {
+            return Err("its devices have programs".into());
+        }
+        if device.is(&["dummy", "ifb", "nlmon"]) {
+            return Err("no packet of a client or backend comes or goes there".into());
+        }
+        match of(device.master) {
+            Some(master) if master.is(&["bond", "team"]) => {
+                return Err(format!("{} has programs", master.name).into());
             }
-        } else {
-            named(&self.pod_devices)
-        };
-        pod.then_some(Role::Pod)
+            Some(master) if master.is(&["openvswitch"]) => {
+                return Err("a port of Open vSwitch, whose internal ports have programs".into());
+            }
+            _ => {}
+        }
+        match of(device.lower) {
+            // Programs see the frames of the VLANs above their device, with the tag aside.
+            Some(parent) if device.is(&["vlan"]) => Err(format!("{} has programs", parent.name).into()),
+            _ => Ok(Role::Node),
+        }
+    }
+
+    fn is_pod(&self, device: &Device) -> bool {
+        if !self.pod_devices.is_empty() {
+            return self.pod_devices.iter().any(|g| g.matches(&device.name));
+        }
+        if device.leads_out(&self.node_ips) {
+            return false;
+        }
+        match device.kind.as_deref() {
+            Some("bridge") => false,
+            Some("veth" | "netkit") if device.peer_elsewhere => true,
+            Some("tun")
+                if device.header == LinkHeader::None
+                    && device.addresses.iter().all(is_link_local)
+                    && device.host_routes =>
+            {
+                true
+            }
+            _ => POD_NAMES.iter().any(|&p| Glob::new(p).matches(&device.name)),
+        }
+    }
+
+    /// Patterns that match none of `devices`, with their settings.
+    fn unmatched(&self, devices: &[Device]) -> BTreeSet<(&'static str, String)> {
+        [("--devices", &self.devices), ("--pod-devices", &self.pod_devices)]
+            .into_iter()
+            .flat_map(|(setting, globs)| globs.iter().map(move |glob| (setting, glob)))
+            .filter(|(_, glob)| !devices.iter().any(|device| glob.matches(&device.name)))
+            .map(|(setting, glob)| (setting, glob.0.clone()))
+            .collect()
+    }
+}
+
+pub(crate) fn is_link_local(address: &IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => address.is_link_local(),
+        IpAddr::V6(address) => address.is_unicast_link_local(),
     }
 }
 
@@ -159,8 +297,13 @@ pub fn list() -> io::Result<Vec<Device>> {
             _ => None,
         })
         .collect();
-    for (index, address) in netns::addresses()? {
-        if let Some(device) = devices.get_mut(&index) {
+    for message in rtnl::dump(RouteNetlinkMessage::GetAddress(AddressMessage::default()))? {
+        if let RouteNetlinkMessage::NewAddress(message) = message
+            && let Some(address) = netns::address_of(&message)
+            && let Some(device) = devices.get_mut(&message.header.index)
+        {
+            let widest = if address.is_ipv4() { 31 } else { 127 };
+            device.on_network |= message.header.prefix_len < widest && !is_link_local(&address);
             device.addresses.push(address);
         }
     }
@@ -171,6 +314,9 @@ pub fn list() -> io::Result<Vec<Device>> {
                     device.default_route = true;
                 }
             }
+            if let Some(device) = host_route_device(&route).and_then(|index| devices.get_mut(&index)) {
+                device.host_routes = true;
+            }
         }
     }
     Ok(devices.into_values().collect())
@@ -180,12 +326,15 @@ fn device_of(link: LinkMessage) -> Option<Device> {
     let mut device = Device {
         index: link.header.index,
         loopback: link.header.flags.contains(LinkFlags::Loopback),
+        header: LinkHeader::of(link.header.link_layer_type),
         ..Device::default()
     };
     for attribute in link.attributes {
         match attribute {
             LinkAttribute::IfName(name) => device.name = name,
             LinkAttribute::LinkNetNsId(_) => device.peer_elsewhere = true,
+            LinkAttribute::Controller(index) => device.master = Some(index),
+            LinkAttribute::Link(index) => device.lower = Some(index),
             LinkAttribute::LinkInfo(infos) => {
                 device.kind = infos.into_iter().find_map(|info| match info {
                     LinkInfo::Kind(InfoKind::Other(kind)) => Some(kind),
@@ -208,7 +357,32 @@ fn device_of(link: LinkMessage) -> Option<Device> {
             _ => {}
         }
     }
+    if device.peer_elsewhere {
+        // The number is of another namespace.
+        device.lower = None;
+    }
     (!device.name.is_empty()).then_some(device)
+}
+
+/// The device that a route to one address leads to, without a next hop in between.
+fn host_route_device(route: &RouteMessage) -> Option<u32> {
+    let whole = match route.header.address_family {
+        AddressFamily::Inet => 32,
+        AddressFamily::Inet6 => 128,
+        _ => return None,
+    };
+    if route.header.destination_prefix_length != whole || route.header.kind != RouteType::Unicast {
+        return None;
+    }
+    let mut device = None;
+    for attribute in &route.attributes {
+        match attribute {
+            RouteAttribute::Gateway(_) | RouteAttribute::Via(_) => return None,
+            RouteAttribute::Oif(index) => device = Some(*index),
+            _ => {}
+        }
+    }
+    device
 }
 
 fn is_default(route: &RouteMessage) -> bool {
@@ -261,11 +435,10 @@ impl DeviceWatcher {
             MulticastGroup::Ipv4Route,
             MulticastGroup::Ipv6Route,
         ])?;
-        let first = pass(&mut attacher, &patterns)?;
+        let mut unmatched = BTreeSet::new();
+        let first = pass(&mut attacher, &patterns, &mut unmatched)?;
         if !first.iter().any(|d| d.role == Role::Node) {
-            warn!(
-                "no node device (no default route, no device with a node address): traffic from outside is not translated until one appears; name one with --devices"
-            );
+            warn!("no device leads out of this node: traffic from outside is not translated until one appears");
         }
         let (sender, status) = watch::channel(first);
         let task = tokio::spawn(async move {
@@ -273,6 +446,11 @@ impl DeviceWatcher {
             let mut resync = tokio::time::interval_at(tokio::time::Instant::now() + RESYNC, RESYNC);
             resync.set_missed_tick_behavior(MissedTickBehavior::Delay);
             let mut connected = true;
+            // Which devices take frames from XDP changes with their other ends' settings, of which rtnetlink says nothing.
+            let features = xdp::changes().and_then(|socket| {
+                // SAFETY: the descriptor is the socket's own, and stays open as long as it.
+                unsafe { AsyncFd::register(socket) }.ok()
+            });
             loop {
                 let changed = tokio::select! {
                     () = &mut connection, if connected => {
@@ -287,6 +465,7 @@ impl DeviceWatcher {
                             true
                         }
                     },
+                    () = features_changed(features.as_ref()) => true,
                     _ = resync.tick() => true,
                 };
                 if !changed {
@@ -294,7 +473,7 @@ impl DeviceWatcher {
                 }
                 // Whatever else came at the same time is in the same pass.
                 while let Some(Some(_)) = messages.next().now_or_never() {}
-                match pass(&mut attacher, &patterns) {
+                match pass(&mut attacher, &patterns, &mut unmatched) {
                     Ok(now) => {
                         sender.send_if_modified(|old| {
                             let changed = *old != now;
@@ -314,6 +493,20 @@ impl DeviceWatcher {
     }
 }
 
+/// Waits until the kernel tells of another XDP feature of a device.
+async fn features_changed(socket: Option<&AsyncFd<OwnedFd>>) {
+    let Some(socket) = socket else {
+        return std::future::pending().await;
+    };
+    let Ok(mut ready) = socket.readable().await else {
+        return std::future::pending().await;
+    };
+    // What they say is read anew. An overrun (ENOBUFS) means that some were lost.
+    let mut message = [0; 4096];
+    while rustix::net::recv(socket, &mut message[..], rustix::net::RecvFlags::empty()).is_ok() {}
+    ready.clear_ready();
+}
+
 /// Why a pass over the devices failed.
 #[derive(Debug, thiserror::Error)]
 pub enum WatchError {
@@ -325,19 +518,29 @@ pub enum WatchError {
     Attach(#[from] AttachError),
 }
 
-fn pass(attacher: &mut Attacher, patterns: &DevicePatterns) -> Result<Vec<DeviceStatus>, WatchError> {
-    let devices: Vec<(Device, Role)> = list()?
-        .into_iter()
-        .filter_map(|device| patterns.role(&device).map(|role| (device, role)))
-        .collect();
-    Ok(attacher.reconcile(&devices)?)
+fn pass(
+    attacher: &mut Attacher,
+    patterns: &DevicePatterns,
+    unmatched: &mut BTreeSet<(&'static str, String)>,
+) -> Result<Vec<DeviceStatus>, WatchError> {
+    let devices = list()?;
+    let now = patterns.unmatched(&devices);
+    for (setting, glob) in now.difference(unmatched) {
+        warn!("{setting} {glob}: no device of this name; it gets programs when it appears");
+    }
+    *unmatched = now;
+    let (taken, left_out) = patterns.select(devices);
+    for LeftOut { name, reason } in &left_out {
+        debug!(device = name, "no programs: {reason}");
+    }
+    Ok(attacher.reconcile(&taken)?)
 }
 
 fn concerns(payload: &NetlinkPayload<RouteNetlinkMessage>) -> bool {
     match payload {
-        // Routes come and go by the thousand where BGP runs; the default route alone makes a node device.
+        // Routes come and go by the thousand where BGP runs; only the default route, and those to single pods, tell of devices.
         NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(r) | RouteNetlinkMessage::DelRoute(r)) => {
-            is_default(r)
+            is_default(r) || host_route_device(r).is_some()
         }
         // NetlinkPayload::Overrun (ENOBUFS) is here too: messages were lost.
         _ => true,
@@ -397,6 +600,33 @@ mod tests {
         }
     }
 
+    fn roles(patterns: &DevicePatterns, devices: &[&Device]) -> Vec<(String, Result<Role, String>)> {
+        let devices: Vec<Device> = (1..)
+            .zip(devices)
+            .map(|(index, &device)| Device {
+                index,
+                ..device.clone()
+            })
+            .collect();
+        devices
+            .iter()
+            .map(|device| {
+                let judged = patterns.judge(device, &devices);
+                (device.name.clone(), judged.map_err(Cow::into_owned))
+            })
+            .collect()
+    }
+
+    fn expect(patterns: &DevicePatterns, expected: &[(&Device, Result<Role, &str>)]) {
+        let devices: Vec<&Device> = expected.iter().map(|(device, _)| *device).collect();
+        for ((name, got), (_, wanted)) in roles(patterns, &devices).into_iter().zip(expected) {
+            match (&got, wanted) {
+                (Err(reason), Err(part)) => assert!(reason.contains(part), "{name}: {reason}"),
+                _ => assert_eq!(got, wanted.map_err(str::to_owned), "{name}"),
+            }
+        }
+    }
+
     #[test]
     fn roles_without_patterns() {
         let patterns = DevicePatterns {
@@ -415,9 +645,13 @@ mod tests {
             peer_elsewhere: true,
             ..device("veth12ab", Some("veth"))
         };
-        // The node itself may be a container: its own way out is one end of a pair too.
+        // The node itself may be a container: its own ways out are ends of pairs too.
         let nested = Device {
             default_route: true,
+            ..pod.clone()
+        };
+        let second_nested = Device {
+            on_network: true,
             ..pod.clone()
         };
         let loopback = Device {
@@ -425,43 +659,104 @@ mod tests {
             default_route: true,
             ..device("lo", None)
         };
-        for (device, role) in [
-            (&nic, Some(Role::Node)),
-            (&second, Some(Role::Node)),
-            (&device("eth2", None), None),
-            (&pod, Some(Role::Pod)),
-            (&nested, Some(Role::Node)),
-            (&device("veth0", Some("veth")), None),
-            (&device("cni0", Some("bridge")), None),
-            (&device("tap3f", Some("tun")), Some(Role::Pod)),
-            (&loopback, None),
-        ] {
-            assert_eq!(patterns.role(device), role, "{}", device.name);
-        }
+        let vpn = Device {
+            header: LinkHeader::None,
+            addresses: vec!["10.8.0.1".parse().unwrap()],
+            host_routes: true,
+            ..device("tun0", Some("tun"))
+        };
+        let pod_tun = Device {
+            addresses: vec!["fe80::1".parse().unwrap()],
+            ..vpn.clone()
+        };
+        let wireguard = Device {
+            header: LinkHeader::None,
+            host_routes: true,
+            ..device("wg0", Some("wireguard"))
+        };
+        let can = Device {
+            header: LinkHeader::Other(280),
+            ..device("can0", None)
+        };
+        expect(
+            &patterns,
+            &[
+                (&nic, Ok(Role::Node)),
+                (&second, Ok(Role::Node)),
+                (&device("eth2", None), Ok(Role::Node)),
+                (&pod, Ok(Role::Pod)),
+                (&nested, Ok(Role::Node)),
+                (&second_nested, Ok(Role::Node)),
+                (&device("veth0", Some("veth")), Ok(Role::Node)),
+                (&device("cni0", Some("bridge")), Err("its ports")),
+                (&device("kube-ipvs0", Some("dummy")), Err("no packet")),
+                (&device("flannel.1", Some("vxlan")), Ok(Role::Node)),
+                (&device("tap3f", Some("tun")), Ok(Role::Pod)),
+                (&vpn, Ok(Role::Node)),
+                (&pod_tun, Ok(Role::Pod)),
+                (&wireguard, Ok(Role::Node)),
+                (&can, Err("type 280")),
+                (&loopback, Err("loopback")),
+            ],
+        );
+    }
+
+    #[test]
+    fn devices_that_share_packets_are_handled_once() {
+        let on = |name: &str, kind: Option<&str>, master: Option<u32>, lower: Option<u32>| Device {
+            master,
+            lower,
+            ..device(name, kind)
+        };
+        // Indices are those of the list, from 1 on.
+        expect(
+            &DevicePatterns::default(),
+            &[
+                (&on("bond0", Some("bond"), None, None), Ok(Role::Node)),
+                (&on("eth0", None, Some(1), None), Err("bond0")),
+                (&on("eth1", None, Some(1), None), Err("bond0")),
+                (&on("bond0.7", Some("vlan"), None, Some(1)), Err("bond0")),
+                (&on("br0", Some("bridge"), None, None), Err("its ports")),
+                (&on("eth2", None, Some(5), None), Ok(Role::Node)),
+                (&on("blue", Some("vrf"), None, None), Err("its devices")),
+                (&on("eth3", None, Some(7), None), Ok(Role::Node)),
+                (&on("ovs-system", Some("openvswitch"), None, None), Ok(Role::Node)),
+                (&on("eth4", None, Some(9), None), Err("Open vSwitch")),
+                // Its parent is in another namespace: nobody else sees its packets.
+                (&on("eth5", Some("vlan"), None, None), Ok(Role::Node)),
+                (&on("mac0", Some("macvlan"), None, Some(6)), Ok(Role::Node)),
+            ],
+        );
     }
 
     #[test]
     fn patterns_replace_the_search() {
         let patterns = DevicePatterns {
-            devices: vec![Glob::new("eth*")],
+            devices: vec![Glob::new("eth*"), Glob::new("wan7")],
             pod_devices: vec![Glob::new("p-*")],
             ..DevicePatterns::default()
         };
-        assert_eq!(patterns.role(&device("eth5", None)), Some(Role::Node));
-        assert_eq!(patterns.role(&device("p-1", Some("veth"))), Some(Role::Pod));
-        assert_eq!(
-            patterns.role(&Device {
-                default_route: true,
-                ..device("wan", None)
-            }),
-            None
+        let nic = device("eth5", None);
+        let wan = Device {
+            default_route: true,
+            ..device("wan", None)
+        };
+        let veth = Device {
+            peer_elsewhere: true,
+            ..device("veth1", Some("veth"))
+        };
+        expect(
+            &patterns,
+            &[
+                (&nic, Ok(Role::Node)),
+                (&device("p-1", Some("veth")), Ok(Role::Pod)),
+                (&wan, Err("--devices")),
+                (&veth, Err("--devices")),
+            ],
         );
         assert_eq!(
-            patterns.role(&Device {
-                peer_elsewhere: true,
-                ..device("veth1", Some("veth"))
-            }),
-            None
+            patterns.unmatched(&[nic]),
+            [("--devices", "wan7".to_owned()), ("--pod-devices", "p-*".to_owned())].into()
         );
     }
 }

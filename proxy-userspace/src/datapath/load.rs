@@ -25,6 +25,7 @@ use tracing::{info, warn};
 use super::{
     CGROUP_PROGRAMS, Capacities, NODE_PROGRAMS, POD_PROGRAMS, Paths, XDP_PROGRAM,
     bpf::{self, map::MapInfo, probe, program},
+    layer3::Layer3,
     lock::{LockError, RootLock},
     start::{Part, Stopwatch},
     takeover::{self, Anew, Fingerprint},
@@ -154,11 +155,17 @@ pub struct Datapath {
     programs: BTreeMap<&'static str, OwnedFd>,
     taken_over: bool,
     fast_path: bool,
+    layer3: Layer3,
     upgrade: Option<Upgrade>,
     _lock: RootLock,
 }
 
 impl Datapath {
+    /// The programs for devices without a link-layer header, which are loaded when there is one.
+    pub(crate) fn layer3(&self) -> &Layer3 {
+        &self.layer3
+    }
+
     /// The folders that things are pinned in.
     pub fn paths(&self) -> &Paths {
         &self.paths
@@ -239,14 +246,21 @@ pub fn load_timed(config: &LoadConfig, watch: &mut Stopwatch) -> Result<Datapath
     reuse(&paths, &wanted, &mut capacities)?;
     // A kernel that does not let it be tried has no BPF for us either, which the programs' loading will tell.
     let csum_ipv6 = probe::probe_csum_ipv6().unwrap_or(false);
+    let fib_source = probe::probe_fib_source().unwrap_or(false);
     let build = BuildInputs {
         globals: [
             ("FAST_PATH", config.fast_path.into()),
             ("COUNT_TRAFFIC", config.count_traffic.into()),
             ("MOST_WAITING", capacities.flows / WAITING_SHARE),
             ("CSUM_IPV6", if csum_ipv6 { probe::BPF_F_IPV6 } else { 0 }),
+            ("FIB_SOURCE", if fib_source { probe::BPF_FIB_LOOKUP_SOURCE } else { 0 }),
         ],
-        probes: [("csum_ipv6", csum_ipv6)],
+        probes: [("csum_ipv6", csum_ipv6), ("fib_source", fib_source)],
+    };
+    let layer3 = Layer3 {
+        paths: paths.clone(),
+        capacities,
+        globals: build.globals.to_vec(),
     };
     let names: Vec<&'static str> = program_names(config).collect();
     let found = build.find(&paths, &wanted, &names);
@@ -290,6 +304,7 @@ pub fn load_timed(config: &LoadConfig, watch: &mut Stopwatch) -> Result<Datapath
         programs,
         taken_over,
         fast_path: config.fast_path,
+        layer3,
         upgrade,
         _lock: lock,
     })

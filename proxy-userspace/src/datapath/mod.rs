@@ -28,10 +28,12 @@ pub mod capability;
 pub mod cgroup;
 pub(crate) mod clsact;
 pub mod devices;
+pub(crate) mod layer3;
 pub mod load;
 pub mod lock;
 pub mod maps;
 pub mod netfilter;
+pub(crate) mod netlink;
 pub mod netns;
 pub(crate) mod pods;
 pub(crate) mod rtnl;
@@ -39,8 +41,21 @@ pub mod sockets;
 pub mod start;
 pub(crate) mod takeover;
 pub mod upgrade;
+pub mod xdp;
 
 use bpf::link::Hook;
+
+/// All programs on devices.
+pub(crate) fn device_programs() -> impl Iterator<Item = (&'static str, Hook)> {
+    tc_programs().chain([(XDP_PROGRAM, Hook::Xdp)])
+}
+
+/// All tc programs.
+pub(crate) fn tc_programs() -> impl Iterator<Item = (&'static str, Hook)> {
+    [NODE_PROGRAMS, POD_PROGRAMS, LAYER3_NODE_PROGRAMS, LAYER3_POD_PROGRAMS]
+        .into_iter()
+        .flatten()
+}
 
 /// The socket programs, attached to the cgroup root.
 pub const CGROUP_PROGRAMS: [(&str, Hook); 9] = [
@@ -59,6 +74,12 @@ pub const CGROUP_PROGRAMS: [(&str, Hook); 9] = [
 pub const NODE_PROGRAMS: [(&str, Hook); 2] = [("tc_node_in", Hook::TcxIngress), ("tc_node_out", Hook::TcxEgress)];
 /// The tc programs of pod devices: ingress is what the pod sends, egress is what it gets.
 pub const POD_PROGRAMS: [(&str, Hook); 2] = [("tc_pod_in", Hook::TcxIngress), ("tc_pod_out", Hook::TcxEgress)];
+/// [`NODE_PROGRAMS`] for devices without a link-layer header: the same, loaded for these.
+pub const LAYER3_NODE_PROGRAMS: [(&str, Hook); 2] =
+    [("tc_node_in_l3", Hook::TcxIngress), ("tc_node_out_l3", Hook::TcxEgress)];
+/// [`POD_PROGRAMS`] for devices without a link-layer header.
+pub const LAYER3_POD_PROGRAMS: [(&str, Hook); 2] =
+    [("tc_pod_in_l3", Hook::TcxIngress), ("tc_pod_out_l3", Hook::TcxEgress)];
 /// The XDP program of node devices.
 pub const XDP_PROGRAM: &str = "xdp_node";
 

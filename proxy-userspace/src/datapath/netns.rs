@@ -152,7 +152,7 @@ pub fn addresses() -> io::Result<Vec<(u32, IpAddr)>> {
         .collect())
 }
 
-fn address_of(message: &AddressMessage) -> Option<IpAddr> {
+pub(super) fn address_of(message: &AddressMessage) -> Option<IpAddr> {
     // On a point-to-point device IFA_ADDRESS is the peer's and IFA_LOCAL the own one; IPv6 mostly has the former only.
     let local = message.attributes.iter().find_map(|a| match a {
         AddressAttribute::Local(address) => Some(*address),

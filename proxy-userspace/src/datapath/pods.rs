@@ -9,7 +9,7 @@ use aya::maps::{HashMap, Map, MapData, MapError};
 use shunt_common::layout::names;
 
 use super::{
-    devices::{Device, Role},
+    devices::{Device, LinkHeader, Role},
     load::Datapath,
 };
 
@@ -66,7 +66,10 @@ impl PodDevices {
 
 /// Whether `bpf_redirect_peer` delivers through the device: it drops what would stay in this namespace.
 fn hands_over(device: &Device, role: Role) -> bool {
-    role == Role::Pod && device.peer_elsewhere && matches!(device.kind.as_deref(), Some("veth" | "netkit"))
+    role == Role::Pod
+        && device.peer_elsewhere
+        && device.header == LinkHeader::Ethernet
+        && matches!(device.kind.as_deref(), Some("veth" | "netkit"))
 }
 
 #[cfg(test)]

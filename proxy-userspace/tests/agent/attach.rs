@@ -20,10 +20,11 @@ use shunt::{
         Capacities, Paths,
         attach::{Attacher, PinnedLink, TcMode, XdpMode, pinned_links},
         bpf,
-        devices::{Device, DevicePatterns, DeviceWatcher, Glob, Role},
+        devices::{Device, DevicePatterns, DeviceWatcher, Glob, LinkHeader, Role},
         load::{Datapath, LoadConfig, LoadError, load},
         lock::LockError,
         netns::{self, NodePortAddresses},
+        xdp,
     },
 };
 use shunt_common::layout::{Frontend, FrontendKey, SCOPE_INTERNAL, TCP};
@@ -144,6 +145,13 @@ fn ip(arguments: &str) {
     );
 }
 
+/// Sets whether the other end of a pair, both of which are up, takes frames from XDP.
+fn takes_frames(other_end: &str, on: bool) {
+    let gro = if on { "on" } else { "off" };
+    let status = Command::new("ethtool").args(["-K", other_end, "gro", gro]).status();
+    assert!(status.unwrap().success(), "ethtool -K {other_end} gro {gro}");
+}
+
 fn tc(arguments: &str) -> String {
     let output = Command::new("tc")
         .args(arguments.split(' '))
@@ -216,6 +224,7 @@ fn a_restart_keeps_links_and_maps() {
     let place = Place::new();
     in_namespace(move || {
         ip("link add node0 type veth peer name pod0");
+        takes_frames("pod0", true);
         ip("link set node0 up");
         ip("link set pod0 up");
         let run = |count_traffic| {
@@ -450,6 +459,9 @@ fn stale_pins_are_removed_and_a_device_of_the_same_name_gets_new_links() {
             });
         };
         ip("link add node1 type veth peer name other1");
+        takes_frames("other1", true);
+        ip("link set node1 up");
+        ip("link set other1 up");
         run();
         let before = place.ids();
         assert_eq!(before.len(), 3);
@@ -459,6 +471,9 @@ fn stale_pins_are_removed_and_a_device_of_the_same_name_gets_new_links() {
             "the kernel says that the device is gone"
         );
         ip("link add node1 type veth peer name other1");
+        takes_frames("other1", true);
+        ip("link set node1 up");
+        ip("link set other1 up");
         run();
         let after = place.ids();
         assert_eq!(after.keys().collect::<Vec<_>>(), before.keys().collect::<Vec<_>>());
@@ -474,6 +489,9 @@ fn xdp_changes_its_mode_and_auto_leaves_veths_alone() {
     let place = Place::new();
     in_namespace(move || {
         ip("link add node0 type veth peer name other0");
+        takes_frames("other0", true);
+        ip("link set node0 up");
+        ip("link set other0 up");
         let run = |mode| {
             let datapath = place.load().unwrap();
             let attacher = Attacher::new(&datapath, mode).unwrap();
@@ -502,6 +520,9 @@ fn clsact_filters_are_replaced_not_stacked_and_cleaned_up() {
     let place = Place::new();
     in_namespace(move || {
         ip("link add node0 type veth peer name pod0");
+        takes_frames("pod0", true);
+        ip("link set node0 up");
+        ip("link set pod0 up");
         // Somebody else's qdisc and filter stay.
         tc("qdisc add dev pod0 clsact");
         let datapath = place.load().unwrap();
@@ -648,6 +669,9 @@ fn hooks_that_are_off_leave_nothing_behind() {
     let place = Place::new();
     in_namespace(move || {
         ip("link add node0 type veth peer name other0");
+        takes_frames("other0", true);
+        ip("link set node0 up");
+        ip("link set other0 up");
         let run = |socket_lb, xdp: XdpMode| {
             let datapath = load(&LoadConfig {
                 bpf_root: place.bpf_root.clone(),
@@ -740,6 +764,11 @@ fn devices_are_found_without_patterns() {
         ip("link add br0 type bridge");
         ip("link add eth0 type veth peer name wan");
         ip("link add eth1 type veth peer name wan1");
+        ip("link add eth2 type veth peer name wan2");
+        ip("link add link eth2 name mac0 type macvlan");
+        ip("link add vx0 type vxlan id 1 dstport 8472");
+        ip("tuntap add mode tun name tun0");
+        ip("link set wan1 master br0");
         ip("link add veth1 type veth peer name in1");
         ip("addr add 192.0.2.1/24 dev eth0");
         ip("addr add 198.51.100.1/24 dev eth1");
@@ -760,15 +789,90 @@ fn devices_are_found_without_patterns() {
             node_ips: ["198.51.100.1".parse().unwrap()].into(),
             ..DevicePatterns::default()
         };
-        let roles: BTreeMap<String, Role> = shunt::datapath::devices::list()
-            .unwrap()
-            .into_iter()
-            .filter_map(|d| Some((d.name.clone(), patterns.role(&d)?)))
-            .collect();
+        let (taken, left_out) = patterns.select(shunt::datapath::devices::list().unwrap());
         drop(end);
         pod.join().unwrap();
-        let expected = [("eth0", Role::Node), ("eth1", Role::Node), ("veth1", Role::Pod)];
-        assert_eq!(roles, expected.map(|(n, r)| (n.to_owned(), r)).into());
+        let roles: BTreeMap<&str, Role> = taken.iter().map(|(d, role)| (d.name.as_str(), *role)).collect();
+        let node = ["eth0", "eth1", "eth2", "wan", "wan1", "wan2", "mac0", "vx0", "tun0"];
+        let expected = node
+            .map(|name| (name, Role::Node))
+            .into_iter()
+            .chain([("veth1", Role::Pod)]);
+        assert_eq!(roles, expected.collect());
+        let left_out: Vec<&str> = left_out.iter().map(|device| device.name.as_str()).collect();
+        assert_eq!(left_out, ["br0"]);
+        let tun = taken.iter().find(|(device, _)| device.name == "tun0").unwrap();
+        assert_eq!(tun.0.header, LinkHeader::None);
+    });
+}
+
+/// N8: a device that loses its frames gets none from XDP, and gets its program when that changes.
+#[test]
+fn xdp_is_only_where_frames_are_taken() {
+    let place = Place::new();
+    in_namespace(move || {
+        ip("link add node0 type veth peer name other0");
+        takes_frames("other0", false);
+        ip("link set node0 up");
+        ip("link set other0 up");
+        let datapath = place.load().unwrap();
+        let attacher = Attacher::new(&datapath, XdpMode::Native).unwrap();
+        runtime().block_on(async {
+            let watcher = DeviceWatcher::spawn(attacher, patterns()).unwrap();
+            let has_xdp = || place.pins().contains("node0-xdp_node");
+            let why = watcher.status.borrow()[0].no_xdp.clone().unwrap();
+            assert!(why.contains("takes no frames from XDP"), "{why}");
+            assert!(!has_xdp() && place.pins().contains("node0-tc_node_in"));
+            takes_frames("other0", true);
+            until("XDP where frames are taken", has_xdp).await;
+            takes_frames("other0", false);
+            until("no XDP where they are not", || !has_xdp()).await;
+        });
+    });
+}
+
+/// N9: what XDP would pass by.
+#[test]
+fn rules_in_forward_are_found() {
+    in_namespace(|| {
+        let nft = |rules: &str| {
+            let status = Command::new("nft").arg(rules).status().unwrap();
+            assert!(status.success(), "nft {rules}");
+        };
+        nft(
+            "table inet fw {\nchain onward {\ntype filter hook forward priority 0;\n}\nchain arriving {\ntype filter hook input priority 0;\ntcp dport 1 drop\n}\n}\n",
+        );
+        assert_eq!(xdp::forward_rules(), None, "a chain without rules, and one elsewhere");
+        nft("add rule inet fw onward tcp dport 80 drop");
+        assert_eq!(
+            xdp::forward_rules().unwrap(),
+            "chain onward of table inet fw (nftables)"
+        );
+        nft("flush chain inet fw onward");
+        assert_eq!(xdp::forward_rules(), None);
+        nft("add chain inet fw onward { policy drop; }");
+        assert!(xdp::forward_rules().is_some(), "it drops by default");
+    });
+}
+
+/// A pattern of `--devices` that matches nothing yet is looked at again.
+#[test]
+fn a_pattern_waits_for_its_device() {
+    let place = Place::new();
+    in_namespace(move || {
+        let datapath = place.load().unwrap();
+        let attacher = Attacher::new(&datapath, XdpMode::Off).unwrap();
+        runtime().block_on(async {
+            let _watcher = DeviceWatcher::spawn(attacher, patterns()).unwrap();
+            assert!(place.pins().iter().all(|pin| !pin.starts_with("node")));
+            ip("tuntap add mode tun name node7");
+            until("a device without a link-layer header, with programs for such", || {
+                place
+                    .pins()
+                    .is_superset(&set(&["node7-tc_node_in_l3", "node7-tc_node_out_l3"]))
+            })
+            .await;
+        });
     });
 }
 

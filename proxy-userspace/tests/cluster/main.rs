@@ -4,6 +4,7 @@ mod capabilities;
 mod kubernetes;
 mod life;
 mod long;
+mod networks;
 mod operations;
 mod packets;
 mod pod;

@@ -519,6 +519,29 @@ fn fragments_follow_their_first() {
     }
 }
 
+/// H5: what is noted of a datagram does not touch a later one of the same name that is nobody's, or another's.
+#[test]
+fn a_datagram_with_the_name_of_another_keeps_its_fragments() {
+    let loaded = Loaded::new("names");
+    for v6 in FAMILIES {
+        let client = (CLIENT[v6], 45_002);
+        for fragment in fragments(&packet(client, (WEB[v6], 80), true), v6, 12, 24) {
+            assert_ne!(through(&loaded, "tc_node_in", &fragment), fragment);
+        }
+        // Nobody's, to the same address: refused, and the rest dropped.
+        let nobody = fragments(&packet(client, (WEB[v6], 81), true), v6, 12, 24);
+        assert_eq!(loaded.run("tc_node_in", &nobody[0]).0, TC_ACT_REDIRECT);
+        assert_eq!(loaded.run("tc_node_in", &nobody[1]).0, TC_ACT_SHOT);
+        // An answer through the Service, and a datagram that the backend sends to the same client by itself.
+        for fragment in fragments(&packet((BACKEND[v6], 8080), client, true), v6, 13, 24) {
+            assert_ne!(through(&loaded, "tc_node_out", &fragment), fragment);
+        }
+        for fragment in fragments(&packet((BACKEND[v6], 9090), client, true), v6, 13, 24) {
+            assert_eq!(through(&loaded, "tc_node_out", &fragment), fragment);
+        }
+    }
+}
+
 /// L7: what has no first fragment yet goes nowhere, and never half translated.
 #[test]
 fn fragments_before_their_first_are_dropped() {

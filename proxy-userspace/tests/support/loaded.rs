@@ -61,6 +61,9 @@ impl Loaded {
 
     /// The same with other settings.
     pub(crate) fn with(name: &str, set: impl FnOnce(&mut LoadConfig)) -> Self {
+        // In a namespace without routes, for programs ask those of the calling thread's.
+        // SAFETY: nothing else runs in this thread that a new network namespace could surprise.
+        unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }.unwrap();
         let unique = UniqueName::take().unwrap();
         let root = unique.bpf_root(name);
         let capacities = Capacities {

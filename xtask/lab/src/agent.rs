@@ -45,6 +45,8 @@ pub struct AgentOptions {
     pub capabilities: Option<Vec<String>>,
     /// Whether the agent has to find out the node's addresses itself; else it gets them as `--node-ip`.
     pub finds_addresses: bool,
+    /// Whether the agent has to find out which devices there are; else it gets `--devices eth0 --pod-devices veth*`.
+    pub finds_devices: bool,
     /// What a kubelet gives to a pod for the API server: its address in the environment, and what the agent is to see as `/run`,
     /// with the service account in `secrets/kubernetes.io/serviceaccount`.
     pub pod: Option<(SocketAddr, PathBuf)>,
@@ -61,6 +63,7 @@ impl AgentOptions {
             shunt: None,
             capabilities: None,
             finds_addresses: true,
+            finds_devices: false,
             pod: None,
         }
     }
@@ -85,8 +88,16 @@ impl AgentOptions {
             shunt: None,
             capabilities: None,
             finds_addresses: false,
+            finds_devices: false,
             pod: None,
         }
+    }
+
+    /// Without `--devices` and `--pod-devices`.
+    #[must_use]
+    pub fn finds_devices(mut self) -> Self {
+        self.finds_devices = true;
+        self
     }
 
     /// With `--xdp MODE`.
@@ -201,8 +212,10 @@ impl Agent {
                 set("--node-ip", &ip.to_string());
             }
         }
-        set("--devices", "eth0");
-        set("--pod-devices", "veth*");
+        if !options.finds_devices {
+            set("--devices", "eth0");
+            set("--pod-devices", "veth*");
+        }
         set("--cgroup-root", &lab.node_cgroup(node).to_string_lossy());
         set("--bpf-root", &bpf_root.to_string_lossy());
         for cidr in POD_CIDRS {

@@ -9,7 +9,7 @@
 //! ```
 //!
 //! The *fabric* namespace is the router between the nodes' LAN (`lan0`) and the outside (`wan0`). Pods are joined to
-//! their node as a CNI does it, routed or bridged ([`Cni`]). Processes run in cgroups, so that their sockets are seen
+//! their node as a CNI does it, routed or bridged ([`Cni`]); other networks than the one drawn are data ([`Network`]). Processes run in cgroups, so that their sockets are seen
 //! by the node's socket hooks or not ([`Sockets`]).
 //!
 //! Clients and pods are processes of their own, because cgroup membership is a property of a process: any program that
@@ -31,13 +31,17 @@ mod probe;
 mod protocol;
 mod registry;
 mod skip;
+mod tunnel;
 pub mod worker;
 
 pub use agent::{Agent, AgentOptions, find_shunt, mount_bpffs, remove_pins};
 pub use cgroup::mount_point as cgroup_mount_point;
 pub use client::{Client, Conn, Many};
 pub use kubelet::Kubelet;
-pub use lab::{Cni, Lab, LabBuilder, NODE_LAN_V4, NODE_LAN_V6, PodSpec, Port, Sockets, pod_cidrs};
+pub use lab::{
+    Cni, Lab, LabBuilder, NETWORKS, NODE_LAN_V4, NODE_LAN_V6, Network, Overlay, PLAIN, PodLink, PodSpec, Port, Sockets,
+    pod_cidrs,
+};
 pub use netns::NetNs;
 pub use protocol::{Answer, Dial, DialError, Proto, Stage};
 pub use registry::{Owner, RUN_VARIABLE, UniqueName, owner};

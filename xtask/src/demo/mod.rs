@@ -13,7 +13,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use shunt_lab::{Agent, AgentOptions, Client, Dial, Lab, PodSpec, Sockets, manifests::Manifests};
+use shunt_lab::{Agent, AgentOptions, Client, Dial, Lab, Network, Overlay, PodSpec, Sockets, manifests::Manifests};
 
 use crate::shell::{root, say, target};
 
@@ -48,8 +48,8 @@ pub(crate) enum Vantage {
 /// # Errors
 ///
 /// When the cluster cannot be made, or a frontend was not answered by every one of its backends.
-pub(crate) fn one_round() -> Result<()> {
-    let mut demo = Demo::start()?;
+pub(crate) fn one_round(network: Network) -> Result<()> {
+    let mut demo = Demo::start(network)?;
     demo.round(FLOWS_ONCE)?;
     println!("{}", demo.table());
     let missing = demo.missing();
@@ -65,9 +65,9 @@ pub(crate) fn one_round() -> Result<()> {
 /// # Errors
 ///
 /// When the cluster cannot be made.
-pub(crate) fn live() -> Result<()> {
+pub(crate) fn live(network: Network) -> Result<()> {
     stop::on_signals();
-    let mut demo = Demo::start()?;
+    let mut demo = Demo::start(network)?;
     let hints = demo.hints()?;
     let mut screen = table::Screen::new();
     while !stop::requested() {
@@ -99,13 +99,18 @@ struct Demo {
 }
 
 impl Demo {
-    fn start() -> Result<Self> {
+    fn start(network: Network) -> Result<Self> {
         let stale = Lab::sweep_stale()?;
         if stale > 0 {
             say("demo", format_args!("removed what {stale} killed run(s) had left"));
         }
         let folder = root().join("deploy/dev");
-        let lab = Lab::new()?;
+        // Where the network between the nodes does not know pods, their CNI hides them from the outside.
+        let network = Network {
+            masquerade: network.masquerade || network.overlay != Overlay::None,
+            ..network
+        };
+        let lab = Lab::builder().network(network).build()?;
         let manifests = Manifests::read(&folder)?;
         manifests.make(&lab)?;
         let mut clients = Vec::new();
@@ -123,7 +128,7 @@ impl Demo {
         }
         clients.push((Vantage::Node, lab.client(&lab.nodes()[0], Sockets::Hooked)?));
         clients.push((Vantage::Outside, lab.client("client", Sockets::Unhooked)?));
-        let options = AgentOptions::manifests(&folder).shunt(shunt());
+        let options = AgentOptions::manifests(&folder).finds_devices().shunt(shunt());
         let mut agents = Vec::new();
         for node in lab.nodes() {
             let agent = lab.start_agent(node, &options)?;

@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
 use super::{Command, bpf, bpf_fd, link::Hook, map, raw};
@@ -96,6 +96,51 @@ pub fn probe_csum_ipv6() -> io::Result<bool> {
             0x95,
         ],
     )?;
+    Ok(run(program.as_fd())? == 0)
+}
+
+/// Flags of `bpf_fib_lookup`: no look at neighbours (kernel 6.3), and the source address of the route (kernel 6.7).
+pub const BPF_FIB_LOOKUP_SOURCE: u32 = 1 << 2 | 1 << 4;
+
+/// Whether `bpf_fib_lookup` knows [`BPF_FIB_LOOKUP_SOURCE`].
+///
+/// # Errors
+/// The kernel's: `EPERM` without `CAP_BPF` and `CAP_NET_ADMIN`.
+pub fn probe_fib_source() -> io::Result<bool> {
+    const SCHED_CLS: u32 = 3;
+    /// `sizeof(struct bpf_fib_lookup)`.
+    const SIZE: u32 = 64;
+    let set = |register: u64, value: u32| 0xb7 | register << 8 | u64::from(value) << 32;
+    // r1 is the context. r0 = 0; eight times *(u64 *)(r10 - n) = r0; r2 = r10; r2 += -64: a question about no family
+    let zero = |n: i16| 0x7b | 0x0a << 8 | u64::from((-n).cast_unsigned()) << 16;
+    let program = load_code(
+        "shunt_check",
+        SCHED_CLS,
+        None,
+        [
+            set(0, 0),
+            zero(8),
+            zero(16),
+            zero(24),
+            zero(32),
+            zero(40),
+            zero(48),
+            zero(56),
+            zero(64),
+            0xbf | 0xa2 << 8,
+            0x07 | 0x02 << 8 | u64::from((-64_i32).cast_unsigned()) << 32,
+            set(3, SIZE),
+            set(4, BPF_FIB_LOOKUP_SOURCE),
+            0x85 | 69 << 32,
+            0x95,
+        ],
+    )?;
+    // It says which it does not know first: the flags, or else the family.
+    Ok(run(program.as_fd())?.cast_signed() != -libc::EINVAL)
+}
+
+/// Runs a program of type `BPF_PROG_TYPE_SCHED_CLS` on a packet of zeros; what it returns.
+fn run(program: BorrowedFd<'_>) -> io::Result<u32> {
     #[repr(C)]
     struct Attr {
         prog_fd: u32,
@@ -110,7 +155,7 @@ pub fn probe_csum_ipv6() -> io::Result<bool> {
     }
     let packet = [0_u8; 64];
     let mut attr = Attr {
-        prog_fd: raw(program.as_fd()),
+        prog_fd: raw(program),
         retval: 0,
         data_size_in: packet.len() as u32,
         data_size_out: 0,
@@ -122,7 +167,7 @@ pub fn probe_csum_ipv6() -> io::Result<bool> {
     };
     // SAFETY: `data_in` outlives the call and is as long as said; nothing is written but the attribute.
     unsafe { bpf(Command::ProgTestRun, &mut attr) }?;
-    Ok(attr.retval == 0)
+    Ok(attr.retval)
 }
 
 /// Tries a batch operation on a small map of its own.

@@ -54,6 +54,7 @@ pub(super) fn measure(services: u32, changes: u32) -> Result<Vec<Line>> {
         shunt: None,
         capabilities: None,
         finds_addresses: false,
+        finds_devices: false,
         pod: None,
     };
     let options = options.args(&[

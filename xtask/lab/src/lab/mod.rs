@@ -16,12 +16,15 @@ use crate::{
     client::{self, Client},
     netns::NetNs,
     registry::{self, UniqueName},
+    tunnel::Tunnel,
 };
 
+mod network;
 mod nodes;
 mod pods;
 mod spec;
 
+pub use network::{NETWORKS, Network, Overlay, PLAIN, PodLink};
 pub use spec::{Cni, LabBuilder, PodSpec, Port, Sockets};
 
 /// The nodes' LAN; the fabric has `.1`, nodes have `.11` and up.
@@ -60,12 +63,16 @@ struct Place {
     device: Option<String>,
     /// The pod's server.
     server: Option<Client>,
+    /// What joins it where that is no Ethernet pair.
+    tunnel: Option<Tunnel>,
 }
 
 #[derive(Debug, Default)]
 struct State {
     nodes: BTreeMap<String, Node>,
     places: BTreeMap<String, Place>,
+    /// Between nodes.
+    tunnels: Vec<Tunnel>,
 }
 
 /// A cluster; everything it made goes when it is dropped.
@@ -111,7 +118,7 @@ impl Lab {
             nodes: vec!["node-a".to_owned(), "node-b".to_owned()],
             entry: None,
             cni: Cni::default(),
-            strict_rp_filter: false,
+            network: PLAIN,
             checksum_offload: false,
         }
     }
@@ -146,7 +153,7 @@ impl Lab {
         for (index, name) in lab.settings.nodes.clone().iter().enumerate() {
             lab.make_node(index, name)?;
         }
-        lab.route_nodes()?;
+        lab.join_nodes()?;
         let entry = lab
             .settings
             .entry
@@ -160,6 +167,9 @@ impl Lab {
             Ipv6Addr::new(0x2001, 0xdb8, 0x113, 0, 0, 0, 0, 0x10).into(),
         ];
         lab.add_outside("client", &client, &[])?;
+        if lab.settings.network.vpn_client {
+            lab.add_vpn_client("vpn", &entry)?;
+        }
         Ok(lab)
     }
 
@@ -191,6 +201,16 @@ impl Lab {
             .get(node)
             .with_context(|| format!("the lab has no node {node}"))?
             .addresses)
+    }
+
+    /// The addresses of a node's second NIC ([`Network::second_nic`]).
+    ///
+    /// # Errors
+    ///
+    /// When the lab has no such node.
+    pub fn second_node_ips(&self, node: &str) -> Result<[IpAddr; 2]> {
+        let index = self.state().nodes.get(node).map(|node| node.index);
+        nodes::second_addresses(index.with_context(|| format!("the lab has no node {node}"))?)
     }
 
     /// The addresses of a node, pod or outside host.

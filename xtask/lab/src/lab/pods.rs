@@ -9,10 +9,10 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 
 use super::{
-    BRIDGE_HOST, Cni, Lab, MAX_DEVICE_NAME, Place, PodSpec, Port, Sockets, State, WAN_GATEWAY_V4, WAN_GATEWAY_V6,
-    pod_address_v4, pod_address_v6,
+    BRIDGE_HOST, Cni, Lab, MAX_DEVICE_NAME, Place, PodLink, PodSpec, Port, Sockets, State, WAN_GATEWAY_V4,
+    WAN_GATEWAY_V6, pod_address_v4, pod_address_v6,
 };
-use crate::{client::Client, netns::NetNs, protocol::Proto};
+use crate::{client::Client, netns::NetNs, protocol::Proto, tunnel::Tunnel};
 
 /// Every pod's gateway with [`Cni::Routed`], as Calico has it: no device has it, the node answers ARP by proxy.
 const POD_GATEWAY_V4: &str = "169.254.1.1";
@@ -36,7 +36,7 @@ impl Lab {
     fn add_pod_inner(&self, pod: &PodSpec) -> Result<()> {
         let mut state = self.state();
         ensure!(!state.places.contains_key(&pod.name), "the name is taken");
-        let State { nodes, places } = &mut *state;
+        let State { nodes, places, .. } = &mut *state;
         let node = nodes
             .get(&pod.node)
             .with_context(|| format!("the lab has no node {}", pod.node))?;
@@ -53,12 +53,29 @@ impl Lab {
         }
         let device = device_name(&pod.name, &pod.node, places);
         let ns = self.make_ns(&pod.name, false)?;
-        let mut on_node = vec![format!(
-            "link add name {device} type veth peer name eth0 netns {}",
-            ns.name()
-        )];
+        let mut on_node = Vec::new();
         let mut in_pod = vec!["link set eth0 up".to_owned()];
+        let link = self.settings.network.pods;
+        let tunnel = match link {
+            PodLink::Tun => Some(Tunnel::new([(&node.ns, &device), (&ns, "eth0")])?),
+            PodLink::Veth => {
+                on_node.push(format!(
+                    "link add name {device} type veth peer name eth0 netns {}",
+                    ns.name()
+                ));
+                None
+            }
+        };
         match self.settings.cni {
+            _ if link == PodLink::Tun => {
+                on_node.extend(
+                    ips.iter()
+                        .map(|&ip| format!("route add {} dev {device}", host_route(ip))),
+                );
+                in_pod.extend(ips.iter().map(|&ip| add_address(ip, &host_route(ip))));
+                in_pod.push("route add default dev eth0".to_owned());
+                in_pod.push("route add ::/0 dev eth0".to_owned());
+            }
             Cni::Routed => {
                 on_node.push(format!("link set {device} up"));
                 on_node.push(format!("address add {POD_GATEWAY_V6}/64 dev {device} nodad"));
@@ -89,15 +106,17 @@ impl Lab {
             }
         }
         node.ns.ip(&on_node)?;
-        if self.settings.cni == Cni::Routed {
+        if self.settings.cni == Cni::Routed && link == PodLink::Veth {
             let proxy_arp = format!("ipv4.conf.{device}.proxy_arp");
             // The kernel would wait up to 0.8 s before it answers for another.
             let proxy_delay = format!("ipv4.neigh.{device}.proxy_delay");
             node.ns.sysctl(&[(&proxy_arp, "1"), (&proxy_delay, "0")])?;
         }
         ns.ip(&in_pod)?;
-        self.offloads(&node.ns, &[&device], false)?;
-        self.offloads(&ns, &["eth0"], false)?;
+        if link == PodLink::Veth {
+            self.offloads(&node.ns, &[&device], false)?;
+            self.offloads(&ns, &["eth0"], false)?;
+        }
         let cgroup = match pod.sockets {
             Sockets::Hooked => self.node_cgroup(&pod.node).join("pods"),
             Sockets::Unhooked => self.cgroup.join("unhooked"),
@@ -109,6 +128,7 @@ impl Lab {
             ips,
             device: Some(device),
             server,
+            tunnel,
         };
         places.insert(pod.name.clone(), place);
         Ok(())
@@ -172,6 +192,36 @@ impl Lab {
             ips: ips.to_vec(),
             device: Some(device),
             server,
+            tunnel: None,
+        };
+        state.places.insert(name.to_owned(), place);
+        Ok(())
+    }
+
+    /// An outside host behind a tunnel without link-layer header to a node (a VPN's client).
+    pub(super) fn add_vpn_client(&self, name: &str, node: &str) -> Result<()> {
+        let ns = self.make_ns(name, false)?;
+        let mut state = self.state();
+        let node_ns = &state.nodes.get(node).context("no such node")?.ns;
+        let tunnel = Tunnel::new([(node_ns, "tun0"), (&ns, "eth0")])?;
+        let ips: Vec<IpAddr> = vec!["10.8.0.2".parse()?, "fd08::2".parse()?];
+        node_ns.ip(&[
+            "address add 10.8.0.1/24 dev tun0".to_owned(),
+            "address add fd08::1/64 dev tun0 nodad".to_owned(),
+        ])?;
+        ns.ip(&[
+            "address add 10.8.0.2/24 dev eth0".to_owned(),
+            "address add fd08::2/64 dev eth0 nodad".to_owned(),
+            "route add default dev eth0".to_owned(),
+            "route add ::/0 dev eth0".to_owned(),
+        ])?;
+        let place = Place {
+            ns,
+            node: None,
+            ips,
+            device: Some("tun0".to_owned()),
+            server: None,
+            tunnel: Some(tunnel),
         };
         state.places.insert(name.to_owned(), place);
         Ok(())
@@ -195,7 +245,10 @@ impl Lab {
             .node
             .and_then(|node| state.nodes.get(&node))
             .map_or(&self.fabric, |node| &node.ns);
-        // The namespace may outlive its name (a client in it), so the device does not go with it at once.
+        // The namespace may outlive its name (a client in it), so the device does not go with it at once. A tunnel's may be gone.
+        if place.tunnel.is_some() {
+            return Ok(());
+        }
         other.ip(&[format!("link delete {device}")])
     }
 

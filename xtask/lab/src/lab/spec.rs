@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use anyhow::Result;
 
-use super::Lab;
+use super::{Lab, network::Network};
 use crate::protocol::Proto;
 
 /// How pods are joined to their node.
@@ -91,7 +91,7 @@ pub struct LabBuilder {
     pub(super) nodes: Vec<String>,
     pub(super) entry: Option<String>,
     pub(super) cni: Cni,
-    pub(super) strict_rp_filter: bool,
+    pub(super) network: Network,
     pub(super) checksum_offload: bool,
 }
 
@@ -120,7 +120,14 @@ impl LabBuilder {
     /// Nodes check packets' sources by reverse path (RFC 3704 strict mode).
     #[must_use]
     pub fn strict_rp_filter(mut self) -> Self {
-        self.strict_rp_filter = true;
+        self.network.strict_rp_filter = true;
+        self
+    }
+
+    /// How nodes and pods are joined.
+    #[must_use]
+    pub fn network(mut self, network: Network) -> Self {
+        self.network = network;
         self
     }
 
