@@ -227,6 +227,7 @@ mod tests {
     fn service(cluster_ips: &[&str]) -> Service {
         Service {
             name: name(),
+            exposure: Default::default(),
             created: None,
             cluster_ips: cluster_ips.iter().map(|ip| ip.parse().unwrap()).collect(),
             external_ips: Vec::new(),
@@ -251,6 +252,7 @@ mod tests {
     fn slice(endpoints: &[(&str, &str, [bool; 3])]) -> EndpointSlice {
         let endpoint = |&(address, node, [ready, serving, terminating]): &(&str, &str, [bool; 3])| Endpoint {
             address: address.parse().unwrap(),
+            hostname: None,
             node: Some(node.into()),
             ready,
             serving,
@@ -261,6 +263,7 @@ mod tests {
         EndpointSlice {
             name: name(),
             service: name(),
+            names_only: false,
             ports: vec![EndpointPort {
                 name: "".into(),
                 protocol: Protocol::Tcp,

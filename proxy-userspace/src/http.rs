@@ -29,9 +29,9 @@ use tracing::{debug, info};
 use crate::connections::{Connections, Place};
 
 /// From one attempt to listen to the next; the first failure may be a listener that is just being closed.
-const RETRY: Duration = Duration::from_millis(500);
+pub(crate) const RETRY: Duration = Duration::from_millis(500);
 /// From one attempt to accept to the next when there is no room for a socket.
-const ACCEPT_RETRY: Duration = Duration::from_millis(10);
+pub(crate) const ACCEPT_RETRY: Duration = Duration::from_millis(10);
 /// A request's headers must be there by then.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 /// An answer must have been taken by then, counted from the connection's begin.
@@ -166,7 +166,7 @@ where
 }
 
 /// Whether a socket could not be had, rather than that its peer had gone already.
-fn lacks_room(error: &io::Error) -> bool {
+pub(crate) fn lacks_room(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
         Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM)

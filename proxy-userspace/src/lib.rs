@@ -14,15 +14,15 @@
 //!   is counted and measured.
 //! - [`report`]: what cannot be served as it is written, to the log, the metrics and the API server.
 //! - [`agent`]: the life of the agent, which wires all of it.
-//! - [`environment`]: what a kubelet tells containers of Services.
+//! - [`environment`]: what a kubelet tells containers of Services. [`dns`]: names of Services, answered from the model.
 //! - [`logging`]: the agent's log. [`config`]: what the agent is told to do. [`cli`]: one file per verb.
 pub mod admin;
 pub mod agent;
 pub mod cli;
 pub mod config;
 pub mod connections;
-
 pub mod datapath;
+pub mod dns;
 pub mod environment;
 pub mod gc;
 pub mod health;

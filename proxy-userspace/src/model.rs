@@ -147,10 +147,10 @@ impl Model {
 
     /// What the maps must hold for a Service; no frontends when it is gone.
     pub fn plan(&self, name: &ObjectName) -> ServicePlan {
-        let Some(service) = self.services.get(name) else {
+        let Some(service) = self.services.get(name).filter(|service| service.has_frontends()) else {
             return ServicePlan::empty(name.clone());
         };
-        let slices: Vec<&EndpointSlice> = self.slices(name).collect();
+        let slices: Vec<&EndpointSlice> = self.backend_slices(name).collect();
         plan::plan(
             service,
             slices.iter().copied(),
@@ -161,9 +161,9 @@ impl Model {
 
     /// What to answer on a Service's `healthCheckNodePort`; `None` when it has none or is gone.
     pub fn health_check(&self, name: &ObjectName) -> Option<Check> {
-        let service = self.services.get(name)?;
+        let service = self.services.get(name).filter(|service| service.has_frontends())?;
         healthcheck::check(service, || {
-            let slices: Vec<&EndpointSlice> = self.slices(name).collect();
+            let slices: Vec<&EndpointSlice> = self.backend_slices(name).collect();
             let excluded = self.excluded(service, &slices);
             plan::ready_local(service, slices, &self.node, &excluded)
         })
@@ -172,7 +172,7 @@ impl Model {
     /// Whether endpoints of a Service are all on other nodes although `internalTrafficPolicy` or `externalTrafficPolicy` wants
     /// those of this one.
     pub fn lacks_local_endpoints(&self, name: &ObjectName) -> [bool; 2] {
-        let Some(service) = self.services.get(name) else {
+        let Some(service) = self.services.get(name).filter(|service| service.has_frontends()) else {
             return [false; 2];
         };
         let is_external = !service.external_ips.is_empty()
@@ -185,7 +185,7 @@ impl Model {
         if wants == [false; 2] {
             return wants;
         }
-        let slices: Vec<&EndpointSlice> = self.slices(name).collect();
+        let slices: Vec<&EndpointSlice> = self.backend_slices(name).collect();
         let excluded = self.excluded(service, &slices);
         let elsewhere = plan::is_elsewhere(service, slices, &self.node, &excluded);
         wants.map(|wants| wants && elsewhere)
@@ -201,7 +201,7 @@ impl Model {
         &self.node
     }
 
-    /// All Services that have frontends, by name.
+    /// All Services by name, those without frontends too.
     pub fn services(&self) -> impl ExactSizeIterator<Item = &Service> {
         self.services.values()
     }
@@ -220,6 +220,11 @@ impl Model {
             .filter_map(|name| self.slices.get(name))
     }
 
+    /// Those slices of a Service whose endpoints may be backends here.
+    fn backend_slices(&self, service: &ObjectName) -> impl Iterator<Item = &EndpointSlice> {
+        self.slices(service).filter(|slice| !slice.names_only)
+    }
+
     /// What was found since the last call that cannot be served, each thing once: lost claims and forbidden endpoints.
     /// Claims are judged here: of events that belong together, one may take what the next gives up.
     pub fn take_problems(&mut self) -> Vec<Problem> {
@@ -229,7 +234,7 @@ impl Model {
         std::mem::take(&mut self.problems)
     }
 
-    /// A slice may come before its Service, or belong to one without frontends: then there is nothing to plan.
+    /// A slice may come before its Service: then there is nothing to plan.
     fn touch(&self, service: ObjectName, touched: &mut BTreeSet<ObjectName>) {
         if self.services.contains_key(&service) {
             touched.insert(service);
@@ -268,6 +273,9 @@ impl Model {
         let addresses: Vec<IpAddr> = slice.endpoints.iter().map(|endpoint| endpoint.address).collect();
         let name = slice.name.clone();
         self.slices.insert(name.clone(), slice);
+        if self.slices[&name].names_only {
+            return;
+        }
         for address in addresses {
             self.report_endpoint(&name, address);
         }
@@ -432,7 +440,8 @@ impl Model {
         if !self.endpoint_addresses.contains_key(&ip) {
             return;
         }
-        let holds = |slice: &&EndpointSlice| slice.endpoints.iter().any(|endpoint| endpoint.address == ip);
+        let holds =
+            |slice: &&EndpointSlice| !slice.names_only && slice.endpoints.iter().any(|endpoint| endpoint.address == ip);
         let affected: Vec<(ObjectName, ObjectName)> = self
             .slices
             .values()
@@ -490,6 +499,9 @@ impl Model {
 /// What a Service asks for: whether as cluster IP, and in which field.
 fn claims_of(service: &Service) -> BTreeMap<Claim, (bool, String)> {
     let mut claims = BTreeMap::new();
+    if !service.has_frontends() {
+        return claims;
+    }
     for (i, ip) in service.cluster_ips.iter().enumerate() {
         claims.insert(Claim::Address(*ip), (true, format!("spec.clusterIPs[{i}]")));
     }

@@ -88,11 +88,27 @@ pub struct ServicePort {
     pub node_port: Option<u16>,
 }
 
-/// A Service that has frontends (not headless, not ExternalName, not somebody else's).
+/// How clients reach a Service.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Exposure {
+    /// By addresses that this proxy serves.
+    #[default]
+    Frontends,
+    /// `clusterIP: None`: by the names of its endpoints only (SPEC F5).
+    Headless,
+    /// `type: ExternalName`: by the name of something else, in lower case and without a trailing dot (SPEC F6).
+    ExternalName(Arc<str>),
+    /// By addresses that another proxy serves (SPEC F7). Its names resolve all the same.
+    OtherProxy,
+}
+
+/// A Service. Those without frontends ([`Exposure`]) are kept for their names alone.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Service {
     /// `namespace/name`.
     pub name: ObjectName,
+    /// How clients reach it.
+    pub exposure: Exposure,
     /// `metadata.creationTimestamp`, seconds since 1970; where two Services claim one address, the older has it.
     pub created: Option<i64>,
     /// `spec.clusterIPs`, parsed.
@@ -122,11 +138,20 @@ pub struct Service {
     pub retry: Retry,
 }
 
+impl Service {
+    /// Whether it has addresses that this proxy serves.
+    pub fn has_frontends(&self) -> bool {
+        self.exposure == Exposure::Frontends
+    }
+}
+
 /// One endpoint of a slice.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Endpoint {
     /// `addresses[0]`: consumers use the first only (EndpointSlice API reference).
     pub address: IpAddr,
+    /// `hostname`: the endpoint's label in DNS.
+    pub hostname: Option<Arc<str>>,
     /// `nodeName`.
     pub node: Option<Arc<str>>,
     /// `conditions.ready`; absent means true.
@@ -159,6 +184,8 @@ pub struct EndpointSlice {
     pub name: ObjectName,
     /// The Service it belongs to: label `kubernetes.io/service-name`.
     pub service: ObjectName,
+    /// Labelled as a headless Service's or another proxy's (SPEC F7): its endpoints have names, and are no backends here.
+    pub names_only: bool,
     /// `ports`.
     pub ports: Vec<EndpointPort>,
     /// `endpoints`, without FQDN slices and those of forbidden addresses.

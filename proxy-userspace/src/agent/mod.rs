@@ -39,6 +39,7 @@ use crate::{
         sockets::StaleSockets,
         start::{self, Part, Stopwatch},
     },
+    dns,
     gc::{self, Collector, Walk},
     health::Health,
     healthcheck::HealthChecks,
@@ -151,6 +152,11 @@ async fn serve(settings: Settings, args: RunArgs, mut watch: Stopwatch) -> anyho
         ));
     }
 
+    let names = (!settings.dns.addresses.is_empty()).then(Arc::<dns::Index>::default);
+    if let Some(names) = &names {
+        servers.spawn(dns::serve(dns_config(&settings), names.clone(), metrics.dns().clone()));
+    }
+
     let (tx, mut events) = mpsc::channel(QUEUE);
     let mut source = spawn_source(&settings, &node_name, Queue::new(tx, health.clone(), reports.clone()));
     let configured = NodeFacts {
@@ -175,6 +181,7 @@ async fn serve(settings: Settings, args: RunArgs, mut watch: Stopwatch) -> anyho
         tuning: JoinSet::new(),
         metrics: metrics.clone(),
         reports: reports.clone(),
+        names,
         checks: HealthChecks::new(connections, health.clone(), reports.clone()),
         settings,
         datapath,
@@ -245,6 +252,21 @@ async fn serve(settings: Settings, args: RunArgs, mut watch: Stopwatch) -> anyho
     }
 }
 
+/// What the settings say of the DNS server.
+fn dns_config(settings: &Settings) -> dns::Config {
+    let dns = &settings.dns;
+    dns::Config {
+        addresses: dns.addresses.clone(),
+        zone: dns.zone.clone(),
+        short_names: dns.short_names(!settings.manifests.is_empty()),
+        others: match dns.upstreams.is_empty() {
+            true => dns::Source::File(dns::RESOLV_CONF.into()),
+            false => dns::Source::Given(dns.upstreams.clone()),
+        },
+        hard_fail: settings.bind_address_hard_fail,
+    }
+}
+
 /// One line on stdout, for whoever started the agent and waits.
 fn announce(line: &str) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
@@ -274,6 +296,7 @@ fn spawn_source(settings: &Settings, node_name: &str, tx: Queue) -> JoinHandle<a
             kubeconfig: settings.kubeconfig.clone(),
             node_name,
             proxy_name: settings.service_proxy_name.clone(),
+            names: !settings.dns.addresses.is_empty(),
         };
         tokio::spawn(kubernetes::Kubernetes::new(config).run(tx))
     } else {

@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeSet, HashMap},
     future::pending,
     net::IpAddr,
+    sync::Arc,
 };
 
 use anyhow::Context;
@@ -22,10 +23,11 @@ use crate::{
         netns::{self, NodePortAddresses},
         start::{Part, Stopwatch},
     },
+    dns::{self, ServiceNames},
     healthcheck::HealthChecks,
     metrics::Metrics,
     model::Model,
-    object::{Event, ObjectName, Problem},
+    object::{Event, ObjectName, Problem, Service},
     report::Reports,
     sync::{Syncer, node},
 };
@@ -51,6 +53,8 @@ pub(super) struct Agent {
     /// Sets what is to be set in netfilter's table; ends with the agent.
     pub(super) tuning: JoinSet<()>,
     pub(super) checks: HealthChecks,
+    /// What Services are called, when somebody may ask.
+    pub(super) names: Option<Arc<dns::Index>>,
 }
 
 /// Services whose endpoints are all elsewhere although they want local ones.
@@ -124,6 +128,10 @@ impl Agent {
                 .extend(self.model.services().map(|service| service.name.clone()));
         }
         let mut freed = self.reconcile_pending();
+        if let Some(names) = &self.names {
+            names.set_complete();
+            self.metrics.dns().set_services(names.len());
+        }
         if completes {
             freed |= self.prune();
         }
@@ -185,12 +193,24 @@ impl Agent {
                 }
             }
         }
+        if let Some(index) = &self.names {
+            for name in names {
+                let service = self.model.service(name);
+                index.set(
+                    name,
+                    service.map(|service| ServiceNames::new(service, self.model.slices(name))),
+                );
+            }
+        }
         freed
     }
 
     pub(super) fn prune(&mut self) -> bool {
         let model = &self.model;
-        match self.syncer.prune(|name| model.service(name).is_some()) {
+        match self
+            .syncer
+            .prune(|name| model.service(name).is_some_and(Service::has_frontends))
+        {
             Ok(applied) => {
                 if applied.deleted > 0 {
                     info!("{} entries of Services that are gone deleted", applied.deleted);

@@ -29,6 +29,7 @@ pub mod check;
 pub mod cleanup;
 pub mod conntrack;
 pub mod env;
+mod listening;
 pub mod run;
 pub mod services;
 pub mod status;

@@ -1,12 +1,16 @@
 //! `shunt status`: whether an agent runs, how full the maps are, what is attached, what was counted.
 
-use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+};
 
 use anyhow::Context;
 use serde::Serialize;
 use shunt_common::layout::LAYOUT_VERSION;
 
-use super::{Common, Output, open, print, table};
+use super::{Common, Output, listening, open, print, table};
 use crate::{
     datapath::{
         Paths, XDP_PROGRAM,
@@ -32,6 +36,8 @@ pub struct Status {
     pub agent_pid: Option<u32>,
     /// The agent's last start, if it came to its end; `None` also when that agent was of another version.
     pub start: Option<Start>,
+    /// Where that agent answers DNS queries; none: it does not.
+    pub dns: Vec<SocketAddr>,
     /// Number of Services.
     pub services: u64,
     /// Number of frontend entries, two per frontend.
@@ -154,10 +160,12 @@ impl Status {
                 program_id: link.program_id,
             })
             .collect();
+        let agent_pid = agent_pid(maps.root());
         Ok(Self {
             bpf_root: maps.root().into(),
             layout: LAYOUT_VERSION,
-            agent_pid: agent_pid(maps.root()),
+            agent_pid,
+            dns: agent_pid.map(listening::udp).unwrap_or_default(),
             start: start::read(&paths)?,
             services: maps.services.count(|_| true)?,
             frontend_entries,
@@ -186,8 +194,13 @@ impl Status {
             }
             None => "not running; nothing is attached".into(),
         };
+        let dns = match self.dns.as_slice() {
+            [] => "not answered here".to_owned(),
+            all => all.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "),
+        };
         let facts = [
             ("agent", agent),
+            ("DNS queries on", dns),
             (
                 "last start",
                 self.start.as_ref().map_or("unknown".to_owned(), start_text),

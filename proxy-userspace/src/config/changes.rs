@@ -44,6 +44,7 @@ impl Settings {
             capacities,
             healthz_bind_address,
             metrics_bind_address,
+            dns,
             bind_address_hard_fail,
             netfilter,
             logging,
@@ -94,6 +95,7 @@ impl Settings {
             ("capacities", *capacities != new.capacities),
             ("healthzBindAddress", *healthz_bind_address != new.healthz_bind_address),
             ("metricsBindAddress", *metrics_bind_address != new.metrics_bind_address),
+            ("dns", *dns != new.dns),
             (
                 "bindAddressHardFail",
                 *bind_address_hard_fail != new.bind_address_hard_fail,

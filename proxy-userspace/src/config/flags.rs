@@ -11,11 +11,14 @@ use clap::{Args, ValueEnum};
 use ipnet::IpNet;
 
 use super::{
-    HEALTHZ_PORT, METRICS_PORT, PortRange, Settings, file,
+    HEALTHZ_PORT, METRICS_PORT, PortRange, Settings, dns, file,
     kube_proxy_flags::KubeProxyArgs,
     values::{Listen, Network, NodePortAddress, Timeout},
 };
-use crate::datapath::{attach::XdpMode, netfilter::Netfilter, netns::NodePortAddresses};
+use crate::{
+    datapath::{attach::XdpMode, netfilter::Netfilter, netns::NodePortAddresses},
+    dns::PORT as DNS_PORT,
+};
 
 /// `shunt run`.
 #[derive(Clone, Debug, Args)]
@@ -119,12 +122,34 @@ pub struct RunArgs {
     #[arg(short, long = "v", value_name = "LEVEL")]
     verbosity: Option<u32>,
     #[command(flatten)]
+    dns: DnsArgs,
+    #[command(flatten)]
     conntrack: ConntrackArgs,
     #[command(flatten)]
     capacities: CapacityArgs,
     /// What kube-proxy's users have on its command line.
     #[command(flatten)]
     pub kube_proxy: KubeProxyArgs,
+}
+
+/// `--dns` and `--dns-*`.
+#[derive(Clone, Debug, Args)]
+struct DnsArgs {
+    /// Answer DNS queries for the names of Services and endpoints here, over UDP and TCP, and pass others on; 0.0.0.0 means all
+    /// addresses of both families, port 53 may be left out [default: no such server].
+    #[arg(long, value_name = "IP[:PORT]", num_args = 1.., value_delimiter = ',')]
+    dns: Vec<Listen<DNS_PORT>>,
+    /// The cluster's domain [default: cluster.local].
+    #[arg(long, value_name = "NAME")]
+    dns_zone: Option<dns::Zone>,
+    /// Servers that other names are asked of, in this order [default: those of /etc/resolv.conf].
+    #[arg(long, value_name = "IP[:PORT]", num_args = 1.., value_delimiter = ',')]
+    dns_upstream: Vec<Listen<DNS_PORT>>,
+    /// Look up SERVICE in this namespace, SERVICE.NAMESPACE and SERVICE.NAMESPACE.svc too, for resolvers without a search list.
+    /// A Service then stands before everybody else's name of that form; empty: only names of the zone are looked up [default:
+    /// `default` with --manifests, else empty].
+    #[arg(long, value_name = "NAMESPACE")]
+    dns_namespace: Option<String>,
 }
 
 /// `--conntrack-*`: names and defaults of kube-proxy's flags
@@ -263,6 +288,13 @@ impl RunArgs {
             &mut to.metrics_bind_address,
             self.metrics_bind_address.map(|listen| listen.0),
         );
+        let given = dns::Given {
+            addresses: self.dns.dns,
+            zone: self.dns.dns_zone,
+            upstreams: self.dns.dns_upstream,
+            namespace: self.dns.dns_namespace,
+        };
+        given.write(&mut to.dns);
         let given = |timeout: Option<Timeout>| timeout.and_then(|timeout| timeout.0);
         for (to, timeout) in [
             (

@@ -11,7 +11,7 @@ use std::{
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-use self::conntrack::Conntrack;
+use self::{conntrack::Conntrack, dns::Dns};
 use crate::{
     datapath::{Capacities, attach::XdpMode, netfilter::Netfilter},
     sync::node::SNAT_PORTS,
@@ -19,6 +19,7 @@ use crate::{
 
 mod changes;
 pub mod conntrack;
+pub mod dns;
 mod file;
 pub mod flags;
 mod kube_proxy;
@@ -105,6 +106,8 @@ pub struct Settings {
     pub healthz_bind_address: Option<SocketAddr>,
     /// `--metrics-bind-address`; `None`: no such server.
     pub metrics_bind_address: Option<SocketAddr>,
+    /// `--dns` and `--dns-*`.
+    pub dns: Dns,
     /// `bindAddressHardFail`: an agent that cannot listen on either ends.
     pub bind_address_hard_fail: bool,
     /// `conntrack` of a KubeProxyConfiguration, for netfilter's own table; `None`: that is left alone.
@@ -153,6 +156,7 @@ impl Default for Settings {
             capacities: Capacities::default(),
             healthz_bind_address: Some((Ipv4Addr::UNSPECIFIED, HEALTHZ_PORT).into()),
             metrics_bind_address: Some((Ipv4Addr::LOCALHOST, METRICS_PORT).into()),
+            dns: Dns::default(),
             bind_address_hard_fail: false,
             netfilter: None,
             logging: Logging::default(),

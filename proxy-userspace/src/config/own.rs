@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     HEALTHZ_PORT, METRICS_PORT, Settings,
+    dns::DnsConfiguration,
     flags::{set, set_list},
     values::{Address, Listen, Network, PortRange, Text, from_one_on, or_empty, or_null, up_to_a_minute},
 };
@@ -30,6 +31,8 @@ pub(super) struct ShuntConfiguration {
     count_traffic: Option<bool>,
     #[serde(deserialize_with = "or_null")]
     devices: Vec<String>,
+    #[serde(deserialize_with = "or_null")]
+    dns: DnsConfiguration,
     #[serde(rename = "externalIPs")]
     external_ips: Option<bool>,
     fast_path: Option<bool>,
@@ -94,6 +97,7 @@ impl ShuntConfiguration {
         self.capacities.write(&mut to.capacities);
         set(&mut to.cgroup_root, self.cgroup_root.map(|path| Some(path.into())));
         set_list(&mut to.devices, self.devices);
+        self.dns.write(&mut to.dns);
         set(&mut to.external_ips, self.external_ips);
         set(&mut to.fast_path, self.fast_path);
         set(&mut to.count_traffic, self.count_traffic);
@@ -164,6 +168,7 @@ impl From<&Settings> for ShuntConfiguration {
             capacities: Capacities::from(&settings.capacities),
             cgroup_root: settings.cgroup_root.as_ref().map(text),
             devices: settings.devices.clone(),
+            dns: DnsConfiguration::from(&settings.dns),
             external_ips: Some(settings.external_ips),
             fast_path: Some(settings.fast_path),
             count_traffic: Some(settings.count_traffic),

@@ -38,7 +38,7 @@ fn the_help_tells_the_defaults() {
             told.push(flag);
         }
     }
-    assert_eq!(told.len(), 26, "{told:?}");
+    assert_eq!(told.len(), 27, "{told:?}");
     for (flag, other) in [
         ("xdp", "off"),
         ("snat-ports", "1-2"),
@@ -221,6 +221,12 @@ fn every_field_arrives_and_ours_stands_over_theirs() {
         },
         healthz_bind_address: None,
         metrics_bind_address: Some("[2001:db8::1]:9000".parse().unwrap()),
+        dns: Dns {
+            addresses: vec!["192.0.2.7:53".parse().unwrap(), "[2001:db8::7]:5353".parse().unwrap()],
+            zone: "example.internal".into(),
+            upstreams: vec!["192.0.2.53:53".parse().unwrap()],
+            namespace: Some(String::new()),
+        },
         bind_address_hard_fail: true,
         netfilter: Some(Netfilter {
             tcp_established: Some(Duration::from_secs(7200)),
@@ -767,6 +773,16 @@ fn mistakes_are_one_line_with_file_line_and_field() {
             OURS,
             "xdp: maybe",
             "3: ShuntConfiguration: xdp: unknown variant `maybe`, expected one of off, generic, native, auto".into(),
+        ),
+        (
+            OURS,
+            "dns: {zone: -x-}",
+            "3: ShuntConfiguration: dns.zone: `-x-`: give a DNS name of at most 57 characters, such as cluster.local".into(),
+        ),
+        (
+            OURS,
+            "dns:\n  addresses: [eth0]",
+            "4: ShuntConfiguration: dns.addresses[0]: `eth0`: give IP:PORT ([IP]:PORT for IPv6) or an IP".into(),
         ),
         (OURS, "devices: eth0", "3: ShuntConfiguration: devices: wants a list".into()),
         (OURS, &format!("---\n{OURS}"), "5: a second ShuntConfiguration: give one".into()),

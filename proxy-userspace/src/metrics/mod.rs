@@ -31,7 +31,7 @@ use shunt_common::layout::LAYOUT_VERSION;
 use tokio::sync::watch;
 
 use self::kernel::FAMILIES;
-use crate::{connections::Connections, datapath::maps::Maps, health::Health, object::Event};
+use crate::{connections::Connections, datapath::maps::Maps, dns, health::Health, object::Event};
 
 /// Media type of what [`Exporter::scrape`] returns.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -158,6 +158,7 @@ pub struct Metrics {
     reloads: Family<Outcome, Counter>,
     last_reload_successful: Gauge,
     waits_for_restart: Gauge,
+    dns: dns::Metrics,
 }
 
 impl Default for Metrics {
@@ -186,6 +187,7 @@ impl Default for Metrics {
             reloads: Family::default(),
             last_reload_successful: Gauge::default(),
             waits_for_restart: Gauge::default(),
+            dns: dns::Metrics::default(),
         }
     }
 }
@@ -286,6 +288,11 @@ impl Metrics {
         self.waits_for_restart.set(i64::try_from(settings).unwrap_or(i64::MAX));
     }
 
+    /// What the DNS server counts.
+    pub fn dns(&self) -> &dns::Metrics {
+        &self.dns
+    }
+
     fn register(&self, registry: &mut Registry) {
         // Zeros say more than nothing.
         for outcome in [Reload::Applied, Reload::Refused] {
@@ -362,6 +369,7 @@ impl Metrics {
             "Services that are not wholly in the maps",
             self.unprogrammed.clone(),
         );
+        self.dns.register(own);
         own.register(
             "config_reloads",
             "Changes of the file of --config, by what became of them",

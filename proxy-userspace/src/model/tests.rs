@@ -10,6 +10,7 @@ use crate::object::{Endpoint, EndpointPort, ServicePort, TrafficPolicy};
 fn service(name: &str) -> Service {
     Service {
         name: ObjectName::new("default", name),
+        exposure: Default::default(),
         created: None,
         cluster_ips: Vec::new(),
         external_ips: Vec::new(),
@@ -47,6 +48,7 @@ fn with_node_port(name: &str, port: u16) -> Service {
 fn slice(name: &str, service: &str, addresses: &[&str]) -> EndpointSlice {
     let endpoint = |address: &&str| Endpoint {
         address: address.parse().unwrap(),
+        hostname: None,
         node: None,
         ready: true,
         serving: true,
@@ -57,6 +59,7 @@ fn slice(name: &str, service: &str, addresses: &[&str]) -> EndpointSlice {
     EndpointSlice {
         name: ObjectName::new("default", name),
         service: ObjectName::new("default", service),
+        names_only: false,
         ports: vec![EndpointPort {
             name: "".into(),
             protocol: Protocol::Tcp,

@@ -89,6 +89,7 @@ parts! {
         #[serde(rename = "clusterIP")] cluster_ip: Option<String>,
         #[serde(rename = "clusterIPs")] cluster_ips: Vec<String>,
         #[serde(rename = "externalIPs")] external_ips: Vec<String>,
+        external_name: Option<String>,
         #[serde(rename = "loadBalancerIP")] load_balancer_ip: Option<String>,
         load_balancer_class: Option<String>,
         load_balancer_source_ranges: Vec<String>,
@@ -152,6 +153,7 @@ parts! {
     Endpoint {
         addresses: Vec<String>,
         conditions: EndpointConditions,
+        hostname: Option<String>,
         node_name: Option<String>,
         hints: EndpointHints,
     }
@@ -185,6 +187,7 @@ parts! {
     /// Of `Endpoints`.
     EndpointAddress {
         ip: String,
+        hostname: Option<String>,
         node_name: Option<String>,
     }
 
@@ -197,6 +200,8 @@ parts! {
     /// Of a Pod.
     PodSpec {
         node_name: Option<String>,
+        hostname: Option<String>,
+        subdomain: Option<String>,
         enable_service_links: Option<bool>,
         containers: Vec<Container>,
         init_containers: Vec<Container>,

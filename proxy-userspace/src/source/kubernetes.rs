@@ -59,6 +59,8 @@ pub struct Config {
     pub node_name: String,
     /// Only objects whose label `service.kubernetes.io/service-proxy-name` has this value; `None`: those without the label.
     pub proxy_name: Option<String>,
+    /// Whether names of Services are asked for: then those that others serve, and those without addresses, are followed too.
+    pub names: bool,
 }
 
 /// The Kubernetes source.
@@ -84,6 +86,7 @@ impl Kubernetes {
             kubeconfig,
             node_name,
             proxy_name,
+            names,
         } = self.config;
         anyhow::ensure!(
             !node_name.is_empty(),
@@ -95,7 +98,7 @@ impl Kubernetes {
             Some(name) => format!("!{},{}={name}", convert::LABEL_HEADLESS, convert::LABEL_SERVICE_PROXY),
         };
         let by_label = Selection {
-            labels: Some(ours),
+            labels: (!names).then_some(ours),
             fields: None,
         };
         let by_name = Selection {

@@ -1,6 +1,7 @@
 //! shunt in clusters of network namespaces: agents on nodes, pods and clients with real sockets and packets. Needs root.
 
 mod capabilities;
+mod dns;
 mod kubernetes;
 mod life;
 mod long;

@@ -499,3 +499,43 @@ fn probes_ask_where_the_agent_listens() {
         }
     }
 }
+
+/// The right to port 53, an address, and a Service that leads to it.
+#[test]
+fn the_component_for_dns_adds_what_it_takes_and_nothing_else() {
+    for folder in ["overlays/instead-of-kube-proxy", "overlays/beside-kube-proxy"] {
+        let with = with_component(folder, "components/dns");
+        assert_eq!(with.len(), objects(folder).len() + 1);
+        let of_kind = |kind: &str| with.iter().find(|object| object["kind"] == kind).unwrap().clone();
+        let daemonset: DaemonSet = serde_json::from_value(of_kind("DaemonSet")).unwrap();
+        let service: k8s_openapi::api::core::v1::Service = serde_json::from_value(of_kind("Service")).unwrap();
+        let spec = service.spec.unwrap();
+        assert_eq!(service.metadata.namespace, daemonset.metadata.namespace);
+        let template = daemonset.spec.unwrap().template;
+        assert_eq!(spec.selector, template.metadata.unwrap().labels);
+        assert_eq!(spec.internal_traffic_policy.as_deref(), Some("Local"));
+        let ports: Vec<_> = spec
+            .ports
+            .unwrap()
+            .into_iter()
+            .map(|port| (port.port, port.protocol.unwrap()))
+            .collect();
+        assert_eq!(ports, [(53, "UDP".to_owned()), (53, "TCP".to_owned())]);
+        let mut with = template.spec.unwrap();
+        let container = &mut with.containers[0];
+        let capabilities = &mut container.security_context.as_mut().unwrap().capabilities;
+        let added = capabilities.as_mut().unwrap().add.as_mut().unwrap();
+        assert_eq!(added.pop().as_deref(), Some("NET_BIND_SERVICE"));
+        assert_eq!(
+            container.args.as_mut().unwrap().pop().as_deref(),
+            Some("--dns=$(NODE_IP)")
+        );
+        let address = container.env.as_mut().unwrap().pop().unwrap();
+        assert_eq!(address.name, "NODE_IP");
+        assert_eq!(
+            address.value_from.unwrap().field_ref.unwrap().field_path,
+            "status.hostIP"
+        );
+        assert_eq!(with, pod(folder));
+    }
+}

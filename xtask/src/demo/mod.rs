@@ -1,5 +1,6 @@
 //! The demo: a cluster in network namespaces, an agent per node, traffic through every frontend, and a live table.
 
+mod names;
 mod stop;
 mod table;
 mod view;
@@ -57,6 +58,7 @@ pub(crate) fn one_round(network: Network) -> Result<()> {
         bail!("not every backend answered: {}", missing.join("; "));
     }
     println!("every frontend was answered by every one of its backends");
+    println!("{}", names::look_up(&demo.lab)?);
     Ok(())
 }
 
@@ -128,7 +130,10 @@ impl Demo {
         }
         clients.push((Vantage::Node, lab.client(&lab.nodes()[0], Sockets::Hooked)?));
         clients.push((Vantage::Outside, lab.client("client", Sockets::Unhooked)?));
-        let options = AgentOptions::manifests(&folder).finds_devices().shunt(shunt());
+        let options = AgentOptions::manifests(&folder)
+            .finds_devices()
+            .shunt(shunt())
+            .args(&["--dns", "0.0.0.0"]);
         let mut agents = Vec::new();
         for node in lab.nodes() {
             let agent = lab.start_agent(node, &options)?;
@@ -249,6 +254,8 @@ impl Demo {
     fn hints(&self) -> Result<String> {
         let client = self.lab.ns("client")?;
         let agent = self.agents.first().context("no agent")?;
+        let in_pod = names::script(&self.lab)?;
+        let in_pod = in_pod.display();
         let shunt = shunt();
         let (client, shunt, root) = (client.path().display(), shunt.display(), agent.bpf_root().display());
         let web = self.rows.keys().chain(&[]).find_map(|frontend| match frontend.address {
@@ -261,6 +268,7 @@ impl Demo {
         Ok(format!(
             "Try from another shell (as root):\n  \
              nsenter --net={client} curl -s http://{web}/\n  \
+             {in_pod} curl -s http://web.default.svc.cluster.local/\n  \
              {shunt} backends --bpf-root {root}\n  \
              bpftool map dump pinned {root}/v5/maps/frontends4\n  \
              edit {}/web.yaml and watch\n\

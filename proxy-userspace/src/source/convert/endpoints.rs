@@ -13,11 +13,11 @@ use crate::{
 /// Label of a slice that names its Service.
 pub const LABEL_SERVICE: &str = "kubernetes.io/service-name";
 
-/// An EndpointSlice; `None` when it is another proxy's, names no Service, or holds domain names.
+/// An EndpointSlice; `None` when it names no Service, or holds domain names. What is wrong with another proxy's is not told.
 pub fn slice(slice: &EndpointSlice, problems: &mut Vec<Problem>) -> Option<object::EndpointSlice> {
-    if left_alone(&slice.metadata) {
-        return None;
-    }
+    let names_only = left_alone(&slice.metadata);
+    let mut untold = Vec::new();
+    let problems = if names_only { &mut untold } else { problems };
     let name = name("EndpointSlice", &slice.metadata, problems)?;
     let mut report = Report {
         kind: "EndpointSlice",
@@ -89,6 +89,11 @@ pub fn slice(slice: &EndpointSlice, problems: &mut Vec<Problem>) -> Option<objec
         let (conditions, hints) = (&endpoint.conditions, &endpoint.hints);
         endpoints.push(object::Endpoint {
             address,
+            hostname: endpoint
+                .hostname
+                .as_deref()
+                .filter(|hostname| !hostname.is_empty())
+                .map(Into::into),
             node: endpoint.node_name.as_deref().map(Into::into),
             ready: conditions.ready.unwrap_or(true),
             serving: conditions.serving.unwrap_or(true),
@@ -106,6 +111,7 @@ pub fn slice(slice: &EndpointSlice, problems: &mut Vec<Problem>) -> Option<objec
     Some(object::EndpointSlice {
         name,
         service,
+        names_only,
         ports,
         endpoints,
     })
@@ -115,9 +121,9 @@ pub fn slice(slice: &EndpointSlice, problems: &mut Vec<Problem>) -> Option<objec
 ///
 /// Their names hold blanks and parentheses, so that none is ever a real slice's.
 pub fn endpoints(endpoints: &Endpoints, problems: &mut Vec<Problem>) -> Vec<object::EndpointSlice> {
-    if left_alone(&endpoints.metadata) {
-        return Vec::new();
-    }
+    let names_only = left_alone(&endpoints.metadata);
+    let mut untold = Vec::new();
+    let problems = if names_only { &mut untold } else { problems };
     let Some(name) = name("Endpoints", &endpoints.metadata, problems) else {
         return Vec::new();
     };
@@ -152,6 +158,11 @@ pub fn endpoints(endpoints: &Endpoints, problems: &mut Vec<Problem>) -> Vec<obje
                 if let Some(ip) = report.backend_ip(|| format!("subsets[{s}].{list}[{i}].ip"), &address.ip) {
                     families[usize::from(ip.is_ipv6())].push(object::Endpoint {
                         address: ip,
+                        hostname: address
+                            .hostname
+                            .as_deref()
+                            .filter(|hostname| !hostname.is_empty())
+                            .map(Into::into),
                         node: address.node_name.as_deref().map(Into::into),
                         ready,
                         // Not said: the controller that makes slices of such objects leaves the condition out.
@@ -171,6 +182,7 @@ pub fn endpoints(endpoints: &Endpoints, problems: &mut Vec<Problem>) -> Vec<obje
                         &format!("{} (Endpoints subset {s}, {family})", name.name),
                     ),
                     service: name.clone(),
+                    names_only,
                     ports: ports.clone(),
                     endpoints,
                 });

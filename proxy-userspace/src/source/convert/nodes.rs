@@ -28,6 +28,10 @@ pub struct PodFacts {
     pub ready: bool,
     /// `metadata.deletionTimestamp` is set.
     pub terminating: bool,
+    /// `spec.hostname`, its label in DNS below the Service that `subdomain` names.
+    pub hostname: Option<Arc<str>>,
+    /// `spec.subdomain`.
+    pub subdomain: Option<Arc<str>>,
     /// Named container ports.
     pub ports: Vec<(String, Protocol, u16)>,
 }
@@ -81,7 +85,10 @@ pub fn pod(pod: &Pod, problems: &mut Vec<Problem>) -> Option<PodFacts> {
             }
         }
     }
+    let text = |field: &Option<String>| field.as_deref().filter(|text| !text.is_empty()).map(Into::into);
     Some(PodFacts {
+        hostname: text(&pod.spec.hostname),
+        subdomain: text(&pod.spec.subdomain),
         labels: pod.metadata.labels.0.clone(),
         node: spec
             .node_name

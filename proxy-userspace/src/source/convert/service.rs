@@ -2,9 +2,9 @@
 
 use std::{net::IpAddr, sync::Arc};
 
-use super::{left_alone, name, report::Report};
+use super::{is_dns_name, left_alone, name, report::Report};
 use crate::{
-    object::{self, Problem, ServicePort, TrafficPolicy},
+    object::{self, Exposure, ObjectName, Problem, Retry, ServicePort, TrafficPolicy},
     source::kinds::{Service, ServiceSpec},
 };
 use ipnet::IpNet;
@@ -18,11 +18,11 @@ pub const DEFAULT_AFFINITY_SECS: u32 = 10_800;
 /// Most seconds that the API admits in `timeoutSeconds`: a day.
 const MAX_AFFINITY_SECS: u32 = 86_400;
 
-/// A Service; `None` when it has no frontends here: headless, `ExternalName`, another proxy's (SPEC F5–F7), or broken.
+/// A Service; `None` when it is broken. What is wrong with another proxy's is not told.
 pub fn service(service: &Service, problems: &mut Vec<Problem>) -> Option<object::Service> {
-    if left_alone(&service.metadata) {
-        return None;
-    }
+    let is_others = left_alone(&service.metadata);
+    let mut untold = Vec::new();
+    let problems = if is_others { &mut untold } else { problems };
     let name = name("Service", &service.metadata, problems)?;
     let mut report = Report {
         kind: "Service",
@@ -41,8 +41,18 @@ pub fn service(service: &Service, problems: &mut Vec<Problem>) -> Option<object:
         return None;
     };
     let service_type = spec.type_.as_deref().unwrap_or_default();
-    if service_type == "ExternalName" || is_headless(service) {
-        return None;
+    if service_type == "ExternalName" {
+        let external_name = external_name(spec, &mut report)?;
+        return Some(addressless(
+            name,
+            service,
+            Exposure::ExternalName(external_name),
+            Vec::new(),
+        ));
+    }
+    if is_headless(service) {
+        let ports = ports(spec, false, &mut report);
+        return Some(addressless(name, service, Exposure::Headless, ports));
     }
     if !matches!(service_type, "" | "ClusterIP" | "NodePort" | "LoadBalancer") {
         report.push(
@@ -58,6 +68,9 @@ pub fn service(service: &Service, problems: &mut Vec<Problem>) -> Option<object:
     let external_ips = distinct(external_ips, false, &mut report);
     let load_balancer_ips = distinct(load_balancer_ips_of(service, &mut report), true, &mut report);
     let ports = ports(spec, has_node_ports, &mut report);
+    if spec.ports.is_empty() {
+        report.push("spec.ports", "is empty; nothing can be served");
+    }
     let affinity_secs = affinity_secs(spec, &mut report);
     let external_policy = report.policy("spec.externalTrafficPolicy", spec.external_traffic_policy.as_deref());
     let internal_policy = report.policy("spec.internalTrafficPolicy", spec.internal_traffic_policy.as_deref());
@@ -74,7 +87,11 @@ pub fn service(service: &Service, problems: &mut Vec<Problem>) -> Option<object:
     let retry = report.retry(service.metadata.annotations.retry.as_deref());
 
     Some(object::Service {
-        created: service.metadata.creation_timestamp.0.map(|time| time.as_second()),
+        exposure: match is_others {
+            true => Exposure::OtherProxy,
+            false => Exposure::Frontends,
+        },
+        created: created(service),
         cluster_ips,
         external_ips,
         load_balancer_ips,
@@ -89,6 +106,51 @@ pub fn service(service: &Service, problems: &mut Vec<Problem>) -> Option<object:
         retry,
         name,
     })
+}
+
+fn created(service: &Service) -> Option<i64> {
+    service.metadata.creation_timestamp.0.map(|time| time.as_second())
+}
+
+/// A Service without addresses of its own.
+fn addressless(name: ObjectName, service: &Service, exposure: Exposure, ports: Vec<ServicePort>) -> object::Service {
+    let spec = service.spec.as_ref();
+    object::Service {
+        name,
+        exposure,
+        created: created(service),
+        cluster_ips: Vec::new(),
+        external_ips: Vec::new(),
+        load_balancer_ips: Vec::new(),
+        ports,
+        affinity_secs: None,
+        external_policy: TrafficPolicy::Cluster,
+        internal_policy: TrafficPolicy::Cluster,
+        health_check_node_port: None,
+        source_ranges: Vec::new(),
+        limits_sources: [false; 2],
+        publish_not_ready: spec.and_then(|spec| spec.publish_not_ready_addresses).unwrap_or(false),
+        retry: Retry::default(),
+    }
+}
+
+/// `spec.externalName` as a DNS name: in lower case, without a trailing dot.
+fn external_name(spec: &ServiceSpec, report: &mut Report<'_>) -> Option<Arc<str>> {
+    let given = spec.external_name.as_deref().unwrap_or_default();
+    let name = given.strip_suffix('.').unwrap_or(given).to_lowercase();
+    let wrong = if name.is_empty() {
+        "is missing; give the DNS name that the Service stands for".to_owned()
+    } else if name.parse::<IpAddr>().is_ok() {
+        format!(
+            "{given:?} is an address, which no name can stand for; use a Service without selector and an EndpointSlice"
+        )
+    } else if !is_dns_name(&name) || name.split('.').any(|label| label.is_empty() || label.len() > 63) {
+        format!("{given:?} is no DNS name; use at most 253 of a-z, 0-9, - and .")
+    } else {
+        return Some(name.into());
+    };
+    report.push("spec.externalName", wrong);
+    None
 }
 
 /// Addresses that clients may dial, each once.
@@ -170,9 +232,6 @@ fn ports(spec: &ServiceSpec, has_node_ports: bool, report: &mut Report<'_>) -> V
             port: number,
             node_port,
         });
-    }
-    if spec.ports.is_empty() {
-        report.push("spec.ports", "is empty; nothing can be served");
     }
     ports
 }

@@ -74,6 +74,7 @@ impl Agent {
             kubeconfig: Some(kubeconfig),
             node_name: "node-a".to_owned(),
             proxy_name: proxy_name.map(str::to_owned),
+            names: false,
         });
         let (tx, events) = mpsc::channel(16);
         let queue = Queue::new(tx, Health::default(), reports);
@@ -632,6 +633,7 @@ async fn error_of(kubeconfig: Option<PathBuf>, node_name: &str) -> String {
         kubeconfig,
         node_name: node_name.to_owned(),
         proxy_name: None,
+        names: false,
     });
     let error = source.run(mpsc::channel(1).0).await.unwrap_err();
     format!("{error:#}")

@@ -14,7 +14,7 @@ use super::{
     Config,
     service::{DualStack, ServiceManifest},
 };
-use crate::object::{ObjectName, Problem, Service};
+use crate::object::{Exposure, ObjectName, Problem, Service};
 
 /// The pool's port number of a Service's health check node port: no Service port has it.
 const HEALTH_CHECK: u16 = 0;
@@ -131,6 +131,10 @@ impl<'a> Wanted<'a> {
         self.taken_ports
             .extend(ports.chain(service.health_check_node_port).map(u128::from));
 
+        if matches!(service.exposure, Exposure::Headless | Exposure::ExternalName(_)) {
+            self.families.insert(name, Vec::new());
+            return;
+        }
         let families = families(manifest, ranges);
         for is_v6 in families.iter().copied() {
             let family = usize::from(is_v6);

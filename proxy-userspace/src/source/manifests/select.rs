@@ -59,12 +59,18 @@ pub(super) fn select(
             .as_ref()
             .and_then(|node| zones.get(node))
             .filter(|_| manifest.distribution.is_some());
+        // As the controller has it: a pod is called by its host name below the Service of its subdomain only.
+        let hostname = pod
+            .hostname
+            .as_ref()
+            .filter(|_| pod.subdomain.as_ref() == Some(&service.name.name));
         for address in &pod.addresses {
             groups
                 .entry((address.is_ipv6(), ports.clone()))
                 .or_default()
                 .push(Endpoint {
                     address: *address,
+                    hostname: hostname.cloned(),
                     node: pod.node.clone(),
                     ready: service.publish_not_ready || pod.ready && !pod.terminating,
                     serving: pod.ready,
@@ -87,6 +93,7 @@ pub(super) fn select(
                 &format!("{} (Pods, {family}, {})", service.name.name, numbers.join(" ")),
             ),
             service: service.name.clone(),
+            names_only: false,
             ports,
             endpoints,
         }

@@ -40,6 +40,7 @@ fn namespace(n: u32) -> String {
 pub(super) fn service(n: u32) -> Service {
     Service {
         name: ObjectName::new(&namespace(n), &format!("service-{n}")),
+        exposure: Default::default(),
         created: Some(1_700_000_000),
         cluster_ips: vec![cluster_ip(n)],
         external_ips: Vec::new(),
@@ -66,6 +67,7 @@ pub(super) fn slice(n: u32, generation: Generation) -> EndpointSlice {
     EndpointSlice {
         name: ObjectName::new(&namespace(n), &format!("service-{n}-x7k2p")),
         service: ObjectName::new(&namespace(n), &format!("service-{n}")),
+        names_only: false,
         ports: vec![EndpointPort {
             name: "http".into(),
             protocol: Protocol::Tcp,
@@ -74,6 +76,7 @@ pub(super) fn slice(n: u32, generation: Generation) -> EndpointSlice {
         endpoints: (0..ENDPOINTS)
             .map(|k| Endpoint {
                 address: endpoint_ip(n, k, generation).into(),
+                hostname: None,
                 node: Some(format!("node-{}", (n + k) % NODES).as_str().into()),
                 ready: true,
                 serving: true,
