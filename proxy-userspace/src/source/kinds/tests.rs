@@ -26,7 +26,7 @@ fn service() -> Value {
             "sessionAffinityConfig": { "clientIP": { "timeoutSeconds": 60, "jitter": null }, "cookie": [] },
             "externalTrafficPolicy": "Local", "internalTrafficPolicy": "Cluster", "healthCheckNodePort": 32000,
             "loadBalancerSourceRanges": ["10.0.0.0/8"], "externalIPs": ["192.0.2.1"], "publishNotReadyAddresses": false,
-            "externalName": 5, "trafficDistribution": null, "loadBalancerClass": null, "ofTheFuture": { "deep": [[{}]] },
+            "externalName": "", "trafficDistribution": null, "loadBalancerClass": null, "ofTheFuture": { "deep": [[{}]] },
         },
         "status": {
             "conditions": [{ "type": "Ready", "status": "Maybe", "lastTransitionTime": null, "observedGeneration": -1 }],
