@@ -4,11 +4,23 @@ use core::ffi::c_void;
 
 use aya_ebpf::{Global, helpers::bpf_fib_lookup};
 use shunt_common::{
-    family::{Family, Words6},
+    family::{Family, V4, V6, Words6},
     packet::Tuple,
 };
 
-use crate::maps::KernelFamily;
+/// A family as the kernel's routing knows it.
+pub(crate) trait RoutedFamily: Family {
+    /// `AF_INET` or `AF_INET6`.
+    const AF: u8;
+}
+
+impl RoutedFamily for V4 {
+    const AF: u8 = 2;
+}
+
+impl RoutedFamily for V6 {
+    const AF: u8 = 10;
+}
 
 /// The kernel's `struct bpf_fib_lookup`, without its unions.
 #[repr(C)]
@@ -35,7 +47,7 @@ const _: () = assert!(size_of::<FibLookup>() == 64);
 impl FibLookup {
     /// A question about the way of a packet that came in through a device.
     #[inline(always)]
-    pub(crate) fn new<F: KernelFamily>(tuple: &Tuple<F::Words>, length: u16, device: u32) -> Self {
+    pub(crate) fn new<F: RoutedFamily>(tuple: &Tuple<F::Words>, length: u16, device: u32) -> Self {
         Self {
             family: F::AF,
             l4_protocol: tuple.proto,
@@ -59,7 +71,7 @@ static FIB_SOURCE: Global<u32> = Global::new(0);
 
 /// The source address that the node's routes give to a packet that came in through a device.
 #[inline(always)]
-pub(crate) fn source<F: KernelFamily>(ctx: *mut c_void, device: u32, tuple: &Tuple<F::Words>) -> Option<F::Words> {
+pub(crate) fn source<F: RoutedFamily>(ctx: *mut c_void, device: u32, tuple: &Tuple<F::Words>) -> Option<F::Words> {
     let flags = FIB_SOURCE.load();
     if flags == 0 {
         return None;

@@ -21,7 +21,7 @@ use aya_ebpf::{
 use shunt_common::{
     balance::{Clock, Entry, Maps, Scratch},
     event::{Event, MAX_EVENTS},
-    family::{Family, V4, V6, Words6},
+    family::{V4, V6, Words6},
     filter,
     layout::*,
     packet::Tuple,
@@ -57,7 +57,7 @@ static SCRATCH4: PerCpuArray<Scratch<u32>, 1> = PerCpuArray::new();
 static SCRATCH6: PerCpuArray<Scratch<Words6>, 1> = PerCpuArray::new();
 
 /// The maps of one family.
-pub(crate) trait KernelFamily: Family {
+pub(crate) trait KernelFamily: fib::RoutedFamily {
     const FRONTENDS: &'static Frontends<Self::Addr>;
     const SLOTS: &'static Slots<Self::Addr>;
     const FLOWS: &'static Flows<Self::Addr>;
@@ -71,8 +71,6 @@ pub(crate) trait KernelFamily: Family {
     const SERVICE_ADDRS: &'static Addresses<Self::Addr>;
     const FRAGMENTS: &'static Fragments<Self::Addr>;
     const SCRATCH: &'static PerCpuArray<Scratch<Self::Words>, 1>;
-    /// `AF_INET` or `AF_INET6`.
-    const AF: u8;
     /// Index into [`WAITING`].
     const INDEX: u32;
 }
@@ -166,7 +164,6 @@ impl KernelFamily for V4 {
     const SERVICE_ADDRS: &'static Addresses<[u8; 4]> = &ADDRESSES4;
     const FRAGMENTS: &'static Fragments<[u8; 4]> = &FRAGMENTS4;
     const SCRATCH: &'static PerCpuArray<Scratch<u32>, 1> = &SCRATCH4;
-    const AF: u8 = 2;
     const INDEX: u32 = 0;
 }
 
@@ -184,7 +181,6 @@ impl KernelFamily for V6 {
     const SERVICE_ADDRS: &'static Addresses<[u8; 16]> = &ADDRESSES6;
     const FRAGMENTS: &'static Fragments<[u8; 16]> = &FRAGMENTS6;
     const SCRATCH: &'static PerCpuArray<Scratch<Words6>, 1> = &SCRATCH6;
-    const AF: u8 = 10;
     const INDEX: u32 = 1;
 }
 
@@ -232,10 +228,15 @@ hooks! {
     /// The cgroup hooks.
     Socket: SocketFlow, socket_flows, |_ctx| 0;
     /// tc.
-    // SAFETY: the caller's promise, here and below.
-    Tc: TcFlow, tc_flows, |ctx| unsafe { (*ctx.cast::<__sk_buff>()).ifindex };
+    Tc: TcFlow, tc_flows, |ctx| {
+        // SAFETY: the caller's promise.
+        unsafe { (*ctx.cast::<__sk_buff>()).ifindex }
+    };
     /// XDP.
-    Xdp: XdpFlow, xdp_flows, |ctx| unsafe { (*ctx.cast::<xdp_md>()).ingress_ifindex };
+    Xdp: XdpFlow, xdp_flows, |ctx| {
+        // SAFETY: the caller's promise.
+        unsafe { (*ctx.cast::<xdp_md>()).ingress_ifindex }
+    };
 }
 
 /// The kernel's maps, as the decision wants them.

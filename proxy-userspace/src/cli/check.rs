@@ -29,9 +29,11 @@ use crate::datapath::{
     },
     capability, cgroup,
     devices::{self, Device, DevicePatterns, Role, is_link_local},
-    load::{is_bpffs, kernel},
+    load::is_bpffs,
     netfilter::{self, Netfilter, Value},
-    netlink, xdp,
+    netlink,
+    object::kernel,
+    xdp,
 };
 
 /// `BPF_PROG_TYPE_SCHED_CLS`.

@@ -14,6 +14,7 @@ use aya::{EbpfLoader, programs::Program};
 use super::{
     Capacities, LAYER3_NODE_PROGRAMS, LAYER3_POD_PROGRAMS, NODE_PROGRAMS, POD_PROGRAMS, Paths,
     bpf::{self, link::Hook},
+    object::object,
 };
 
 /// What the programs are loaded from, over the maps that are pinned by then.
@@ -50,14 +51,14 @@ impl Layer3 {
             loader.override_global(name, value, true);
         }
         loader.override_global("LINK_HEADER", &0_u32, true);
-        let object = aya_obj::Object::parse(super::load::object()).map_err(io::Error::other)?;
+        let object = aya_obj::Object::parse(object()).map_err(io::Error::other)?;
         for name in object.maps.keys().filter(|name| !name.starts_with('.')) {
             if let Some((_, entries)) = self.capacities.of_map(name) {
                 loader.map_max_entries(name, entries);
             }
             loader.map_pin_path(name, self.paths.map(name));
         }
-        let mut ebpf = loader.load(super::load::object()).map_err(io::Error::other)?;
+        let mut ebpf = loader.load(super::object::object()).map_err(io::Error::other)?;
         let mut programs = BTreeMap::new();
         for (name, in_object) in names() {
             let Some(Program::SchedClassifier(program)) = ebpf.program_mut(in_object) else {

@@ -22,18 +22,17 @@ use aya::{
 use rustix::fs::{FlockOperation, flock, statfs};
 use tracing::{info, warn};
 
+pub use super::object::object;
 use super::{
     CGROUP_PROGRAMS, Capacities, NODE_PROGRAMS, POD_PROGRAMS, Paths, XDP_PROGRAM,
     bpf::{self, map::MapInfo, probe, program},
     layer3::Layer3,
     lock::{LockError, RootLock},
+    object::kernel,
     start::{Part, Stopwatch},
     takeover::{self, Anew, Fingerprint},
     upgrade::Upgrade,
 };
-
-/// The compiled `proxy-ebpf`.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/shunt-bpf"));
 
 /// `BPF_FS_MAGIC` of linux/magic.h.
 const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
@@ -48,11 +47,6 @@ const WAITING_SHARE: u32 = 128;
 const RUN_MEMORY: [&str; 3] = ["scratch4", "scratch6", "fast_work"];
 /// Lines of the verifier's log that an error quotes; the reason is in the last ones.
 const VERIFIER_LINES: usize = 12;
-
-/// The ELF object with all programs and map definitions, as [`load`] loads it.
-pub fn object() -> &'static [u8] {
-    OBJECT
-}
 
 /// What to load.
 #[derive(Clone, Debug)]
@@ -233,7 +227,7 @@ pub fn load_timed(config: &LoadConfig, watch: &mut Stopwatch) -> Result<Datapath
     }
     watch.lap(Part::Settings);
 
-    let object = aya_obj::Object::parse(OBJECT).map_err(|e| LoadError::Object(e.to_string()))?;
+    let object = aya_obj::Object::parse(object()).map_err(|e| LoadError::Object(e.to_string()))?;
     // Sections like .rodata come as maps too; they belong to this load alone, as does the memory of a run.
     let wanted: BTreeMap<&str, &aya_obj::Map> = object
         .maps
@@ -367,7 +361,7 @@ struct BuildInputs<const G: usize, const P: usize> {
 
 impl<const G: usize, const P: usize> BuildInputs<G, P> {
     fn fingerprint(&self, maps: &BTreeMap<&str, MapInfo>) -> Fingerprint {
-        Fingerprint::new(OBJECT, &self.globals, &self.probes, maps)
+        Fingerprint::new(object(), &self.globals, &self.probes, maps)
     }
 
     /// The pinned programs, if they are what a load would bring.
@@ -407,7 +401,7 @@ fn load_maps<const G: usize, const P: usize>(
         }
         loader.map_pin_path(name, pin);
     }
-    loader.load(OBJECT).map_err(|e| map_error(e, capacities))
+    loader.load(object()).map_err(|e| map_error(e, capacities))
 }
 
 /// Loads programs, several at a time where there are CPUs for it.
@@ -668,11 +662,6 @@ fn ensure_root(root: &Path) -> Result<(), LoadError> {
 
 pub(crate) fn is_bpffs(path: &Path) -> bool {
     statfs(path).is_ok_and(|s| s.f_type as u64 & 0xffff_ffff == BPF_FS_MAGIC)
-}
-
-/// The running kernel's release, for messages.
-pub(crate) fn kernel() -> String {
-    rustix::system::uname().release().to_string_lossy().into_owned()
 }
 
 fn not_permitted(error: &io::Error) -> bool {

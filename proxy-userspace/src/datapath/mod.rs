@@ -35,6 +35,7 @@ pub mod maps;
 pub mod netfilter;
 pub(crate) mod netlink;
 pub mod netns;
+pub(crate) mod object;
 pub(crate) mod pods;
 pub(crate) mod rtnl;
 pub mod sockets;

@@ -27,7 +27,7 @@ use super::{
         map::{self, BPF_ANY, MapInfo, types::ARRAY},
         program,
     },
-    load::kernel,
+    object::kernel,
 };
 
 /// The name that the kernel keeps of a program: `BPF_OBJ_NAME_LEN` of linux/bpf.h less the zero.

@@ -164,7 +164,11 @@ fn service_addresses_reach_the_node_they_are_routed_to() {
         lab.route(&format!("{address}/{prefix}"), node).unwrap();
         lab.ns(node)
             .unwrap()
-            .ip(&[format!("address add {address}/{prefix} dev lo")])
+            // Usable at once: no search for a duplicate (RFC 4862), which IPv4 does not know.
+            .ip(&[format!(
+                "address add {address}/{prefix} dev lo{}",
+                if prefix == 128 { " nodad" } else { "" }
+            )])
             .unwrap();
         let server = lab.client(node, Sockets::Unhooked).unwrap();
         let to = SocketAddr::new(address.parse().unwrap(), 80);

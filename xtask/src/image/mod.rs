@@ -26,7 +26,7 @@ pub(crate) struct Args {
     /// Architectures of the image [default: those that a target of the Rust toolchain is installed for].
     #[arg(long, value_enum, value_delimiter = ',')]
     arch: Vec<Arch>,
-    /// Where the archive goes [default: target/image/shunt-<version>.tar].
+    /// Where the archive goes [default: target/image/shunt-VERSION.tar].
     #[arg(long, value_name = "FILE")]
     to: Option<PathBuf>,
     /// Import it into a containerd of its own and run the agent from it. Needs root.

@@ -48,8 +48,13 @@ fn sources(folder: &Path, see: &mut impl FnMut(&Path, &str)) {
 fn tests() -> BTreeSet<String> {
     let mut tests = BTreeSet::new();
     sources(&root(), &mut |_, text| {
-        let mut is_test = false;
+        let (mut is_test, mut in_macro) = (false, false);
         for line in text.lines().map(str::trim) {
+            // Tests that a macro makes of a table: `name: …` in `networks! { … }`.
+            in_macro = line == "networks! {" || in_macro && line != "}";
+            if in_macro && let Some((name, _)) = line.split_once(": ") {
+                tests.insert(name.to_owned());
+            }
             is_test |= line.starts_with("#[test]") || line.starts_with("#[tokio::test");
             let Some(rest) = line.split_once("fn ").map(|(_, rest)| rest) else {
                 continue;

@@ -63,6 +63,10 @@ fn bpftool_reads_the_maps() {
     }
     for entry in fs::read_dir(root.join("progs")).unwrap() {
         let path = entry.unwrap().path();
+        // The record of what the programs were loaded from (`datapath::takeover`): a map of one hash, beside them.
+        if path.ends_with("build") {
+            continue;
+        }
         let program = bpftool(&["prog", "show", "pinned"], &path);
         assert!(
             program["btf_id"].as_u64().is_some_and(|id| id > 0),
