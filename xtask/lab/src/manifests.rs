@@ -367,7 +367,11 @@ status: { podIP: 10.44.0.1, podIPs: [{ ip: 10.44.0.1 }, { ip: "fd44:0:0:a::1" }]
 
     #[test]
     fn a_pod_without_a_node_is_named() {
-        let error = parse("{ kind: Pod, metadata: { name: web-1 }, spec: {} }", &mut Vec::new()).unwrap_err();
+        let error = parse(
+            "{ kind: Pod, metadata: { name: web-1 }, spec: {}, status: {} }",
+            &mut Vec::new(),
+        )
+        .unwrap_err();
         assert!(format!("{error:#}").contains("Pod web-1: spec.nodeName"), "{error:#}");
     }
 

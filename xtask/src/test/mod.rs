@@ -11,17 +11,17 @@ mod peers;
 mod programs;
 mod report;
 mod runner;
+mod this;
 pub(crate) mod traces;
 
 use std::{
-    env,
     num::NonZero,
     process::Command,
     thread,
     time::{Duration, Instant, SystemTime},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 
 use crate::{
     setup,
@@ -62,6 +62,7 @@ pub(crate) fn test(args: &Args) -> Result<()> {
     if !is_root() && which("sudo").is_none() {
         bail!("tests make network namespaces and load BPF programs: run this as root");
     }
+    this::keep()?;
     let report = Report::default();
     report.section("set-up", began.elapsed());
     let run = format!(
@@ -146,7 +147,7 @@ fn jobs() -> usize {
 
 /// One round of the demo, or the story, with the agent that the tests were built with.
 fn demo(run: &str, programs: &[Program], name: &str, words: &[&str], report: &Report) {
-    let Ok(this) = env::current_exe() else { return };
+    let Ok(this) = this::program() else { return };
     let mut command = Command::new(this);
     command.args(["run", "--built"]).args(words);
     command.env(shunt_lab::RUN_VARIABLE, run);
@@ -158,9 +159,9 @@ fn demo(run: &str, programs: &[Program], name: &str, words: &[&str], report: &Re
 
 /// What takes long besides tests: the image, tried out, and other kernels.
 fn others(run: &str, report: &Report) -> Result<()> {
-    let this = env::current_exe().context("this program's path")?;
+    let this = this::program()?;
     let xtask = |words: &[&str]| {
-        let mut command = Command::new(&this);
+        let mut command = Command::new(this);
         command
             .args(words)
             .current_dir(root())

@@ -5,7 +5,7 @@
 
 use std::{
     collections::BTreeSet,
-    env, fs,
+    fs,
     path::Path,
     process::Command,
     thread,
@@ -15,6 +15,7 @@ use std::{
 use anyhow::{Context, Result};
 use shunt_lab::{Owner, RUN_VARIABLE};
 
+use super::this;
 use crate::shell::{as_root, capture};
 
 /// How long what ends after its test may take: sockets and maps are freed by the kernel in its own time.
@@ -43,7 +44,7 @@ pub(crate) fn print(args: &Args) -> Result<()> {
 
 /// What there is now, of a run, or of any.
 pub(super) fn now(run: Option<&str>) -> Result<BTreeSet<String>> {
-    let this = env::current_exe().context("this program's path")?;
+    let this = this::program()?;
     let mut command = as_root(&this.to_string_lossy())?;
     command.arg("traces").args(run.iter().flat_map(|run| ["--run", run]));
     serde_json::from_str(&capture(&mut command)?).context("what traces prints")
