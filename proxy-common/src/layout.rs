@@ -26,7 +26,7 @@ pub mod names {
     pub const NODE_ADDRS: [&str; 2] = ["node_addrs4", "node_addrs6"];
     /// `HASH` address → `u32` of `ADDRESS_*` bits: every address of a Service, whatever the port.
     pub const ADDRESSES: [&str; 2] = ["addresses4", "addresses6"];
-    /// `LRU_HASH` [`FragmentKey`](super::FragmentKey) → [`FragmentPorts`](super::FragmentPorts): see [`crate::fragment`].
+    /// `LRU_HASH` [`FragmentKey`](super::FragmentKey) → [`FragmentPorts`](super::FragmentPorts): see `slow_path::fragment`.
     pub const FRAGMENTS: [&str; 2] = ["fragments4", "fragments6"];
     /// `ARRAY`, memory-mappable, of [`FILTER_WORDS`](super::FILTER_WORDS) words: see [`crate::filter`].
     pub const FILTER: &str = "filter";
@@ -110,7 +110,7 @@ pub const FRONTEND_SOURCE_RANGES: u16 = 1 << 3;
 /// [`Frontend::flags`]: never SNAT (`externalTrafficPolicy: Local`, external scope).
 pub const FRONTEND_KEEP_SOURCE: u16 = 1 << 4;
 
-/// [`Frontend::flags`]: a SYN that its backend does not answer, or refuses, does not go to another ([`crate::retry`]).
+/// [`Frontend::flags`]: a SYN that its backend does not answer, or refuses, does not go to another ([`crate::failover`]).
 pub const FRONTEND_NO_RETRY: u16 = 1 << 5;
 
 /// Where a frontend's backends stand: `slot_count` consecutive entries of `slots` from `slot_base`.
@@ -222,7 +222,7 @@ pub const FLOW_ASKED: u16 = 1 << 8;
 /// [`Flow::state`]: the backend has answered and the client has sent again: datagrams are a stream. Of TCP it is not always
 /// noted.
 pub const FLOW_CONFIRMED: u16 = 1 << 9;
-/// [`Flow::state`]: until it is answered, its SYN may go to another backend ([`crate::retry`]).
+/// [`Flow::state`]: until it is answered, its SYN may go to another backend ([`crate::failover`]).
 pub const FLOW_RETRY: u16 = 1 << 10;
 /// [`Flow::state`]: the backend refused the SYN, and the client was not told.
 pub const FLOW_REFUSED: u16 = 1 << 11;

@@ -13,7 +13,7 @@ const SIZES: [u32; 10] = [251, 509, 1021, 2039, 4093, 8191, 16_381, 32_749, 65_5
 /// Slots per backend that a table should have: shares then differ by less than two per cent.
 const SLOTS_PER_BACKEND: u32 = 64;
 
-/// The table size for a number of backends: at least [`SLOTS_PER_BACKEND`] slots each while the largest size allows it.
+/// The table size for a number of backends: at least `SLOTS_PER_BACKEND` slots each while the largest size allows it.
 pub fn table_size(backends: usize) -> u32 {
     let wanted = u32::try_from(backends)
         .unwrap_or(u32::MAX)

@@ -1,7 +1,7 @@
 //! Programs and maps into the kernel, pinned under `--bpf-root`.
 //!
 //! Maps that are pinned there already are used again, with what is in them: that is how flows survive a restart. So are
-//! programs that this agent would load the same ([`super::takeover`]); others are loaded from as many threads as there are
+//! programs that this agent would load the same (`takeover`); others are loaded from as many threads as there are
 //! CPUs, for the verifier takes most of a start. Nothing that runs is touched before everything new has loaded, so a start
 //! that fails leaves the node as it was.
 

@@ -2,8 +2,8 @@
 //!
 //! The other layout's programs run on until this agent attaches, with their own maps:
 //!
-//! 1. [`Upgrade::share`]: a map that is the same in both layouts is simply used by the programs of both.
-//! 2. [`Upgrade::take_over`]: entries of maps that have grown are copied into the new ones, then the links are moved into this
+//! 1. `Upgrade::share`: a map that is the same in both layouts is simply used by the programs of both.
+//! 2. `Upgrade::take_over`: entries of maps that have grown are copied into the new ones, then the links are moved into this
 //!    layout's folder. So what follows is a restart: the agent reads the maps back, and updates links instead of adding others.
 //! 3. [`Upgrade::before_switch`], when the agent knows everything and is about to attach: flows once more, for those that were
 //!    opened, or opened anew, while it waited; [`Upgrade::catch_up`] right before devices get their programs one by one.

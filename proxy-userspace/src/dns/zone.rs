@@ -13,7 +13,7 @@
 //! | the zone itself | SOA, NS |
 //!
 //! Cluster IPs and endpoints have PTR records. A name that only has names below it exists (NODATA); all others do not
-//! (NXDOMAIN). Names outside of the zone are not ours, save short ones ([`Zone::short_names`]).
+//! (NXDOMAIN). Names outside of the zone are not ours, save short ones (`Zone::short_names`).
 
 use std::{
     collections::BTreeSet,

@@ -67,7 +67,7 @@ fn left_alone(meta: &Meta) -> bool {
         .any(|label| meta.labels.get(label).is_some())
 }
 
-/// Turns the label [`LABEL_SERVICE_PROXY`] into what [`service`] and [`slice`] look at, when this proxy has a name itself: its
+/// Turns the label [`LABEL_SERVICE_PROXY`] into what [`service`] and [`slice()`] look at, when this proxy has a name itself: its
 /// own objects lose the label, and all others are left alone.
 pub fn claim(meta: &mut Meta, proxy_name: &str) {
     let labels = &mut meta.labels.0;

@@ -9,7 +9,7 @@ use shunt_common::{
 
 /// An address family as userspace handles it.
 pub trait MapFamily: Family<Addr: Octets + Hash + Ord + Send + Sync> + Send + Sync {
-    /// Index into the pairs of names in [`names`].
+    /// Index into the pairs of names in [`names`](shunt_common::layout::names).
     const INDEX: usize;
     /// The bytes of an address of this family; `None` for the other one.
     fn octets(address: IpAddr) -> Option<Self::Addr>;
