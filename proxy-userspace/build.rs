@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    shunt_bpf_build::main("..", "proxy-ebpf", "proxy-ebpf", "shunt-bpf")
+    shunt_bpf_build::main("..", "shunt-ebpf", "proxy-ebpf", "shunt-bpf")
 }

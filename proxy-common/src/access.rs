@@ -1,5 +1,6 @@
-//! A packet read and written by copies: for what is too rare, or too far into a packet, for [`crate::packet::Packet`]'s
-//! pointers. Each access costs a helper call in the kernel, and reaches what stands in page fragments too.
+//! A packet read and written by copies: for what is too rare, or too far into a packet, for
+//! [`crate::packet::Packet`]'s pointers. Each access costs a helper call in the kernel, and reaches
+//! what stands in page fragments too.
 
 use crate::{
     checksum::Difference,
@@ -27,14 +28,21 @@ pub trait Access {
     fn load<T: Number>(&self, offset: u32) -> Option<T>;
     /// Writes a number; `false` where the packet ends before.
     ///
-    /// A sum over the whole packet that a device computed (`CHECKSUM_COMPLETE`) is left alone: callers bring a checksum in
-    /// the packet up to date as well, after which that sum is what it was, or say so by [`Self::changed`].
+    /// A sum over the whole packet that a device computed (`CHECKSUM_COMPLETE`) is left alone:
+    /// callers bring a checksum in the packet up to date as well, after which that sum is what it
+    /// was, or say so by [`Self::changed`].
     #[must_use]
     fn store<T: Number>(&self, offset: u32, value: T) -> bool;
-    /// Brings the transport checksum at `offset`, complete or still to be filled in, up to date. `or_none`: zero means that
-    /// there is none (UDP), and stays.
+    /// Brings the transport checksum at `offset`, complete or still to be filled in, up to date.
+    /// `or_none`: zero means that there is none (UDP), and stays.
     #[must_use]
-    fn replace_checksum(&self, offset: u32, addresses: Difference, ports: Difference, or_none: bool) -> bool;
+    fn replace_checksum(
+        &self,
+        offset: u32,
+        addresses: Difference,
+        ports: Difference,
+        or_none: bool,
+    ) -> bool;
     /// Tells of a change that no checksum in this packet makes up for.
     fn changed(&self, difference: Difference);
 }
@@ -71,7 +79,8 @@ pub fn store_addr<F: Family>(packet: &impl Access, offset: u32, addr: F::Words) 
     }
 }
 
-/// Writes the addresses of an IP header, from `old` to `new`, and the checksum that an IPv4 header has.
+/// Writes the addresses of an IP header, from `old` to `new`, and the checksum that an IPv4 header
+/// has.
 #[inline(always)]
 #[must_use]
 pub fn store_addrs<F: Family>(
@@ -81,7 +90,8 @@ pub fn store_addrs<F: Family>(
     new: (F::Words, F::Words),
 ) -> bool {
     if F::HEADER == 20 {
-        let difference = Difference::address::<F>(old.0, new.0).and(Difference::address::<F>(old.1, new.1));
+        let difference =
+            Difference::address::<F>(old.0, new.0).and(Difference::address::<F>(old.1, new.1));
         let Some(field) = packet.load(l3 + 10) else {
             return false;
         };
@@ -90,5 +100,6 @@ pub fn store_addrs<F: Family>(
         }
     }
     let src = l3 + F::ADDRESSES as u32;
-    store_addr::<F>(packet, src, new.0) && store_addr::<F>(packet, src + size_of::<F::Words>() as u32, new.1)
+    store_addr::<F>(packet, src, new.0)
+        && store_addr::<F>(packet, src + size_of::<F::Words>() as u32, new.1)
 }

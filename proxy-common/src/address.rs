@@ -1,11 +1,12 @@
-//! What becomes of packets to an address of a Service that no frontend explains: an unknown port, an address that no Service
-//! has, a protocol that no Service speaks.
+//! What becomes of packets to an address of a Service that no frontend explains: an unknown port,
+//! an address that no Service has, a protocol that no Service speaks.
 //!
-//! A port that no Service has on a cluster IP is refused at once. Everything else that goes to a cluster IP, or to an address
-//! in the Service range that no Service has (yet), is dropped: nobody answers there, and a node would send it to its default
-//! route, perhaps to come back until its hop limit ends. Dropped and not refused, because the Service may be so new that this
-//! node has not heard of it: a client that sends again finds it. Addresses of load balancers, external IPs and node addresses
-//! may have more behind them than Services, and are let go.
+//! A port that no Service has on a cluster IP is refused at once. Everything else that goes to a
+//! cluster IP, or to an address in the Service range that no Service has (yet), is dropped: nobody
+//! answers there, and a node would send it to its default route, perhaps to come back until its hop
+//! limit ends. Dropped and not refused, because the Service may be so new that this node has not
+//! heard of it: a client that sends again finds it. Addresses of load balancers, external IPs and
+//! node addresses may have more behind them than Services, and are let go.
 
 use crate::{
     balance::Maps,
@@ -26,15 +27,16 @@ pub enum Unmatched {
     Drop,
 }
 
-/// Whether a destination may be a cluster IP, or lies in the Service range. Cheap, for it is asked for every packet that is not
-/// for a frontend.
+/// Whether a destination may be a cluster IP, or lies in the Service range. Cheap, for it is asked
+/// for every packet that is not for a frontend.
 #[inline(always)]
 pub fn may_be_service<F: Family>(config: &Config, dst: F::Words) -> bool {
     let hull = &F::config(config).service_hull;
     F::mask(dst, F::words(hull.mask)) == F::words(hull.addr)
 }
 
-/// Judges a TCP, UDP or SCTP packet, or a socket's call, to an address that [`may_be_service`], and a port that no frontend has.
+/// Judges a TCP, UDP or SCTP packet, or a socket's call, to an address that [`may_be_service`], and
+/// a port that no frontend has.
 #[inline(never)]
 pub fn unknown_port<F: Family, M: Maps<F>>(maps: &M, dst: F::Words) -> Unmatched {
     let verdict = judge(maps, dst);
@@ -88,7 +90,8 @@ fn in_service_range<F: Family>(config: &Config, dst: F::Words) -> bool {
     let mut inside = false;
     for (i, cidr) in config.service_cidrs.iter().enumerate() {
         // Not `&&`, which the verifier would follow both ways, for each.
-        inside |= ((i as u32) < config.service_cidr_count) & (F::mask(dst, F::words(cidr.mask)) == F::words(cidr.addr));
+        inside |= ((i as u32) < config.service_cidr_count)
+            & (F::mask(dst, F::words(cidr.mask)) == F::words(cidr.addr));
     }
     inside
 }

@@ -1,14 +1,17 @@
-//! Session affinity (`sessionAffinity: ClientIP`): one client's new flows go where its last one went.
+//! Session affinity (`sessionAffinity: ClientIP`): one client's new flows go where its last one
+//! went.
 //!
-//! A client is a source address where packets are seen, and a network namespace where sockets are (its address is chosen
-//! after `connect`). What is kept for it is a backend id, per Service port and set of backends. The id is good as long as
-//! it is a member of the very slots that the frontend names (`members`): the switch to another backend set decides that
-//! too, so nobody is sent to a backend that its frontend no longer has. As with kube-proxy, each new flow counts as a
+//! A client is a source address where packets are seen, and a network namespace where sockets are
+//! (its address is chosen after `connect`). What is kept for it is a backend id, per Service port
+//! and set of backends. The id is good as long as it is a member of the very slots that the
+//! frontend names (`members`): the switch to another backend set decides that too, so nobody is
+//! sent to a backend that its frontend no longer has. As with kube-proxy, each new flow counts as a
 //! use, and a client that opens none for the Service's time-out is forgotten.
 //!
-//! First packets may come from made-up sources, so many that an LRU map forgets everybody else. So what a client gets that was
-//! not heard of before stands in `new_affinity`, and moves to `affinity` when one of its flows is confirmed: when the client has
-//! spoken after an answer. No first packet adds to `affinity`, though it may change what stands there.
+//! First packets may come from made-up sources, so many that an LRU map forgets everybody else. So
+//! what a client gets that was not heard of before stands in `new_affinity`, and moves to
+//! `affinity` when one of its flows is confirmed: when the client has spoken after an answer. No
+//! first packet adds to `affinity`, though it may change what stands there.
 
 use crate::{
     balance::{Entry, Maps},
@@ -17,8 +20,9 @@ use crate::{
     layout::*,
 };
 
-/// The slot for a client's new flow: its backend's, if it has one and the frontend does; else the choice's, which is kept
-/// for it. `is_confirmed`: the client is there for sure. `frontend` must have slots.
+/// The slot for a client's new flow: its backend's, if it has one and the frontend does; else the
+/// choice's, which is kept for it. `is_confirmed`: the client is there for sure. `frontend` must
+/// have slots.
 #[inline(always)]
 pub fn slot_index<F: Family, M: Maps<F>>(
     maps: &M,
@@ -27,7 +31,9 @@ pub fn slot_index<F: Family, M: Maps<F>>(
     choice: u32,
     is_confirmed: bool,
 ) -> u32 {
-    let chosen = frontend.slot_base.wrapping_add(hash::pick(choice, frontend.slot_count));
+    let chosen = frontend
+        .slot_base
+        .wrapping_add(hash::pick(choice, frontend.slot_count));
     let now = maps.affinity_now();
     if let Some(entry) = entry_of(maps, key, is_confirmed) {
         let kept = entry.read();
@@ -35,7 +41,9 @@ pub fn slot_index<F: Family, M: Maps<F>>(
             entry.touch(now);
             return index;
         }
-        let Some(slot) = maps.slot(chosen) else { return chosen };
+        let Some(slot) = maps.slot(chosen) else {
+            return chosen;
+        };
         let new = Affinity {
             last_used: now,
             backend: slot.backend,
@@ -46,7 +54,9 @@ pub fn slot_index<F: Family, M: Maps<F>>(
         }
         return kept_index(maps, &entry.read(), frontend, now).unwrap_or(chosen);
     }
-    let Some(slot) = maps.slot(chosen) else { return chosen };
+    let Some(slot) = maps.slot(chosen) else {
+        return chosen;
+    };
     let new = Affinity {
         last_used: now,
         backend: slot.backend,
@@ -78,7 +88,8 @@ fn entry_of<'m, F: Family, M: Maps<F>>(
     }
 }
 
-/// A flow to this backend is confirmed: its client is there, and keeps it, unless another flow has told before.
+/// A flow to this backend is confirmed: its client is there, and keeps it, unless another flow has
+/// told before.
 #[inline(always)]
 pub(crate) fn confirm<F: Family, M: Maps<F>>(maps: &M, key: &AffinityKey<F::Words>, backend: u32) {
     // Looked at first: an LRU map makes room before it finds that there is an entry.
@@ -108,9 +119,15 @@ pub fn replace<F: Family, M: Maps<F>>(maps: &M, key: &AffinityKey<F::Words>, bac
     }
 }
 
-/// Where the kept backend stands among the frontend's slots; `None` when it is not there, or kept no longer.
+/// Where the kept backend stands among the frontend's slots; `None` when it is not there, or kept
+/// no longer.
 #[inline(always)]
-fn kept_index<F: Family, M: Maps<F>>(maps: &M, kept: &Affinity, frontend: &Frontend, now: u32) -> Option<u32> {
+fn kept_index<F: Family, M: Maps<F>>(
+    maps: &M,
+    kept: &Affinity,
+    frontend: &Frontend,
+    now: u32,
+) -> Option<u32> {
     const NS_PER_SEC: u64 = 1_000_000_000;
     let mut idle = now.wrapping_sub(kept.last_used);
     // Another CPU has written a later time than the one read here.

@@ -1,6 +1,7 @@
 //! Incremental Internet checksums, [RFC 1624](https://www.rfc-editor.org/rfc/rfc1624) equation 3.
 //!
-//! Sums are over words as they stand in memory: the one's complement sum does not care for byte order (RFC 1071).
+//! Sums are over words as they stand in memory: the one's complement sum does not care for byte
+//! order (RFC 1071).
 
 use crate::family::Family;
 
@@ -12,8 +13,8 @@ impl Difference {
     /// An address that becomes another.
     #[inline(always)]
     pub fn address<F: Family>(old: F::Words, new: F::Words) -> Self {
-        // Each complemented 32-bit word adds 2^32 - 1, which is zero in one's complement: subtracting the sum from a
-        // multiple of it large enough never borrows.
+        // Each complemented 32-bit word adds 2^32 - 1, which is zero in one's complement:
+        // subtracting the sum from a multiple of it large enough never borrows.
         Self((u64::from(u32::MAX) << 8) - F::sum(old) + F::sum(new))
     }
 

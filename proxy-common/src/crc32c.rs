@@ -1,14 +1,17 @@
-//! SCTP's checksum, [RFC 9260 appendix A](https://www.rfc-editor.org/rfc/rfc9260#appendix-A): CRC32c over the SCTP packet,
-//! ports and all data, without a pseudo-header. New addresses leave it alone; new ports do not.
+//! SCTP's checksum, [RFC 9260 appendix A](https://www.rfc-editor.org/rfc/rfc9260#appendix-A):
+//! CRC32c over the SCTP packet, ports and all data, without a pseudo-header. New addresses leave it
+//! alone; new ports do not.
 //!
-//! A CRC is linear: two messages of one length have sums that differ by the (bare) sum of their difference, which here is one
-//! word in front of zeros. So a sum is brought up to date without a look at the data: the word is moved over so many zeros by
-//! multiplying it with a power of x, modulo the polynomial.
+//! A CRC is linear: two messages of one length have sums that differ by the (bare) sum of their
+//! difference, which here is one word in front of zeros. So a sum is brought up to date without a
+//! look at the data: the word is moved over so many zeros by multiplying it with a power of x,
+//! modulo the polynomial.
 
 /// The polynomial, lowest power first.
 const POLYNOMIAL: u32 = 0x82f6_3b78;
 
-/// A value that LLVM must not look behind: it would turn the masks below into jumps, and the verifier would follow each.
+/// A value that LLVM must not look behind: it would turn the masks below into jumps, and the
+/// verifier would follow each.
 #[inline(always)]
 fn opaque(mut value: u32) -> u32 {
     // SAFETY: a local variable.
@@ -21,7 +24,8 @@ fn times_x(a: u32) -> u32 {
     a >> 1 ^ (POLYNOMIAL & 0u32.wrapping_sub(opaque(a & 1)))
 }
 
-/// `a` times `b`. In the kernel a function that the verifier looks at once ([`crate::balance::Subprogram`]).
+/// `a` times `b`. In the kernel a function that the verifier looks at once
+/// ([`crate::balance::Subprogram`]).
 #[cfg_attr(target_arch = "bpf", unsafe(export_name = "crc32c_times"))]
 #[inline(never)]
 extern "C" fn times(mut a: u32, mut b: u32) -> u32 {
@@ -55,8 +59,8 @@ const POWERS: [u32; 16] = {
     powers
 };
 
-/// What to add (exclusive or) to the sum of a message of `length` bytes, at most 65535, whose first word changes by
-/// `difference`. Words as they stand in memory on a little-endian machine.
+/// What to add (exclusive or) to the sum of a message of `length` bytes, at most 65535, whose first
+/// word changes by `difference`. Words as they stand in memory on a little-endian machine.
 // Constants in the code, not a table in memory, which would be one more map.
 #[inline(never)]
 pub fn first_word_changed(difference: u32, length: u32) -> u32 {
@@ -80,8 +84,11 @@ mod tests {
     use super::*;
 
     fn full(bytes: &[u8]) -> u32 {
-        let step =
-            |crc: u32, byte: &u8| (0..8).fold(crc ^ u32::from(*byte), |crc, _| crc >> 1 ^ (POLYNOMIAL * (crc & 1)));
+        let step = |crc: u32, byte: &u8| {
+            (0..8).fold(crc ^ u32::from(*byte), |crc, _| {
+                crc >> 1 ^ (POLYNOMIAL * (crc & 1))
+            })
+        };
         !bytes.iter().fold(!0, step)
     }
 

@@ -43,7 +43,8 @@ events! {
     ConntrackFull = 6, "conntrack_full";
     /// Packets that XDP left to tc because the kernel knew no neighbour or route yet.
     XdpToTc = 7, "xdp_to_tc";
-    /// Flows whose client port was in use to another frontend, so that their source port was translated.
+    /// Flows whose client port was in use to another frontend, so that their source port was
+    /// translated.
     PortCollision = 8, "port_collision";
     /// Packets of frontends dropped because their headers could not be rewritten.
     RewriteFailed = 9, "rewrite_failed";
@@ -51,17 +52,20 @@ events! {
     SourceDenied = 10, "source_denied";
     /// Packets or connects refused because no Service has that port of its cluster IP.
     UnknownPort = 11, "unknown_port";
-    /// Packets dropped because their destination is a cluster IP or in the Service range, and nobody takes them there.
+    /// Packets dropped because their destination is a cluster IP or in the Service range, and
+    /// nobody takes them there.
     UnknownAddress = 12, "unknown_address";
     /// Echo requests to addresses of Services answered.
     EchoAnswered = 13, "echo_answered";
     /// ICMP errors about translated packets that were translated too.
     ErrorTranslated = 14, "error_translated";
-    /// Fragments to cluster IPs dropped because they came before the first of their datagram, or long after it.
+    /// Fragments to cluster IPs dropped because they came before the first of their datagram, or
+    /// long after it.
     FragmentLost = 15, "fragment_lost";
     /// Connections reset because their backend is gone.
     BackendGone = 16, "backend_gone";
-    /// Connected sockets whose frontend was not remembered, because `sockets` is full: they show their backend as peer.
+    /// Connected sockets whose frontend was not remembered, because `sockets` is full: they show
+    /// their backend as peer.
     SocketsFull = 17, "sockets_full";
     /// SYNs sent to another backend because theirs had not answered or had refused.
     Retry = 18, "retry";

@@ -1,9 +1,10 @@
-//! Where a packet's payload begins behind IPv4 options or IPv6 extension headers, and whether it is a fragment.
+//! Where a packet's payload begins behind IPv4 options or IPv6 extension headers, and whether it is
+//! a fragment.
 
 use crate::{access::Access, family::Family};
 
-/// Most IPv6 extension headers before the transport header: each of the four kinds that are walked, twice. RFC 8200 section 4.1
-/// has each at most once, destination options twice.
+/// Most IPv6 extension headers before the transport header: each of the four kinds that are walked,
+/// twice. RFC 8200 section 4.1 has each at most once, destination options twice.
 pub const MAX_HEADERS: u32 = 8;
 
 /// Hop-by-hop options.
@@ -39,8 +40,9 @@ impl Path {
     }
 }
 
-/// Finds the payload of the packet whose IP header stands at `l3`. `false`: it is not of the family, ends too soon, has more
-/// than [`MAX_HEADERS`] extension headers, or a routing header that still has somewhere else to go.
+/// Finds the payload of the packet whose IP header stands at `l3`. `false`: it is not of the
+/// family, ends too soon, has more than [`MAX_HEADERS`] extension headers, or a routing header that
+/// still has somewhere else to go.
 #[inline(never)]
 pub fn find<F: Family>(packet: &impl Access, l3: u32, path: &mut Path) -> bool {
     walk::<F>(packet, l3, path).is_some()

@@ -1,4 +1,5 @@
-//! IPv4 and IPv6 as one type parameter: every map, decision and rewrite is written once over [`Family`].
+//! IPv4 and IPv6 as one type parameter: every map, decision and rewrite is written once over
+//! [`Family`].
 
 use core::fmt::Debug;
 
@@ -6,13 +7,16 @@ use crate::layout::{Config, FamilyConfig};
 
 /// An address family.
 pub trait Family: Copy + Debug + Eq + 'static {
-    /// An address as bytes in reading (network) order: what maps are declared with, so that `bpftool` prints it well.
+    /// An address as bytes in reading (network) order: what maps are declared with, so that
+    /// `bpftool` prints it well.
     type Addr: Copy + Debug + Eq + 'static;
-    /// The same bytes as one or two words in memory order: what decisions are made with. LLVM's BPF back end copies
-    /// byte arrays through the (small) stack, and compares them as 128-bit values, which it cannot do.
+    /// The same bytes as one or two words in memory order: what decisions are made with. LLVM's BPF
+    /// back end copies byte arrays through the (small) stack, and compares them as 128-bit values,
+    /// which it cannot do.
     type Words: Copy + Debug + Eq + 'static;
 
-    /// `0.0.0.0` or `::`: in a [`FrontendKey`](crate::layout::FrontendKey) "any node address", elsewhere "none".
+    /// `0.0.0.0` or `::`: in a [`FrontendKey`](crate::layout::FrontendKey) "any node address",
+    /// elsewhere "none".
     const UNSPECIFIED: Self::Words;
     /// All bits one.
     const ONES: Self::Words;
@@ -41,7 +45,8 @@ pub trait Family: Copy + Debug + Eq + 'static {
     /// Whether the address is a loopback address (`127.0.0.0/8`, `::1`).
     fn is_loopback(addr: Self::Words) -> bool;
 
-    /// Whether no single machine can be told by the address: multicast, broadcast, unspecified and loopback ones.
+    /// Whether no single machine can be told by the address: multicast, broadcast, unspecified and
+    /// loopback ones.
     fn is_group(addr: Self::Words) -> bool;
 
     /// This family's part of the configuration.
@@ -56,7 +61,8 @@ pub struct V4;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct V6;
 
-/// An IPv6 address as words in memory order. Two fields, because rustc keeps pairs in registers: see [`Family::Words`].
+/// An IPv6 address as words in memory order. Two fields, because rustc keeps pairs in registers:
+/// see [`Family::Words`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Words6 {
@@ -147,8 +153,12 @@ impl Family for V6 {
 
     #[inline(always)]
     fn fold(addr: Words6) -> u64 {
-        // Pods of one node differ in the low half only, nodes in the high half: mix one before they meet.
-        addr.high.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29) ^ addr.low
+        // Pods of one node differ in the low half only, nodes in the high half: mix one before they
+        // meet.
+        addr.high
+            .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+            .rotate_left(29)
+            ^ addr.low
     }
 
     #[inline(always)]
@@ -172,7 +182,8 @@ impl Family for V6 {
 
     #[inline(always)]
     fn is_group(addr: Words6) -> bool {
-        addr.high.to_ne_bytes()[0] == 0xff || (addr.high == 0 && (addr.low == 0 || addr.low == 1u64.to_be()))
+        addr.high.to_ne_bytes()[0] == 0xff
+            || (addr.high == 0 && (addr.low == 0 || addr.low == 1u64.to_be()))
     }
 
     #[inline(always)]

@@ -1,14 +1,15 @@
 //! Letting go of packets that are nobody's Service traffic, without a hash lookup.
 //!
-//! `filter` is a bitmap in an array map. The agent sets the bits of a frontend and of a backend *before* the entry that
-//! needs them appears; a clear bit therefore proves that a packet has nothing to do with any frontend or backend, for the
-//! price of one multiplication and one cached load. A set bit proves nothing (two things may share it): the lookups that
-//! follow decide. Bits outlive their entries, so that open flows of deleted ones are still found. `clients` is the same
+//! `filter` is a bitmap in an array map. The agent sets the bits of a frontend and of a backend
+//! *before* the entry that needs them appears; a clear bit therefore proves that a packet has
+//! nothing to do with any frontend or backend, for the price of one multiplication and one cached
+//! load. A set bit proves nothing (two things may share it): the lookups that follow decide. Bits
+//! outlive their entries, so that open flows of deleted ones are still found. `clients` is the same
 //! for the clients of flows, set by the programs.
 //!
-//! What every packet asks for depends on an address alone ([`service`], [`client`]) or a port alone ([`node_port`],
-//! [`backend_port`]): a bit that is hashed from a client's port lies on another cache line, and another page, for every
-//! connection, and costs ten times as much.
+//! What every packet asks for depends on an address alone ([`service`], [`client`]) or a port alone
+//! ([`node_port`], [`backend_port`]): a bit that is hashed from a client's port lies on another
+//! cache line, and another page, for every connection, and costs ten times as much.
 
 use crate::{
     family::Family,
@@ -17,7 +18,8 @@ use crate::{
 
 const BITS: u32 = FILTER_HASHED_WORDS as u32 * 64;
 const CLIENT_BITS: u32 = CLIENT_WORDS as u32 * 64;
-/// Odd, with well-spread bits: the golden ratio, and the square roots of three, five, seven and eleven.
+/// Odd, with well-spread bits: the golden ratio, and the square roots of three, five, seven and
+/// eleven.
 const FRONTEND: u64 = 0x9e37_79b9_7f4a_7c15;
 const BACKEND: u64 = 0xbb67_ae85_84ca_a73b;
 const SERVICE: u64 = 0x3c6e_f372_fe94_f82b;
@@ -71,7 +73,8 @@ fn tuple<F: Family>(addr: F::Words, port: u16, proto: u8) -> u64 {
     F::fold(addr) ^ u64::from(port) << 32 ^ u64::from(proto) << 48
 }
 
-/// Multiplicative hashing: the product's highest bits depend on every bit. Every packet pays for it, so no more.
+/// Multiplicative hashing: the product's highest bits depend on every bit. Every packet pays for
+/// it, so no more.
 #[inline(always)]
 fn hash(what: u64, factor: u64, bits: u32) -> u32 {
     (what.wrapping_mul(factor) >> (64 - bits.ilog2())) as u32

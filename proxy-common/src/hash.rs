@@ -1,4 +1,5 @@
-//! The hashes that choose: cheap to compute in the kernel, the same on every node and after every restart.
+//! The hashes that choose: cheap to compute in the kernel, the same on every node and after every
+//! restart.
 //!
 //! Not cryptographic: a client can steer its own flows, as it can by choosing its source port.
 
@@ -27,7 +28,13 @@ pub fn side<F: Family>(addr: F::Words, port: u16, proto: u8) -> u64 {
 
 /// The flow hash: the client's side and the frontend's. Equal on all nodes.
 #[inline(always)]
-pub fn flow<F: Family>(client: F::Words, client_port: u16, frontend: F::Words, frontend_port: u16, proto: u8) -> u32 {
+pub fn flow<F: Family>(
+    client: F::Words,
+    client_port: u16,
+    frontend: F::Words,
+    frontend_port: u16,
+    proto: u8,
+) -> u32 {
     let client = side::<F>(client, client_port, proto);
     let frontend = F::fold(frontend) ^ u64::from(frontend_port) << 32;
     mix(client.rotate_left(17) ^ frontend.wrapping_mul(K2)) as u32
@@ -54,7 +61,8 @@ mod tests {
             .sum()
     }
 
-    /// P9 on the host: 10,000 flows that differ only in their source port spread evenly (p > 0.001, 6 degrees: 22.46).
+    /// P9 on the host: 10,000 flows that differ only in their source port spread evenly (p > 0.001,
+    /// 6 degrees: 22.46).
     #[test]
     fn consecutive_ports_spread_evenly() {
         for seed in 0..20u8 {
@@ -64,10 +72,19 @@ mod tests {
             frontend6[..3].copy_from_slice(&[0xfd, 0, seed]);
             for port in 30_000..40_000u16 {
                 v4[pick(
-                    flow::<V4>(V4::words([10, 0, seed, 2]), port, V4::words([10, 96, 0, 1]), 80, 6),
+                    flow::<V4>(
+                        V4::words([10, 0, seed, 2]),
+                        port,
+                        V4::words([10, 96, 0, 1]),
+                        80,
+                        6,
+                    ),
                     7,
                 ) as usize] += 1;
-                v6[pick(flow::<V6>(V6::words([seed; 16]), port, V6::words(frontend6), 80, 17), 7) as usize] += 1;
+                v6[pick(
+                    flow::<V6>(V6::words([seed; 16]), port, V6::words(frontend6), 80, 17),
+                    7,
+                ) as usize] += 1;
             }
             assert!(chi_squared(&v4) < 22.46, "IPv4, seed {seed}: {v4:?}");
             assert!(chi_squared(&v6) < 22.46, "IPv6, seed {seed}: {v6:?}");

@@ -1,8 +1,8 @@
 //! The answer to packets that nobody can take: ICMP and ICMPv6 port unreachable.
 //!
-//! [RFC 792](https://www.rfc-editor.org/rfc/rfc792) type 3 code 3,
-//! [RFC 4443](https://www.rfc-editor.org/rfc/rfc4443#section-3.1) type 1 code 4. A Linux client that is connecting takes it
-//! as `ECONNREFUSED` at once.
+//! [RFC 792](https://www.rfc-editor.org/rfc/rfc792) type 3 code 3, [RFC
+//! 4443](https://www.rfc-editor.org/rfc/rfc4443#section-3.1) type 1 code 4. A Linux client that is
+//! connecting takes it as `ECONNREFUSED` at once.
 
 use crate::{
     checksum,
@@ -13,12 +13,14 @@ use crate::{
 
 /// Length of an ICMP or ICMPv6 error's own header.
 const ICMP: usize = 8;
-/// Most bytes that are quoted: the longest IPv4 header, and a TCP header without options or the start of an SCTP packet.
+/// Most bytes that are quoted: the longest IPv4 header, and a TCP header without options or the
+/// start of an SCTP packet.
 const MAX_QUOTE: usize = 60 + 20;
 
-/// How many bytes of the refused packet are quoted, from its IP header on. The whole TCP header, because the kernel
-/// refuses to cut a socket buffer before a checksum that is still to be filled in; an SCTP INIT up to its tag, without which
-/// its sender takes the error for a forged one ([RFC 5927](https://www.rfc-editor.org/rfc/rfc5927)).
+/// How many bytes of the refused packet are quoted, from its IP header on. The whole TCP header,
+/// because the kernel refuses to cut a socket buffer before a checksum that is still to be filled
+/// in; an SCTP INIT up to its tag, without which its sender takes the error for a forged one ([RFC
+/// 5927](https://www.rfc-editor.org/rfc/rfc5927)).
 #[inline(always)]
 pub fn quote_len<A: Copy>(headers: &Headers<A>) -> usize {
     headers.l4 - headers.l3 + if headers.tuple.proto == UDP { 8 } else { 20 }
@@ -30,11 +32,16 @@ pub const fn prefix_len<F: Family>() -> usize {
     F::HEADER + ICMP
 }
 
-/// Writes the refusal of a packet that has been cut after `quote` bytes and moved [`prefix_len`] bytes to the back; its
-/// link-layer header, if any, is still the refused packet's. `false` if the packet is too short after all.
+/// Writes the refusal of a packet that has been cut after `quote` bytes and moved [`prefix_len`]
+/// bytes to the back; its link-layer header, if any, is still the refused packet's. `false` if the
+/// packet is too short after all.
 #[inline(always)]
 #[must_use]
-pub fn port_unreachable<F: Family>(packet: &impl Packet, refused: &Headers<F::Words>, quote: usize) -> bool {
+pub fn port_unreachable<F: Family>(
+    packet: &impl Packet,
+    refused: &Headers<F::Words>,
+    quote: usize,
+) -> bool {
     let link = packet.link_header();
     let inner = link + prefix_len::<F>();
     if !settle_checksum::<F>(packet, refused, inner) {
@@ -89,7 +96,11 @@ pub fn port_unreachable<F: Family>(packet: &impl Packet, refused: &Headers<F::Wo
         };
         // The client dialled the frontend, so the frontend answers.
         write_addr::<F>(start, ip + F::ADDRESSES, refused.tuple.dst);
-        write_addr::<F>(start, ip + F::ADDRESSES + size_of::<F::Words>(), refused.tuple.src);
+        write_addr::<F>(
+            start,
+            ip + F::ADDRESSES + size_of::<F::Words>(),
+            refused.tuple.src,
+        );
         icmp_sum += u64::from(kind.to_be());
         write::<u16>(start, icmp, kind.to_be());
         write::<u16>(start, icmp + 2, !checksum::fold(icmp_sum));
@@ -100,12 +111,17 @@ pub fn port_unreachable<F: Family>(packet: &impl Packet, refused: &Headers<F::Wo
 
 /// Makes the quoted transport header its own checksum.
 ///
-/// A socket buffer of a sender on this machine may say that the quoted checksum is still to be filled in
-/// (`CHECKSUM_PARTIAL`), and no helper takes that back: the device may or may not overwrite the field with the sum over
-/// the quote, after ours was computed over it. So a field that no receiver of the error looks at (TCP's urgent pointer,
-/// UDP's length) is set such that filling in would write what stands there already.
+/// A socket buffer of a sender on this machine may say that the quoted checksum is still to be
+/// filled in (`CHECKSUM_PARTIAL`), and no helper takes that back: the device may or may not
+/// overwrite the field with the sum over the quote, after ours was computed over it. So a field
+/// that no receiver of the error looks at (TCP's urgent pointer, UDP's length) is set such that
+/// filling in would write what stands there already.
 #[inline(always)]
-fn settle_checksum<F: Family>(packet: &impl Packet, refused: &Headers<F::Words>, inner: usize) -> bool {
+fn settle_checksum<F: Family>(
+    packet: &impl Packet,
+    refused: &Headers<F::Words>,
+    inner: usize,
+) -> bool {
     let l4 = inner + (refused.l4 - refused.l3);
     match refused.tuple.proto {
         TCP => settle::<20, 16, 18>(packet, l4),
@@ -114,11 +130,18 @@ fn settle_checksum<F: Family>(packet: &impl Packet, refused: &Headers<F::Words>,
     }
 }
 
-/// [`settle_checksum`] of a header of `LEN` bytes with its checksum at `FIELD` and the other field at `SPARE`.
-// Constants, and one check for all of the header, because the verifier follows a variable length to one comparison only.
+/// [`settle_checksum`] of a header of `LEN` bytes with its checksum at `FIELD` and the other field
+/// at `SPARE`.
+// Constants, and one check for all of the header, because the verifier follows a variable length to
+// one comparison only.
 #[inline(always)]
-fn settle<const LEN: usize, const FIELD: usize, const SPARE: usize>(packet: &impl Packet, l4: usize) -> bool {
-    let Some(ptr) = packet.bytes(l4, LEN) else { return false };
+fn settle<const LEN: usize, const FIELD: usize, const SPARE: usize>(
+    packet: &impl Packet,
+    l4: usize,
+) -> bool {
+    let Some(ptr) = packet.bytes(l4, LEN) else {
+        return false;
+    };
     let mut rest = 0;
     // SAFETY: `LEN` bytes were checked, and all offsets lie within.
     unsafe {

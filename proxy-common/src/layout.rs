@@ -1,9 +1,9 @@
 //! The map layout: every key and value that the kernel and the agent share.
 //!
-//! All structs are `#[repr(C)]` without implicit padding (asserted below), because the kernel hashes and compares
-//! keys as bytes. Addresses are bytes in network order, ports and lengths are host-order numbers, so that
-//! `bpftool map dump pinned …` reads well. Structs are generic over the address (`[u8; 4]` or `[u8; 16]`); each map
-//! exists once per family, with the suffix `4` or `6`.
+//! All structs are `#[repr(C)]` without implicit padding (asserted below), because the kernel
+//! hashes and compares keys as bytes. Addresses are bytes in network order, ports and lengths are
+//! host-order numbers, so that `bpftool map dump pinned …` reads well. Structs are generic over the
+//! address (`[u8; 4]` or `[u8; 16]`); each map exists once per family, with the suffix `4` or `6`.
 //!
 //! A change of any layout here must raise [`LAYOUT_VERSION`].
 
@@ -16,9 +16,11 @@ pub mod names {
     pub const FRONTENDS: [&str; 2] = ["frontends4", "frontends6"];
     /// `ARRAY`, memory-mappable: index → [`Slot`](super::Slot).
     pub const SLOTS: [&str; 2] = ["slots4", "slots6"];
-    /// `LRU_HASH` [`FlowKey`](super::FlowKey) → [`Flow`](super::Flow): flows seen in both directions.
+    /// `LRU_HASH` [`FlowKey`](super::FlowKey) → [`Flow`](super::Flow): flows seen in both
+    /// directions.
     pub const FLOWS: [&str; 2] = ["flows4", "flows6"];
-    /// `LRU_HASH` [`FlowKey`](super::FlowKey) → [`Flow`](super::Flow): flows not yet confirmed (a SYN flood fills this).
+    /// `LRU_HASH` [`FlowKey`](super::FlowKey) → [`Flow`](super::Flow): flows not yet confirmed (a
+    /// SYN flood fills this).
     pub const NEW_FLOWS: [&str; 2] = ["new_flows4", "new_flows6"];
     /// `ARRAY`, memory-mappable: index by port and backend → [`SnatSlot`](super::SnatSlot).
     pub const SNAT: [&str; 2] = ["snat4", "snat6"];
@@ -26,15 +28,20 @@ pub mod names {
     pub const NODE_ADDRS: [&str; 2] = ["node_addrs4", "node_addrs6"];
     /// `HASH` address → `u32` of `ADDRESS_*` bits: every address of a Service, whatever the port.
     pub const ADDRESSES: [&str; 2] = ["addresses4", "addresses6"];
-    /// `LRU_HASH` [`FragmentKey`](super::FragmentKey) → [`FragmentPorts`](super::FragmentPorts): see `slow_path::fragment`.
+    /// `LRU_HASH` [`FragmentKey`](super::FragmentKey) → [`FragmentPorts`](super::FragmentPorts):
+    /// see `slow_path::fragment`.
     pub const FRAGMENTS: [&str; 2] = ["fragments4", "fragments6"];
-    /// `ARRAY`, memory-mappable, of [`FILTER_WORDS`](super::FILTER_WORDS) words: see [`crate::filter`].
+    /// `ARRAY`, memory-mappable, of [`FILTER_WORDS`](super::FILTER_WORDS) words: see
+    /// [`crate::filter`].
     pub const FILTER: &str = "filter";
-    /// `ARRAY`, memory-mappable, of [`COLLIDED_WORDS`](super::COLLIDED_WORDS) words: client ports with more than one frontend at once.
+    /// `ARRAY`, memory-mappable, of [`COLLIDED_WORDS`](super::COLLIDED_WORDS) words: client ports
+    /// with more than one frontend at once.
     pub const COLLIDED: &str = "collided";
-    /// `ARRAY`, memory-mappable, of [`CLIENT_WORDS`](super::CLIENT_WORDS) words: clients with flows in the connection tables.
+    /// `ARRAY`, memory-mappable, of [`CLIENT_WORDS`](super::CLIENT_WORDS) words: clients with flows
+    /// in the connection tables.
     pub const CLIENTS: &str = "clients";
-    /// `ARRAY` of two, per family: flows with [`FLOW_WAITING`](super::FLOW_WAITING) in `flows`, about.
+    /// `ARRAY` of two, per family: flows with [`FLOW_WAITING`](super::FLOW_WAITING) in `flows`,
+    /// about.
     pub const WAITING: &str = "waiting";
     /// `ARRAY` backend id → [`BackendState`](super::BackendState).
     pub const BACKENDS: &str = "backends";
@@ -44,29 +51,36 @@ pub mod names {
     pub const CONFIG: &str = "config";
     /// `PERCPU_ARRAY` [`Event`](crate::event::Event) → `u64`.
     pub const EVENTS: &str = "events";
-    /// `HASH` Service number ([`Frontend::service`](super::Frontend::service)) → [`ServiceInfo`](super::ServiceInfo).
+    /// `HASH` Service number ([`Frontend::service`](super::Frontend::service)) →
+    /// [`ServiceInfo`](super::ServiceInfo).
     pub const SERVICES: &str = "services";
     /// `PERCPU_ARRAY` of one [`Scratch`](crate::balance::Scratch): the programs' own memory.
     pub const SCRATCH: [&str; 2] = ["scratch4", "scratch6"];
-    /// `HASH` device index → `u32`: devices that hand packets over to a pod's namespace; filled for `--fast-path` only.
+    /// `HASH` device index → `u32`: devices that hand packets over to a pod's namespace; filled for
+    /// `--fast-path` only.
     pub const POD_DEVICES: &str = "pod_devices";
-    /// `LRU_HASH` address → device, time and MAC addresses: the programs' own memory of ways to pods.
+    /// `LRU_HASH` address → device, time and MAC addresses: the programs' own memory of ways to
+    /// pods.
     pub const POD_WAYS: [&str; 2] = ["pod_ways4", "pod_ways6"];
     /// `PERCPU_ARRAY` of one: the fast path's own memory.
     pub const FAST_WORK: &str = "fast_work";
-    /// `LRU_HASH` [`AffinityKey`](super::AffinityKey) → [`Affinity`](super::Affinity): see [`crate::affinity`].
+    /// `LRU_HASH` [`AffinityKey`](super::AffinityKey) → [`Affinity`](super::Affinity): see
+    /// [`crate::affinity`].
     pub const AFFINITY: [&str; 2] = ["affinity4", "affinity6"];
-    /// `LRU_HASH` [`AffinityKey`](super::AffinityKey) → [`Affinity`](super::Affinity): of clients that have not spoken after an
-    /// answer (a SYN flood fills this).
+    /// `LRU_HASH` [`AffinityKey`](super::AffinityKey) → [`Affinity`](super::Affinity): of clients
+    /// that have not spoken after an answer (a SYN flood fills this).
     pub const NEW_AFFINITY: [&str; 2] = ["new_affinity4", "new_affinity6"];
-    /// `HASH` [`MemberKey`](super::MemberKey) → `u32` index into `slots`: which backends a frontend with affinity has.
+    /// `HASH` [`MemberKey`](super::MemberKey) → `u32` index into `slots`: which backends a frontend
+    /// with affinity has.
     pub const MEMBERS: [&str; 2] = ["members4", "members6"];
     /// `LPM_TRIE` [`SourceRangeKey`](super::SourceRangeKey) → `u32`: who may dial a frontend with
     /// [`FRONTEND_SOURCE_RANGES`](super::FRONTEND_SOURCE_RANGES).
     pub const SOURCE_RANGES: [&str; 2] = ["source_ranges4", "source_ranges6"];
-    /// `HASH` socket cookie → [`SocketPeer`](super::SocketPeer): which frontend a connected socket dialled.
+    /// `HASH` socket cookie → [`SocketPeer`](super::SocketPeer): which frontend a connected socket
+    /// dialled.
     pub const SOCKETS: &str = "sockets";
-    /// `SK_STORAGE` → [`SocketPeers`](super::SocketPeers): which frontends an unconnected UDP socket sent to.
+    /// `SK_STORAGE` → [`SocketPeers`](super::SocketPeers): which frontends an unconnected UDP
+    /// socket sent to.
     pub const SENDERS: &str = "senders";
 }
 
@@ -82,7 +96,8 @@ pub const SCOPE_INTERNAL: u8 = 0;
 /// [`FrontendKey::scope`] of everybody else.
 pub const SCOPE_EXTERNAL: u8 = 1;
 
-/// What a client dials. Every frontend has two entries, one per scope, so that traffic policies cost nothing per packet.
+/// What a client dials. Every frontend has two entries, one per scope, so that traffic policies
+/// cost nothing per packet.
 #[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FrontendKey<A> {
@@ -121,7 +136,8 @@ pub struct Frontend {
     pub service: u32,
     /// First slot.
     pub slot_base: u32,
-    /// Number of slots: of backends, or the size of a Maglev table. 0: refuse (or drop, see [`FRONTEND_DROP`]).
+    /// Number of slots: of backends, or the size of a Maglev table. 0: refuse (or drop, see
+    /// [`FRONTEND_DROP`]).
     pub slot_count: u32,
     /// Seconds of `sessionAffinityConfig.clientIP.timeoutSeconds`; 0 without affinity.
     pub affinity_secs: u32,
@@ -129,8 +145,8 @@ pub struct Frontend {
     pub flags: u16,
     /// One of `KIND_*`: for people and tools, no program looks at it.
     pub kind: u16,
-    /// Number of the backend set within the Service: frontends with one number choose from the same backends, and a
-    /// client's affinity counts for all of them ([`AffinityKey::set`]).
+    /// Number of the backend set within the Service: frontends with one number choose from the same
+    /// backends, and a client's affinity counts for all of them ([`AffinityKey::set`]).
     pub set: u32,
 }
 
@@ -143,7 +159,8 @@ pub const KIND_LOAD_BALANCER: u16 = 2;
 /// [`Frontend::kind`]: one of `spec.externalIPs`.
 pub const KIND_EXTERNAL_IP: u16 = 3;
 
-/// Bytes of a name in [`ServiceInfo`]: a DNS label has at most 63 (RFC 1123), so the last is always zero.
+/// Bytes of a name in [`ServiceInfo`]: a DNS label has at most 63 (RFC 1123), so the last is always
+/// zero.
 pub const NAME_LEN: usize = 64;
 
 /// Whose frontends these are: lets tools print names when no agent runs. No program looks at it.
@@ -175,9 +192,10 @@ pub struct Slot<A> {
 
 /// The client's side of a flow.
 ///
-/// Both directions carry it, as source on the way to the frontend and as destination on the way back, so one entry
-/// serves both. Only when a client's port is in use to two frontends at once does the later flow's key name its
-/// frontend too; that flow's source port is then translated, and its replies are found by that port ([`SnatSlot`]).
+/// Both directions carry it, as source on the way to the frontend and as destination on the way
+/// back, so one entry serves both. Only when a client's port is in use to two frontends at once
+/// does the later flow's key name its frontend too; that flow's source port is then translated, and
+/// its replies are found by that port ([`SnatSlot`]).
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FlowKey<A> {
@@ -240,7 +258,8 @@ pub const FLOW_WAITING: u16 = 1 << 15;
 
 /// One flow: what its packets carry on either side of this node.
 ///
-/// Written in place by several CPUs at once; every field is one aligned word or set before the entry is published.
+/// Written in place by several CPUs at once; every field is one aligned word or set before the
+/// entry is published.
 #[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Flow<A> {
@@ -260,24 +279,28 @@ pub struct Flow<A> {
     pub state: u16,
     /// Index into `backends`.
     pub backend_id: u32,
-    /// When the last packet was seen: `CLOCK_MONOTONIC` in [`TICK_NS`], written when `epoch` has changed.
+    /// When the last packet was seen: `CLOCK_MONOTONIC` in [`TICK_NS`], written when `epoch` has
+    /// changed.
     pub last_seen: u32,
-    /// The programs' cheap clock as it stood when `last_seen` was written: at most 2.6 s, at least 0.25 s long.
+    /// The programs' cheap clock as it stood when `last_seen` was written: at most 2.6 s, at least
+    /// 0.25 s long.
     pub epoch: u16,
-    /// With [`FLOW_ASKED`]: `epoch` of the first packet that was not answered. Else with [`FLOW_RETRY`]: when the SYN was
-    /// sent last, low half of a time in [`AFFINITY_TICK_NS`].
+    /// With [`FLOW_ASKED`]: `epoch` of the first packet that was not answered. Else with
+    /// [`FLOW_RETRY`]: when the SYN was sent last, low half of a time in [`AFFINITY_TICK_NS`].
     pub asked: u16,
-    /// With [`FLOW_RETRY`]: the backends that were given up, one bit for each id modulo 31. [`TRIED_KEEP`].
+    /// With [`FLOW_RETRY`]: the backends that were given up, one bit for each id modulo 31.
+    /// [`TRIED_KEEP`].
     pub tried: u32,
 }
 
 /// [`Flow::tried`]: when the flow is confirmed, its client is known to keep the backend ([`crate::affinity`]).
 pub const TRIED_KEEP: u32 = 1 << 31;
 
-/// A translated source port towards one backend, and the flow that owns it: how replies find their way.
+/// A translated source port towards one backend, and the flow that owns it: how replies find their
+/// way.
 ///
-/// Found without hashing into a map: see [`crate::snat::index`]. Not an LRU: a flow takes a free, closed or idle
-/// slot, and never one of an open flow.
+/// Found without hashing into a map: see [`crate::snat::index`]. Not an LRU: a flow takes a free,
+/// closed or idle slot, and never one of an open flow.
 #[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SnatSlot<A> {
@@ -287,7 +310,8 @@ pub struct SnatSlot<A> {
     pub frontend: A,
     /// The backend's address.
     pub backend: A,
-    /// The source address that the backend sees: this node's, or the client's own when only the port is translated.
+    /// The source address that the backend sees: this node's, or the client's own when only the
+    /// port is translated.
     pub snat: A,
     /// The client's port, host order.
     pub client_port: u16,
@@ -297,7 +321,8 @@ pub struct SnatSlot<A> {
     pub backend_port: u16,
     /// `FLOW_*` bits.
     pub state: u16,
-    /// When the last packet was seen, as [`Flow::last_seen`]; 0: never used. Claimed by compare-and-swap.
+    /// When the last packet was seen, as [`Flow::last_seen`]; 0: never used. Claimed by
+    /// compare-and-swap.
     pub last_seen: u32,
     /// Index into `backends`.
     pub backend_id: u32,
@@ -307,7 +332,8 @@ pub struct SnatSlot<A> {
     pub reserved: u8,
     /// As [`Flow::epoch`].
     pub epoch: u16,
-    /// Flow hash of the client's side and the frontend ([`crate::hash::flow`]): whose slot it is, at a glance.
+    /// Flow hash of the client's side and the frontend ([`crate::hash::flow`]): whose slot it is,
+    /// at a glance.
     pub owner: u32,
 }
 
@@ -315,7 +341,8 @@ pub struct SnatSlot<A> {
 #[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct AffinityKey<A> {
-    /// The client's address; unspecified for a socket, whose address is not chosen yet when it dials.
+    /// The client's address; unspecified for a socket, whose address is not chosen yet when it
+    /// dials.
     pub client: A,
     /// [`Frontend::service`].
     pub service: u32,
@@ -335,7 +362,8 @@ pub struct Affinity {
     pub backend: u32,
 }
 
-/// Unit of [`Affinity::last_used`]: 2^24 ns (17 ms). It wraps after two years; affinity lasts a day at most.
+/// Unit of [`Affinity::last_used`]: 2^24 ns (17 ms). It wraps after two years; affinity lasts a day
+/// at most.
 pub const AFFINITY_TICK_NS: u64 = 1 << 24;
 
 /// A backend among a frontend's slots.
@@ -378,14 +406,16 @@ pub struct BackendState {
     pub xdp_flows: u64,
     /// [`BACKEND_SERVING`], [`BACKEND_GONE`].
     pub flags: u16,
-    /// How often in a row it left a SYN unanswered or refused it; the next answer sets it to zero. Written by programs.
+    /// How often in a row it left a SYN unanswered or refused it; the next answer sets it to zero.
+    /// Written by programs.
     pub failures: u16,
-    /// With `failures`: the end of its silence, when it is tried again, in [`AFFINITY_TICK_NS`]. Written by programs.
+    /// With `failures`: the end of its silence, when it is tried again, in [`AFFINITY_TICK_NS`].
+    /// Written by programs.
     pub silent_until: u32,
 }
 
-/// What the packet path carried to and from a backend. Bytes are those of IP packets; segments that are cut later, or were
-/// joined before, count as so many packets and one header.
+/// What the packet path carried to and from a backend. Bytes are those of IP packets; segments that
+/// are cut later, or were joined before, count as so many packets and one header.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Traffic {
@@ -409,7 +439,8 @@ pub struct FragmentKey<A> {
     pub dst: A,
     /// Identification, as it stands in the packet.
     pub id: u32,
-    /// IANA protocol number for IPv4 (RFC 791: part of the name); 0 for IPv6 (RFC 8200: not part of it).
+    /// IANA protocol number for IPv4 (RFC 791: part of the name); 0 for IPv6 (RFC 8200: not part of
+    /// it).
     pub proto: u32,
 }
 
@@ -430,8 +461,8 @@ pub const ADDRESS_CLUSTER_IP: u32 = 1 << 0;
 /// Value in `addresses`: a frontend there has a backend, so echo requests are answered.
 pub const ADDRESS_READY: u32 = 1 << 1;
 
-/// Words of the `filter` map that bits are found in by hash: 2^24 bits, two MiB; 100,000 Services with ten endpoints each set
-/// one in fourteen.
+/// Words of the `filter` map that bits are found in by hash: 2^24 bits, two MiB; 100,000 Services
+/// with ten endpoints each set one in fourteen.
 pub const FILTER_HASHED_WORDS: usize = 1 << 18;
 /// Words of the `filter` map: behind those two bits for every port.
 pub const FILTER_WORDS: usize = FILTER_HASHED_WORDS + 2 * (1 << 10);
@@ -469,22 +500,26 @@ pub const MAX_SERVICE_CIDRS: usize = 4;
 #[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FamilyConfig<A> {
-    /// This node's address of the family, the source of translated packets; unspecified if it has none.
+    /// This node's address of the family, the source of translated packets; unspecified if it has
+    /// none.
     pub node: A,
-    /// Sources in these are internal clients wherever their packets come in; `mask` all zero: unused.
+    /// Sources in these are internal clients wherever their packets come in; `mask` all zero:
+    /// unused.
     pub cluster_cidrs: [Prefix<A>; MAX_CLUSTER_CIDRS],
     /// Number of `cluster_cidrs` in use.
     pub cluster_cidr_count: u32,
     /// Number of `service_cidrs` in use.
     pub service_cidr_count: u32,
-    /// The smallest network with all cluster IPs and `service_cidrs` in it: destinations outside need no look at
-    /// `addresses`. All ones with an empty mask, which no address matches: there are none.
+    /// The smallest network with all cluster IPs and `service_cidrs` in it: destinations outside
+    /// need no look at `addresses`. All ones with an empty mask, which no address matches: there
+    /// are none.
     pub service_hull: Prefix<A>,
     /// Addresses in these belong to Services or to nobody.
     pub service_cidrs: [Prefix<A>; MAX_SERVICE_CIDRS],
 }
 
-/// How long a flow may be silent before nobody misses it, in ticks ([`TICK_NS`]); see [`crate::timeouts`].
+/// How long a flow may be silent before nobody misses it, in ticks ([`TICK_NS`]); see
+/// [`crate::timeouts`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timeouts {
@@ -494,10 +529,11 @@ pub struct Timeouts {
     pub tcp_close_wait: u32,
     /// TCP and SCTP, not answered.
     pub tcp_unanswered: u32,
-    /// TCP, both sides have sent FIN or one RST: long enough for retransmissions of the last segments.
+    /// TCP, both sides have sent FIN or one RST: long enough for retransmissions of the last
+    /// segments.
     pub closed: u32,
-    /// TCP, both sides have sent FIN: how long the backend may keep the client's port in TIME_WAIT, where it could take a new
-    /// connection's SYN for an old packet.
+    /// TCP, both sides have sent FIN: how long the backend may keep the client's port in TIME_WAIT,
+    /// where it could take a new connection's SYN for an old packet.
     pub time_wait: u32,
     /// UDP, until the client has sent again after an answer.
     pub udp: u32,
@@ -517,14 +553,15 @@ pub struct Config {
     pub snat_first: u16,
     /// Number of ports in the SNAT range, at least 1.
     pub snat_ports: u16,
-    /// `snat` slots per port, at least 1: flows with one port to so many different backends can live side by side.
+    /// `snat` slots per port, at least 1: flows with one port to so many different backends can
+    /// live side by side.
     pub snat_ways: u32,
     /// `CONFIG_*` bits.
     pub flags: u32,
     /// When flows are over.
     pub timeouts: Timeouts,
-    /// For how long a backend that did not answer gets no new connections, in [`AFFINITY_TICK_NS`]; doubled each time it
-    /// does not answer again. 0: no silence.
+    /// For how long a backend that did not answer gets no new connections, in [`AFFINITY_TICK_NS`];
+    /// doubled each time it does not answer again. 0: no silence.
     pub silence: u32,
     /// Longest silence, in [`AFFINITY_TICK_NS`].
     pub silence_most: u32,
@@ -537,7 +574,8 @@ pub struct Config {
 /// Frontends that an unconnected UDP socket keeps in mind at once.
 pub const SOCKET_PEERS: usize = 4;
 
-/// One frontend that a socket dialled, and the backend it was given. IPv4 addresses are IPv4-mapped (`::ffff:a.b.c.d`).
+/// One frontend that a socket dialled, and the backend it was given. IPv4 addresses are IPv4-mapped
+/// (`::ffff:a.b.c.d`).
 #[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SocketPeer {
@@ -553,7 +591,8 @@ pub struct SocketPeer {
     pub backend_id: u32,
 }
 
-/// What the socket hook remembers with an unconnected UDP socket; the kernel frees it with the socket.
+/// What the socket hook remembers with an unconnected UDP socket; the kernel frees it with the
+/// socket.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SocketPeers {
@@ -563,7 +602,8 @@ pub struct SocketPeers {
     pub next: u32,
 }
 
-/// Asserts that a type is exactly as large as the sum of its fields: the kernel compares keys byte by byte.
+/// Asserts that a type is exactly as large as the sum of its fields: the kernel compares keys byte
+/// by byte.
 macro_rules! no_padding {
     ($($ty:ty = $size:expr),+ $(,)?) => { $(const _: () = assert!(size_of::<$ty>() == $size);)+ };
 }
@@ -625,11 +665,20 @@ mod pod {
     }
     macro_rules! pod_per_family {
         ($($ty:ident),+ $(,)?) => { $(
-            // SAFETY: `repr(C)`, `Copy`, no padding (asserted above for both address types), every bit pattern is a value.
+            // SAFETY: `repr(C)`, `Copy`, no padding (asserted above for both address types), every
+            // bit pattern is a value.
             unsafe impl<A: Octets> aya::Pod for $ty<A> {}
         )+ };
     }
-    pod_per_family!(FrontendKey, Slot, FlowKey, Flow, SnatSlot, AffinityKey, SourceRangeKey);
+    pod_per_family!(
+        FrontendKey,
+        Slot,
+        FlowKey,
+        Flow,
+        SnatSlot,
+        AffinityKey,
+        SourceRangeKey
+    );
     pod!(
         Frontend,
         Affinity,

@@ -1,10 +1,12 @@
 //! What shunt decides, and the map layout that the kernel and the agent share.
 //!
-//! The crate is `no_std` and has no dependency in the kernel, so the same source is unit-tested on the host and runs
-//! as BPF. Read it in this order: [`family`] (addresses), [`layout`] (what is in the maps), [`filter`] (how a packet
-//! that is nobody's Service traffic is let go cheaply), [`hash`], [`maglev`] and [`affinity`] (which backend), [`verdict`]
-//! (what can become of a packet), [`balance`] (the decision itself), [`failover`] (backends that do not answer), [`packet`]
-//! (headers in, headers out), [`slow_path`] (packets that are not plain), [`event`] (what is counted).
+//! The crate is `no_std` and has no dependency in the kernel, so the same source is unit-tested on
+//! the host and runs as BPF. Read it in this order: [`family`] (addresses), [`layout`] (what is in
+//! the maps), [`filter`] (how a packet that is nobody's Service traffic is let go cheaply),
+//! [`hash`], [`maglev`] and [`affinity`] (which backend), [`verdict`] (what can become of a
+//! packet), [`balance`] (the decision itself), [`failover`] (backends that do not answer),
+//! [`packet`] (headers in, headers out), [`slow_path`] (packets that are not plain), [`event`]
+//! (what is counted).
 #![no_std]
 
 #[cfg(any(feature = "user", test))]

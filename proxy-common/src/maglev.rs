@@ -1,19 +1,23 @@
-//! Maglev hashing: tables on which all nodes agree, and of which a backend's coming or going moves little.
+//! Maglev hashing: tables on which all nodes agree, and of which a backend's coming or going moves
+//! little.
 //!
-//! Eisenbud et al., *Maglev: A Fast and Reliable Software Network Load Balancer*, NSDI 2016, section 3.4. Backends take
-//! turns, so their shares differ by at most one slot.
+//! Eisenbud et al., *Maglev: A Fast and Reliable Software Network Load Balancer*, NSDI 2016,
+//! section 3.4. Backends take turns, so their shares differ by at most one slot.
 
 use alloc::{vec, vec::Vec};
 
 use crate::hash;
 
 /// Table sizes: primes, so that every backend's permutation visits every slot.
-const SIZES: [u32; 10] = [251, 509, 1021, 2039, 4093, 8191, 16_381, 32_749, 65_521, 131_071];
+const SIZES: [u32; 10] = [
+    251, 509, 1021, 2039, 4093, 8191, 16_381, 32_749, 65_521, 131_071,
+];
 
 /// Slots per backend that a table should have: shares then differ by less than two per cent.
 const SLOTS_PER_BACKEND: u32 = 64;
 
-/// The table size for a number of backends: at least `SLOTS_PER_BACKEND` slots each while the largest size allows it.
+/// The table size for a number of backends: at least `SLOTS_PER_BACKEND` slots each while the
+/// largest size allows it.
 pub fn table_size(backends: usize) -> u32 {
     let wanted = u32::try_from(backends)
         .unwrap_or(u32::MAX)
@@ -26,8 +30,8 @@ pub fn table_size(backends: usize) -> u32 {
 
 /// Fills a table of `size` slots (a prime from [`table_size`]) with indices into `identities`.
 ///
-/// An identity is a hash of a backend's address and port, never of its position. Empty when there are no backends;
-/// only the first `size` backends count.
+/// An identity is a hash of a backend's address and port, never of its position. Empty when there
+/// are no backends; only the first `size` backends count.
 pub fn table(identities: &[u64], size: u32) -> Vec<u32> {
     const FREE: u32 = u32::MAX;
     if identities.is_empty() {
@@ -78,7 +82,10 @@ mod tests {
             table
                 .iter()
                 .for_each(|&backend| *shares.entry(backend).or_default() += 1);
-            let (min, max) = (shares.values().min().unwrap(), shares.values().max().unwrap());
+            let (min, max) = (
+                shares.values().min().unwrap(),
+                shares.values().max().unwrap(),
+            );
             assert_eq!(shares.len() as u64, n);
             assert!(max - min <= 1, "{n} backends: {min}..{max}");
         }
@@ -97,7 +104,10 @@ mod tests {
             .zip(&after)
             .filter(|&(&b, &a)| ids[b as usize] != gone && ids[b as usize] != fewer[a as usize])
             .count();
-        assert!(moved * 10 < size as usize, "{moved} of {size} slots moved without need");
+        assert!(
+            moved * 10 < size as usize,
+            "{moved} of {size} slots moved without need"
+        );
     }
 
     #[test]

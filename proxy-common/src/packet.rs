@@ -6,14 +6,18 @@ use crate::{
     layout::{TCP, UDP},
 };
 
-/// A packet that can be read and rewritten: an XDP frame, a socket buffer's linear part, a byte slice in tests.
+/// A packet that can be read and rewritten: an XDP frame, a socket buffer's linear part, a byte
+/// slice in tests.
 pub trait Packet {
-    /// Address of `len` bytes from `offset`, readable and writable; `None` where the packet ends before.
+    /// Address of `len` bytes from `offset`, readable and writable; `None` where the packet ends
+    /// before.
     ///
-    /// The pointer is good until the packet is resized or a helper invalidates it; callers ask again after that.
+    /// The pointer is good until the packet is resized or a helper invalidates it; callers ask
+    /// again after that.
     fn bytes(&self, offset: usize, len: usize) -> Option<*mut u8>;
 
-    /// Length of what stands in front of the IP header: that of an Ethernet header, or nothing (TUN, WireGuard, IPIP).
+    /// Length of what stands in front of the IP header: that of an Ethernet header, or nothing
+    /// (TUN, WireGuard, IPIP).
     #[inline(always)]
     fn link_header(&self) -> usize {
         ETHERNET
@@ -70,7 +74,8 @@ pub(crate) unsafe fn read<T: Copy>(ptr: *const u8, offset: usize) -> T {
     // SAFETY: the caller's promise.
     unsafe {
         let ptr = ptr.add(offset).cast::<T>();
-        // The kernel allows unaligned packet access where the CPU is efficient at it; LLVM would load byte by byte.
+        // The kernel allows unaligned packet access where the CPU is efficient at it; LLVM would
+        // load byte by byte.
         if cfg!(target_arch = "bpf") {
             ptr.read_volatile()
         } else {
@@ -143,8 +148,8 @@ pub fn ethertype(packet: &impl Packet) -> Option<u16> {
     Some(u16::from_be(unsafe { read(ptr, 12) }))
 }
 
-/// Reads the headers of a TCP or UDP packet whose IP header stands at `l3`. `None`: not one, or cut short, or a
-/// fragment, or (IPv6) with extension headers.
+/// Reads the headers of a TCP or UDP packet whose IP header stands at `l3`. `None`: not one, or cut
+/// short, or a fragment, or (IPv6) with extension headers.
 #[inline(always)]
 pub fn parse<F: Family>(packet: &impl Packet, l3: usize) -> Option<Headers<F::Words>> {
     let ip = packet.bytes(l3, F::HEADER)?;
@@ -200,7 +205,8 @@ pub fn parse<F: Family>(packet: &impl Packet, l3: usize) -> Option<Headers<F::Wo
     })
 }
 
-/// Offset of the Internet checksum in the transport header; SCTP has another kind ([`crate::crc32c`]).
+/// Offset of the Internet checksum in the transport header; SCTP has another kind
+/// ([`crate::crc32c`]).
 #[inline(always)]
 pub fn checksum_offset(proto: u8) -> Option<usize> {
     match proto {
@@ -212,16 +218,26 @@ pub fn checksum_offset(proto: u8) -> Option<usize> {
 
 /// What a new tuple means for the transport checksum: addresses (pseudo-header) and ports apart.
 #[inline(always)]
-pub fn differences<F: Family>(old: &Tuple<F::Words>, new: &Tuple<F::Words>) -> (Difference, Difference) {
-    let addresses = Difference::address::<F>(old.src, new.src).and(Difference::address::<F>(old.dst, new.dst));
-    let ports = Difference::port(old.src_port, new.src_port).and(Difference::port(old.dst_port, new.dst_port));
+pub fn differences<F: Family>(
+    old: &Tuple<F::Words>,
+    new: &Tuple<F::Words>,
+) -> (Difference, Difference) {
+    let addresses =
+        Difference::address::<F>(old.src, new.src).and(Difference::address::<F>(old.dst, new.dst));
+    let ports = Difference::port(old.src_port, new.src_port)
+        .and(Difference::port(old.dst_port, new.dst_port));
     (addresses, ports)
 }
 
-/// Writes a new tuple's addresses and ports, and the IPv4 header checksum; the transport checksum is not touched.
+/// Writes a new tuple's addresses and ports, and the IPv4 header checksum; the transport checksum
+/// is not touched.
 #[inline(always)]
 #[must_use]
-pub fn write_tuple<F: Family>(packet: &impl Packet, headers: &Headers<F::Words>, new: &Tuple<F::Words>) -> bool {
+pub fn write_tuple<F: Family>(
+    packet: &impl Packet,
+    headers: &Headers<F::Words>,
+    new: &Tuple<F::Words>,
+) -> bool {
     let old = &headers.tuple;
     let Some(ip) = packet.bytes(headers.l3, F::HEADER) else {
         return false;
@@ -253,11 +269,16 @@ pub fn write_tuple<F: Family>(packet: &impl Packet, headers: &Headers<F::Words>,
     true
 }
 
-/// Brings the transport checksum up to date in the packet itself: right where it is complete, as on a wire. Socket
-/// buffers may hold a partial one (`CHECKSUM_PARTIAL`), for which the kernel's helper must be asked.
+/// Brings the transport checksum up to date in the packet itself: right where it is complete, as on
+/// a wire. Socket buffers may hold a partial one (`CHECKSUM_PARTIAL`), for which the kernel's
+/// helper must be asked.
 #[inline(always)]
 #[must_use]
-pub fn update_checksum<F: Family>(packet: &impl Packet, headers: &Headers<F::Words>, new: &Tuple<F::Words>) -> bool {
+pub fn update_checksum<F: Family>(
+    packet: &impl Packet,
+    headers: &Headers<F::Words>,
+    new: &Tuple<F::Words>,
+) -> bool {
     let Some(offset) = checksum_offset(headers.tuple.proto) else {
         return true;
     };
@@ -290,7 +311,8 @@ pub(crate) fn port_word<A>(tuple: &Tuple<A>) -> u32 {
     u32::from(tuple.src_port.to_be()) | u32::from(tuple.dst_port.to_be()) << 16
 }
 
-/// Takes one hop off a packet that is forwarded without the kernel's help; `false` when none is left to take.
+/// Takes one hop off a packet that is forwarded without the kernel's help; `false` when none is
+/// left to take.
 #[inline(always)]
 #[must_use]
 pub fn decrement_hops<F: Family>(packet: &impl Packet, l3: usize) -> bool {
@@ -306,7 +328,8 @@ pub fn decrement_hops<F: Family>(packet: &impl Packet, l3: usize) -> bool {
         }
         write(ip, offset, hops - 1);
         if F::HEADER == 20 {
-            // The field is the high byte of its word: one less there is 0x0100 more in the checksum (RFC 1141).
+            // The field is the high byte of its word: one less there is 0x0100 more in the checksum
+            // (RFC 1141).
             let sum = u32::from(read::<u16>(ip, 10)) + u32::from(0x0100u16.to_be());
             write(ip, 10, (sum + (sum >> 16)) as u16);
         }

@@ -1,7 +1,8 @@
 //! The end of a connection whose backend is no more: a TCP reset to the client.
 //!
-//! [RFC 9293](https://www.rfc-editor.org/rfc/rfc9293#section-3.5.2), group 1: the reset takes its sequence number from the
-//! acknowledgement field of the segment that it answers, and the client believes it.
+//! [RFC 9293](https://www.rfc-editor.org/rfc/rfc9293#section-3.5.2), group 1: the reset takes its
+//! sequence number from the acknowledgement field of the segment that it answers, and the client
+//! believes it.
 
 use crate::{
     checksum::{self, Difference},
@@ -13,7 +14,8 @@ use crate::{
 /// Length of a TCP header without options.
 const HEADER: usize = 20;
 
-/// Whether a segment may be answered: one of an open connection, whose acknowledgement says where the client stands.
+/// Whether a segment may be answered: one of an open connection, whose acknowledgement says where
+/// the client stands.
 #[inline(always)]
 pub fn is_due(proto: u8, tcp_flags: u8) -> bool {
     proto == TCP && tcp_flags & (SYN | RST | ACK) == ACK
@@ -25,7 +27,8 @@ pub fn len<A>(headers: &Headers<A>) -> usize {
     headers.l4 + HEADER
 }
 
-/// Turns a segment that has been cut to [`len`] into its reset, on the way back. `false` if it is too short after all.
+/// Turns a segment that has been cut to [`len`] into its reset, on the way back. `false` if it is
+/// too short after all.
 #[inline(always)]
 #[must_use]
 pub fn reset<F: Family>(packet: &impl Packet, answered: &Headers<F::Words>) -> bool {
@@ -39,8 +42,8 @@ pub fn reset<F: Family>(packet: &impl Packet, answered: &Headers<F::Words>) -> b
         if F::HEADER == 20 {
             let (old, hops): (u16, u16) = (read(ip, 2), read(ip, 8));
             let new_hops = u16::from_be_bytes([64, TCP]);
-            let difference =
-                Difference::port(u16::from_be(old), length).and(Difference::port(u16::from_be(hops), new_hops));
+            let difference = Difference::port(u16::from_be(old), length)
+                .and(Difference::port(u16::from_be(hops), new_hops));
             write::<u16>(ip, 10, difference.apply(read(ip, 10)));
             write::<u16>(ip, 2, length.to_be());
             write::<u16>(ip, 8, new_hops.to_be());
@@ -55,7 +58,10 @@ pub fn reset<F: Family>(packet: &impl Packet, answered: &Headers<F::Words>) -> b
         return false;
     };
     let pseudo = checksum::fold(
-        F::sum(tuple.src) + F::sum(tuple.dst) + u64::from(u16::from(TCP).to_be()) + u64::from((HEADER as u16).to_be()),
+        F::sum(tuple.src)
+            + F::sum(tuple.dst)
+            + u64::from(u16::from(TCP).to_be())
+            + u64::from((HEADER as u16).to_be()),
     );
     // SAFETY: 20 bytes were checked.
     unsafe {
@@ -68,9 +74,11 @@ pub fn reset<F: Family>(packet: &impl Packet, answered: &Headers<F::Words>) -> b
         write::<u32>(tcp, 8, 0);
         write::<u16>(tcp, 12, flags);
         write::<u16>(tcp, 14, 0);
-        // A sender on this machine may have left the checksum to be filled in, which nothing takes back: the urgent pointer, at
-        // which nobody looks, makes the pseudo-header's sum the right checksum, filled in or not.
-        let rest = u64::from(ports.to_be()) + u64::from(seq) + u64::from(flags) + 2 * u64::from(pseudo);
+        // A sender on this machine may have left the checksum to be filled in, which nothing takes
+        // back: the urgent pointer, at which nobody looks, makes the pseudo-header's sum the right
+        // checksum, filled in or not.
+        let rest =
+            u64::from(ports.to_be()) + u64::from(seq) + u64::from(flags) + 2 * u64::from(pseudo);
         write::<u16>(tcp, 16, pseudo);
         write::<u16>(tcp, 18, !checksum::fold(rest));
     }

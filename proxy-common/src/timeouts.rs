@@ -1,14 +1,14 @@
-//! How long a flow may be silent before nobody misses it: for the programs, which hand its source port to another one, and
-//! for the agent, which deletes it.
+//! How long a flow may be silent before nobody misses it: for the programs, which hand its source
+//! port to another one, and for the agent, which deletes it.
 //!
-//! Names, meanings and defaults are those of kube-proxy's `conntrack` settings, and of `nf_conntrack` where kube-proxy leaves
-//! the kernel's alone
+//! Names, meanings and defaults are those of kube-proxy's `conntrack` settings, and of
+//! `nf_conntrack` where kube-proxy leaves the kernel's alone
 //! (<https://kubernetes.io/docs/reference/config-api/kube-proxy-config.v1alpha1/#kubeproxy-config-k8s-io-v1alpha1-KubeProxyConntrackConfiguration>,
 //! <https://docs.kernel.org/networking/nf_conntrack-sysctl.html>).
 
 use crate::layout::{
-    FLOW_ANSWERED, FLOW_BACKEND_FIN, FLOW_CLIENT_FIN, FLOW_CONFIRMED, FLOW_RESET, FLOW_SNAT, FLOW_WAITING, TCP,
-    TICK_NS, Timeouts, UDP,
+    FLOW_ANSWERED, FLOW_BACKEND_FIN, FLOW_CLIENT_FIN, FLOW_CONFIRMED, FLOW_RESET, FLOW_SNAT,
+    FLOW_WAITING, TCP, TICK_NS, Timeouts, UDP,
 };
 
 /// Both FINs.
@@ -45,10 +45,12 @@ pub fn is_closed(state: u16) -> bool {
     state & FLOW_RESET != 0 || state & FINISHED == FINISHED
 }
 
-/// Whether only one side may be there: nobody has answered, or the client of a TCP connection has not acknowledged the answer.
+/// Whether only one side may be there: nobody has answered, or the client of a TCP connection has
+/// not acknowledged the answer.
 #[inline(always)]
 pub fn is_unconfirmed(proto: u8, state: u16) -> bool {
-    // Connections that were in `flows` before they were answered are noted there by the one bit, others by the other.
+    // Connections that were in `flows` before they were answered are noted there by the one bit,
+    // others by the other.
     let half_open = state & FLOW_WAITING != 0 || state & (FLOW_SNAT | FLOW_CONFIRMED) == FLOW_SNAT;
     state & FLOW_ANSWERED == 0 || (proto == TCP && half_open)
 }

@@ -1,4 +1,5 @@
-//! The words of the decision: where a packet is seen, what can become of it, and what is asked next.
+//! The words of the decision: where a packet is seen, what can become of it, and what is asked
+//! next.
 
 use core::ops::ControlFlow;
 
@@ -123,8 +124,8 @@ pub enum Lookup<A> {
     Unmatched,
     /// Of an open flow.
     Translate(Translation<A>),
-    /// It may open a flow, or tells that nobody will: see [`undecided`](crate::balance::undecided) and
-    /// [`refused`](crate::balance::refused).
+    /// It may open a flow, or tells that nobody will: see [`undecided`](crate::balance::undecided)
+    /// and [`refused`](crate::balance::refused).
     Undecided,
 }
 
@@ -159,7 +160,10 @@ impl Counted {
 
     #[inline(always)]
     pub(crate) const fn reply(backend: u32) -> Self {
-        Self { backend, reply: true }
+        Self {
+            backend,
+            reply: true,
+        }
     }
 }
 
@@ -172,6 +176,7 @@ pub struct Arrival<A> {
     pub tcp_flags: u8,
     /// Who sent it.
     pub origin: Origin,
-    /// The hook sends packets for other nodes on by itself, so both halves of the translation are due.
+    /// The hook sends packets for other nodes on by itself, so both halves of the translation are
+    /// due.
     pub sends_on: bool,
 }

@@ -43,7 +43,13 @@ impl<F: Family<Words: Hash>> Node<F> {
         )
     }
 
-    fn translated(&self, tuple: Tuple<F::Words>, flags: u8, origin: Origin, sends_on: bool) -> Translation<F::Words> {
+    fn translated(
+        &self,
+        tuple: Tuple<F::Words>,
+        flags: u8,
+        origin: Origin,
+        sends_on: bool,
+    ) -> Translation<F::Words> {
         match self.arrive(tuple, flags, origin, sends_on) {
             Verdict::Translate(translation) => translation,
             other => panic!("{tuple:?} got {other:?}"),
@@ -112,19 +118,33 @@ fn a_flow_is_confirmed_by_both_sides_and_then_moves() {
     let dialled = to(CLIENT, 40_000, ip(10, 96, 0, 1), 80);
     let sent = node.translated(dialled, SYN, Origin::Pod, false).tuple;
     assert_eq!(sent, to(CLIENT, 40_000, REMOTE.0, 8080));
-    assert_eq!((node.new_flows.borrow().len(), node.flows.borrow().len()), (1, 0));
+    assert_eq!(
+        (node.new_flows.borrow().len(), node.flows.borrow().len()),
+        (1, 0)
+    );
     assert_eq!(
         node.translated(dialled, SYN, Origin::Pod, false).tuple,
         sent,
         "a retransmitted SYN"
     );
-    assert_eq!(node.flows.borrow().len(), 0, "one side's packets confirm nothing");
+    assert_eq!(
+        node.flows.borrow().len(),
+        0,
+        "one side's packets confirm nothing"
+    );
     assert_eq!(node.leave(back(sent), SYN | ACK), back(dialled));
-    assert_eq!(node.translated(dialled, ACK, Origin::Pod, false).tuple, sent);
-    assert_eq!((node.new_flows.borrow().len(), node.flows.borrow().len()), (0, 1));
+    assert_eq!(
+        node.translated(dialled, ACK, Origin::Pod, false).tuple,
+        sent
+    );
+    assert_eq!(
+        (node.new_flows.borrow().len(), node.flows.borrow().len()),
+        (0, 1)
+    );
 }
 
-/// Some first packets may wait for both sides to speak where open flows are; a flood of them may not, though it is answered.
+/// Some first packets may wait for both sides to speak where open flows are; a flood of them may
+/// not, though it is answered.
 #[test]
 fn few_unanswered_flows_stand_among_the_open_ones() {
     let node = node(&[REMOTE]);
@@ -146,7 +166,11 @@ fn few_unanswered_flows_stand_among_the_open_ones() {
     }
     for _ in 0..2 {
         node.translated(dialled, ACK, Origin::Pod, false);
-        assert_eq!((tables(), node.waiting.get()), ((0, 1), 0), "confirmed once");
+        assert_eq!(
+            (tables(), node.waiting.get()),
+            ((0, 1), 0),
+            "confirmed once"
+        );
     }
     for n in 1..=100 {
         let dialled = to(CLIENT, 40_000 + n, ip(10, 96, 0, 1), 80);
@@ -161,7 +185,8 @@ fn few_unanswered_flows_stand_among_the_open_ones() {
     assert_eq!((tables(), node.waiting.get()), ((99, 3), 2));
 }
 
-/// A node whose Service has affinity for a minute and eight backends, of which the first `count` are eligible.
+/// A node whose Service has affinity for a minute and eight backends, of which the first `count`
+/// are eligible.
 fn node_with_affinity(count: usize) -> Node<V4> {
     let node = Node::new(config());
     serve_with_affinity(&node, 0..count);
@@ -175,13 +200,16 @@ fn serve_with_affinity(node: &Node<V4>, backends: std::ops::Range<usize>) {
         flags: FRONTEND_AFFINITY,
         ..Frontend::default()
     };
-    let backends: Vec<_> = backends.map(|n| (ip(10, 44, 1, n as u8 + 1), 8080, false)).collect();
+    let backends: Vec<_> = backends
+        .map(|n| (ip(10, 44, 1, n as u8 + 1), 8080, false))
+        .collect();
     for last in [1, 2] {
         node.serve_as(frontend, ip(10, 96, 0, last), 80, TCP, &backends);
     }
 }
 
-/// P1: whatever its ports, a client goes where it went before, on every frontend with the same backends.
+/// P1: whatever its ports, a client goes where it went before, on every frontend with the same
+/// backends.
 #[test]
 fn a_client_keeps_its_backend_until_it_is_idle_for_the_time_out() {
     let node = node_with_affinity(8);
@@ -195,7 +223,9 @@ fn a_client_keeps_its_backend_until_it_is_idle_for_the_time_out() {
         node.now.set(node.now.get() + 28);
         assert_eq!(backend(CLIENT, 40_000 + port, 1 + port as u8 % 2), first);
     }
-    let others: HashSet<_> = (1..50).map(|n| backend(ip(10, 44, 0, n), 40_000, 1)).collect();
+    let others: HashSet<_> = (1..50)
+        .map(|n| backend(ip(10, 44, 0, n), 40_000, 1))
+        .collect();
     assert!(others.len() > 5, "other clients are spread: {others:?}");
     let after: HashSet<_> = (1..50)
         .map(|n| {
@@ -209,7 +239,8 @@ fn a_client_keeps_its_backend_until_it_is_idle_for_the_time_out() {
     );
 }
 
-/// P1, and cilium#27096: a backend that the frontend no longer has is not kept; one that it still has is.
+/// P1, and cilium#27096: a backend that the frontend no longer has is not kept; one that it still
+/// has is.
 #[test]
 fn a_kept_backend_must_still_be_eligible() {
     let node = node_with_affinity(8);
@@ -236,14 +267,23 @@ fn a_kept_backend_must_still_be_eligible() {
     }
 }
 
-/// P1, and cilium#26709: nodes that know nothing of each other choose alike for a client from outside.
+/// P1, and cilium#26709: nodes that know nothing of each other choose alike for a client from
+/// outside.
 #[test]
 fn nodes_agree_on_the_backend_of_an_outside_client() {
     let nodes = [node_with_affinity(8), node_with_affinity(8)];
     for n in 1..100 {
         let chosen = [0, 1].map(|i: usize| {
-            let dialled = to(ip(203, 0, 113, n), 40_000 + i as u16, ip(10, 96, 0, 1 + i as u8), 80);
-            nodes[i].translated(dialled, SYN, Origin::Network, false).tuple.dst
+            let dialled = to(
+                ip(203, 0, 113, n),
+                40_000 + i as u16,
+                ip(10, 96, 0, 1 + i as u8),
+                80,
+            );
+            nodes[i]
+                .translated(dialled, SYN, Origin::Network, false)
+                .tuple
+                .dst
         });
         assert_eq!(chosen[0], chosen[1], "client {n}");
     }
@@ -284,7 +324,12 @@ fn what_is_nobodys_passes() {
 fn nobody_behind_it_is_refused_and_counted() {
     let node = node(&[]);
     assert_eq!(
-        node.arrive(to(CLIENT, 40_000, ip(10, 96, 0, 1), 80), SYN, Origin::Pod, false),
+        node.arrive(
+            to(CLIENT, 40_000, ip(10, 96, 0, 1), 80),
+            SYN,
+            Origin::Pod,
+            false
+        ),
         Verdict::Refuse
     );
     assert_eq!(*node.events.borrow(), [Event::NoBackend]);
@@ -305,10 +350,14 @@ fn a_closed_connection_is_opened_anew_with_the_backends_of_now() {
     );
     node.translated(dialled, FIN | ACK, Origin::Pod, false);
     node.leave(back(sent), FIN | ACK);
-    assert_eq!(node.translated(dialled, SYN, Origin::Pod, false).tuple.dst, LOCAL.0);
+    assert_eq!(
+        node.translated(dialled, SYN, Origin::Pod, false).tuple.dst,
+        LOCAL.0
+    );
 }
 
-/// Replies to a translated source do not pass by the flow, but its end counts all the same, in whichever order it comes.
+/// Replies to a translated source do not pass by the flow, but its end counts all the same, in
+/// whichever order it comes.
 #[test]
 fn a_closed_connection_with_a_translated_source_is_opened_anew_too() {
     for backend_first in [true, false] {
@@ -332,7 +381,12 @@ fn a_closed_connection_with_a_translated_source_is_opened_anew_too() {
             reply(FIN | ACK);
         }
         node.translated(dialled, ACK, Origin::Network, true);
-        assert_eq!(node.translated(dialled, SYN, Origin::Network, true).tuple.dst, LOCAL.0);
+        assert_eq!(
+            node.translated(dialled, SYN, Origin::Network, true)
+                .tuple
+                .dst,
+            LOCAL.0
+        );
     }
 }
 
@@ -355,9 +409,16 @@ fn one_client_port_to_two_frontends_gets_two_ports_at_the_backend() {
     assert_eq!(sent[1].src, CLIENT, "the address is kept");
     assert_ne!(sent[1].src_port, 40_000);
     for (sent, dialled) in sent.into_iter().zip(dialled) {
-        assert_eq!(node.leave(sent, SYN), sent, "nothing is left to do on the way out");
+        assert_eq!(
+            node.leave(sent, SYN),
+            sent,
+            "nothing is left to do on the way out"
+        );
         assert_eq!(node.leave(back(sent), SYN | ACK), back(dialled));
-        assert_eq!(node.translated(dialled, ACK, Origin::Pod, false).tuple, sent);
+        assert_eq!(
+            node.translated(dialled, ACK, Origin::Pod, false).tuple,
+            sent
+        );
     }
 }
 
@@ -368,7 +429,10 @@ fn an_evicted_flow_finds_its_source_port_again() {
     let sent = node.translated(dialled, SYN, Origin::Network, true).tuple;
     assert_eq!(sent.src, ip(192, 168, 50, 11));
     node.new_flows.borrow_mut().clear();
-    assert_eq!(node.translated(dialled, ACK, Origin::Network, true).tuple, sent);
+    assert_eq!(
+        node.translated(dialled, ACK, Origin::Network, true).tuple,
+        sent
+    );
 }
 
 #[test]
@@ -415,7 +479,8 @@ fn source_ports_run_out_without_breaking_an_open_flow() {
     assert!(node.events.borrow().contains(&Event::SnatExhausted));
     for (dialled, sent) in open {
         assert_eq!(
-            node.translated(back(sent), SYN | ACK, Origin::Network, true).tuple,
+            node.translated(back(sent), SYN | ACK, Origin::Network, true)
+                .tuple,
             back(dialled)
         );
     }
@@ -431,7 +496,9 @@ fn a_pod_that_is_its_own_backend_is_translated() {
         (seen.src, seen.dst, seen.dst_port),
         (ip(192, 168, 50, 11), CLIENT, 8080)
     );
-    let reply = node.translated(back(seen), SYN | ACK, Origin::Pod, false).tuple;
+    let reply = node
+        .translated(back(seen), SYN | ACK, Origin::Pod, false)
+        .tuple;
     assert_eq!(node.leave(reply, SYN | ACK), back(dialled));
 }
 
@@ -464,13 +531,24 @@ fn the_cluster_networks_are_internal_wherever_they_come_in() {
     );
 }
 
-/// There and back through whichever hooks: the client sees the frontend that it dialled, and the backend one sender.
-fn round_trip<F: Family>(client: F::Words, client_port: u16, frontend: F::Words, backend: F::Words, proto: u8, case: u8)
-where
+/// There and back through whichever hooks: the client sees the frontend that it dialled, and the
+/// backend one sender.
+fn round_trip<F: Family>(
+    client: F::Words,
+    client_port: u16,
+    frontend: F::Words,
+    backend: F::Words,
+    proto: u8,
+    case: u8,
+) where
     F::Words: Hash,
 {
     let local = case & 1 != 0;
-    let from = if case & 2 != 0 { Origin::Pod } else { Origin::Network };
+    let from = if case & 2 != 0 {
+        Origin::Pod
+    } else {
+        Origin::Network
+    };
     let sends_on = case & 4 != 0 && from == Origin::Network;
     let node: Node<F> = Node::new(config());
     node.serve(frontend, 80, proto, &[(backend, 8080, local)]);
@@ -541,7 +619,10 @@ fn open_from_outside(node: &Node<V4>, client: u8, proto: u8) -> Option<u16> {
         return None;
     };
     node.translated(back(to.tuple), SYN | ACK, Origin::Network, true);
-    assert_eq!(node.translated(dialled, ACK, Origin::Network, true).tuple, to.tuple);
+    assert_eq!(
+        node.translated(dialled, ACK, Origin::Network, true).tuple,
+        to.tuple
+    );
     Some(to.tuple.src_port)
 }
 
@@ -554,7 +635,9 @@ fn the_port_that_was_closed_first_is_used_again_first() {
     assert_eq!(open_from_outside(&node, 9, TCP), None);
     let close = |client: u8| {
         let dialled = outsider(client, TCP);
-        let sent = node.translated(dialled, FIN | ACK, Origin::Network, true).tuple;
+        let sent = node
+            .translated(dialled, FIN | ACK, Origin::Network, true)
+            .tuple;
         node.translated(back(sent), FIN | ACK, Origin::Network, true);
     };
     let tick = |ticks| node.now.set(node.now.get() + ticks);
@@ -563,10 +646,17 @@ fn the_port_that_was_closed_first_is_used_again_first() {
     close(2);
     tick(1);
     close(7);
-    assert_eq!(open_from_outside(&node, 9, TCP), None, "the backend may still send");
+    assert_eq!(
+        open_from_outside(&node, 9, TCP),
+        None,
+        "the backend may still send"
+    );
     tick(3);
     for (client, closed) in [(10, 5), (11, 2), (12, 7)] {
-        assert_eq!(open_from_outside(&node, client, TCP), Some(ports[closed - 1]));
+        assert_eq!(
+            open_from_outside(&node, client, TCP),
+            Some(ports[closed - 1])
+        );
     }
     tick(1000);
     assert_eq!(
@@ -598,7 +688,9 @@ fn a_port_whose_client_never_acknowledged_is_soon_free() {
     assert_eq!(flood(21..30), 7);
     node.now.set(node.now.get() + 3);
     assert!(open_from_outside(&node, 30, TCP).is_some_and(|port| port != kept));
-    let to = node.translated(outsider(1, TCP), ACK, Origin::Network, true).tuple;
+    let to = node
+        .translated(outsider(1, TCP), ACK, Origin::Network, true)
+        .tuple;
     assert_eq!(to.src_port, kept);
 }
 
@@ -649,7 +741,8 @@ fn datagrams_that_go_on_after_an_answer_are_a_stream() {
     };
     let sent = node.translated(dialled, 0, Origin::Pod, false).tuple;
     let state = || {
-        let flows = [&node.flows, &node.new_flows].map(|map| map.borrow().values().next().map(|flow| flow.state));
+        let flows = [&node.flows, &node.new_flows]
+            .map(|map| map.borrow().values().next().map(|flow| flow.state));
         flows.into_iter().flatten().next().unwrap()
     };
     node.now.set(node.now.get() + 1);
@@ -665,8 +758,9 @@ fn datagrams_that_go_on_after_an_answer_are_a_stream() {
     );
 }
 
-/// L2: the entry of a flow may outlast its source port, which others take when it was silent for long, or the agent gives up. With
-/// its next datagram the client gets a port of its own again, and so its answer; also on a port that it shares between frontends.
+/// L2: the entry of a flow may outlast its source port, which others take when it was silent for
+/// long, or the agent gives up. With its next datagram the client gets a port of its own again, and
+/// so its answer; also on a port that it shares between frontends.
 #[test]
 fn datagrams_of_a_flow_that_has_lost_its_port_get_another() {
     for (is_given_up, is_stream, is_shared) in [false, true]
@@ -699,7 +793,11 @@ fn datagrams_of_a_flow_that_has_lost_its_port_get_another() {
             (0..=u8::from(is_stream)).for_each(|_| ask(client));
         }
         let timeouts = node.config.timeouts;
-        let silence = if is_stream { timeouts.udp_stream } else { timeouts.udp };
+        let silence = if is_stream {
+            timeouts.udp_stream
+        } else {
+            timeouts.udp
+        };
         node.now.set(node.now.get() + silence + 1);
         if is_given_up {
             let mut slots = node.snat.borrow_mut();

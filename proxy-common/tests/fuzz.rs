@@ -1,8 +1,10 @@
-//! Packets byte by byte through the whole decision on the host: whatever comes, a packet is translated wholly or not at all.
+//! Packets byte by byte through the whole decision on the host: whatever comes, a packet is
+//! translated wholly or not at all.
 //!
-//! Two tests, bounded in time. The first plays flows of many clients against a model that knows no tables, only what each
-//! side must see, and compares whole packets. The second throws mangled packets at the same node and checks what must hold of
-//! any packet: nothing out of bounds, no other length, and checksums exactly as right or wrong as they were.
+//! Two tests, bounded in time. The first plays flows of many clients against a model that knows no
+//! tables, only what each side must see, and compares whole packets. The second throws mangled
+//! packets at the same node and checks what must hold of any packet: nothing out of bounds, no
+//! other length, and checksums exactly as right or wrong as they were.
 
 use std::{cell::UnsafeCell, collections::HashMap, hash::Hash};
 
@@ -42,7 +44,11 @@ impl Frame {
 
 impl Packet for Frame {
     fn bytes(&self, offset: usize, len: usize) -> Option<*mut u8> {
-        Some(self.bytes_mut().get_mut(offset..offset.checked_add(len)?)?.as_mut_ptr())
+        Some(
+            self.bytes_mut()
+                .get_mut(offset..offset.checked_add(len)?)?
+                .as_mut_ptr(),
+        )
     }
 }
 
@@ -63,7 +69,13 @@ impl Access for Frame {
         unsafe { ptr.cast::<T>().write_unaligned(value) };
         true
     }
-    fn replace_checksum(&self, offset: u32, addresses: Difference, ports: Difference, or_none: bool) -> bool {
+    fn replace_checksum(
+        &self,
+        offset: u32,
+        addresses: Difference,
+        ports: Difference,
+        or_none: bool,
+    ) -> bool {
         let Some(old) = self.load::<u16>(offset) else {
             return false;
         };
@@ -95,7 +107,8 @@ impl Addresses for V6 {
     }
 }
 
-/// Cluster IPs from here on, the first [`FRONTENDS`] of them taken, each with port 80; below are all others.
+/// Cluster IPs from here on, the first [`FRONTENDS`] of them taken, each with port 80; below are
+/// all others.
 const SERVICES: u16 = 0xff00;
 const FRONTENDS: u16 = 3;
 /// Backends 8080, odd ones on this node.
@@ -131,7 +144,11 @@ fn node<F: Addresses>() -> Node<F> {
     for n in 0..FRONTENDS {
         let addr = F::addr(SERVICES + n);
         // The last has nobody behind it.
-        let behind = if n + 1 == FRONTENDS { &[] } else { &backends[..] };
+        let behind = if n + 1 == FRONTENDS {
+            &[]
+        } else {
+            &backends[..]
+        };
         let flags = ADDRESS_CLUSTER_IP | if behind.is_empty() { 0 } else { ADDRESS_READY };
         node.addresses.borrow_mut().insert(addr, flags);
         for proto in [TCP, UDP, SCTP] {
@@ -147,7 +164,9 @@ fn run<F: Addresses>(node: &Node<F>, frame: &[u8], direction: Direction) -> (Act
     let action = match packet::parse::<F>(&frame, ETHERNET) {
         None => slow_path::handle::<F, _>(node, &frame, direction),
         Some(headers) => {
-            let Headers { tuple, tcp_flags, .. } = headers;
+            let Headers {
+                tuple, tcp_flags, ..
+            } = headers;
             let verdict = match direction {
                 Direction::Ingress(origin) => arriving(
                     node,
@@ -175,7 +194,8 @@ fn run<F: Addresses>(node: &Node<F>, frame: &[u8], direction: Direction) -> (Act
     (action, frame.0.into_inner())
 }
 
-/// What the XDP program does first with what the network brings: an answer, a frame that is sent on at once, or one for tc.
+/// What the XDP program does first with what the network brings: an answer, a frame that is sent on
+/// at once, or one for tc.
 fn express<F: Addresses>(node: &Node<F>, frame: &[u8]) -> (Action, Vec<u8>, bool) {
     let frame = Frame(UnsafeCell::new(frame.to_vec()));
     let Some(headers) = packet::parse::<F>(&frame, ETHERNET) else {
@@ -204,8 +224,14 @@ fn express<F: Addresses>(node: &Node<F>, frame: &[u8]) -> (Action, Vec<u8>, bool
     (action, frame.0.into_inner(), sent)
 }
 
-/// Through the node: in and, if it passes, out; on a network device with XDP first, which may take both steps and one hop.
-fn across<F: Addresses>(node: &Node<F>, frame: &[u8], origin: Origin, xdp: bool) -> (Action, Vec<u8>) {
+/// Through the node: in and, if it passes, out; on a network device with XDP first, which may take
+/// both steps and one hop.
+fn across<F: Addresses>(
+    node: &Node<F>,
+    frame: &[u8],
+    origin: Origin,
+    xdp: bool,
+) -> (Action, Vec<u8>) {
     let mut frame = frame.to_vec();
     if xdp && origin == Origin::Network {
         let (action, after, sent) = express(node, &frame);
@@ -255,7 +281,9 @@ fn sum(bytes: &[u8]) -> u64 {
 fn addr_bytes<F: Family>(addr: F::Words) -> Vec<u8> {
     let bytes = F::bytes(addr);
     // SAFETY: an address is so many bytes.
-    unsafe { std::slice::from_raw_parts((&raw const bytes).cast::<u8>(), size_of::<F::Addr>()).to_vec() }
+    unsafe {
+        std::slice::from_raw_parts((&raw const bytes).cast::<u8>(), size_of::<F::Addr>()).to_vec()
+    }
 }
 
 /// An IP packet in a frame, every checksum filled in.
@@ -269,7 +297,10 @@ fn ip<F: Family>(
 ) -> Vec<u8> {
     let (src, dst) = (addr_bytes::<F>(src), addr_bytes::<F>(dst));
     if let Some(offset) = checksum {
-        let pseudo = sum(&src) + sum(&dst) + u64::from((l4.len() as u16).to_be()) + u64::from(u16::from(proto).to_be());
+        let pseudo = sum(&src)
+            + sum(&dst)
+            + u64::from((l4.len() as u16).to_be())
+            + u64::from(u16::from(proto).to_be());
         let pseudo = if proto == 1 { 0 } else { pseudo };
         let value = match !checksum::fold(pseudo + sum(&l4)) {
             0 if proto == UDP => 0xffff,
@@ -290,9 +321,14 @@ fn ip<F: Family>(
         header[10..12].copy_from_slice(&value.to_ne_bytes());
         frame.extend(header);
     } else {
-        let kinds = more.iter().map(|kind| [0, 60, 43, 44][usize::from(kind % 4)]);
+        let kinds = more
+            .iter()
+            .map(|kind| [0, 60, 43, 44][usize::from(kind % 4)]);
         let next: Vec<u8> = kinds.chain([proto]).collect();
-        let extensions: Vec<u8> = next[1..].iter().flat_map(|&next| [next, 0, 0, 0, 0, 0, 0, 0]).collect();
+        let extensions: Vec<u8> = next[1..]
+            .iter()
+            .flat_map(|&next| [next, 0, 0, 0, 0, 0, 0, 0])
+            .collect();
         frame.extend([0x60, 0, 0, 0]);
         frame.extend(((extensions.len() + l4.len()) as u16).to_be_bytes());
         frame.extend([next[0], hops]);
@@ -328,7 +364,10 @@ impl<A: Copy> Sent<A> {
     where
         A: Clone,
     {
-        Self { tuple, ..self.clone() }
+        Self {
+            tuple,
+            ..self.clone()
+        }
     }
 }
 
@@ -383,7 +422,11 @@ fn step() -> impl Strategy<Value = Step> {
             |(client, port, frontend, frontend_port, udp, xdp, hops, more, payload)| Step {
                 client,
                 // Some in the SNAT range, some not.
-                port: if port < 3 { 10_300 + port } else { 40_000 + port },
+                port: if port < 3 {
+                    10_300 + port
+                } else {
+                    40_000 + port
+                },
                 frontend,
                 frontend_port,
                 udp,
@@ -415,12 +458,20 @@ fn play<F: Addresses>(steps: &[Step]) {
         };
         let sent = Sent {
             tuple: dialled,
-            flags: if flows.contains_key(&dialled) { ACK } else { SYN },
+            flags: if flows.contains_key(&dialled) {
+                ACK
+            } else {
+                SYN
+            },
             hops: step.hops,
             more: step.more.clone(),
             payload: step.payload.clone(),
         };
-        let from = if step.pod { Origin::Pod } else { Origin::Network };
+        let from = if step.pod {
+            Origin::Pod
+        } else {
+            Origin::Network
+        };
         let frame = sent.frame::<F>();
         let (action, out) = across(&node, &frame, from, step.xdp);
         let known = step.frontend + 1 < FRONTENDS && step.frontend_port == 80;
@@ -435,16 +486,27 @@ fn play<F: Addresses>(steps: &[Step]) {
         }
         assert_eq!(action, Action::Pass, "{step:?}");
 
-        // The backend's view: one that is eligible, the same as before, from a source that nobody shares.
+        // The backend's view: one that is eligible, the same as before, from a source that nobody
+        // shares.
         let parsed = seen::<F>(&out);
         let seen = *flows.entry(dialled).or_insert(parsed);
-        assert_eq!(parsed, seen, "{step:?}: a flow keeps its backend and its source");
-        let backend = BACKENDS.clone().find(|&n| F::addr(n) == seen.dst).expect("a backend");
+        assert_eq!(
+            parsed, seen,
+            "{step:?}: a flow keeps its backend and its source"
+        );
+        let backend = BACKENDS
+            .clone()
+            .find(|&n| F::addr(n) == seen.dst)
+            .expect("a backend");
         assert_eq!(seen.dst_port, 8080);
         let translated = !step.pod && backend % 2 == 0;
         assert_eq!(
             seen.src,
-            if translated { F::addr(NODE) } else { dialled.src },
+            if translated {
+                F::addr(NODE)
+            } else {
+                dialled.src
+            },
             "{step:?}"
         );
         assert!(seen.src_port == dialled.src_port || snat::in_range(&node.config, seen.src_port));
@@ -462,10 +524,18 @@ fn play<F: Addresses>(steps: &[Step]) {
                 frame
             }
         };
-        assert_eq!(out, hop(translated, sent.with(seen).frame::<F>()), "{step:?}");
+        assert_eq!(
+            out,
+            hop(translated, sent.with(seen).frame::<F>()),
+            "{step:?}"
+        );
 
         // An error about it finds the client, and shows what it dialled.
-        let backend_side = if backend % 2 == 1 { Origin::Pod } else { Origin::Network };
+        let backend_side = if backend % 2 == 1 {
+            Origin::Pod
+        } else {
+            Origin::Network
+        };
         let about = error::<F>(F::addr(ROUTER), seen.src, &out);
         let (action, out) = across(&node, &about, Origin::Network, step.xdp);
         assert_eq!(
@@ -485,7 +555,10 @@ fn play<F: Addresses>(steps: &[Step]) {
         let (action, shown) = across(&node, &answer.frame::<F>(), backend_side, step.xdp);
         assert_eq!(
             (action, &shown),
-            (Action::Pass, &hop(translated, answer.with(back(dialled)).frame::<F>())),
+            (
+                Action::Pass,
+                &hop(translated, answer.with(back(dialled)).frame::<F>())
+            ),
             "{step:?}"
         );
         let about = error::<F>(F::addr(ROUTER), dialled.dst, &shown);
@@ -544,7 +617,8 @@ fn payload<F: Family>(frame: &[u8]) -> Option<(usize, u8)> {
     Some((ETHERNET + at, next))
 }
 
-/// What is wrong with a frame's checksums: the header's, and the transport's with its pseudo-header. 0 and 0xffff are the same.
+/// What is wrong with a frame's checksums: the header's, and the transport's with its
+/// pseudo-header. 0 and 0xffff are the same.
 fn residue<F: Family>(frame: &[u8]) -> [u16; 2] {
     let normal = |value: u16| if value == 0xffff { 0 } else { value };
     let header = usize::from(frame[ETHERNET] & 15) * 4;
@@ -562,7 +636,10 @@ fn residue<F: Family>(frame: &[u8]) -> [u16; 2] {
         Some((l4, _)) => sum(addresses) + sum(frame.get(l4..).unwrap_or_default()),
         None => sum(addresses),
     };
-    [normal(checksum::fold(outer)), normal(checksum::fold(transport))]
+    [
+        normal(checksum::fold(outer)),
+        normal(checksum::fold(transport)),
+    ]
 }
 
 /// Mangles packets of flows that exist, and throws them at the node.
@@ -595,7 +672,9 @@ fn mangle<F: Addresses>(steps: &[Step], changes: &[(Index, u8)], cut: Option<Ind
                 frame[place] = *value;
             }
             if let Some(cut) = cut {
-                frame.truncate(ETHERNET + F::HEADER + cut.index(frame.len() - ETHERNET - F::HEADER + 1));
+                frame.truncate(
+                    ETHERNET + F::HEADER + cut.index(frame.len() - ETHERNET - F::HEADER + 1),
+                );
             }
             let tc = [
                 Direction::Ingress(Origin::Pod),
@@ -608,11 +687,12 @@ fn mangle<F: Addresses>(steps: &[Step], changes: &[(Index, u8)], cut: Option<Ind
             for (direction, (action, out)) in results.into_iter().chain([(None, (action, out))]) {
                 assert_eq!(out.len(), frame.len());
                 match action {
-                    // A checksum that is cut off cannot be right; one of a first fragment covers what is not here, and is
-                    // as wrong as before.
+                    // A checksum that is cut off cannot be right; one of a first fragment covers
+                    // what is not here, and is as wrong as before.
                     Action::Pass if out != frame => {
-                        let whole = payload::<F>(&frame)
-                            .is_some_and(|(l4, proto)| l4 + if proto == TCP { 20 } else { 8 } <= frame.len());
+                        let whole = payload::<F>(&frame).is_some_and(|(l4, proto)| {
+                            l4 + if proto == TCP { 20 } else { 8 } <= frame.len()
+                        });
                         if whole && later(&frame, F::HEADER == 20).is_none() {
                             assert_eq!(
                                 residue::<F>(&out),
@@ -621,7 +701,9 @@ fn mangle<F: Addresses>(steps: &[Step], changes: &[(Index, u8)], cut: Option<Ind
                             );
                         }
                     }
-                    Action::Pass | Action::Drop | Action::Refuse => assert_eq!(out, frame, "{action:?} changed it"),
+                    Action::Pass | Action::Drop | Action::Refuse => {
+                        assert_eq!(out, frame, "{action:?} changed it")
+                    }
                     Action::SendBack => {}
                 }
             }
@@ -653,7 +735,8 @@ fn later(frame: &[u8], v4: bool) -> Option<()> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// L6, L7's parser, F12, P7 and P8's neighbours: each side sees what the model says, byte for byte.
+    /// L6, L7's parser, F12, P7 and P8's neighbours: each side sees what the model says, byte for
+    /// byte.
     #[test]
     fn each_side_sees_what_the_model_says(steps in vec(step(), 1..40)) {
         play::<V4>(&steps);

@@ -64,30 +64,45 @@ impl FibLookup {
     }
 }
 
-/// Flags with which the kernel tells the source address of a route (`BPF_FIB_LOOKUP_SKIP_NEIGH`, `BPF_FIB_LOOKUP_SRC`,
-/// Linux 6.7), set when the programs are loaded; 0 where it does not know them.
+/// Flags with which the kernel tells the source address of a route (`BPF_FIB_LOOKUP_SKIP_NEIGH`,
+/// `BPF_FIB_LOOKUP_SRC`, Linux 6.7), set when the programs are loaded; 0 where it does not know
+/// them.
 #[unsafe(no_mangle)]
 static FIB_SOURCE: Global<u32> = Global::new(0);
 
 /// The source address that the node's routes give to a packet that came in through a device.
 #[inline(always)]
-pub(crate) fn source<F: RoutedFamily>(ctx: *mut c_void, device: u32, tuple: &Tuple<F::Words>) -> Option<F::Words> {
+pub(crate) fn source<F: RoutedFamily>(
+    ctx: *mut c_void,
+    device: u32,
+    tuple: &Tuple<F::Words>,
+) -> Option<F::Words> {
     let flags = FIB_SOURCE.load();
     if flags == 0 {
         return None;
     }
     let mut fib = FibLookup::new::<F>(tuple, 0, device);
     // SAFETY: `fib` has the size and layout of the kernel's struct.
-    let result = unsafe { bpf_fib_lookup(ctx, (&raw mut fib).cast(), size_of::<FibLookup>() as i32, flags) };
-    // Without room for the packet on that way (`BPF_FIB_LKUP_RET_FRAG_NEEDED`), the way is still known.
+    let result = unsafe {
+        bpf_fib_lookup(
+            ctx,
+            (&raw mut fib).cast(),
+            size_of::<FibLookup>() as i32,
+            flags,
+        )
+    };
+    // Without room for the packet on that way (`BPF_FIB_LKUP_RET_FRAG_NEEDED`), the way is still
+    // known.
     if result != 0 && result != FRAG_NEEDED {
         return None;
     }
     let source = address::<F>(&fib.src);
-    (source != F::UNSPECIFIED && source != tuple.src && !is_link_local::<F>(&fib.src)).then_some(source)
+    (source != F::UNSPECIFIED && source != tuple.src && !is_link_local::<F>(&fib.src))
+        .then_some(source)
 }
 
-/// Whether an IPv6 address is of no use beyond its link: what the kernel gives where there is no other.
+/// Whether an IPv6 address is of no use beyond its link: what the kernel gives where there is no
+/// other.
 #[inline(always)]
 fn is_link_local<F: Family>(addr: &Words6) -> bool {
     let [first, second, ..] = addr.high.to_ne_bytes();

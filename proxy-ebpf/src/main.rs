@@ -1,7 +1,9 @@
-//! The BPF programs: where shunt hooks into the kernel. What they decide is `shunt_common::balance`.
+//! The BPF programs: where shunt hooks into the kernel. What they decide is
+//! `shunt_common::balance`.
 //!
-//! [`socket`] at the cgroup hooks, [`tc`] on pod and node devices with host routing as an option, [`xdp`] on node devices,
-//! [`maps`] for all of them, [`fib`] for routes, [`subprograms`] for those that packets pass.
+//! [`socket`] at the cgroup hooks, [`tc`] on pod and node devices with host routing as an option,
+//! [`xdp`] on node devices, [`maps`] for all of them, [`fib`] for routes, [`subprograms`] for those
+//! that packets pass.
 #![no_std]
 #![no_main]
 // No call of `memset` where a few stores do: BPF has no such function, and ours goes byte by byte.

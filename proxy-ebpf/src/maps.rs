@@ -12,10 +12,14 @@ use core::{
 use aya_ebpf::{
     Global,
     bindings::{
-        __sk_buff, BPF_ANY, BPF_F_CURRENT_NETNS, BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST, bpf_sock_tuple, xdp_md,
+        __sk_buff, BPF_ANY, BPF_F_CURRENT_NETNS, BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST,
+        bpf_sock_tuple, xdp_md,
     },
     btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SkStorage},
-    helpers::{bpf_jiffies64, bpf_ktime_get_coarse_ns, bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp},
+    helpers::{
+        bpf_jiffies64, bpf_ktime_get_coarse_ns, bpf_sk_lookup_udp, bpf_sk_release,
+        bpf_skc_lookup_tcp,
+    },
     macros::btf_map,
 };
 use shunt_common::{
@@ -38,7 +42,8 @@ type NewFlows<A> = LruHashMap<FlowKey<A>, Flow<A>, 65_536>;
 type Snat<A> = Array<SnatSlot<A>, 262_144, MMAPABLE>;
 type NodeAddrs<A> = HashMap<A, u32, 1024>;
 type AffinityMap<A> = LruHashMap<AffinityKey<A>, Affinity, 65_536>;
-// Most clusters have few Services with affinity or source ranges: no memory for entries that are not there.
+// Most clusters have few Services with affinity or source ranges: no memory for entries that are
+// not there.
 type Members = HashMap<MemberKey, u32, 131_072, { BPF_F_NO_PREALLOC as usize }>;
 type SourceRanges<A> = LpmTrie<Source<A>, u32, 65_536>;
 
@@ -140,13 +145,15 @@ static EVENTS: PerCpuArray<u64, MAX_EVENTS> = PerCpuArray::new();
 /// Read by tools only: names for the numbers in `frontends`.
 #[btf_map(name = "services")]
 static SERVICES: HashMap<u32, ServiceInfo, 65_536> = HashMap::new();
-// Not socket storage, which costs two allocations when a connection opens and two RCU callbacks when it closes.
+// Not socket storage, which costs two allocations when a connection opens and two RCU callbacks
+// when it closes.
 #[btf_map(name = "sockets")]
 pub(crate) static SOCKETS: HashMap<u64, SocketPeer, 131_072> = HashMap::new();
 #[btf_map(name = "senders")]
 pub(crate) static SENDERS: SkStorage<SocketPeers> = SkStorage::new();
 
-/// Most flows of a family that may wait in `flows` for both sides to speak: set when the programs are loaded.
+/// Most flows of a family that may wait in `flows` for both sides to speak: set when the programs
+/// are loaded.
 #[unsafe(no_mangle)]
 static MOST_WAITING: Global<u32> = Global::new(0);
 
@@ -249,7 +256,10 @@ impl<H: Hook> KernelMaps<H> {
     /// `ctx` is the program's own context.
     #[inline(always)]
     pub(crate) fn new(ctx: *mut c_void) -> Self {
-        Self { ctx, hook: PhantomData }
+        Self {
+            ctx,
+            hook: PhantomData,
+        }
     }
 
     /// The program's own context.
@@ -263,8 +273,8 @@ impl<H: Hook> KernelMaps<H> {
 #[inline(always)]
 fn entry<'m, B, W: Copy>(ptr: Option<*mut B>) -> Option<Entry<'m, W>> {
     const { assert!(size_of::<B>() == size_of::<W>() && align_of::<W>() <= 8) };
-    // SAFETY: the same layout, map values are aligned to eight bytes; they stay readable and writable while the program runs, and nobody makes
-    // references into them.
+    // SAFETY: the same layout, map values are aligned to eight bytes; they stay readable and
+    // writable while the program runs, and nobody makes references into them.
     ptr.and_then(|ptr| NonNull::new(ptr.cast()))
         .map(|ptr| unsafe { Entry::new(ptr) })
 }
@@ -320,8 +330,8 @@ impl<H: Hook> Clock for KernelMaps<H> {
 
     #[inline(always)]
     fn epoch(&self) -> u16 {
-        // SAFETY: the helper has no preconditions. The kernel puts a load in its place. 256 jiffies are 0.256 s at 1000 Hz,
-        // 2.56 s at 100 Hz.
+        // SAFETY: the helper has no preconditions. The kernel puts a load in its place. 256 jiffies
+        // are 0.256 s at 1000 Hz, 2.56 s at 100 Hz.
         (unsafe { bpf_jiffies64() } >> 8) as u16
     }
 }
@@ -351,7 +361,8 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
 
     #[inline(always)]
     fn frontend(&self, key: &FrontendKey<F::Words>) -> Option<Frontend> {
-        // SAFETY: the copy is taken at once; an entry replaced meanwhile is freed after this program only.
+        // SAFETY: the copy is taken at once; an entry replaced meanwhile is freed after this
+        // program only.
         unsafe { F::FRONTENDS.get(bytes(key)).copied() }
     }
 
@@ -372,7 +383,9 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
 
     #[inline(always)]
     fn add_affinity(&self, key: &AffinityKey<F::Words>, value: &Affinity) -> bool {
-        F::AFFINITY.insert(bytes(key), value, BPF_NOEXIST.into()).is_ok()
+        F::AFFINITY
+            .insert(bytes(key), value, BPF_NOEXIST.into())
+            .is_ok()
     }
 
     #[inline(always)]
@@ -382,7 +395,9 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
 
     #[inline(always)]
     fn add_new_affinity(&self, key: &AffinityKey<F::Words>, value: &Affinity) -> bool {
-        F::NEW_AFFINITY.insert(bytes(key), value, BPF_NOEXIST.into()).is_ok()
+        F::NEW_AFFINITY
+            .insert(bytes(key), value, BPF_NOEXIST.into())
+            .is_ok()
     }
 
     #[inline(always)]
@@ -397,8 +412,12 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
         let (old, new) = (word(old), word(new));
         // SAFETY: a live map value of eight bytes, aligned to eight.
         unsafe {
-            atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(entry.as_ptr().cast(), old, new)
-                .1
+            atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(
+                entry.as_ptr().cast(),
+                old,
+                new,
+            )
+            .1
         }
     }
 
@@ -451,7 +470,9 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
 
     #[inline(always)]
     fn add_flow(&self, key: &FlowKey<F::Words>, flow: &Flow<F::Words>) -> bool {
-        F::FLOWS.insert(bytes(key), bytes(flow), BPF_ANY.into()).is_ok()
+        F::FLOWS
+            .insert(bytes(key), bytes(flow), BPF_ANY.into())
+            .is_ok()
     }
 
     #[inline(always)]
@@ -466,7 +487,9 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
     fn add_waiting(&self, more: i64) {
         if let Some(count) = WAITING.get_ptr_mut(F::INDEX) {
             // SAFETY: an aligned live map value.
-            unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(count, more.cast_unsigned()) };
+            unsafe {
+                atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(count, more.cast_unsigned())
+            };
         }
     }
 
@@ -477,7 +500,9 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
 
     #[inline(always)]
     fn add_new_flow(&self, key: &FlowKey<F::Words>, flow: &Flow<F::Words>) -> bool {
-        F::NEW_FLOWS.insert(bytes(key), bytes(flow), BPF_ANY.into()).is_ok()
+        F::NEW_FLOWS
+            .insert(bytes(key), bytes(flow), BPF_ANY.into())
+            .is_ok()
     }
 
     #[inline(always)]
@@ -499,7 +524,12 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
     fn claim(&self, slot: Entry<'_, SnatSlot<F::Words>>, seen: u32, now: u32) -> bool {
         let last_seen = slot.last_seen();
         // SAFETY: an aligned field of a live map value.
-        unsafe { atomic_cxchg::<u32, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(last_seen, seen, now).1 }
+        unsafe {
+            atomic_cxchg::<u32, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(
+                last_seen, seen, now,
+            )
+            .1
+        }
     }
 
     #[inline(always)]
@@ -524,9 +554,13 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
                 words = [src.high, src.low, dst.high, dst.low, ports];
             }
         }
-        let (tuple, size) = (words.as_mut_ptr().cast::<bpf_sock_tuple>(), 2 * addr as u32 + 4);
+        let (tuple, size) = (
+            words.as_mut_ptr().cast::<bpf_sock_tuple>(),
+            2 * addr as u32 + 4,
+        );
         let netns = BPF_F_CURRENT_NETNS as i64 as u64;
-        // SAFETY: the helpers read `size` bytes of `tuple`; `ctx` is the running program's; what they return is released.
+        // SAFETY: the helpers read `size` bytes of `tuple`; `ctx` is the running program's; what
+        // they return is released.
         unsafe {
             let socket = match reply.proto {
                 TCP => bpf_skc_lookup_tcp(self.ctx, tuple, size, netns, 0),

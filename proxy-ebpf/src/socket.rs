@@ -1,8 +1,8 @@
-//! The cgroup hooks: a frontend is replaced by a backend before a packet exists, and shown again when a process asks
-//! who its peer is.
+//! The cgroup hooks: a frontend is replaced by a backend before a packet exists, and shown again
+//! when a process asks who its peer is.
 //!
-//! What a connected socket dialled is remembered under its cookie ([`SOCKETS`]) until it closes; what an unconnected one sent to,
-//! with the socket itself ([`SENDERS`]).
+//! What a connected socket dialled is remembered under its cookie ([`SOCKETS`]) until it closes;
+//! what an unconnected one sent to, with the socket itself ([`SENDERS`]).
 
 use core::ffi::c_void;
 
@@ -122,7 +122,8 @@ impl Peer for V6 {
     }
 }
 
-/// An IPv4 address in an IPv6 socket (`::ffff:a.b.c.d`): decided as IPv4, read and written where IPv6 stands.
+/// An IPv4 address in an IPv6 socket (`::ffff:a.b.c.d`): decided as IPv4, read and written where
+/// IPv6 stands.
 #[derive(Clone, Copy)]
 struct InSocket6<'a>(&'a SockAddrContext);
 
@@ -135,7 +136,8 @@ impl InSocket6<'_> {
 
 #[inline(always)]
 fn port(ctx: &SockAddrContext) -> u16 {
-    // SAFETY: the context is valid while the program runs. The port stands in network order in the low half.
+    // SAFETY: the context is valid while the program runs. The port stands in network order in the
+    // low half.
     u16::from_be(unsafe { (&raw const (*fields(ctx)).user_port).read_volatile() } as u16)
 }
 
@@ -153,15 +155,21 @@ enum Call {
 }
 
 /// What to dial: a backend, or what was dialled. `Err`: refuse.
-// Not an `Option` to leave it alone: LLVM computes with the port that is not there, which the verifier forbids.
+// Not an `Option` to leave it alone: LLVM computes with the port that is not there, which the
+// verifier forbids.
 #[inline(always)]
-fn choose<F: Peer>(ctx: &SockAddrContext, addr: F::Words, call: Call) -> Result<(F::Words, u16), ()> {
+fn choose<F: Peer>(
+    ctx: &SockAddrContext,
+    addr: F::Words,
+    call: Call,
+) -> Result<(F::Words, u16), ()> {
     let maps = KernelMaps::<Socket>::new(ctx.as_ptr());
     // SAFETY: the context is valid while the program runs.
     let proto = unsafe { (&raw const (*fields(ctx)).protocol).read_volatile() } as u8;
     let port = port(ctx);
-    let Some(frontend) = socket_frontend::<F, _>(&maps, addr, port, proto, || means_this_node::<F>(ctx, &maps, addr))
-    else {
+    let Some(frontend) = socket_frontend::<F, _>(&maps, addr, port, proto, || {
+        means_this_node::<F>(ctx, &maps, addr)
+    }) else {
         return if is_refused::<F>(ctx, addr, call) {
             Err(())
         } else {
@@ -178,12 +186,15 @@ fn choose<F: Peer>(ctx: &SockAddrContext, addr: F::Words, call: Call) -> Result<
     {
         return Ok((F::unmapped(words(&peer.backend)), peer.backend_port));
     }
-    // The source of a pod's socket is not chosen yet: its packets will show it, at the pod's device. The node itself is let
-    // through whatever the ranges (SPEC P5).
-    if frontend.flags & (FRONTEND_SOURCE_RANGES | FRONTEND_PACKETS_ONLY) != 0 && !is_host::<F>(ctx, &maps) {
+    // The source of a pod's socket is not chosen yet: its packets will show it, at the pod's
+    // device. The node itself is let through whatever the ranges (SPEC P5).
+    if frontend.flags & (FRONTEND_SOURCE_RANGES | FRONTEND_PACKETS_ONLY) != 0
+        && !is_host::<F>(ctx, &maps)
+    {
         return Ok((addr, port));
     }
-    // SAFETY: the helper takes the program's own context. A cookie numbers the socket: one socket, one choice.
+    // SAFETY: the helper takes the program's own context. A cookie numbers the socket: one socket,
+    // one choice.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
     let choice = hash::mix(cookie ^ u64::from(frontend.slot_base) << 40) as u32;
     let slot = if frontend.slot_count == 0 {
@@ -193,7 +204,9 @@ fn choose<F: Peer>(ctx: &SockAddrContext, addr: F::Words, call: Call) -> Result<
         let index = if frontend.flags & FRONTEND_AFFINITY != 0 {
             kept_slot::<F>(ctx, &frontend, choice, avoids_silent)
         } else {
-            let index = frontend.slot_base.wrapping_add(hash::pick(choice, frontend.slot_count));
+            let index = frontend
+                .slot_base
+                .wrapping_add(hash::pick(choice, frontend.slot_count));
             if avoids_silent {
                 failover::socket_slot::<F, _>(&maps, &frontend, index, choice)
             } else {
@@ -226,12 +239,13 @@ fn choose<F: Peer>(ctx: &SockAddrContext, addr: F::Words, call: Call) -> Result<
     Ok((slot.addr, slot.port))
 }
 
-/// Refuses a port that no Service has on a cluster IP (see [`address`]). Other destinations are left alone, those that nobody
-/// has too: tc drops what is sent there, and a client that tries again may find that a Service has come.
+/// Refuses a port that no Service has on a cluster IP (see [`address`]). Other destinations are
+/// left alone, those that nobody has too: tc drops what is sent there, and a client that tries
+/// again may find that a Service has come.
 ///
-/// `connect` of a UDP socket sends nothing, and resolvers use it to learn whether an address of a family can be reached, with
-/// ports of their own choice (Go's 9, musl's 65535; RFC 6724). So that goes through, but in the node's own namespace, where no
-/// device would refuse the datagrams.
+/// `connect` of a UDP socket sends nothing, and resolvers use it to learn whether an address of a
+/// family can be reached, with ports of their own choice (Go's 9, musl's 65535; RFC 6724). So that
+/// goes through, but in the node's own namespace, where no device would refuse the datagrams.
 #[inline(never)]
 fn is_refused<F: Peer>(ctx: &SockAddrContext, addr: F::Words, call: Call) -> bool {
     let maps = KernelMaps::<Socket>::new(ctx.as_ptr());
@@ -244,19 +258,27 @@ fn is_refused<F: Peer>(ctx: &SockAddrContext, addr: F::Words, call: Call) -> boo
         return false;
     }
     // SAFETY: the helper takes the program's own context.
-    if proto == UDP && call == Call::Connect && unsafe { bpf_get_netns_cookie(ctx.as_ptr()) } != config.host_netns {
+    if proto == UDP
+        && call == Call::Connect
+        && unsafe { bpf_get_netns_cookie(ctx.as_ptr()) } != config.host_netns
+    {
         return false;
     }
     address::unknown_port::<F, _>(&maps, addr) == Unmatched::Refuse
 }
 
 #[inline(always)]
-fn means_this_node<F: Peer>(ctx: &SockAddrContext, maps: &KernelMaps<Socket>, addr: F::Words) -> bool {
+fn means_this_node<F: Peer>(
+    ctx: &SockAddrContext,
+    maps: &KernelMaps<Socket>,
+    addr: F::Words,
+) -> bool {
     if !F::is_loopback(addr) {
         return Maps::<F>::is_node_addr(maps, &addr);
     }
     // A pod's loopback is the pod itself.
-    Maps::<F>::config(maps).is_some_and(|config| config.flags & F::NODEPORT_LOOPBACK != 0) && is_host::<F>(ctx, maps)
+    Maps::<F>::config(maps).is_some_and(|config| config.flags & F::NODEPORT_LOOPBACK != 0)
+        && is_host::<F>(ctx, maps)
 }
 
 /// Whether the socket is in the node's own network namespace.
@@ -269,7 +291,12 @@ fn is_host<F: Peer>(ctx: &SockAddrContext, maps: &KernelMaps<Socket>) -> bool {
 
 /// [`affinity::slot_index`] for a socket: all sockets of a network namespace are one client.
 #[inline(never)]
-fn kept_slot<F: Peer>(ctx: &SockAddrContext, frontend: &Frontend, choice: u32, avoids_silent: bool) -> u32 {
+fn kept_slot<F: Peer>(
+    ctx: &SockAddrContext,
+    frontend: &Frontend,
+    choice: u32,
+    avoids_silent: bool,
+) -> u32 {
     // SAFETY: the helper takes the program's own context.
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     let key = AffinityKey {
@@ -292,7 +319,8 @@ fn kept_slot<F: Peer>(ctx: &SockAddrContext, frontend: &Frontend, choice: u32, a
     index
 }
 
-/// A remembered address; words, not bytes, for LLVM's sake ([`shunt_common::family::Family::Words`]).
+/// A remembered address; words, not bytes, for LLVM's sake
+/// ([`shunt_common::family::Family::Words`]).
 #[inline(always)]
 fn words(addr: &[u8; 16]) -> Words6 {
     let ptr = core::ptr::from_ref(addr).cast::<u32>();
@@ -307,7 +335,8 @@ fn words(addr: &[u8; 16]) -> Words6 {
 /// The first of an unconnected socket's peers that a test accepts.
 #[inline(always)]
 fn sent(ctx: &SockAddrContext, accept: impl Fn(&SocketPeer) -> bool) -> Option<&SocketPeer> {
-    // SAFETY: the storage lives as long as the socket, which outlives the call; only its own calls write it.
+    // SAFETY: the storage lives as long as the socket, which outlives the call; only its own calls
+    // write it.
     let peers = unsafe { SENDERS.get_ptr_mut(ctx).as_ref() }?;
     peers.peers.iter().find(|peer| accept(peer))
 }
@@ -328,7 +357,8 @@ fn remember_sent(ctx: &SockAddrContext, peer: SocketPeer) {
 /// What a connected socket dialled.
 #[inline(always)]
 fn connected(cookie: u64) -> Option<&'static mut SocketPeer> {
-    // SAFETY: only the socket's own calls use its entry, and the kernel makes them one after the other.
+    // SAFETY: only the socket's own calls use its entry, and the kernel makes them one after the
+    // other.
     unsafe { SOCKETS.get_ptr_mut(cookie)?.as_mut() }
 }
 

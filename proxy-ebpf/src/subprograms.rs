@@ -1,8 +1,9 @@
-//! The decision's [`Subprogram`]s as global functions: one for each hook and family, because a function is verified with
-//! its hook's context, and a family's memory.
+//! The decision's [`Subprogram`]s as global functions: one for each hook and family, because a
+//! function is verified with its hook's context, and a family's memory.
 //!
-//! A global function is one that BTF calls so, which the linker says of all that have a name of their own (`no_mangle`). Their
-//! only argument is the context: kernels before 5.13 know no other pointers.
+//! A global function is one that BTF calls so, which the linker says of all that have a name of
+//! their own (`no_mangle`). Their only argument is the context: kernels before 5.13 know no other
+//! pointers.
 
 use core::{arch::asm, ffi::c_void};
 
@@ -77,7 +78,8 @@ subprograms! {
 /// The body of a global function.
 #[inline(always)]
 fn start<F: KernelFamily, H: PacketHook>(ctx: *mut c_void, subprogram: Subprogram) -> u32 {
-    // SAFETY: no instruction. It says that the argument is used, or LLVM would have callers pass none.
+    // SAFETY: no instruction. It says that the argument is used, or LLVM would have callers pass
+    // none.
     unsafe { asm!("", in("r1") ctx, options(nostack, preserves_flags)) };
     let maps = KernelMaps::<H>::new(ctx);
     match Maps::<F>::scratch(&maps) {
@@ -91,8 +93,8 @@ impl<F: KernelFamily, H: PacketHook> Subprograms<F> for KernelMaps<H> {
     #[inline(always)]
     fn call(&self, subprogram: Subprogram, scratch: &mut Scratch<F::Words>) -> u32 {
         let scratch = core::ptr::from_mut(scratch);
-        // SAFETY: no instruction. It says that others know where `scratch` is: the subprogram, which asks the map for it and writes
-        // to it.
+        // SAFETY: no instruction. It says that others know where `scratch` is: the subprogram,
+        // which asks the map for it and writes to it.
         unsafe { asm!("", in("r0") scratch, options(nostack, preserves_flags)) };
         H::call::<F>(self.context(), subprogram)
     }

@@ -1,8 +1,8 @@
 //! XDP on node devices: packets from the network, before the kernel makes a socket buffer of them.
 //!
-//! A packet whose receiver is on another node is rewritten in full and sent on from here; one for this node is rewritten
-//! and passed up; whatever the kernel must help with (no neighbour yet, no route, too big, last hop) is passed up
-//! untouched, and tc finds the same flow there.
+//! A packet whose receiver is on another node is rewritten in full and sent on from here; one for
+//! this node is rewritten and passed up; whatever the kernel must help with (no neighbour yet, no
+//! route, too big, last hop) is passed up untouched, and tc finds the same flow there.
 
 use core::arch::asm;
 
@@ -45,8 +45,8 @@ impl Frame<'_> {
     #[inline(always)]
     fn len(&self) -> usize {
         let (start, end): (usize, usize);
-        // SAFETY: two moves between registers. They hide from LLVM that the context's fields are 32 bits wide, or it
-        // would spill half of what the verifier knows to be a pointer.
+        // SAFETY: two moves between registers. They hide from LLVM that the context's fields are 32
+        // bits wide, or it would spill half of what the verifier knows to be a pointer.
         unsafe {
             asm!("{0} = {1}", out(reg) start, in(reg) self.0.data(), options(nomem, nostack));
             asm!("{0} = {1}", out(reg) end, in(reg) self.0.data_end(), options(nomem, nostack));
@@ -76,7 +76,8 @@ fn node6(ctx: &XdpContext) -> u32 {
     node::<V6>(ctx)
 }
 
-/// The path of almost all packets: of flows that are open, and of no Service. For the others it says which step is next.
+/// The path of almost all packets: of flows that are open, and of no Service. For the others it
+/// says which step is next.
 ///
 /// That step is taken by [`whole`] and not here, where every packet would pay for its locals.
 #[inline(always)]
@@ -94,7 +95,9 @@ fn node<F: KernelFamily>(ctx: &XdpContext) -> u32 {
 
 #[inline(always)]
 fn arrival<A: Copy>(headers: &Headers<A>) -> Arrival<A> {
-    let Headers { tuple, tcp_flags, .. } = *headers;
+    let Headers {
+        tuple, tcp_flags, ..
+    } = *headers;
     Arrival {
         tuple,
         tcp_flags,
@@ -104,7 +107,11 @@ fn arrival<A: Copy>(headers: &Headers<A>) -> Arrival<A> {
 }
 
 #[inline(always)]
-fn translate<F: KernelFamily>(ctx: &XdpContext, headers: &Headers<F::Words>, to: &Translation<F::Words>) -> u32 {
+fn translate<F: KernelFamily>(
+    ctx: &XdpContext,
+    headers: &Headers<F::Words>,
+    to: &Translation<F::Words>,
+) -> u32 {
     if to.local {
         rewrite::<F>(ctx, headers, &to.tuple);
         count_traffic(ctx, to);
@@ -169,8 +176,9 @@ fn open<F: KernelFamily>(ctx: &XdpContext) -> u32 {
 }
 
 /// Sends the first packet of a flow where [`open`] has found that it goes.
-// A function of its own, which reads the headers once more: its locals and those of the search for a backend are too many for one
-// stack where the kernel rounds every frame up to 32 bytes (before 6.8).
+// A function of its own, which reads the headers once more: its locals and those of the search for
+// a backend are too many for one stack where the kernel rounds every frame up to 32 bytes (before
+// 6.8).
 #[inline(never)]
 fn deliver<F: KernelFamily>(ctx: &XdpContext) -> u32 {
     let Some(headers) = packet::parse::<F>(&Frame(ctx), ETHERNET) else {
@@ -186,14 +194,19 @@ fn deliver<F: KernelFamily>(ctx: &XdpContext) -> u32 {
 
 /// Writes the new tuple; every offset was checked when the headers were read, so it does not fail.
 #[inline(always)]
-fn rewrite<F: Family>(ctx: &XdpContext, headers: &Headers<F::Words>, new: &Tuple<F::Words>) -> bool {
+fn rewrite<F: Family>(
+    ctx: &XdpContext,
+    headers: &Headers<F::Words>,
+    new: &Tuple<F::Words>,
+) -> bool {
     let frame = Frame(ctx);
-    packet::update_checksum::<F>(&frame, headers, new) && packet::write_tuple::<F>(&frame, headers, new)
+    packet::update_checksum::<F>(&frame, headers, new)
+        && packet::write_tuple::<F>(&frame, headers, new)
 }
 
 /// Sends the frame out of a device.
-// Not `XDP_TX`, though the device is the one it came from: a veth leaves such frames in its peer's ring until something
-// else wakes the peer, unless the peer runs XDP too.
+// Not `XDP_TX`, though the device is the one it came from: a veth leaves such frames in its peer's
+// ring until something else wakes the peer, unless the peer runs XDP too.
 #[inline(always)]
 fn send(device: u32) -> u32 {
     // SAFETY: the helper only notes where to send.
@@ -202,13 +215,24 @@ fn send(device: u32) -> u32 {
 
 /// Routes the packet by the kernel's tables and sends it, if it can be sent from here.
 #[inline(always)]
-fn send_on<F: KernelFamily>(ctx: &XdpContext, headers: &Headers<F::Words>, to: &Translation<F::Words>) -> u32 {
+fn send_on<F: KernelFamily>(
+    ctx: &XdpContext,
+    headers: &Headers<F::Words>,
+    to: &Translation<F::Words>,
+) -> u32 {
     let new = &to.tuple;
     let frame = Frame(ctx);
     let ingress = ctx.ingress_ifindex() as u32;
     let mut fib = FibLookup::new::<F>(new, (frame.len() - ETHERNET) as u16, ingress);
     // SAFETY: `fib` has the size and layout of the kernel's struct.
-    let routed = unsafe { bpf_fib_lookup(ctx.as_ptr(), (&raw mut fib).cast(), size_of::<FibLookup>() as i32, 0) };
+    let routed = unsafe {
+        bpf_fib_lookup(
+            ctx.as_ptr(),
+            (&raw mut fib).cast(),
+            size_of::<FibLookup>() as i32,
+            0,
+        )
+    };
     // Another device may lack the means to send XDP frames, and would lose them without a word.
     if routed != 0 || fib.ifindex != ingress || !packet::decrement_hops::<F>(&frame, headers.l3) {
         count(Event::XdpToTc);
@@ -238,7 +262,8 @@ fn send_on<F: KernelFamily>(ctx: &XdpContext, headers: &Headers<F::Words>, to: &
 fn refuse<F: Family>(ctx: &XdpContext, headers: &Headers<F::Words>) -> u32 {
     let quote = icmp::quote_len(headers);
     let surplus = (ETHERNET + quote) as i32 - Frame(ctx).len() as i32;
-    // SAFETY: both helpers check their arguments against the frame; pointers are taken anew afterwards.
+    // SAFETY: both helpers check their arguments against the frame; pointers are taken anew
+    // afterwards.
     unsafe {
         if surplus > 0
             || bpf_xdp_adjust_tail(ctx.ctx, surplus) != 0
@@ -268,7 +293,9 @@ fn refuse<F: Family>(ctx: &XdpContext, headers: &Headers<F::Words>) -> u32 {
 fn reset<F: Family>(ctx: &XdpContext, headers: &Headers<F::Words>) -> u32 {
     let surplus = reset::len(headers) as i32 - Frame(ctx).len() as i32;
     // SAFETY: the helper checks its argument against the frame; pointers are taken anew afterwards.
-    if surplus > 0 || unsafe { bpf_xdp_adjust_tail(ctx.ctx, surplus) } != 0 || !reset::reset::<F>(&Frame(ctx), headers)
+    if surplus > 0
+        || unsafe { bpf_xdp_adjust_tail(ctx.ctx, surplus) } != 0
+        || !reset::reset::<F>(&Frame(ctx), headers)
     {
         return XDP_DROP;
     }

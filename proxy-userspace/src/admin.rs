@@ -1,15 +1,19 @@
-//! What the agent answers about itself, as kube-proxy does (`proxy_health.go` in its `healthcheck` package).
+//! What the agent answers about itself, as kube-proxy does (`proxy_health.go` in its `healthcheck`
+//! package).
 //!
-//! On the healthz address: `/healthz` tells load balancers whether to send new connections to this node, so it fails while the
-//! Node is being taken out of the cluster too; `/livez` tells the kubelet whether the agent does its work, whatever becomes of
-//! the Node; `/readyz` (not kube-proxy's) whether this very agent's datapath is live, so that a rolling update does not go on to
-//! the next node before.
+//! On the healthz address: `/healthz` tells load balancers whether to send new connections to this
+//! node, so it fails while the Node is being taken out of the cluster too; `/livez` tells the
+//! kubelet whether the agent does its work, whatever becomes of the Node; `/readyz` (not
+//! kube-proxy's) whether this very agent's datapath is live, so that a rolling update does not go
+//! on to the next node before.
 //!
-//! On the metrics address: `/metrics`, `/proxyMode`, a `/healthz` that says no more than that somebody answers, and for people
-//! `/configz`, `/flagz` and `/statusz`, which kube-proxy writes as it pleases from one release to the next. Nothing there changes
-//! anything, and nothing there is a secret: of credentials only the files' names are told.
+//! On the metrics address: `/metrics`, `/proxyMode`, a `/healthz` that says no more than that
+//! somebody answers, and for people `/configz`, `/flagz` and `/statusz`, which kube-proxy writes as
+//! it pleases from one release to the next. Nothing there changes anything, and nothing there is a
+//! secret: of credentials only the files' names are told.
 //!
-//! Methods make no difference, as with kube-proxy. Both addresses speak HTTP without asking who is there.
+//! Methods make no difference, as with kube-proxy. Both addresses speak HTTP without asking who is
+//! there.
 
 use std::{env, net::SocketAddr, sync::Arc, time::SystemTime};
 
@@ -85,7 +89,11 @@ pub async fn serve_metrics(
         consequence: "nobody can read this agent's metrics",
     };
     let answer = move |request: hyper::Request<_>| {
-        let (path, exporter, pages) = (request.uri().path().to_owned(), exporter.clone(), pages.clone());
+        let (path, exporter, pages) = (
+            request.uri().path().to_owned(),
+            exporter.clone(),
+            pages.clone(),
+        );
         async move { answer_metrics(&path, exporter, &pages).await }
     };
     http::serve(listening, connections, |_| true, answer).await
@@ -127,9 +135,17 @@ impl Pages {
 }
 
 /// What is answered on the metrics address.
-const METRICS_PATHS: [&str; 6] = ["/configz", "/flagz", "/healthz", "/metrics", "/proxyMode", "/statusz"];
+const METRICS_PATHS: [&str; 6] = [
+    "/configz",
+    "/flagz",
+    "/healthz",
+    "/metrics",
+    "/proxyMode",
+    "/statusz",
+];
 /// Kubernetes' components say the same.
-const NOT_FOR_MACHINES: &str = "Warning: this page is for debugging, and its format may change at any time.";
+const NOT_FOR_MACHINES: &str =
+    "Warning: this page is for debugging, and its format may change at any time.";
 
 /// The command line, a flag a line.
 fn flagz(args: &[String]) -> String {
@@ -146,7 +162,10 @@ fn flagz(args: &[String]) -> String {
             (None, None) => {}
         }
     }
-    format!("\nshunt flagz\n{NOT_FOR_MACHINES}\n\n{}\n", lines.join("\n"))
+    format!(
+        "\nshunt flagz\n{NOT_FOR_MACHINES}\n\n{}\n",
+        lines.join("\n")
+    )
 }
 
 async fn answer_metrics(path: &str, exporter: Exporter, pages: &Pages) -> Response<Full<Bytes>> {
@@ -160,7 +179,11 @@ async fn answer_metrics(path: &str, exporter: Exporter, pages: &Pages) -> Respon
             ),
         },
         "/healthz" => http::response(StatusCode::OK, PLAIN, "ok".into()),
-        "/configz" => http::response(StatusCode::OK, "application/json", pages.configz.clone().into()),
+        "/configz" => http::response(
+            StatusCode::OK,
+            "application/json",
+            pages.configz.clone().into(),
+        ),
         "/flagz" => http::response(StatusCode::OK, PLAIN, pages.flagz.clone().into()),
         "/statusz" => http::response(StatusCode::OK, PLAIN, pages.statusz().into()),
         "/proxyMode" => http::response(StatusCode::OK, PLAIN, "shunt".into()),
@@ -175,7 +198,8 @@ fn answer_health(path: &str, health: &Health) -> Response<String> {
     let (healthy, node_eligible) = match path {
         // A node without a datapath would drop what it is sent; the one of an earlier agent is one.
         "/healthz" => (keeps_up && health.serves() && node_stays, Some(node_stays)),
-        // An API server that is away does not come back by ending agents: a start may take as long as it takes.
+        // An API server that is away does not come back by ending agents: a start may take as long
+        // as it takes.
         "/livez" => (keeps_up, None),
         "/readyz" => (keeps_up && health.is_live(), None),
         _ => return http::response(StatusCode::NOT_FOUND, PLAIN, NOT_FOUND.to_owned()),
@@ -194,7 +218,8 @@ fn answer_health(path: &str, health: &Health) -> Response<String> {
         ipv6: proxier(keeps_up),
     };
     let body = Body {
-        // kube-proxy's: of one that is healthy the last update is always recent, whether or not something changed.
+        // kube-proxy's: of one that is healthy the last update is always recent, whether or not
+        // something changed.
         last_updated: match (healthy, programmed) {
             (true, _) => rfc3339(now),
             (false, Some(time)) => rfc3339(time),
@@ -249,7 +274,9 @@ struct Proxier {
 
 fn rfc3339(time: SystemTime) -> String {
     // Beyond the year 9999 only.
-    Timestamp::try_from(time).unwrap_or(Timestamp::MAX).to_string()
+    Timestamp::try_from(time)
+        .unwrap_or(Timestamp::MAX)
+        .to_string()
 }
 
 #[cfg(test)]
@@ -289,15 +316,19 @@ mod tests {
     #[test]
     fn the_answer_is_kube_proxys() {
         let text = |path: &str, health: &Health| answer_health(path, health).body().clone();
-        let body =
-            |path: &str, health: &Health| -> serde_json::Value { serde_json::from_str(&text(path, health)).unwrap() };
+        let body = |path: &str, health: &Health| -> serde_json::Value {
+            serde_json::from_str(&text(path, health)).unwrap()
+        };
         let health = Health::default();
         let bad = text("/healthz", &health);
         assert!(
             bad.starts_with(r#"{"lastUpdated":"0001-01-01T00:00:00Z","currentTime":"20"#),
             "{bad}"
         );
-        assert!(bad.ends_with(r#","nodeEligible":true,"healthy":true}"#), "{bad}");
+        assert!(
+            bad.ends_with(r#","nodeEligible":true,"healthy":true}"#),
+            "{bad}"
+        );
         health.queued();
         health.programmed();
         health.goes_live();
@@ -309,7 +340,10 @@ mod tests {
         );
         for family in ["IPv4", "IPv6"] {
             assert_eq!(leaving["status"][family]["healthy"], true);
-            assert_eq!(leaving["status"][family]["lastUpdated"], leaving["lastUpdated"]);
+            assert_eq!(
+                leaving["status"][family]["lastUpdated"],
+                leaving["lastUpdated"]
+            );
         }
         let good = answer_health("/livez", &health);
         assert_eq!(good.headers()["content-type"], "application/json");

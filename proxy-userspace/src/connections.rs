@@ -1,8 +1,10 @@
-//! The connections that all HTTP servers of the agent share: how many there may be, of whom, and which one makes room.
+//! The connections that all HTTP servers of the agent share: how many there may be, of whom, and
+//! which one makes room.
 //!
-//! Anybody who reaches a health check's port may open connections by the thousand and say nothing. A new connection is therefore
-//! never refused: when there are too many of one source, or in all, the one that has waited longest of those who hold most is
-//! closed. A probe, which asks at once and is answered at once, is never that one.
+//! Anybody who reaches a health check's port may open connections by the thousand and say nothing.
+//! A new connection is therefore never refused: when there are too many of one source, or in all,
+//! the one that has waited longest of those who hold most is closed. A probe, which asks at once
+//! and is answered at once, is never that one.
 
 use std::{
     cmp::Reverse,
@@ -19,10 +21,12 @@ use tracing::debug;
 pub const MAX_PER_SOURCE: usize = 64;
 /// Connections at once, of all sources to all servers.
 pub const MAX_CONNECTIONS: usize = 1024;
-/// Part of the files that this process may open which connections may take; the rest is for listeners, maps and links.
+/// Part of the files that this process may open which connections may take; the rest is for
+/// listeners, maps and links.
 const FILES_SHARE: u64 = 4;
 
-/// Who holds a connection: an IPv4 address, or an IPv6 network of 64 bits, which is what one subscriber has.
+/// Who holds a connection: an IPv4 address, or an IPv6 network of 64 bits, which is what one
+/// subscriber has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 struct Source(IpAddr);
 
@@ -65,7 +69,8 @@ struct Held {
     asked: BTreeSet<u64>,
 }
 
-/// Who makes room: who holds most; of those, who has a connection that asks for nothing; of those, the one that has waited longest.
+/// Who makes room: who holds most; of those, who has a connection that asks for nothing; of those,
+/// the one that has waited longest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Rank {
     held: Reverse<usize>,
@@ -103,7 +108,8 @@ impl Connections {
         })))
     }
 
-    /// With room for as many as the limit on open files allows (`RLIMIT_NOFILE`), which is raised as far as it may be.
+    /// With room for as many as the limit on open files allows (`RLIMIT_NOFILE`), which is raised
+    /// as far as it may be.
     pub fn within_file_limit() -> Self {
         let files = raise_file_limit();
         let most = usize::try_from(files / FILES_SHARE).unwrap_or(usize::MAX);
@@ -114,8 +120,8 @@ impl Connections {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives a new connection its place and closes another, if there are too many. The registration is for what serves it, which
-    /// is to end when that is aborted.
+    /// Gives a new connection its place and closes another, if there are too many. The registration
+    /// is for what serves it, which is to end when that is aborted.
     pub fn admit(&self, peer: IpAddr) -> (Place, AbortRegistration) {
         let (abort, registration) = AbortHandle::new_pair();
         let id = self.lock().admit(peer.into(), abort);
@@ -174,13 +180,17 @@ impl Table {
 
     fn asked(&mut self, id: u64) {
         if let Some(source) = self.open.get(&id).map(|open| open.source) {
-            self.change(source, |held| held.silent.remove(&id) && held.asked.insert(id));
+            self.change(source, |held| {
+                held.silent.remove(&id) && held.asked.insert(id)
+            });
         }
     }
 
     fn remove(&mut self, id: u64) -> Option<Open> {
         let open = self.open.remove(&id)?;
-        self.change(open.source, |held| held.silent.remove(&id) || held.asked.remove(&id));
+        self.change(open.source, |held| {
+            held.silent.remove(&id) || held.asked.remove(&id)
+        });
         Some(open)
     }
 
@@ -239,11 +249,14 @@ mod tests {
         text.parse().unwrap()
     }
 
-    /// H3: whoever holds most makes room, and of those who hold as many the one who has waited longest.
+    /// H3: whoever holds most makes room, and of those who hold as many the one who has waited
+    /// longest.
     #[test]
     fn the_greedy_make_room() {
         let connections = Connections::new(4);
-        let mut greedy: Vec<_> = (0..3).map(|_| connections.admit(address("192.0.2.1"))).collect();
+        let mut greedy: Vec<_> = (0..3)
+            .map(|_| connections.admit(address("192.0.2.1")))
+            .collect();
         let honest = connections.admit(address("192.0.2.2"));
         let probe = connections.admit(address("192.0.2.3"));
         assert!(greedy[0].0.is_gone() && !greedy[1].0.is_gone());
@@ -253,7 +266,9 @@ mod tests {
         assert!(greedy[1].0.is_gone());
         // One each.
         let last = connections.admit(address("192.0.2.5"));
-        assert!(greedy[2].0.is_gone() && !honest.0.is_gone() && !probe.0.is_gone() && !last.0.is_gone());
+        assert!(
+            greedy[2].0.is_gone() && !honest.0.is_gone() && !probe.0.is_gone() && !last.0.is_gone()
+        );
         assert_eq!((connections.open(), connections.evicted()), (4, 3));
     }
 

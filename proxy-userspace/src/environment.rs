@@ -1,8 +1,9 @@
 //! The environment variables by which a container finds Services: those that a kubelet injects.
 //!
-//! Rules: <https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables>, and where that page is
-//! silent the kubelet's own code (`pkg/kubelet/envvars` and `getServiceEnvVarMap`). They look at objects as the API server
-//! has them, not at what a proxy serves: a Service that another proxy serves has its variables too.
+//! Rules: <https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables>,
+//! and where that page is silent the kubelet's own code (`pkg/kubelet/envvars` and
+//! `getServiceEnvVarMap`). They look at objects as the API server has them, not at what a proxy
+//! serves: a Service that another proxy serves has its variables too.
 
 use std::collections::BTreeMap;
 
@@ -35,11 +36,12 @@ pub struct Clash {
     pub winner: String,
 }
 
-/// Variables in the order of their Services' names, and in a Service's own order as the kubelet makes them; and the names that
-/// two Services claim.
+/// Variables in the order of their Services' names, and in a Service's own order as the kubelet
+/// makes them; and the names that two Services claim.
 ///
-/// `services`: of all namespaces or only of those that matter. `enable_service_links`: the pod's `spec.enableServiceLinks`;
-/// without it only the Service `kubernetes` of the namespace `default` is told of.
+/// `services`: of all namespaces or only of those that matter. `enable_service_links`: the pod's
+/// `spec.enableServiceLinks`; without it only the Service `kubernetes` of the namespace `default`
+/// is told of.
 pub fn variables<'s>(
     services: impl IntoIterator<Item = &'s Service>,
     namespace: &str,
@@ -50,7 +52,11 @@ pub fn variables<'s>(
         let Some(name) = service.metadata.name.as_deref() else {
             continue;
         };
-        let of = service.metadata.namespace.as_deref().filter(|of| !of.is_empty());
+        let of = service
+            .metadata
+            .namespace
+            .as_deref()
+            .filter(|of| !of.is_empty());
         let of = of.unwrap_or(MASTER_NAMESPACE);
         if cluster_ip(service).is_none() {
             continue;
@@ -67,7 +73,10 @@ pub fn variables<'s>(
     for (service, object) in told {
         for variable in of_service(service, object) {
             // `foo` and `foo-service` both have a FOO_SERVICE_PORT.
-            if let Some(at) = variables.iter().position(|(_, other)| other.name == variable.name) {
+            if let Some(at) = variables
+                .iter()
+                .position(|(_, other)| other.name == variable.name)
+            {
                 let (loser, _) = variables.remove(at);
                 if loser != service {
                     clashes.push(Clash {
@@ -80,10 +89,17 @@ pub fn variables<'s>(
             variables.push((service, variable));
         }
     }
-    (variables.into_iter().map(|(_, variable)| variable).collect(), clashes)
+    (
+        variables
+            .into_iter()
+            .map(|(_, variable)| variable)
+            .collect(),
+        clashes,
+    )
 }
 
-/// The Service's `spec.clusterIP` as it is written; `None` for headless ones, for external names, and while it has none.
+/// The Service's `spec.clusterIP` as it is written; `None` for headless ones, for external names,
+/// and while it has none.
 pub fn cluster_ip(service: &Service) -> Option<&str> {
     let spec = service.spec.as_ref()?;
     if spec.type_.as_deref() == Some("ExternalName") {
@@ -91,7 +107,9 @@ pub fn cluster_ip(service: &Service) -> Option<&str> {
     }
     let written = spec.cluster_ip.as_deref().filter(|ip| !ip.is_empty());
     let first = || spec.cluster_ips.iter().map(String::as_str).next();
-    written.or_else(first).filter(|ip| !ip.is_empty() && *ip != "None")
+    written
+        .or_else(first)
+        .filter(|ip| !ip.is_empty() && *ip != "None")
 }
 
 /// `spec.enableServiceLinks`, which is true unless it says otherwise (API reference, `PodSpec`).
@@ -125,7 +143,11 @@ fn of_service(name: &str, service: &Service) -> Vec<Variable> {
         add(format!("{prefix}_PORT"), url(host, first));
     }
     for port in ports() {
-        let of_port = format!("{prefix}_PORT_{}_{}", port.port, protocol(port).to_uppercase());
+        let of_port = format!(
+            "{prefix}_PORT_{}_{}",
+            port.port,
+            protocol(port).to_uppercase()
+        );
         add(of_port.clone(), url(host, port));
         add(format!("{of_port}_PROTO"), protocol(port).to_lowercase());
         add(format!("{of_port}_PORT"), port.port.to_string());

@@ -1,10 +1,12 @@
 //! Flows that have ended or fallen silent leave the connection tables.
 //!
-//! A thread of its own walks `new_flows` and `flows` of both families every [`INTERVAL`], a batch at a time with pauses in
-//! between, and never marks entries as used. It deletes by the flow's own state and age, whoever opened it and whatever
-//! became of its Service. Nothing depends on its speed: the tables are LRU maps, and programming does not wait for it.
+//! A thread of its own walks `new_flows` and `flows` of both families every [`INTERVAL`], a batch
+//! at a time with pauses in between, and never marks entries as used. It deletes by the flow's own
+//! state and age, whoever opened it and whatever became of its Service. Nothing depends on its
+//! speed: the tables are LRU maps, and programming does not wait for it.
 //!
-//! The same walk tells which backend ids flows still name, so that no other id is given to a new backend too early.
+//! The same walk tells which backend ids flows still name, so that no other id is given to a new
+//! backend too early.
 
 use std::{
     sync::{
@@ -57,11 +59,13 @@ pub struct Walk {
     pub flows: u64,
     /// Flows deleted.
     pub deleted: u64,
-    /// Backend ids that flows, translated source ports or sockets name, those just deleted included.
+    /// Backend ids that flows, translated source ports or sockets name, those just deleted
+    /// included.
     pub referenced: IdSet,
 }
 
-/// Walks all flows once, with the time-outs that the programs go by. `pause` is called after every batch; it says whether to go on.
+/// Walks all flows once, with the time-outs that the programs go by. `pause` is called after every
+/// batch; it says whether to go on.
 ///
 /// # Errors
 /// The kernel's.
@@ -70,7 +74,11 @@ pub fn collect(maps: &Maps, pause: impl FnMut() -> bool) -> Result<Option<Walk>>
 }
 
 /// The same by a clock that a test may set: a machine that has just booted has no long ago.
-fn collect_by(maps: &Maps, now: &dyn Fn() -> u32, mut pause: impl FnMut() -> bool) -> Result<Option<Walk>> {
+fn collect_by(
+    maps: &Maps,
+    now: &dyn Fn() -> u32,
+    mut pause: impl FnMut() -> bool,
+) -> Result<Option<Walk>> {
     let mut walk = Walk {
         started: Instant::now(),
         flows: 0,
@@ -83,7 +91,9 @@ fn collect_by(maps: &Maps, now: &dyn Fn() -> u32, mut pause: impl FnMut() -> boo
         config.timeouts = Timeouts::default();
     }
     maps.sockets.for_each_batch(|_, peers| {
-        peers.iter().for_each(|peer| walk.referenced.insert(peer.backend_id));
+        peers
+            .iter()
+            .for_each(|peer| walk.referenced.insert(peer.backend_id));
         Ok(())
     })?;
     let done = collect_family(maps, &maps.v4, &config, now, &mut walk, &mut pause)?
@@ -91,8 +101,9 @@ fn collect_by(maps: &Maps, now: &dyn Fn() -> u32, mut pause: impl FnMut() -> boo
     Ok(done.then_some(walk))
 }
 
-/// Deletes flows that are still over, and counts them. Since they were read a client may have taken its port again, and without its
-/// entry the answer would not be translated: hence one by one, each looked at just before.
+/// Deletes flows that are still over, and counts them. Since they were read a client may have taken
+/// its port again, and without its entry the answer would not be translated: hence one by one, each
+/// looked at just before.
 fn delete_over<F: MapFamily>(
     map: &FlowMap<F>,
     over: &[FlowKey<F::Addr>],
@@ -184,27 +195,31 @@ impl Collector {
     ) -> std::io::Result<Self> {
         let (stop, stopped) = mpsc::channel::<()>();
         let goes_on = move |time| stopped.recv_timeout(time) == Err(RecvTimeoutError::Timeout);
-        let thread = thread::Builder::new().name("flow-collector".into()).spawn(move || {
-            let mut failed = false;
-            while goes_on(interval) {
-                match collect(&maps, || goes_on(PAUSE)) {
-                    Ok(Some(walk)) => {
-                        failed = false;
-                        debug!(
-                            "flows: {} left, {} collected, took {:?}",
-                            walk.flows,
-                            walk.deleted,
-                            walk.started.elapsed()
-                        );
-                        report(walk);
+        let thread = thread::Builder::new()
+            .name("flow-collector".into())
+            .spawn(move || {
+                let mut failed = false;
+                while goes_on(interval) {
+                    match collect(&maps, || goes_on(PAUSE)) {
+                        Ok(Some(walk)) => {
+                            failed = false;
+                            debug!(
+                                "flows: {} left, {} collected, took {:?}",
+                                walk.flows,
+                                walk.deleted,
+                                walk.started.elapsed()
+                            );
+                            report(walk);
+                        }
+                        Ok(None) => return,
+                        // Said once, not every ten seconds.
+                        Err(error) if !std::mem::replace(&mut failed, true) => {
+                            warn!("collecting flows: {error}")
+                        }
+                        Err(_) => {}
                     }
-                    Ok(None) => return,
-                    // Said once, not every ten seconds.
-                    Err(error) if !std::mem::replace(&mut failed, true) => warn!("collecting flows: {error}"),
-                    Err(_) => {}
                 }
-            }
-        })?;
+            })?;
         Ok(Self {
             stop: Some(stop),
             thread: Some(thread),
@@ -228,8 +243,8 @@ mod tests {
     use shunt_common::{
         family::{Family, V4, V6},
         layout::{
-            FLOW_ANSWERED, FLOW_BACKEND_FIN, FLOW_CLIENT_FIN, FLOW_CONFIRMED, FLOW_RESET, FLOW_SNAT, Flow, FlowKey,
-            SnatSlot, TCP,
+            FLOW_ANSWERED, FLOW_BACKEND_FIN, FLOW_CLIENT_FIN, FLOW_CONFIRMED, FLOW_RESET,
+            FLOW_SNAT, Flow, FlowKey, SnatSlot, TCP,
         },
     };
 
@@ -241,10 +256,17 @@ mod tests {
 
     /// One whole walk.
     fn collect(maps: &Maps) -> Walk {
-        collect_by(maps, &|| NOW, || true).unwrap().expect("a whole walk")
+        collect_by(maps, &|| NOW, || true)
+            .unwrap()
+            .expect("a whole walk")
     }
 
-    fn flow<F: Family>(n: u16, state: u16, age: u32, backend_id: u32) -> (FlowKey<F::Addr>, Flow<F::Addr>) {
+    fn flow<F: Family>(
+        n: u16,
+        state: u16,
+        age: u32,
+        backend_id: u32,
+    ) -> (FlowKey<F::Addr>, Flow<F::Addr>) {
         let none = F::bytes(F::UNSPECIFIED);
         let key = FlowKey {
             client: none,
@@ -378,7 +400,8 @@ mod tests {
         );
     }
 
-    /// Ticks since boot are fewer than most time-outs, and a program may be a tick ahead of the walk.
+    /// Ticks since boot are fewer than most time-outs, and a program may be a tick ahead of the
+    /// walk.
     #[test]
     fn nothing_is_over_just_after_boot() {
         let root = Root::new(Capacities::default());
@@ -393,7 +416,9 @@ mod tests {
             maps.v4.flows.set(&key, &flow).unwrap();
         }
         for now in [0, 1, 2] {
-            let walk = collect_by(&maps, &|| now, || true).unwrap().expect("a whole walk");
+            let walk = collect_by(&maps, &|| now, || true)
+                .unwrap()
+                .expect("a whole walk");
             assert_eq!((walk.flows, walk.deleted), (4, 0), "tick {now}");
         }
         assert!(now() >= 1, "0 is for what was never seen");
@@ -413,8 +438,8 @@ mod tests {
         assert_eq!(deleted(), 1);
     }
 
-    /// Walking must not save old entries from eviction: after thirty walks, new flows evict what the programs used last
-    /// longest ago, as if nobody had walked.
+    /// Walking must not save old entries from eviction: after thirty walks, new flows evict what
+    /// the programs used last longest ago, as if nobody had walked.
     #[test]
     fn a_walk_does_not_mark_entries_as_used() {
         let survivors = |walks: usize| {
@@ -435,7 +460,10 @@ mod tests {
                 maps.v4.flows.set(&key, &flow).unwrap();
             }
             let entries = maps.v4.flows.entries().unwrap();
-            entries.iter().filter(|(key, _)| key.client_port < 3000).count()
+            entries
+                .iter()
+                .filter(|(key, _)| key.client_port < 3000)
+                .count()
         };
         let (without, with) = (survivors(0), survivors(30));
         assert!(

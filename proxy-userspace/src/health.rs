@@ -6,7 +6,8 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-/// A change that is not in the maps after so long makes the agent unhealthy: twice kube-proxy's `syncPeriod` of 30 s.
+/// A change that is not in the maps after so long makes the agent unhealthy: twice kube-proxy's
+/// `syncPeriod` of 30 s.
 pub const LATE: Duration = Duration::from_secs(60);
 
 /// A handle on the agent's state; clones share it.
@@ -75,7 +76,8 @@ impl Health {
         state.live || state.taken_over
     }
 
-    /// Whether every change has come into the maps in time. So it is while the source has not told anything.
+    /// Whether every change has come into the maps in time. So it is while the source has not told
+    /// anything.
     pub fn keeps_up(&self) -> bool {
         self.keeps_up_at(Instant::now())
     }
@@ -108,7 +110,8 @@ impl Health {
 mod tests {
     use super::*;
 
-    /// A2: what counts is the oldest change that is not in the maps, not the newest, and not how long nothing has changed.
+    /// A2: what counts is the oldest change that is not in the maps, not the newest, and not how
+    /// long nothing has changed.
     #[test]
     fn a_change_that_waits_too_long_is_late() {
         let health = Health::default();

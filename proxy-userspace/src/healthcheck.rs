@@ -1,9 +1,10 @@
-//! `spec.healthCheckNodePort`: tells a load balancer whether this node has ready endpoints of a Service with
-//! `externalTrafficPolicy: Local`, in kube-proxy's words (`service_health.go` in its `healthcheck` package).
+//! `spec.healthCheckNodePort`: tells a load balancer whether this node has ready endpoints of a
+//! Service with `externalTrafficPolicy: Local`, in kube-proxy's words (`service_health.go` in its
+//! `healthcheck` package).
 //!
-//! Each Service has a listener per family of its own, on the wildcard address, and answers on the addresses that node ports
-//! are restricted to, if they are. Where a port is in use, one warning names
-//! the Service, and the port is tried again until it is free or no longer asked for.
+//! Each Service has a listener per family of its own, on the wildcard address, and answers on the
+//! addresses that node ports are restricted to, if they are. Where a port is in use, one warning
+//! names the Service, and the port is tried again until it is free or no longer asked for.
 
 use std::{
     collections::HashMap,
@@ -28,7 +29,8 @@ use crate::{
     report::Reports,
 };
 
-/// kube-proxy's name for the number of ready local endpoints, which load balancers may weigh nodes by.
+/// kube-proxy's name for the number of ready local endpoints, which load balancers may weigh nodes
+/// by.
 const WEIGHT: &str = "x-load-balancing-endpoint-weight";
 /// What is asked for one Service.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,11 +41,13 @@ pub struct Check {
     pub local: [Option<usize>; 2],
 }
 
-/// What to answer for a Service, of which so many endpoints of this node can serve; `None` when nobody is to be answered.
+/// What to answer for a Service, of which so many endpoints of this node can serve; `None` when
+/// nobody is to be answered.
 pub fn check(service: &Service, ready_local: impl FnOnce() -> [usize; 2]) -> Option<Check> {
     let port = service.health_check_node_port?;
     let ready = ready_local();
-    let local = [false, true].map(|v6| plan::has_family(service, v6).then_some(ready[usize::from(v6)]));
+    let local =
+        [false, true].map(|v6| plan::has_family(service, v6).then_some(ready[usize::from(v6)]));
     Some(Check { port, local })
 }
 
@@ -106,7 +110,10 @@ impl HealthChecks {
 
     /// Answers on these addresses only from now on.
     pub fn admit(&self, addresses: NodePortAddresses) {
-        *self.admitted.write().unwrap_or_else(PoisonError::into_inner) = addresses;
+        *self
+            .admitted
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = addresses;
     }
 
     /// Brings a Service's listeners to what is asked now; `None` closes them.
@@ -118,7 +125,11 @@ impl HealthChecks {
                 self.listeners.remove(&key);
                 continue;
             };
-            if self.listeners.get(&key).is_none_or(|listener| listener.port != port) {
+            if self
+                .listeners
+                .get(&key)
+                .is_none_or(|listener| listener.port != port)
+            {
                 let local = Arc::new(AtomicUsize::new(count));
                 let state = State {
                     service: service.clone(),
@@ -150,7 +161,14 @@ async fn serve(state: State, connections: Connections, port: u16, v6: bool) {
         consequence: "load balancers cannot see this node's endpoints",
         trouble: Box::new({
             let (service, reports) = (state.service.clone(), state.reports.clone());
-            move |message| reports.report_here(Problem::new("Service", &service, "spec.healthCheckNodePort", message))
+            move |message| {
+                reports.report_here(Problem::new(
+                    "Service",
+                    &service,
+                    "spec.healthCheckNodePort",
+                    message,
+                ))
+            }
         }),
     };
     let state = Arc::new(state);
@@ -205,7 +223,11 @@ fn answer(state: &State) -> Response<String> {
         true => StatusCode::OK,
         false => StatusCode::SERVICE_UNAVAILABLE,
     };
-    let mut response = http::response(status, "application/json", String::from_utf8_lossy(&text).into_owned());
+    let mut response = http::response(
+        status,
+        "application/json",
+        String::from_utf8_lossy(&text).into_owned(),
+    );
     response.headers_mut().insert(WEIGHT, local.into());
     response
 }
@@ -250,16 +272,17 @@ mod tests {
     }
 
     fn slice(endpoints: &[(&str, &str, [bool; 3])]) -> EndpointSlice {
-        let endpoint = |&(address, node, [ready, serving, terminating]): &(&str, &str, [bool; 3])| Endpoint {
-            address: address.parse().unwrap(),
-            hostname: None,
-            node: Some(node.into()),
-            ready,
-            serving,
-            terminating,
-            zones: BTreeSet::new(),
-            nodes: BTreeSet::new(),
-        };
+        let endpoint =
+            |&(address, node, [ready, serving, terminating]): &(&str, &str, [bool; 3])| Endpoint {
+                address: address.parse().unwrap(),
+                hostname: None,
+                node: Some(node.into()),
+                ready,
+                serving,
+                terminating,
+                zones: BTreeSet::new(),
+                nodes: BTreeSet::new(),
+            };
         EndpointSlice {
             name: name(),
             service: name(),
@@ -335,6 +358,9 @@ mod tests {
         );
         state.local.store(0, Ordering::Relaxed);
         assert_eq!(answer(&state).status(), 503);
-        assert_eq!(answer(&state).headers()["x-load-balancing-endpoint-weight"], "0");
+        assert_eq!(
+            answer(&state).headers()["x-load-balancing-endpoint-weight"],
+            "0"
+        );
     }
 }

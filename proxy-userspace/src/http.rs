@@ -1,5 +1,5 @@
-//! The agent's small HTTP servers: one request per connection, which is over within seconds, and few connections at once
-//! ([`Connections`]).
+//! The agent's small HTTP servers: one request per connection, which is over within seconds, and
+//! few connections at once ([`Connections`]).
 
 use std::{
     convert::Infallible,
@@ -28,7 +28,8 @@ use tracing::{debug, info};
 
 use crate::connections::{Connections, Place};
 
-/// From one attempt to listen to the next; the first failure may be a listener that is just being closed.
+/// From one attempt to listen to the next; the first failure may be a listener that is just being
+/// closed.
 pub(crate) const RETRY: Duration = Duration::from_millis(500);
 /// From one attempt to accept to the next when there is no room for a socket.
 pub(crate) const ACCEPT_RETRY: Duration = Duration::from_millis(10);
@@ -38,8 +39,8 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 /// Bytes of a request's headers; more is refused (431).
 const MAX_HEADERS: usize = 16 * 1024;
-/// Connections that wait to be accepted (`net.core.somaxconn`, 4096 by default, stands over it). Of those who wait in vain none is a
-/// prober: the queue is emptied at once.
+/// Connections that wait to be accepted (`net.core.somaxconn`, 4096 by default, stands over it). Of
+/// those who wait in vain none is a prober: the queue is emptied at once.
 const BACKLOG: i32 = 4096;
 /// Bytes of a socket's receive buffer: what a peer may make the kernel hold that nobody reads.
 const RECEIVE_BUFFER: usize = 32 * 1024;
@@ -52,7 +53,8 @@ pub struct Listening {
     pub address: SocketAddr,
     /// Whether 0.0.0.0 means IPv6 too, as it does where Go programs listen, kube-proxy among them.
     pub both_families: bool,
-    /// Whether an address that cannot be listened on ends the server, instead of being tried again (`bindAddressHardFail`).
+    /// Whether an address that cannot be listened on ends the server, instead of being tried again
+    /// (`bindAddressHardFail`).
     pub hard_fail: bool,
     /// What goes wrong as long as it cannot listen.
     pub consequence: &'static str,
@@ -109,7 +111,11 @@ impl Listening {
 }
 
 fn listen(address: SocketAddr, only_v6: bool) -> io::Result<TcpListener> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), None)?;
+    let socket = Socket::new(
+        Domain::for_address(address),
+        Type::STREAM.nonblocking().cloexec(),
+        None,
+    )?;
     if address.is_ipv6() {
         socket.set_only_v6(only_v6)?;
     }
@@ -122,8 +128,8 @@ fn listen(address: SocketAddr, only_v6: bool) -> io::Result<TcpListener> {
     TcpListener::from_std(socket.into())
 }
 
-/// Listens as soon as it can and answers those who dial an address that `admits` says yes to, until it is dropped. Connections
-/// take their places in `connections`, which other servers may share.
+/// Listens as soon as it can and answers those who dial an address that `admits` says yes to, until
+/// it is dropped. Connections take their places in `connections`, which other servers may share.
 ///
 /// # Errors
 /// When it cannot listen and that is to be its end.
@@ -161,7 +167,10 @@ where
             continue;
         }
         let (place, registration) = connections.admit(peer.ip());
-        tasks.spawn(Abortable::new(answer_one(stream, place, answer.clone()), registration));
+        tasks.spawn(Abortable::new(
+            answer_one(stream, place, answer.clone()),
+            registration,
+        ));
     }
 }
 
@@ -204,7 +213,10 @@ pub fn response<B>(status: hyper::StatusCode, content_type: &'static str, body: 
     let mut response = Response::new(body);
     *response.status_mut() = status;
     let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static(content_type));
+    headers.insert(
+        header::CONTENT_TYPE,
+        header::HeaderValue::from_static(content_type),
+    );
     headers.insert(
         header::X_CONTENT_TYPE_OPTIONS,
         header::HeaderValue::from_static("nosniff"),

@@ -1,4 +1,5 @@
-//! The agent's log, to stderr: lines for people, or objects with the fields that Kubernetes' components write.
+//! The agent's log, to stderr: lines for people, or objects with the fields that Kubernetes'
+//! components write.
 
 use std::{
     fmt,
@@ -36,8 +37,10 @@ pub fn init(logging: Logging) {
     }
 }
 
-/// One object a line (<https://kubernetes.io/docs/concepts/cluster-administration/system-logs/#json-log-format>): `ts` in milliseconds
-/// since 1970, `msg`, and either `v` or `err`; of these `v` says how chatty a line is, and `err` makes it an error.
+/// One object a line
+/// (<https://kubernetes.io/docs/concepts/cluster-administration/system-logs/#json-log-format>):
+/// `ts` in milliseconds since 1970, `msg`, and either `v` or `err`; of these `v` says how chatty a
+/// line is, and `err` makes it an error.
 struct Json;
 
 impl<S, N> FormatEvent<S, N> for Json
@@ -45,10 +48,17 @@ where
     S: Subscriber + for<'a> LookupSpan<'a>,
     N: for<'a> FormatFields<'a> + 'static,
 {
-    fn format_event(&self, _: &FmtContext<'_, S, N>, mut writer: Writer<'_>, event: &Event<'_>) -> fmt::Result {
+    fn format_event(
+        &self,
+        _: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
         let mut fields = Fields::default();
         event.record(&mut fields);
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
         writeln!(
             writer,
             "{}",

@@ -1,14 +1,16 @@
 //! The graph of Services and their endpoints; says which Services an event touched.
 //!
-//! [`Model::apply`] takes one event and returns the Services whose plan may have changed; [`Model::plan`] says what the
-//! maps must hold for one of them. Both cost what that Service costs, however large the cluster: only a change of the
-//! own Node touches everything, and only a mistake (an endpoint that is a cluster IP) makes a search necessary.
+//! [`Model::apply`] takes one event and returns the Services whose plan may have changed;
+//! [`Model::plan`] says what the maps must hold for one of them. Both cost what that Service costs,
+//! however large the cluster: only a change of the own Node touches everything, and only a mistake
+//! (an endpoint that is a cluster IP) makes a search necessary.
 //!
-//! **Claims.** A cluster IP, a node port, and a port of any other address belong to one Service. Where two ask for the
-//! same, the one that has it keeps it, so that nothing that worked stops working; among those that came before the first
-//! complete list the older object has it (then the smaller name), so that all nodes and every restart decide alike. A
-//! cluster IP always goes before other uses of its address, since users can write any external IP. The loser is told
-//! once, and takes over when the holder leaves.
+//! **Claims.** A cluster IP, a node port, and a port of any other address belong to one Service.
+//! Where two ask for the same, the one that has it keeps it, so that nothing that worked stops
+//! working; among those that came before the first complete list the older object has it (then the
+//! smaller name), so that all nodes and every restart decide alike. A cluster IP always goes before
+//! other uses of its address, since users can write any external IP. The loser is told once, and
+//! takes over when the holder leaves.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -17,7 +19,9 @@ use std::{
 
 use crate::{
     healthcheck::{self, Check},
-    object::{EndpointSlice, Event, NodeFacts, ObjectName, Problem, Protocol, Service, TrafficPolicy},
+    object::{
+        EndpointSlice, Event, NodeFacts, ObjectName, Problem, Protocol, Service, TrafficPolicy,
+    },
     plan::{self, Excluded, FrontendAddress, FrontendKind, ServicePlan, addresses, has_family},
 };
 
@@ -117,7 +121,8 @@ impl Model {
         }
     }
 
-    /// Takes an event in and returns the Services that [`plan`](Self::plan) must be asked about again.
+    /// Takes an event in and returns the Services that [`plan`](Self::plan) must be asked about
+    /// again.
     pub fn apply(&mut self, event: Event) -> BTreeSet<ObjectName> {
         let mut touched = BTreeSet::new();
         match event {
@@ -147,7 +152,11 @@ impl Model {
 
     /// What the maps must hold for a Service; no frontends when it is gone.
     pub fn plan(&self, name: &ObjectName) -> ServicePlan {
-        let Some(service) = self.services.get(name).filter(|service| service.has_frontends()) else {
+        let Some(service) = self
+            .services
+            .get(name)
+            .filter(|service| service.has_frontends())
+        else {
             return ServicePlan::empty(name.clone());
         };
         let slices: Vec<&EndpointSlice> = self.backend_slices(name).collect();
@@ -161,7 +170,10 @@ impl Model {
 
     /// What to answer on a Service's `healthCheckNodePort`; `None` when it has none or is gone.
     pub fn health_check(&self, name: &ObjectName) -> Option<Check> {
-        let service = self.services.get(name).filter(|service| service.has_frontends())?;
+        let service = self
+            .services
+            .get(name)
+            .filter(|service| service.has_frontends())?;
         healthcheck::check(service, || {
             let slices: Vec<&EndpointSlice> = self.backend_slices(name).collect();
             let excluded = self.excluded(service, &slices);
@@ -169,10 +181,14 @@ impl Model {
         })
     }
 
-    /// Whether endpoints of a Service are all on other nodes although `internalTrafficPolicy` or `externalTrafficPolicy` wants
-    /// those of this one.
+    /// Whether endpoints of a Service are all on other nodes although `internalTrafficPolicy` or
+    /// `externalTrafficPolicy` wants those of this one.
     pub fn lacks_local_endpoints(&self, name: &ObjectName) -> [bool; 2] {
-        let Some(service) = self.services.get(name).filter(|service| service.has_frontends()) else {
+        let Some(service) = self
+            .services
+            .get(name)
+            .filter(|service| service.has_frontends())
+        else {
             return [false; 2];
         };
         let is_external = !service.external_ips.is_empty()
@@ -225,8 +241,9 @@ impl Model {
         self.slices(service).filter(|slice| !slice.names_only)
     }
 
-    /// What was found since the last call that cannot be served, each thing once: lost claims and forbidden endpoints.
-    /// Claims are judged here: of events that belong together, one may take what the next gives up.
+    /// What was found since the last call that cannot be served, each thing once: lost claims and
+    /// forbidden endpoints. Claims are judged here: of events that belong together, one may take
+    /// what the next gives up.
     pub fn take_problems(&mut self) -> Vec<Problem> {
         for claim in std::mem::take(&mut self.contested) {
             self.report_claim(claim);
@@ -257,7 +274,12 @@ impl Model {
         }
         let old = self.remove_slice_keeping_reports(&slice.name);
         if let Some(old) = old {
-            let still = |address: &IpAddr| slice.endpoints.iter().any(|endpoint| endpoint.address == *address);
+            let still = |address: &IpAddr| {
+                slice
+                    .endpoints
+                    .iter()
+                    .any(|endpoint| endpoint.address == *address)
+            };
             self.reported_endpoints
                 .retain(|(name, address)| *name != slice.name || still(address));
             self.touch(old.service, touched);
@@ -270,7 +292,11 @@ impl Model {
             .entry(slice.service.clone())
             .or_default()
             .insert(slice.name.clone());
-        let addresses: Vec<IpAddr> = slice.endpoints.iter().map(|endpoint| endpoint.address).collect();
+        let addresses: Vec<IpAddr> = slice
+            .endpoints
+            .iter()
+            .map(|endpoint| endpoint.address)
+            .collect();
         let name = slice.name.clone();
         self.slices.insert(name.clone(), slice);
         if self.slices[&name].names_only {
@@ -326,7 +352,12 @@ impl Model {
     }
 
     /// Exchanges a Service's claims; touches those that win or lose something by it.
-    fn change_claims(&mut self, old: Option<&Service>, new: Option<&Service>, touched: &mut BTreeSet<ObjectName>) {
+    fn change_claims(
+        &mut self,
+        old: Option<&Service>,
+        new: Option<&Service>,
+        touched: &mut BTreeSet<ObjectName>,
+    ) {
         let Some(service) = new.or(old) else { return };
         let name = &service.name;
         let before = old.map(claims_of).unwrap_or_default();
@@ -369,7 +400,8 @@ impl Model {
                 for claimant in claimants.iter() {
                     touched.insert(claimant.service.clone());
                     // Those that still lose are told who has it now.
-                    self.reported_claims.remove(&(claim.told(), claimant.service.clone()));
+                    self.reported_claims
+                        .remove(&(claim.told(), claimant.service.clone()));
                 }
             }
             if claimants.is_empty() {
@@ -389,16 +421,26 @@ impl Model {
         let Some(claimants) = self.claims.get(&claim) else {
             return;
         };
-        let Some(holder) = claim.holder(claimants) else { return };
+        let Some(holder) = claim.holder(claimants) else {
+            return;
+        };
         let what = match claim {
             Claim::Address(ip) => format!("{ip}"),
             // The whole address is somebody's, and the message about that says enough.
             Claim::Frontend(FrontendAddress::Ip(ip), ..) if self.is_cluster_ip(ip) => return,
-            Claim::Frontend(FrontendAddress::Ip(ip), port, protocol) => format!("{ip} port {port}/{protocol}"),
+            Claim::Frontend(FrontendAddress::Ip(ip), port, protocol) => {
+                format!("{ip} port {port}/{protocol}")
+            }
             Claim::Frontend(_, port, protocol) => format!("{port}/{protocol}"),
         };
-        for loser in claimants.iter().filter(|claimant| claimant.service != holder.service) {
-            if self.reported_claims.insert((claim.told(), loser.service.clone())) {
+        for loser in claimants
+            .iter()
+            .filter(|claimant| claimant.service != holder.service)
+        {
+            if self
+                .reported_claims
+                .insert((claim.told(), loser.service.clone()))
+            {
                 self.problems.push(Problem::new(
                     "Service",
                     &loser.service,
@@ -440,8 +482,13 @@ impl Model {
         if !self.endpoint_addresses.contains_key(&ip) {
             return;
         }
-        let holds =
-            |slice: &&EndpointSlice| !slice.names_only && slice.endpoints.iter().any(|endpoint| endpoint.address == ip);
+        let holds = |slice: &&EndpointSlice| {
+            !slice.names_only
+                && slice
+                    .endpoints
+                    .iter()
+                    .any(|endpoint| endpoint.address == ip)
+        };
         let affected: Vec<(ObjectName, ObjectName)> = self
             .slices
             .values()
@@ -476,13 +523,18 @@ impl Model {
     fn excluded(&self, service: &Service, slices: &[&EndpointSlice]) -> Excluded {
         let mut excluded = Excluded::default();
         for claim in claims_of(service).into_keys() {
-            let holder = self.claims.get(&claim).and_then(|claimants| claim.holder(claimants));
+            let holder = self
+                .claims
+                .get(&claim)
+                .and_then(|claimants| claim.holder(claimants));
             if holder.is_none_or(|holder| holder.service == service.name) {
                 continue;
             }
             match claim {
                 Claim::Address(ip) => excluded.addresses.insert(ip),
-                Claim::Frontend(address, port, protocol) => excluded.frontends.insert((address, port, protocol)),
+                Claim::Frontend(address, port, protocol) => {
+                    excluded.frontends.insert((address, port, protocol))
+                }
             };
         }
         let addresses = slices

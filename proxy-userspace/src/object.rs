@@ -1,4 +1,5 @@
-//! The few fields of Kubernetes objects that shunt keeps: what every source yields and the model stores.
+//! The few fields of Kubernetes objects that shunt keeps: what every source yields and the model
+//! stores.
 
 use std::{collections::BTreeSet, fmt, net::IpAddr, path::PathBuf, sync::Arc, time::SystemTime};
 
@@ -63,7 +64,8 @@ pub enum TrafficPolicy {
     Local,
 }
 
-/// Whether connections that a backend does not answer, or refuses, try another ([`shunt_common::failover`]).
+/// Whether connections that a backend does not answer, or refuses, try another
+/// ([`shunt_common::failover`]).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Retry {
     /// Those whose packets are translated anyway.
@@ -96,7 +98,8 @@ pub enum Exposure {
     Frontends,
     /// `clusterIP: None`: by the names of its endpoints only (SPEC F5).
     Headless,
-    /// `type: ExternalName`: by the name of something else, in lower case and without a trailing dot (SPEC F6).
+    /// `type: ExternalName`: by the name of something else, in lower case and without a trailing
+    /// dot (SPEC F6).
     ExternalName(Arc<str>),
     /// By addresses that another proxy serves (SPEC F7). Its names resolve all the same.
     OtherProxy,
@@ -109,7 +112,8 @@ pub struct Service {
     pub name: ObjectName,
     /// How clients reach it.
     pub exposure: Exposure,
-    /// `metadata.creationTimestamp`, seconds since 1970; where two Services claim one address, the older has it.
+    /// `metadata.creationTimestamp`, seconds since 1970; where two Services claim one address, the
+    /// older has it.
     pub created: Option<i64>,
     /// `spec.clusterIPs`, parsed.
     pub cluster_ips: Vec<IpAddr>,
@@ -129,8 +133,8 @@ pub struct Service {
     pub health_check_node_port: Option<u16>,
     /// `spec.loadBalancerSourceRanges`.
     pub source_ranges: Vec<ipnet::IpNet>,
-    /// Whether `source_ranges` limit clients of a family (IPv4, IPv6), be it to nobody; a family that the Service names no range
-    /// of is not limited.
+    /// Whether `source_ranges` limit clients of a family (IPv4, IPv6), be it to nobody; a family
+    /// that the Service names no range of is not limited.
     pub limits_sources: [bool; 2],
     /// `spec.publishNotReadyAddresses`.
     pub publish_not_ready: bool,
@@ -177,14 +181,16 @@ pub struct EndpointPort {
     pub port: u16,
 }
 
-/// An EndpointSlice, or what is its like: an `Endpoints` object, or the ready Pods that a selector finds.
+/// An EndpointSlice, or what is its like: an `Endpoints` object, or the ready Pods that a selector
+/// finds.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct EndpointSlice {
     /// The slice's own `namespace/name`, for messages and as key.
     pub name: ObjectName,
     /// The Service it belongs to: label `kubernetes.io/service-name`.
     pub service: ObjectName,
-    /// Labelled as a headless Service's or another proxy's (SPEC F7): its endpoints have names, and are no backends here.
+    /// Labelled as a headless Service's or another proxy's (SPEC F7): its endpoints have names, and
+    /// are no backends here.
     pub names_only: bool,
     /// `ports`.
     pub ports: Vec<EndpointPort>,
@@ -201,8 +207,9 @@ pub struct NodeFacts {
     pub zone: Option<Arc<str>>,
     /// The Node's addresses: an endpoint with one of these is local whatever its `nodeName` says.
     pub addresses: BTreeSet<IpAddr>,
-    /// Whether the Node is being taken out of the cluster: gone, with a `deletionTimestamp`, or with the cluster autoscaler's
-    /// taint. Load balancers should send nothing new here; plans do not depend on it.
+    /// Whether the Node is being taken out of the cluster: gone, with a `deletionTimestamp`, or
+    /// with the cluster autoscaler's taint. Load balancers should send nothing new here; plans do
+    /// not depend on it.
     pub leaves: bool,
 }
 
@@ -227,12 +234,14 @@ pub enum Event {
     SliceGone(ObjectName),
     /// The own Node's facts changed.
     Node(NodeFacts),
-    /// The cluster has no such Node (any more). Its other facts stay: the machine is still there, and so are its addresses.
+    /// The cluster has no such Node (any more). Its other facts stay: the machine is still there,
+    /// and so are its addresses.
     NodeGone,
     /// Of a change in this batch the cluster says that it happened then.
     Triggered(SystemTime),
-    /// The source has now yielded everything there is: what was not named since its start (or since the last
-    /// `Complete`-less restart of a list) does not exist. Nothing is pruned from the maps before the first one.
+    /// The source has now yielded everything there is: what was not named since its start (or since
+    /// the last `Complete`-less restart of a list) does not exist. Nothing is pruned from the maps
+    /// before the first one.
     Complete,
 }
 
@@ -246,7 +255,8 @@ impl Event {
     }
 }
 
-/// Something in an object that cannot be served as it is written. Prints as one line; everything else goes on.
+/// Something in an object that cannot be served as it is written. Prints as one line; everything
+/// else goes on.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Problem {
     /// The manifest it stands in.
@@ -257,7 +267,8 @@ pub struct Problem {
     pub kind: Arc<str>,
     /// The object, as far as it is known.
     pub name: Option<ObjectName>,
-    /// Path of the field as `kubectl explain` writes it, with indices: `spec.ports[0].port`. Empty: the whole object.
+    /// Path of the field as `kubectl explain` writes it, with indices: `spec.ports[0].port`. Empty:
+    /// the whole object.
     pub field: String,
     /// What is wrong, and what to do about it.
     pub message: String,
@@ -267,7 +278,12 @@ pub struct Problem {
 
 impl Problem {
     /// A problem of a field of a named object.
-    pub fn new(kind: &str, name: &ObjectName, field: impl Into<String>, message: impl Into<String>) -> Self {
+    pub fn new(
+        kind: &str,
+        name: &ObjectName,
+        field: impl Into<String>,
+        message: impl Into<String>,
+    ) -> Self {
         Self {
             file: None,
             line: None,
@@ -280,7 +296,12 @@ impl Problem {
     }
 
     /// Something about a field that the user should know, though it is served as it is written.
-    pub fn warning(kind: &str, name: &ObjectName, field: impl Into<String>, message: impl Into<String>) -> Self {
+    pub fn warning(
+        kind: &str,
+        name: &ObjectName,
+        field: impl Into<String>,
+        message: impl Into<String>,
+    ) -> Self {
         Self {
             is_served: true,
             ..Self::new(kind, name, field, message)
@@ -288,7 +309,11 @@ impl Problem {
     }
 
     /// A problem of a whole file.
-    pub fn in_file(file: impl Into<PathBuf>, line: Option<u64>, message: impl Into<String>) -> Self {
+    pub fn in_file(
+        file: impl Into<PathBuf>,
+        line: Option<u64>,
+        message: impl Into<String>,
+    ) -> Self {
         Self {
             file: Some(file.into()),
             line,
@@ -319,7 +344,8 @@ impl fmt::Display for Problem {
         if !self.field.is_empty() {
             write!(f, "{}: ", self.field)?;
         }
-        // What others wrote (parser messages, names in manifests) may hold line breaks: a log line is one line.
+        // What others wrote (parser messages, names in manifests) may hold line breaks: a log line
+        // is one line.
         let mut words = self.message.split_whitespace();
         if let Some(first) = words.next() {
             f.write_str(first)?;

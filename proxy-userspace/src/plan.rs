@@ -1,7 +1,9 @@
-//! What the maps must hold for one Service on this node: a pure function of the Service, its endpoints and the node.
+//! What the maps must hold for one Service on this node: a pure function of the Service, its
+//! endpoints and the node.
 //!
-//! Which backends a frontend has depends on the endpoints' conditions, the Service's traffic policies and the topology
-//! hints, by kube-proxy's rules (`CategorizeEndpoints` in its `topology.go`), save for what SPEC says otherwise.
+//! Which backends a frontend has depends on the endpoints' conditions, the Service's traffic
+//! policies and the topology hints, by kube-proxy's rules (`CategorizeEndpoints` in its
+//! `topology.go`), save for what SPEC says otherwise.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -12,12 +14,13 @@ use std::{
 
 use ipnet::IpNet;
 use shunt_common::layout::{
-    FRONTEND_AFFINITY, FRONTEND_DROP, FRONTEND_KEEP_SOURCE, FRONTEND_NO_RETRY, FRONTEND_PACKETS_ONLY,
-    FRONTEND_SOURCE_RANGES,
+    FRONTEND_AFFINITY, FRONTEND_DROP, FRONTEND_KEEP_SOURCE, FRONTEND_NO_RETRY,
+    FRONTEND_PACKETS_ONLY, FRONTEND_SOURCE_RANGES,
 };
 
 use crate::object::{
-    Endpoint, EndpointSlice, NodeFacts, ObjectName, Protocol, Retry, Service, ServicePort, TrafficPolicy,
+    Endpoint, EndpointSlice, NodeFacts, ObjectName, Protocol, Retry, Service, ServicePort,
+    TrafficPolicy,
 };
 
 /// Where a frontend listens.
@@ -78,7 +81,8 @@ pub struct Backend {
     pub local: bool,
 }
 
-/// The backends that one or several frontends of a Service choose from, sorted and without duplicates.
+/// The backends that one or several frontends of a Service choose from, sorted and without
+/// duplicates.
 pub type BackendSet = Arc<[Backend]>;
 
 /// How a frontend's slots are filled from its backends.
@@ -109,8 +113,8 @@ pub struct Frontend {
     pub flags: u16,
     /// Seconds of client affinity, 0 without.
     pub affinity_secs: u32,
-    /// Number of the backend set within the Service: frontends with one number have the same backends, whatever these
-    /// are at the moment, and share their clients' affinity.
+    /// Number of the backend set within the Service: frontends with one number have the same
+    /// backends, whatever these are at the moment, and share their clients' affinity.
     pub set: u32,
 }
 
@@ -123,12 +127,13 @@ pub struct ServicePlan {
     pub frontends: Vec<Frontend>,
     /// Sources that frontends with `FRONTEND_SOURCE_RANGES` let in, sorted.
     pub source_ranges: BTreeSet<IpNet>,
-    /// Every endpoint by port index, address and port, and whether it serves (SPEC B7): open flows may stay with one that gets
-    /// no new ones.
+    /// Every endpoint by port index, address and port, and whether it serves (SPEC B7): open flows
+    /// may stay with one that gets no new ones.
     pub endpoints: BTreeMap<(usize, IpAddr, u16), bool>,
 }
 
-/// What other Services' claims take from a Service; empty unless users made a mistake. See [`crate::model`].
+/// What other Services' claims take from a Service; empty unless users made a mistake. See
+/// [`crate::model`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Excluded {
     /// Frontends that another Service holds.
@@ -154,11 +159,15 @@ pub fn plan<'a>(
         // One choice per family, made when the first frontend needs it and shared by all of them.
         let mut choices: [Option<Choices>; 2] = [None, None];
         for (kind, address, number) in addresses(service, port, excluded) {
-            if excluded.frontends.contains(&(address, number, port.protocol)) {
+            if excluded
+                .frontends
+                .contains(&(address, number, port.protocol))
+            {
                 continue;
             }
             let is_v6 = address.is_ipv6();
-            let choices = choices[usize::from(is_v6)].get_or_insert_with(|| candidates.choose(port_index, is_v6));
+            let choices = choices[usize::from(is_v6)]
+                .get_or_insert_with(|| candidates.choose(port_index, is_v6));
             for scope in [Scope::Internal, Scope::External] {
                 let id = FrontendId {
                     address,
@@ -175,7 +184,8 @@ pub fn plan<'a>(
                     port_index,
                     backends: choices.of(role).clone(),
                     table: match kind {
-                        // No other node chooses for the same client: agreement would buy nothing for its memory.
+                        // No other node chooses for the same client: agreement would buy nothing
+                        // for its memory.
                         FrontendKind::ClusterIp => Table::Direct,
                         _ => Table::Maglev,
                     },
@@ -194,8 +204,8 @@ pub fn plan<'a>(
     }
 }
 
-/// How many endpoints of this node are ready, stay so and can serve some port of the Service, by family (IPv4, IPv6): each
-/// address once, as kube-proxy counts them (`LocalReadyEndpoints`).
+/// How many endpoints of this node are ready, stay so and can serve some port of the Service, by
+/// family (IPv4, IPv6): each address once, as kube-proxy counts them (`LocalReadyEndpoints`).
 pub fn ready_local<'a>(
     service: &Service,
     slices: impl IntoIterator<Item = &'a EndpointSlice>,
@@ -267,12 +277,13 @@ pub(crate) fn addresses(
     port: &ServicePort,
     excluded: &Excluded,
 ) -> Vec<(FrontendKind, FrontendAddress, u16)> {
-    let listed = |kind: FrontendKind, ips: &[IpAddr]| -> Vec<(FrontendKind, FrontendAddress, u16)> {
-        ips.iter()
-            .filter(|ip| has_family(service, ip.is_ipv6()) && !excluded.addresses.contains(ip))
-            .map(|ip| (kind, FrontendAddress::Ip(*ip), port.port))
-            .collect()
-    };
+    let listed =
+        |kind: FrontendKind, ips: &[IpAddr]| -> Vec<(FrontendKind, FrontendAddress, u16)> {
+            ips.iter()
+                .filter(|ip| has_family(service, ip.is_ipv6()) && !excluded.addresses.contains(ip))
+                .map(|ip| (kind, FrontendAddress::Ip(*ip), port.port))
+                .collect()
+        };
     let node_ports = [false, true]
         .into_iter()
         .filter(|is_v6| has_family(service, *is_v6))
@@ -285,22 +296,26 @@ pub(crate) fn addresses(
         });
     let mut all = listed(FrontendKind::ClusterIp, &service.cluster_ips);
     all.extend(node_ports);
-    all.extend(listed(FrontendKind::LoadBalancer, &service.load_balancer_ips));
+    all.extend(listed(
+        FrontendKind::LoadBalancer,
+        &service.load_balancer_ips,
+    ));
     all.extend(listed(FrontendKind::ExternalIp, &service.external_ips));
     all
 }
 
-/// Whether a Service is of a family: that of its cluster IPs, both where it has none. Addresses of another, which a load
-/// balancer may well have, are left to their owner.
+/// Whether a Service is of a family: that of its cluster IPs, both where it has none. Addresses of
+/// another, which a load balancer may well have, are left to their owner.
 pub(crate) fn has_family(service: &Service, is_v6: bool) -> bool {
     service.cluster_ips.is_empty() || service.cluster_ips.iter().any(|ip| ip.is_ipv6() == is_v6)
 }
 
 /// One endpoint of one port.
 ///
-/// One address may be in several slices while an endpoint moves from one to the other, or because a pod that hangs in
-/// termination and its successor share it. Each is judged by itself and the greatest counts (SPEC B8): the one that
-/// serves best, with the node and the hints of just that one.
+/// One address may be in several slices while an endpoint moves from one to the other, or because a
+/// pod that hangs in termination and its successor share it. Each is judged by itself and the
+/// greatest counts (SPEC B8): the one that serves best, with the node and the hints of just that
+/// one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 struct Candidate {
     stays_ready: bool,
@@ -327,7 +342,10 @@ impl Candidate {
             has_node_hint: !endpoint.nodes.is_empty(),
             for_this_node: endpoint.nodes.contains(&node.name),
             has_zone_hint: !endpoint.zones.is_empty(),
-            for_this_zone: node.zone.as_ref().is_some_and(|zone| endpoint.zones.contains(zone)),
+            for_this_zone: node
+                .zone
+                .as_ref()
+                .is_some_and(|zone| endpoint.zones.contains(zone)),
         }
     }
 }
@@ -337,7 +355,8 @@ struct Candidates(BTreeMap<(usize, bool), BTreeMap<(IpAddr, u16), Candidate>>);
 
 /// The backends of one Service port in one family, by who asks.
 struct Choices {
-    /// Ready ones, kept to the node or zone when the hints allow it; else those that still serve while they terminate.
+    /// Ready ones, kept to the node or zone when the hints allow it; else those that still serve
+    /// while they terminate.
     near: BackendSet,
     /// Those of this node, by the same preference.
     local: BackendSet,
@@ -372,7 +391,9 @@ impl Candidates {
         let mut all: BTreeMap<(usize, bool), BTreeMap<(IpAddr, u16), Candidate>> = BTreeMap::new();
         for slice in slices {
             for slice_port in &slice.ports {
-                let joined = |port: &ServicePort| port.name == slice_port.name && port.protocol == slice_port.protocol;
+                let joined = |port: &ServicePort| {
+                    port.name == slice_port.name && port.protocol == slice_port.protocol
+                };
                 let Some(port_index) = service.ports.iter().position(joined) else {
                     continue;
                 };
@@ -397,7 +418,10 @@ impl Candidates {
         let mut standing = BTreeMap::new();
         for (&(port_index, _), endpoints) in &self.0 {
             for (&(address, port), candidate) in endpoints {
-                standing.insert((port_index, address, port), candidate.ready || candidate.serving);
+                standing.insert(
+                    (port_index, address, port),
+                    candidate.ready || candidate.serving,
+                );
             }
         }
         standing
@@ -426,13 +450,16 @@ impl Candidates {
             }
         };
         let ready = || candidates.values().filter(|candidate| candidate.ready);
-        // Hints count only when every ready endpoint has them and some are meant for us: a half-written set, or one
-        // that knows nothing of this node, must not send all traffic to few endpoints.
+        // Hints count only when every ready endpoint has them and some are meant for us: a
+        // half-written set, or one that knows nothing of this node, must not send all traffic to
+        // few endpoints.
         let near = if ready().all(|candidate| candidate.has_node_hint)
             && ready().any(|candidate| candidate.for_this_node)
         {
             pick(&|candidate| candidate.ready && candidate.for_this_node)
-        } else if ready().all(|candidate| candidate.has_zone_hint) && ready().any(|candidate| candidate.for_this_zone) {
+        } else if ready().all(|candidate| candidate.has_zone_hint)
+            && ready().any(|candidate| candidate.for_this_zone)
+        {
             pick(&|candidate| candidate.ready && candidate.for_this_zone)
         } else {
             best(&|_| true)
@@ -455,12 +482,16 @@ fn role(service: &Service, id: &FrontendId, kind: FrontendKind, choices: &Choice
         Retry::Off => flags |= FRONTEND_NO_RETRY,
         _ => {}
     }
-    if kind == FrontendKind::LoadBalancer && service.limits_sources[usize::from(id.address.is_ipv6())] {
+    if kind == FrontendKind::LoadBalancer
+        && service.limits_sources[usize::from(id.address.is_ipv6())]
+    {
         flags |= FRONTEND_SOURCE_RANGES;
     }
     let role = match (kind, id.scope) {
         // The internal policy goes by what is dialled, not by who dials. None: refused (SPEC P3).
-        (FrontendKind::ClusterIp, _) if service.internal_policy == TrafficPolicy::Local => Role::Local,
+        (FrontendKind::ClusterIp, _) if service.internal_policy == TrafficPolicy::Local => {
+            Role::Local
+        }
         (FrontendKind::ClusterIp, _) => Role::Near,
         (_, Scope::External) if service.external_policy == TrafficPolicy::Local => {
             flags |= FRONTEND_KEEP_SOURCE;
@@ -469,8 +500,8 @@ fn role(service: &Service, id: &FrontendId, kind: FrontendKind, choices: &Choice
             }
             Role::Local
         }
-        // Internal clients of an external address get all backends, whatever the external policy (SPEC P2); and hints are for
-        // everybody (SPEC B5).
+        // Internal clients of an external address get all backends, whatever the external policy
+        // (SPEC P2); and hints are for everybody (SPEC B5).
         _ => Role::Near,
     };
     (role, flags)
@@ -479,7 +510,9 @@ fn role(service: &Service, id: &FrontendId, kind: FrontendKind, choices: &Choice
 impl fmt::Display for FrontendId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.address {
-            FrontendAddress::Ip(ip) => write!(f, "{}/{}", SocketAddr::new(ip, self.port), self.protocol),
+            FrontendAddress::Ip(ip) => {
+                write!(f, "{}/{}", SocketAddr::new(ip, self.port), self.protocol)
+            }
             FrontendAddress::NodePortV4 => write!(f, "0.0.0.0:{}/{}", self.port, self.protocol),
             FrontendAddress::NodePortV6 => write!(f, "[::]:{}/{}", self.port, self.protocol),
         }
@@ -507,7 +540,11 @@ impl fmt::Display for Frontend {
         f.write_str(" ->")?;
         for backend in self.backends.iter() {
             let local = if backend.local { "*" } else { "" };
-            write!(f, " {}{local}", SocketAddr::new(backend.address, backend.port))?;
+            write!(
+                f,
+                " {}{local}",
+                SocketAddr::new(backend.address, backend.port)
+            )?;
         }
         Ok(())
     }

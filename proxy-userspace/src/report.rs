@@ -1,5 +1,5 @@
-//! What cannot be served as it is written: a line in the log, a count, and where objects come from an API server an Event, which
-//! `kubectl describe` shows.
+//! What cannot be served as it is written: a line in the log, a count, and where objects come from
+//! an API server an Event, which `kubectl describe` shows.
 
 use std::{
     collections::VecDeque,
@@ -51,19 +51,29 @@ impl Reports {
 
     /// Something in an object, which every node finds.
     pub fn report(&self, problem: Problem) {
-        self.add(Report { problem, here: false });
+        self.add(Report {
+            problem,
+            here: false,
+        });
     }
 
     /// Something that this node cannot do for an object.
     pub fn report_here(&self, problem: Problem) {
-        self.add(Report { problem, here: true });
+        self.add(Report {
+            problem,
+            here: true,
+        });
     }
 
     /// Never waits.
     fn add(&self, report: Report) {
         tracing::warn!("{}", report.problem);
         self.metrics.problem(&report.problem.kind);
-        let mut reports = self.waiting.reports.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reports = self
+            .waiting
+            .reports
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if reports.len() < WAITING {
             reports.push_back(report);
             self.waiting.bell.notify_one();

@@ -6,7 +6,9 @@ use serde::{
     Deserialize, Deserializer,
     de::{MapAccess, SeqAccess, Visitor},
 };
-use serde_saphyr::{DuplicateKeyPolicy, Options, RenderOptions, SnippetMode, Spanned, UserMessageFormatter};
+use serde_saphyr::{
+    DuplicateKeyPolicy, Options, RenderOptions, SnippetMode, Spanned, UserMessageFormatter,
+};
 
 /// Why a document or object could not be read.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,8 +37,8 @@ impl Document<'_> {
     }
 }
 
-/// Cuts a file at its document markers. A line that begins with `---` or `...` is one wherever it stands, in a block
-/// scalar too ([YAML 1.2.2, 9.1](https://yaml.org/spec/1.2.2/#91-documents)).
+/// Cuts a file at its document markers. A line that begins with `---` or `...` is one wherever it
+/// stands, in a block scalar too ([YAML 1.2.2, 9.1](https://yaml.org/spec/1.2.2/#91-documents)).
 pub(crate) fn documents(text: &str) -> Vec<Document<'_>> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let mut documents = Vec::new();
@@ -90,13 +92,20 @@ pub(crate) fn strict() -> Options {
 }
 
 /// What the parser has to say, with line, and field below `prefix`.
-pub(crate) fn mistake(error: &serde_saphyr::Error, document: Document<'_>, prefix: &str) -> Mistake {
+pub(crate) fn mistake(
+    error: &serde_saphyr::Error,
+    document: Document<'_>,
+    prefix: &str,
+) -> Mistake {
     let mut render = RenderOptions::default();
     render.snippets = SnippetMode::Off;
     render.formatter = &UserMessageFormatter;
     let message = error.without_snippet().render_with_options(render);
     // The position comes with the file's name; the parser's counts from the document's beginning.
-    let message = match message.rfind(" at line ").or_else(|| message.rfind(" (line ")) {
+    let message = match message
+        .rfind(" at line ")
+        .or_else(|| message.rfind(" (line "))
+    {
         Some(end) => message[..end].trim_end_matches([',', ':', ' ']),
         None => &message,
     };
@@ -107,7 +116,9 @@ pub(crate) fn mistake(error: &serde_saphyr::Error, document: Document<'_>, prefi
         "expected sequence start" => "wants a list".to_owned(),
         "expected mapping start" => "wants a mapping".to_owned(),
         "expected string scalar" => "wants a string".to_owned(),
-        syntax if syntax.starts_with("while ") || syntax.starts_with("unclosed ") => format!("no valid YAML: {syntax}"),
+        syntax if syntax.starts_with("while ") || syntax.starts_with("unclosed ") => {
+            format!("no valid YAML: {syntax}")
+        }
         other => other.to_owned(),
     };
     let location = error.location();
@@ -157,8 +168,14 @@ impl Tree {
         let mut node = self;
         for step in path.split(['.', '[']).filter(|step| !step.is_empty()) {
             let next = match (&node.value, step.strip_suffix(']')) {
-                (Value::List(items), Some(index)) => index.parse().ok().and_then(|index: usize| items.get(index)),
-                (Value::Map(fields), None) => fields.iter().rev().find(|(key, _)| key == step).map(|(_, node)| node),
+                (Value::List(items), Some(index)) => {
+                    index.parse().ok().and_then(|index: usize| items.get(index))
+                }
+                (Value::Map(fields), None) => fields
+                    .iter()
+                    .rev()
+                    .find(|(key, _)| key == step)
+                    .map(|(_, node)| node),
                 _ => None,
             };
             let Some(next) = next else { break };

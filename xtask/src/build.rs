@@ -17,7 +17,7 @@ use crate::{
 pub(crate) fn build() -> Result<PathBuf> {
     setup::setup()?;
     let binary = target().join("release/shunt");
-    run(cargo().args(["build", "--release", "--package", "proxy-userspace"]))?;
+    run(cargo().args(["build", "--release", "--package", "shunt"]))?;
     say("built", binary.display());
     Ok(binary)
 }

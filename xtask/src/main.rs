@@ -1,4 +1,5 @@
-//! `cargo xtask`: everything that a developer does with shunt, from a machine with nothing but a Rust toolchain.
+//! `cargo xtask`: everything that a developer does with shunt, from a machine with nothing but a
+//! Rust toolchain.
 
 mod bench;
 mod build;
@@ -25,29 +26,36 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Finds or installs what building and testing need: a toolchain for BPF, bpf-linker, and tools.
+    /// Finds or installs what building and testing need: a toolchain for BPF, bpf-linker, and
+    /// tools.
     Setup(setup::Args),
     /// Builds `target/release/shunt`.
     Build,
-    /// Makes the container image from nothing but the static agent: an OCI archive in `target/image`.
+    /// Makes the container image from nothing but the static agent: an OCI archive in
+    /// `target/image`.
     Image(image::Args),
-    /// Runs a cluster in network namespaces with live traffic; with arguments of `shunt run`, the agent on this machine.
+    /// Runs a cluster in network namespaces with live traffic; with arguments of `shunt run`, the
+    /// agent on this machine.
     Run(run::Args),
-    /// Measures shunt beside what a user would otherwise run; writes `BENCHMARKS.md` and `target/bench/`. Needs root or sudo.
+    /// Measures shunt beside what a user would otherwise run; writes `BENCHMARKS.md` and
+    /// `target/bench/`. Needs root or sudo.
     Bench(bench::Args),
     /// One end of a measured connection.
     #[command(hide = true)]
     BenchPeer(bench::peer::Args),
-    /// Formatting, lints, documentation and all tests: host, kernel and cluster. Needs root or sudo.
+    /// Formatting, lints, documentation and all tests: host, kernel and cluster. Needs root or
+    /// sudo.
     Test(test::Args),
     /// What runs of tests may leave on this machine, as JSON.
     #[command(hide = true)]
     Traces(test::traces::Args),
-    /// Runs tests in another kernel, one of Debian's, under QEMU: packets through all programs, and SCTP sockets.
+    /// Runs tests in another kernel, one of Debian's, under QEMU: packets through all programs, and
+    /// SCTP sockets.
     Vm(vm::Args),
 }
 
-/// Both `VERB --flag` and `VERB -- --flag` are what people type: the first `--` after the verb says nothing.
+/// Both `VERB --flag` and `VERB -- --flag` are what people type: the first `--` after the verb says
+/// nothing.
 fn without_dashes(words: impl Iterator<Item = OsString>) -> Vec<OsString> {
     let mut words: Vec<OsString> = words.collect();
     if let Some(place) = words.iter().skip(2).position(|word| word == "--") {
@@ -95,7 +103,11 @@ mod unit {
             ("build", "", "Build"),
             ("image", "--try", "trial: true"),
             ("run", "--once", "once: true"),
-            ("run", "--manifests DIR", "agent: [\"--manifests\", \"DIR\"]"),
+            (
+                "run",
+                "--manifests DIR",
+                "agent: [\"--manifests\", \"DIR\"]",
+            ),
             ("bench", "--quick", "quick: true"),
             ("bench", "datapath --quick", "quick: true"),
             ("test", "--long", "long: true"),
@@ -121,7 +133,9 @@ mod unit {
     #[test]
     fn every_verb_says_what_it_does_not_know() {
         for verb in ["setup", "build", "image", "bench", "test"] {
-            let error = parse(&format!("{verb} --nonsense")).unwrap_err().to_string();
+            let error = parse(&format!("{verb} --nonsense"))
+                .unwrap_err()
+                .to_string();
             assert!(error.contains("--nonsense"), "{verb}: {error}");
         }
     }

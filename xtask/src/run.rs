@@ -14,11 +14,12 @@ use crate::{
 /// Arguments of `run`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// One round of traffic and the table; fails unless every frontend was answered by every one of its backends.
+    /// One round of traffic and the table; fails unless every frontend was answered by every one of
+    /// its backends.
     #[arg(long)]
     once: bool,
-    /// The story of a Service, chapter by chapter: discovery, balancing, node ports, load balancer, ingress, readiness. Waits for
-    /// Enter after each step, unless with --once.
+    /// The story of a Service, chapter by chapter: discovery, balancing, node ports, load balancer,
+    /// ingress, readiness. Waits for Enter after each step, unless with --once.
     #[arg(long)]
     story: bool,
     /// How the demo's nodes and pods are joined.
@@ -27,7 +28,8 @@ pub(crate) struct Args {
     /// Everything is built already: set when this starts itself again as root.
     #[arg(long, hide = true)]
     built: bool,
-    /// Arguments of `shunt run` (`--manifests DIR`, `--kubeconfig FILE`, …): runs the agent on this machine itself.
+    /// Arguments of `shunt run` (`--manifests DIR`, `--kubeconfig FILE`, …): runs the agent on this
+    /// machine itself.
     #[arg(
         trailing_var_arg = true,
         allow_hyphen_values = true,

@@ -1,4 +1,5 @@
-//! Finds or installs what the build and the tests need, and writes `target/tools/env` for `proxy-userspace/build.rs`.
+//! Finds or installs what the build and the tests need, and writes `target/tools/env` for
+//! `proxy-userspace/build.rs`.
 
 use std::{
     env, fs,
@@ -16,13 +17,15 @@ const BPF_LINKER_VERSION: &str = "0.13.0";
 const BPF_LINKER_LLVM: std::ops::RangeInclusive<u32> = 21..=23;
 /// The first rustc that builds the workspace, `rust-version` in `Cargo.toml`.
 const MIN_RUSTC: (u32, u32) = (1, 95);
-/// What rustup adds to a toolchain: the source of `core`, which BPF programs are built with, and what checks need.
+/// What rustup adds to a toolchain: the source of `core`, which BPF programs are built with, and
+/// what checks need.
 const COMPONENTS: [&str; 3] = ["rust-src", "clippy", "rustfmt"];
 /// Debian's stand-in for a toolchain with rust-src.
 const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
 const DEBIAN_PACKAGES: [&str; 2] = ["rustc-web", "rust-web-src"];
 
-/// Programs that tests and the demo call, and the Debian package of each. The agent itself calls none.
+/// Programs that tests and the demo call, and the Debian package of each. The agent itself calls
+/// none.
 const PROGRAMS: [(&str, &str); 7] = [
     ("ip", "iproute2"),
     ("ethtool", "ethtool"),
@@ -34,7 +37,11 @@ const PROGRAMS: [(&str, &str); 7] = [
 ];
 
 /// Programs that the story calls besides, nginx apart.
-const STORY_PROGRAMS: [(&str, &str); 3] = [("curl", "curl"), ("ping", "iputils-ping"), ("dpkg-deb", "dpkg")];
+const STORY_PROGRAMS: [(&str, &str); 3] = [
+    ("curl", "curl"),
+    ("ping", "iputils-ping"),
+    ("dpkg-deb", "dpkg"),
+];
 
 /// Programs that `cargo xtask vm` calls besides, which nothing else needs.
 const VM_PROGRAMS: [(&str, &str); 6] = [
@@ -100,7 +107,8 @@ pub(crate) fn setup() -> Result<()> {
     let linker = bpf_linker(&tools, &toolchain, &mut apt)?;
     programs(&PROGRAMS, "for tests and the demo", &mut apt)?;
 
-    let mut text = String::from("# Written by `cargo xtask setup`, read by proxy-userspace/build.rs.\n");
+    let mut text =
+        String::from("# Written by `cargo xtask setup`, read by proxy-userspace/build.rs.\n");
     let mut set = |key: &str, value: &str| text.push_str(&format!("{key}={value}\n"));
     set("RUSTC", &toolchain.rustc.to_string_lossy());
     if let Some(cargo) = &toolchain.cargo {
@@ -113,7 +121,10 @@ pub(crate) fn setup() -> Result<()> {
     // Written only when it changes: the BPF build starts anew when it does.
     if fs::read_to_string(&file).ok().as_deref() != Some(&text) {
         fs::write(&file, &text).with_context(|| format!("{}", file.display()))?;
-        say("setup", format_args!("BPF programs are built by {}", toolchain.what));
+        say(
+            "setup",
+            format_args!("BPF programs are built by {}", toolchain.what),
+        );
     }
     Ok(())
 }
@@ -174,7 +185,9 @@ fn inventory() -> Vec<(String, Found)> {
     let clippy = toolchain.as_ref().and_then(clippy_of);
     list.push((
         "its clippy".to_owned(),
-        clippy.map_or(Found::Missing(add), |path| Found::There(path.display().to_string())),
+        clippy.map_or(Found::Missing(add), |path| {
+            Found::There(path.display().to_string())
+        }),
     ));
     let llvm = toolchain
         .as_ref()
@@ -224,12 +237,19 @@ fn inventory() -> Vec<(String, Found)> {
 ///
 /// With what to do, when something is missing and cannot be installed.
 pub(crate) fn vm() -> Result<()> {
-    programs(&VM_PROGRAMS, "for tests in another kernel", &mut Apt::default())
+    programs(
+        &VM_PROGRAMS,
+        "for tests in another kernel",
+        &mut Apt::default(),
+    )
 }
 
 /// Toolchains with the source of `core`, the best first.
 fn candidates() -> impl Iterator<Item = Toolchain> {
-    rustup_toolchains().into_iter().chain([debian_toolchain()]).flatten()
+    rustup_toolchains()
+        .into_iter()
+        .chain([debian_toolchain()])
+        .flatten()
 }
 
 /// The clippy of a toolchain.
@@ -250,12 +270,15 @@ fn add_clippy(toolchain: &Toolchain) {
 
 fn rustup_add() -> Result<()> {
     let mut command = Command::new("rustup");
-    command.args(["component", "add"]).args(COMPONENTS).current_dir(root());
+    command
+        .args(["component", "add"])
+        .args(COMPONENTS)
+        .current_dir(root());
     capture(&mut command).map(drop)
 }
 
-/// Installs what the story needs besides [`setup`]: programs, and nginx, which is unpacked and not installed, because Debian's
-/// package would start it on this machine.
+/// Installs what the story needs besides [`setup`]: programs, and nginx, which is unpacked and not
+/// installed, because Debian's package would start it on this machine.
 ///
 /// # Errors
 ///
@@ -318,7 +341,9 @@ pub(crate) fn nginx() -> Result<PathBuf> {
         .into_iter()
         .flatten()
         .find(runs)
-        .context("there is no nginx that runs: cargo xtask run --story sets it up, or install nginx")
+        .context(
+            "there is no nginx that runs: cargo xtask run --story sets it up, or install nginx",
+        )
 }
 
 /// Finds a toolchain with the source of `core`, or adds that to one.
@@ -331,7 +356,10 @@ fn toolchain(apt: &mut Apt) -> Result<Toolchain> {
         }
     }
     if which("rustup").is_some() {
-        say("setup", "adding rust-src and clippy to the active rustup toolchain");
+        say(
+            "setup",
+            "adding rust-src and clippy to the active rustup toolchain",
+        );
         match rustup_add() {
             Ok(()) => {
                 if let Some(toolchain) = candidates().find(|toolchain| fits(toolchain).is_ok()) {
@@ -343,7 +371,8 @@ fn toolchain(apt: &mut Apt) -> Result<Toolchain> {
     }
     match apt.install(&DEBIAN_PACKAGES, "a Rust compiler with the source of core") {
         Ok(()) => {
-            if let Some(toolchain) = debian_toolchain().filter(|toolchain| fits(toolchain).is_ok()) {
+            if let Some(toolchain) = debian_toolchain().filter(|toolchain| fits(toolchain).is_ok())
+            {
                 return Ok(toolchain);
             }
             reasons.push(format!("{DEBIAN_RUSTC} is still unfit"));
@@ -365,7 +394,10 @@ fn rustup_toolchains() -> Vec<Option<Toolchain>> {
     let home = env::var_os("RUSTUP_HOME").map(PathBuf::from);
     let home = home.or_else(|| env::home_dir().map(|home| home.join(".rustup")));
     let installed = home.into_iter().flat_map(|home| {
-        let folders = fs::read_dir(home.join("toolchains")).into_iter().flatten().flatten();
+        let folders = fs::read_dir(home.join("toolchains"))
+            .into_iter()
+            .flatten()
+            .flatten();
         let mut names: Vec<PathBuf> = folders.map(|entry| entry.path()).collect();
         names.retain(|path| {
             path.file_name()
@@ -373,7 +405,10 @@ fn rustup_toolchains() -> Vec<Option<Toolchain>> {
         });
         names.sort();
         names.into_iter().map(|path| {
-            let what = format!("toolchain {}", path.file_name().unwrap_or_default().to_string_lossy());
+            let what = format!(
+                "toolchain {}",
+                path.file_name().unwrap_or_default().to_string_lossy()
+            );
             (path.join("bin"), what)
         })
     });
@@ -399,17 +434,25 @@ fn debian_toolchain() -> Option<Toolchain> {
 }
 
 fn has_source(sysroot: &Path) -> bool {
-    sysroot.join("lib/rustlib/src/rust/library/core/Cargo.toml").is_file()
+    sysroot
+        .join("lib/rustlib/src/rust/library/core/Cargo.toml")
+        .is_file()
 }
 
 fn inspect(rustc: PathBuf, cargo: Option<PathBuf>, what: String) -> Result<Toolchain> {
     let text = capture(Command::new(&rustc).arg("-vV"))?;
     let llvm = field(&text, "LLVM version: ").context("rustc -vV names no LLVM version")?;
     let release = field(&text, "release: ").context("rustc -vV names no release")?;
-    let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
+    let mut numbers = release
+        .split(['.', '-'])
+        .map_while(|number| number.parse::<u32>().ok());
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
     if version < MIN_RUSTC {
-        bail!("rustc {release} is older than {}.{}", MIN_RUSTC.0, MIN_RUSTC.1);
+        bail!(
+            "rustc {release} is older than {}.{}",
+            MIN_RUSTC.0,
+            MIN_RUSTC.1
+        );
     }
     let llvm = llvm
         .split('.')
@@ -425,10 +468,13 @@ fn inspect(rustc: PathBuf, cargo: Option<PathBuf>, what: String) -> Result<Toolc
 }
 
 fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
-    text.lines().find_map(|line| line.strip_prefix(name)).map(str::trim)
+    text.lines()
+        .find_map(|line| line.strip_prefix(name))
+        .map(str::trim)
 }
 
-/// Whether bpf-linker can read what the compiler writes: LLVM reads bitcode of its own version and of older ones.
+/// Whether bpf-linker can read what the compiler writes: LLVM reads bitcode of its own version and
+/// of older ones.
 fn fits(toolchain: &Toolchain) -> Result<()> {
     if toolchain.llvm > *BPF_LINKER_LLVM.end() {
         let newest = BPF_LINKER_LLVM.end();
@@ -471,7 +517,12 @@ fn bpf_linker(tools: &Path, toolchain: &Toolchain, apt: &mut Apt) -> Result<Path
                 "--version",
                 BPF_LINKER_VERSION,
             ])
-            .args(["--no-default-features", "--features", &format!("llvm-{llvm}"), "--root"])
+            .args([
+                "--no-default-features",
+                "--features",
+                &format!("llvm-{llvm}"),
+                "--root",
+            ])
             .arg(tools)
             .env("LLVM_PREFIX", &prefix)
             .env("CARGO_TARGET_DIR", &build)
@@ -482,19 +533,23 @@ fn bpf_linker(tools: &Path, toolchain: &Toolchain, apt: &mut Apt) -> Result<Path
     built.context("bpf-linker does not build")?;
     capture(Command::new(&linker).arg("--version")).context("bpf-linker does not run")?;
     let stamp = tools.join("bpf-linker.stamp");
-    fs::write(&stamp, format!("{BPF_LINKER_VERSION} llvm-{llvm}\n")).with_context(|| format!("{}", stamp.display()))?;
+    fs::write(&stamp, format!("{BPF_LINKER_VERSION} llvm-{llvm}\n"))
+        .with_context(|| format!("{}", stamp.display()))?;
     Ok(linker)
 }
 
 /// Whether `target/tools` has a bpf-linker of our version that runs and reads bitcode of this LLVM.
 fn built_linker(tools: &Path, llvm: u32) -> bool {
     let built = fs::read_to_string(tools.join("bpf-linker.stamp")).unwrap_or_default();
-    built.trim().split_once(" llvm-").is_some_and(|(version, of)| {
-        // Running it shows that the shared LLVM that it was linked to is still there.
-        version == BPF_LINKER_VERSION
-            && of.parse().unwrap_or(0) >= llvm
-            && capture(Command::new(tools.join("bin/bpf-linker")).arg("--version")).is_ok()
-    })
+    built
+        .trim()
+        .split_once(" llvm-")
+        .is_some_and(|(version, of)| {
+            // Running it shows that the shared LLVM that it was linked to is still there.
+            version == BPF_LINKER_VERSION
+                && of.parse().unwrap_or(0) >= llvm
+                && capture(Command::new(tools.join("bin/bpf-linker")).arg("--version")).is_ok()
+        })
 }
 
 /// What building bpf-linker takes besides LLVM: whether it is there, and its package.
@@ -528,14 +583,20 @@ fn llvm_dev(toolchain: &Toolchain, apt: &mut Apt) -> Result<u32> {
             Err(error) => reason = reason.or(Some(error)),
         }
     }
-    let error = reason.unwrap_or_else(|| anyhow::anyhow!("it was installed elsewhere than in /usr/lib/llvm-{oldest}"));
+    let error = reason.unwrap_or_else(|| {
+        anyhow::anyhow!("it was installed elsewhere than in /usr/lib/llvm-{oldest}")
+    });
     Err(error.context(format!(
         "LLVM {oldest} for development is missing: add the repository of https://apt.llvm.org and install llvm-{oldest}-dev"
     )))
 }
 
 fn programs(needed: &[(&str, &'static str)], why: &str, apt: &mut Apt) -> Result<()> {
-    let missing = || needed.iter().filter(|(program, _)| which(program).is_none());
+    let missing = || {
+        needed
+            .iter()
+            .filter(|(program, _)| which(program).is_none())
+    };
     let mut packages: Vec<&str> = missing().map(|(_, package)| *package).collect();
     if packages.is_empty() {
         return Ok(());
@@ -570,7 +631,8 @@ impl Apt {
         if !self.updated {
             let how = if is_root() { "" } else { " with sudo" };
             say("setup", format_args!("apt-get update{how}"));
-            // An unreachable repository among several is no reason to stop: the package may be in another.
+            // An unreachable repository among several is no reason to stop: the package may be in
+            // another.
             if let Err(error) = capture(as_root("apt-get")?.args(["update", "-qq"])) {
                 say("setup", format_args!("{error:#}"));
             }

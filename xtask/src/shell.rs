@@ -34,7 +34,8 @@ pub(crate) fn add_sbin_to_path() {
             .filter(|dir| !env::split_paths(&path).any(|known| known == *dir)),
     );
     if let Ok(path) = env::join_paths(folders) {
-        // SAFETY: called first in main, when there is no other thread that could read the environment.
+        // SAFETY: called first in main, when there is no other thread that could read the
+        // environment.
         unsafe { env::set_var("PATH", path) };
     }
 }
@@ -59,7 +60,8 @@ pub(crate) fn say(what: &str, text: impl std::fmt::Display) {
 pub(crate) fn cargo() -> Command {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(root());
-    // Set by cargo for this program; they would make cargo take the xtask package for the one in question.
+    // Set by cargo for this program; they would make cargo take the xtask package for the one in
+    // question.
     for (name, _) in env::vars_os() {
         let text = name.to_string_lossy();
         if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
@@ -134,5 +136,8 @@ pub(crate) fn show(command: &Command) -> String {
         .file_name()
         .unwrap_or(command.get_program());
     let words = [program].into_iter().chain(command.get_args());
-    words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
+    words
+        .map(|word| word.to_string_lossy())
+        .collect::<Vec<_>>()
+        .join(" ")
 }

@@ -1,4 +1,5 @@
-//! Which frontend a packet or a socket dials, whether it may, and the backend that is chosen for it.
+//! Which frontend a packet or a socket dials, whether it may, and the backend that is chosen for
+//! it.
 
 use super::{Maps, Scratch, Subprogram, Subprograms};
 use crate::{
@@ -16,11 +17,16 @@ use crate::{
 #[inline(always)]
 pub(crate) fn may_be_frontend<F: Family>(maps: &impl Maps<F>, tuple: &Tuple<F::Words>) -> bool {
     maps.filter(filter::node_port(tuple.dst_port))
-        || maps.filter(filter::frontend::<F>(tuple.dst, tuple.dst_port, tuple.proto))
+        || maps.filter(filter::frontend::<F>(
+            tuple.dst,
+            tuple.dst_port,
+            tuple.proto,
+        ))
 }
 
-/// Finds the frontend for a socket's destination, and whether to look at it at all. `node_itself`: the destination is
-/// an address that means this node (one of `node_addrs`, or loopback in the node's own namespace).
+/// Finds the frontend for a socket's destination, and whether to look at it at all. `node_itself`:
+/// the destination is an address that means this node (one of `node_addrs`, or loopback in the
+/// node's own namespace).
 #[inline(always)]
 pub fn socket_frontend<F: Family, M: Maps<F>>(
     maps: &M,
@@ -43,10 +49,12 @@ pub fn socket_frontend<F: Family, M: Maps<F>>(
     };
     let frontend = match frontend {
         Some(frontend) => frontend,
-        None if maps.filter(filter::node_port(port)) && node_itself() => maps.frontend(&FrontendKey {
-            addr: F::UNSPECIFIED,
-            ..key
-        })?,
+        None if maps.filter(filter::node_port(port)) && node_itself() => {
+            maps.frontend(&FrontendKey {
+                addr: F::UNSPECIFIED,
+                ..key
+            })?
+        }
         None => return None,
     };
     Some(frontend)
@@ -54,18 +62,26 @@ pub fn socket_frontend<F: Family, M: Maps<F>>(
 
 /// Finds the frontend that a packet is for, and whether its source may dial it; left in `scratch`.
 #[inline(always)]
-pub(crate) fn look_up<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Step {
+pub(crate) fn look_up<F: Family, M: Subprograms<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+) -> Step {
     step_of_number(maps.call(Subprogram::LookUp, scratch))
 }
 
 /// [`look_up`] itself.
 #[inline(always)]
-pub(super) fn look_up_here<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Step {
+pub(super) fn look_up_here<F: Family, M: Maps<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+) -> Step {
     let Some(config) = maps.config() else {
         return Step::Break(Verdict::Pass);
     };
     let Scratch {
-        arrival, frontend_key, ..
+        arrival,
+        frontend_key,
+        ..
     } = scratch;
     let tuple = &arrival.tuple;
     let scope = match arrival.origin {
@@ -80,7 +96,11 @@ pub(super) fn look_up_here<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratc
         reserved: 0,
     };
     let mut frontend = None;
-    if maps.filter(filter::frontend::<F>(tuple.dst, tuple.dst_port, tuple.proto)) {
+    if maps.filter(filter::frontend::<F>(
+        tuple.dst,
+        tuple.dst_port,
+        tuple.proto,
+    )) {
         frontend = maps.frontend(frontend_key);
     }
     if frontend.is_none() && maps.is_node_addr(&tuple.dst) {
@@ -105,7 +125,11 @@ pub(super) fn look_up_here<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratc
 
 /// Whether the packet's source may dial a frontend with `loadBalancerSourceRanges`.
 #[inline(never)]
-fn is_allowed<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, frontend: &Frontend) -> bool {
+fn is_allowed<F: Family, M: Maps<F>>(
+    maps: &M,
+    tuple: &Tuple<F::Words>,
+    frontend: &Frontend,
+) -> bool {
     maps.in_source_ranges(&SourceRangeKey {
         prefix_len: 32 + 8 * size_of::<F::Words>() as u32,
         service: frontend.service,
@@ -119,7 +143,9 @@ fn scope_of<F: Family>(config: &Config, client: F::Words) -> u8 {
     let config = F::config(config);
     let mut scope = SCOPE_EXTERNAL;
     for (i, cidr) in config.cluster_cidrs.iter().enumerate() {
-        if (i as u32) < config.cluster_cidr_count && F::mask(client, F::words(cidr.mask)) == F::words(cidr.addr) {
+        if (i as u32) < config.cluster_cidr_count
+            && F::mask(client, F::words(cidr.mask)) == F::words(cidr.addr)
+        {
             scope = SCOPE_INTERNAL;
         }
     }
@@ -135,8 +161,18 @@ pub(super) fn choose<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::W
     } else if frontend.flags & FRONTEND_AFFINITY != 0 {
         maps.slot(kept_slot(maps, tuple, frontend, scratch.frontend_key.scope))
     } else {
-        let choice = hash::flow::<F>(tuple.src, tuple.src_port, tuple.dst, tuple.dst_port, tuple.proto);
-        maps.slot(frontend.slot_base.wrapping_add(hash::pick(choice, frontend.slot_count)))
+        let choice = hash::flow::<F>(
+            tuple.src,
+            tuple.src_port,
+            tuple.dst,
+            tuple.dst_port,
+            tuple.proto,
+        );
+        maps.slot(
+            frontend
+                .slot_base
+                .wrapping_add(hash::pick(choice, frontend.slot_count)),
+        )
     };
     let Some(slot) = slot else {
         if frontend.flags & FRONTEND_DROP != 0 {
@@ -152,7 +188,10 @@ pub(super) fn choose<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::W
 
 /// Who a packet's sender is to [`affinity`].
 #[inline(always)]
-pub(crate) fn affinity_key<F: Family>(tuple: &Tuple<F::Words>, frontend: &Frontend) -> AffinityKey<F::Words> {
+pub(crate) fn affinity_key<F: Family>(
+    tuple: &Tuple<F::Words>,
+    frontend: &Frontend,
+) -> AffinityKey<F::Words> {
     AffinityKey {
         client: tuple.src,
         service: frontend.service,
@@ -163,22 +202,37 @@ pub(crate) fn affinity_key<F: Family>(tuple: &Tuple<F::Words>, frontend: &Fronte
 
 /// [`affinity::slot_index`] for a packet.
 #[inline(never)]
-fn kept_slot<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, frontend: &Frontend, scope: u8) -> u32 {
+fn kept_slot<F: Family, M: Maps<F>>(
+    maps: &M,
+    tuple: &Tuple<F::Words>,
+    frontend: &Frontend,
+    scope: u8,
+) -> u32 {
     let key = affinity_key::<F>(tuple, frontend);
-    // A client from outside may come in through several nodes, which choose alike if they look at what its flows have in
-    // common. Only one node chooses for a client inside, and it may choose anew when the time-out is over.
+    // A client from outside may come in through several nodes, which choose alike if they look at
+    // what its flows have in common. Only one node chooses for a client inside, and it may choose
+    // anew when the time-out is over.
     let choice = if scope == SCOPE_EXTERNAL {
         hash::flow::<F>(tuple.src, 0, F::UNSPECIFIED, tuple.dst_port, tuple.proto)
     } else {
-        hash::flow::<F>(tuple.src, tuple.src_port, tuple.dst, tuple.dst_port, tuple.proto)
+        hash::flow::<F>(
+            tuple.src,
+            tuple.src_port,
+            tuple.dst,
+            tuple.dst_port,
+            tuple.proto,
+        )
     };
     affinity::slot_index(maps, &key, frontend, choice, false)
 }
 
-/// The packet in `scratch.arrival` has confirmed the flow in `scratch.flow`: its client keeps the backend, if the frontend has
-/// affinity.
+/// The packet in `scratch.arrival` has confirmed the flow in `scratch.flow`: its client keeps the
+/// backend, if the frontend has affinity.
 #[inline(never)]
-pub(super) fn refresh_affinity<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
+pub(super) fn refresh_affinity<F: Family, M: Subprograms<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+) {
     if look_up(maps, scratch).is_break() || scratch.frontend.flags & FRONTEND_AFFINITY == 0 {
         return;
     }

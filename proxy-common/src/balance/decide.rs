@@ -1,5 +1,5 @@
-//! A packet towards a possible frontend that no established flow explains: it is of a flow that is not confirmed yet, or
-//! shares its client's port with another, or it opens one.
+//! A packet towards a possible frontend that no established flow explains: it is of a flow that is
+//! not confirmed yet, or shares its client's port with another, or it opens one.
 
 use super::{
     Entry, Maps, Scratch, Subprogram, Subprograms,
@@ -23,8 +23,8 @@ use crate::{
     verdict::{Arrival, InScratch, PortUse, Step, Verdict},
 };
 
-/// The second half of [`arriving`](super::arriving): a packet towards a possible frontend that no established flow of its
-/// client's side explains.
+/// The second half of [`arriving`](super::arriving): a packet towards a possible frontend that no
+/// established flow of its client's side explains.
 #[inline(always)]
 pub fn undecided<F: Family, M: Subprograms<F>>(
     maps: &M,
@@ -37,15 +37,21 @@ pub fn undecided<F: Family, M: Subprograms<F>>(
 
 /// [`undecided`], of the packet in `scratch.arrival`.
 #[inline(always)]
-pub(crate) fn decide<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Verdict {
+pub(crate) fn decide<F: Family, M: Subprograms<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+) -> Verdict {
     Verdict::of_number(maps.call(Subprogram::Decide, scratch))
 }
 
 /// [`decide`] itself.
-// Each step is a function of its own that leaves what it found in `scratch`: so its locals share the stack with the
-// other steps' locals.
+// Each step is a function of its own that leaves what it found in `scratch`: so its locals share
+// the stack with the other steps' locals.
 #[inline(always)]
-pub(super) fn decide_here<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Verdict {
+pub(super) fn decide_here<F: Family, M: Subprograms<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+) -> Verdict {
     if is_orphaned(maps, scratch) {
         maps.count(Event::BackendGone);
         return Verdict::Reset;
@@ -68,7 +74,8 @@ pub(super) fn decide_here<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut 
     Verdict::Translate(InScratch)
 }
 
-/// Looks for the packet's flow, else for a backend, which is left in [`Scratch::chosen`]: a flow to it is to be opened.
+/// Looks for the packet's flow, else for a backend, which is left in [`Scratch::chosen`]: a flow to
+/// it is to be opened.
 #[inline(never)]
 fn find_backend<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Step {
     if scratch.arrival.tcp_flags & RST != 0 && failover::refuses(maps, scratch) {
@@ -110,7 +117,8 @@ fn find_flow<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Wo
     Step::Break(Verdict::Translate(InScratch))
 }
 
-/// Whether the packet is of an open connection to a backend that is no more. The connection is closed then.
+/// Whether the packet is of an open connection to a backend that is no more. The connection is
+/// closed then.
 #[inline(never)]
 fn is_orphaned<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
     let tuple = &scratch.arrival.tuple;
@@ -132,7 +140,11 @@ fn is_orphaned<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>)
 }
 
 #[inline(always)]
-fn orphan<F: Family, M: Maps<F>>(maps: &M, entry: Entry<'_, Flow<F::Words>>, tuple: &Tuple<F::Words>) -> bool {
+fn orphan<F: Family, M: Maps<F>>(
+    maps: &M,
+    entry: Entry<'_, Flow<F::Words>>,
+    tuple: &Tuple<F::Words>,
+) -> bool {
     let flow = entry.read();
     let is = flow.frontend == tuple.dst
         && flow.frontend_port == tuple.dst_port
@@ -147,13 +159,20 @@ fn orphan<F: Family, M: Maps<F>>(maps: &M, entry: Entry<'_, Flow<F::Words>>, tup
 
 /// Looks for the flow among those not yet confirmed, and those whose client's port is shared.
 #[inline(never)]
-fn find_unconfirmed<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
+fn find_unconfirmed<F: Family, M: Subprograms<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+) -> bool {
     scratch.key = client_key::<F>(&scratch.arrival.tuple);
     if unconfirmed(maps, scratch) {
         return true;
     }
-    // Another CPU may have moved the flow to `flows` since that was looked at. Chosen anew, a connection would be cut in two.
-    if scratch.arrival.tuple.proto != UDP && scratch.arrival.tcp_flags & SYN == 0 && explains(maps, scratch) {
+    // Another CPU may have moved the flow to `flows` since that was looked at. Chosen anew, a
+    // connection would be cut in two.
+    if scratch.arrival.tuple.proto != UDP
+        && scratch.arrival.tcp_flags & SYN == 0
+        && explains(maps, scratch)
+    {
         return true;
     }
     if maps.port_is_shared(shared_port_bit::<F>(&scratch.arrival.tuple)) {

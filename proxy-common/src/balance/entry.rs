@@ -23,10 +23,14 @@ impl<T: Copy> Entry<'_, T> {
     /// Wraps what a map look-up returned.
     ///
     /// # Safety
-    /// `ptr` must stay readable and writable for the entry's lifetime, and nobody may hold a reference into it.
+    /// `ptr` must stay readable and writable for the entry's lifetime, and nobody may hold a
+    /// reference into it.
     #[inline(always)]
     pub unsafe fn new(ptr: NonNull<T>) -> Self {
-        Self { ptr, map: PhantomData }
+        Self {
+            ptr,
+            map: PhantomData,
+        }
     }
 
     /// Where the value stands, for atomic access.
@@ -38,7 +42,8 @@ impl<T: Copy> Entry<'_, T> {
     /// A copy of the value; fields that are not looked at are not loaded.
     #[inline(always)]
     pub fn read(self) -> T {
-        // SAFETY: valid by `new`'s contract. A value that another CPU changes in between is a mix of two valid ones.
+        // SAFETY: valid by `new`'s contract. A value that another CPU changes in between is a mix
+        // of two valid ones.
         unsafe { self.ptr.as_ptr().read() }
     }
 
@@ -60,7 +65,8 @@ impl<T: Copy> Entry<'_, T> {
 /// Copies word by word: LLVM would call a `memmove` for it that goes byte by byte.
 ///
 /// # Safety
-/// `from` must be readable, `to` writable, both aligned; `T` must be made of whole words, without padding.
+/// `from` must be readable, `to` writable, both aligned; `T` must be made of whole words, without
+/// padding.
 #[inline(always)]
 unsafe fn copy<T>(from: *const T, to: *mut T) {
     const { assert!(align_of::<T>() >= 4 && size_of::<T>().is_multiple_of(4)) };
@@ -135,7 +141,8 @@ impl<T: Tracked> Entry<'_, T> {
         unsafe { self.ptr.as_ptr().byte_add(T::LAST_SEEN).cast() }
     }
 
-    /// Records a packet: state bits when they are new, the time when the cheap clock has moved on. Returns whether it had.
+    /// Records a packet: state bits when they are new, the time when the cheap clock has moved on.
+    /// Returns whether it had.
     #[inline(always)]
     pub(super) fn record(self, clock: &impl Clock, bits: u16) -> bool {
         // SAFETY: aligned fields of an entry that is valid by `new`'s contract.

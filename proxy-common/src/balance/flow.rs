@@ -36,7 +36,8 @@ pub(crate) fn shared_port_bit<F: Family>(tuple: &Tuple<F::Words>) -> u32 {
     hash::side::<F>(tuple.src, tuple.src_port, tuple.proto) as u32 % (COLLIDED_WORDS as u32 * 64)
 }
 
-/// The slot of a port in the SNAT range towards a backend, if it is in use for that backend and protocol.
+/// The slot of a port in the SNAT range towards a backend, if it is in use for that backend and
+/// protocol.
 #[inline(always)]
 pub(crate) fn snat_slot<'m, F: Family, M: Maps<F>>(
     maps: &'m M,
@@ -48,7 +49,10 @@ pub(crate) fn snat_slot<'m, F: Family, M: Maps<F>>(
 ) -> Option<Read<'m, SnatSlot<F::Words>>> {
     let entry = maps.snat(snat::index::<F>(config, port, backend, backend_port, proto))?;
     let slot = entry.read();
-    (slot.backend == backend && slot.backend_port == backend_port && slot.proto == proto && slot.last_seen != 0)
+    (slot.backend == backend
+        && slot.backend_port == backend_port
+        && slot.proto == proto
+        && slot.last_seen != 0)
         .then_some((entry, slot))
 }
 
@@ -57,7 +61,14 @@ const RESET_TICKS: u32 = 2;
 
 /// Whether nobody would miss the flow; `closed_ticks`: how long after both sides' FIN.
 #[inline(always)]
-pub(super) fn is_over(timeouts: &Timeouts, state: u16, proto: u8, last_seen: u32, now: u32, closed_ticks: u32) -> bool {
+pub(super) fn is_over(
+    timeouts: &Timeouts,
+    state: u16,
+    proto: u8,
+    last_seen: u32,
+    now: u32,
+    closed_ticks: u32,
+) -> bool {
     // Another CPU may have written a later tick than the one this decision began with.
     let idle = now.saturating_sub(last_seen);
     let limit = if state & FLOW_RESET != 0 {

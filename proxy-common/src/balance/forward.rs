@@ -17,14 +17,20 @@ use crate::{
     verdict::{Arrival, Counted, Lookup, Translation},
 };
 
-/// Epochs ([`Flow::epoch`]) without an answer after which a backend that is no endpoint any more counts as gone for good.
+/// Epochs ([`Flow::epoch`]) without an answer after which a backend that is no endpoint any more
+/// counts as gone for good.
 const SILENT_EPOCHS: u16 = 2;
 
-/// The first half of [`arriving`](super::arriving): all there is to do for packets of open flows, and those of no Service.
+/// The first half of [`arriving`](super::arriving): all there is to do for packets of open flows,
+/// and those of no Service.
 #[inline(always)]
-pub fn established<F: Family, M: Maps<F>>(maps: &M, arrival: &Arrival<F::Words>) -> Lookup<F::Words> {
+pub fn established<F: Family, M: Maps<F>>(
+    maps: &M,
+    arrival: &Arrival<F::Words>,
+) -> Lookup<F::Words> {
     let tuple = &arrival.tuple;
-    // A reply to a translated source comes before any frontend: a SNAT port could be a frontend's too.
+    // A reply to a translated source comes before any frontend: a SNAT port could be a frontend's
+    // too.
     let Some(config) = maps.config() else {
         return Lookup::Unmatched;
     };
@@ -37,9 +43,12 @@ pub fn established<F: Family, M: Maps<F>>(maps: &M, arrival: &Arrival<F::Words>)
         }
     }
 
-    if maps.filter(filter::service::<F>(tuple.dst)) || maps.filter(filter::node_port(tuple.dst_port)) {
+    if maps.filter(filter::service::<F>(tuple.dst))
+        || maps.filter(filter::node_port(tuple.dst_port))
+    {
         let key = client_key::<F>(tuple);
-        // A port whose connection is over is reused in place: such a flow may wait for its first answer here as well.
+        // A port whose connection is over is reused in place: such a flow may wait for its first
+        // answer here as well.
         if let Some(flow) = maps.flow(&key)
             && !(arrival.tcp_flags & SYN != 0 && failover::is_open(flow.read().state))
             && let Some(translation) = forward(maps, config, &key, flow, arrival)
@@ -60,13 +69,19 @@ pub fn established<F: Family, M: Maps<F>>(maps: &M, arrival: &Arrival<F::Words>)
 
 /// [`forward`] of the flow in `flows` under the key in `scratch`, with the translation left there.
 #[inline(always)]
-pub(crate) fn explains<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
+pub(crate) fn explains<F: Family, M: Subprograms<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+) -> bool {
     maps.call(Subprogram::Explains, scratch) != 0
 }
 
 /// [`explains`] itself.
 #[inline(always)]
-pub(super) fn explains_here<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
+pub(super) fn explains_here<F: Family, M: Maps<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+) -> bool {
     match maps.flow(&scratch.key) {
         Some(entry) => is_of(maps, entry, scratch),
         None => false,
@@ -75,8 +90,14 @@ pub(super) fn explains_here<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scrat
 
 /// [`forward`] of a flow, with the translation left in `scratch`.
 #[inline(always)]
-fn is_of<F: Family, M: Maps<F>>(maps: &M, entry: Entry<'_, Flow<F::Words>>, scratch: &mut Scratch<F::Words>) -> bool {
-    let Some(config) = maps.config() else { return false };
+fn is_of<F: Family, M: Maps<F>>(
+    maps: &M,
+    entry: Entry<'_, Flow<F::Words>>,
+    scratch: &mut Scratch<F::Words>,
+) -> bool {
+    let Some(config) = maps.config() else {
+        return false;
+    };
     match forward(maps, config, &scratch.key, entry, &scratch.arrival) {
         Some(translation) => {
             scratch.translation = translation;
@@ -86,8 +107,8 @@ fn is_of<F: Family, M: Maps<F>>(maps: &M, entry: Entry<'_, Flow<F::Words>>, scra
     }
 }
 
-/// A packet of an established flow on its way to the backend. `None`: the entry belongs to another flow, or to a
-/// connection that is over and is being opened anew.
+/// A packet of an established flow on its way to the backend. `None`: the entry belongs to another
+/// flow, or to a connection that is over and is being opened anew.
 #[inline(always)]
 fn forward<F: Family, M: Maps<F>>(
     maps: &M,
@@ -114,8 +135,12 @@ fn forward<F: Family, M: Maps<F>>(
         goes_on(maps, entry, tuple.proto, tcp_flags);
     }
     if tuple.proto != UDP {
-        // Connections stay until their backend is gone for good; it is enough to ask for that once in a while.
-        if passed && maps.backend_flags(flow.backend_id) & BACKEND_GONE != 0 && is_silent(maps, entry, tuple.proto) {
+        // Connections stay until their backend is gone for good; it is enough to ask for that once
+        // in a while.
+        if passed
+            && maps.backend_flags(flow.backend_id) & BACKEND_GONE != 0
+            && is_silent(maps, entry, tuple.proto)
+        {
             return None;
         }
     } else {
@@ -143,11 +168,18 @@ fn forward<F: Family, M: Maps<F>>(
     Some(towards_backend(&flow, arrival))
 }
 
-/// A datagram of a flow that may have been silent: if the last was answered, they are a stream. `false`: the flow's translated source
-/// port is not its own any more; after a silence another flow may have it, or the agent may have given it up.
+/// A datagram of a flow that may have been silent: if the last was answered, they are a stream.
+/// `false`: the flow's translated source port is not its own any more; after a silence another flow
+/// may have it, or the agent may have given it up.
 #[inline(never)]
-fn resumes<F: Family, M: Maps<F>>(maps: &M, key: &FlowKey<F::Words>, entry: Entry<'_, Flow<F::Words>>) -> bool {
-    let Some(config) = maps.config() else { return false };
+fn resumes<F: Family, M: Maps<F>>(
+    maps: &M,
+    key: &FlowKey<F::Words>,
+    entry: Entry<'_, Flow<F::Words>>,
+) -> bool {
+    let Some(config) = maps.config() else {
+        return false;
+    };
     let flow = entry.read();
     if flow.state & (FLOW_ANSWERED | FLOW_CONFIRMED) == FLOW_ANSWERED {
         entry.set(FLOW_CONFIRMED);
@@ -155,7 +187,14 @@ fn resumes<F: Family, M: Maps<F>>(maps: &M, key: &FlowKey<F::Words>, entry: Entr
     if flow.state & FLOW_SNAT == 0 {
         return true;
     }
-    match snat_slot(maps, config, flow.snat_port, flow.backend, flow.backend_port, key.proto) {
+    match snat_slot(
+        maps,
+        config,
+        flow.snat_port,
+        flow.backend,
+        flow.backend_port,
+        key.proto,
+    ) {
         Some((_, slot)) => {
             slot.client == key.client
                 && slot.client_port == key.client_port
@@ -178,8 +217,8 @@ fn client_state(tcp_flags: u8) -> u16 {
     state
 }
 
-/// Whether a client's packet after an answer says that it is there: a SYN may come from a forged address, whose owner resets
-/// what it gets.
+/// Whether a client's packet after an answer says that it is there: a SYN may come from a forged
+/// address, whose owner resets what it gets.
 #[inline(always)]
 fn confirms(proto: u8, tcp_flags: u8) -> bool {
     proto == UDP || tcp_flags & (SYN | ACK | RST) == ACK
@@ -187,48 +226,85 @@ fn confirms(proto: u8, tcp_flags: u8) -> bool {
 
 /// A client has sent something on a flow that waits for it in `flows`, or that it has reset.
 #[inline(never)]
-fn goes_on<F: Family, M: Maps<F>>(maps: &M, entry: Entry<'_, Flow<F::Words>>, proto: u8, tcp_flags: u8) {
+fn goes_on<F: Family, M: Maps<F>>(
+    maps: &M,
+    entry: Entry<'_, Flow<F::Words>>,
+    proto: u8,
+    tcp_flags: u8,
+) {
     let flow = entry.read();
-    if flow.state & (FLOW_WAITING | FLOW_ANSWERED) == FLOW_WAITING | FLOW_ANSWERED && confirms(proto, tcp_flags) {
+    if flow.state & (FLOW_WAITING | FLOW_ANSWERED) == FLOW_WAITING | FLOW_ANSWERED
+        && confirms(proto, tcp_flags)
+    {
         // Both sides have spoken.
         entry.clear(FLOW_WAITING);
         maps.add_waiting(-1);
     }
-    // Who resets a connection sends nothing more on it: somebody else did, or the backend did not believe it.
+    // Who resets a connection sends nothing more on it: somebody else did, or the backend did not
+    // believe it.
     if flow.state & FLOW_CLIENT_RESET != 0 && tcp_flags & RST == 0 {
         entry.clear(FLOW_CLIENT_RESET);
         if flow.state & FLOW_SNAT != 0
             && let Some(config) = maps.config()
-            && let Some((slot, _)) = snat_slot(maps, config, flow.snat_port, flow.backend, flow.backend_port, proto)
+            && let Some((slot, _)) = snat_slot(
+                maps,
+                config,
+                flow.snat_port,
+                flow.backend,
+                flow.backend_port,
+                proto,
+            )
         {
             slot.clear(FLOW_CLIENT_RESET);
         }
     }
 }
 
-/// What the slot of a translated source has seen of the backend's side: replies to it do not pass by the flow.
+/// What the slot of a translated source has seen of the backend's side: replies to it do not pass
+/// by the flow.
 #[inline(always)]
-fn snat_state<F: Family, M: Maps<F>>(maps: &M, config: &Config, flow: &Flow<F::Words>, proto: u8) -> u16 {
+fn snat_state<F: Family, M: Maps<F>>(
+    maps: &M,
+    config: &Config,
+    flow: &Flow<F::Words>,
+    proto: u8,
+) -> u16 {
     if flow.state & FLOW_SNAT == 0 {
         return 0;
     }
-    match snat_slot(maps, config, flow.snat_port, flow.backend, flow.backend_port, proto) {
+    match snat_slot(
+        maps,
+        config,
+        flow.snat_port,
+        flow.backend,
+        flow.backend_port,
+        proto,
+    ) {
         Some((_, slot)) => slot.state & (FLOW_BACKEND_FIN | FLOW_RESET),
         // Another flow has the port by now.
         None => FLOW_RESET,
     }
 }
 
-/// Whether a backend that is no endpoint any more leaves the client without an answer. One that was only taken from behind its
-/// Service still answers, and its connections go on.
+/// Whether a backend that is no endpoint any more leaves the client without an answer. One that was
+/// only taken from behind its Service still answers, and its connections go on.
 #[inline(never)]
-pub(super) fn is_silent<F: Family, M: Maps<F>>(maps: &M, entry: Entry<'_, Flow<F::Words>>, proto: u8) -> bool {
+pub(super) fn is_silent<F: Family, M: Maps<F>>(
+    maps: &M,
+    entry: Entry<'_, Flow<F::Words>>,
+    proto: u8,
+) -> bool {
     let flow = entry.read();
     // Replies to a translated source are seen in its slot only.
     let slot = match maps.config() {
-        Some(config) if flow.state & FLOW_SNAT != 0 => {
-            snat_slot(maps, config, flow.snat_port, flow.backend, flow.backend_port, proto)
-        }
+        Some(config) if flow.state & FLOW_SNAT != 0 => snat_slot(
+            maps,
+            config,
+            flow.snat_port,
+            flow.backend,
+            flow.backend_port,
+            proto,
+        ),
         _ => None,
     };
     let state = match &slot {
@@ -246,16 +322,22 @@ pub(super) fn is_silent<F: Family, M: Maps<F>>(maps: &M, entry: Entry<'_, Flow<F
     false
 }
 
-/// A packet of the flow in `new_flows` under the key in `scratch`, on its way to the backend: the flow is moved to `flows` once both
-/// sides have spoken.
+/// A packet of the flow in `new_flows` under the key in `scratch`, on its way to the backend: the
+/// flow is moved to `flows` once both sides have spoken.
 #[inline(always)]
-pub(crate) fn unconfirmed<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
+pub(crate) fn unconfirmed<F: Family, M: Subprograms<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+) -> bool {
     maps.call(Subprogram::Unconfirmed, scratch) != 0
 }
 
 /// [`unconfirmed`] itself.
 #[inline(always)]
-pub(super) fn unconfirmed_here<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
+pub(super) fn unconfirmed_here<F: Family, M: Maps<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+) -> bool {
     let Some(entry) = maps.new_flow(&scratch.key) else {
         return false;
     };
@@ -275,7 +357,14 @@ pub(super) fn unconfirmed_here<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Sc
     entry.copy_to(flow);
     if flow.state & FLOW_SNAT != 0
         && let Some(config) = maps.config()
-        && let Some((entry, slot)) = snat_slot(maps, config, flow.snat_port, flow.backend, flow.backend_port, proto)
+        && let Some((entry, slot)) = snat_slot(
+            maps,
+            config,
+            flow.snat_port,
+            flow.backend,
+            flow.backend_port,
+            proto,
+        )
     {
         // Replies of a translated source are seen in its slot only.
         flow.state |= slot.state & FLOW_ANSWERED;
@@ -310,5 +399,9 @@ pub(super) fn towards_backend<A: Copy>(flow: &Flow<A>, arrival: &Arrival<A>) -> 
         backend: flow.backend_id,
         reply: false,
     };
-    Translation { tuple, local, counted }
+    Translation {
+        tuple,
+        local,
+        counted,
+    }
 }

@@ -63,13 +63,17 @@ pub trait Maps<F: Family>: Clock {
     fn snat(&self, index: u32) -> Option<Entry<'_, SnatSlot<F::Words>>>;
     /// Sets a SNAT slot's `last_seen` from `seen` to `now`, unless another CPU was first.
     fn claim(&self, slot: Entry<'_, SnatSlot<F::Words>>, seen: u32, now: u32) -> bool;
-    /// Whether a socket of this node would get packets of this tuple (a reply's: from the backend to the node).
+    /// Whether a socket of this node would get packets of this tuple (a reply's: from the backend
+    /// to the node).
     fn socket_takes(&self, reply: &Tuple<F::Words>) -> bool;
-    /// The source address that the node's routes give to a packet of this tuple, as `MASQUERADE` would choose it; `None` where they
-    /// cannot be asked, or have none.
+    /// The source address that the node's routes give to a packet of this tuple, as `MASQUERADE`
+    /// would choose it; `None` where they cannot be asked, or have none.
     fn route_source(&self, tuple: &Tuple<F::Words>) -> Option<F::Words>;
     /// Memory of this program run's own.
-    #[expect(clippy::mut_from_ref, reason = "per-CPU memory, asked for once in a run")]
+    #[expect(
+        clippy::mut_from_ref,
+        reason = "per-CPU memory, asked for once in a run"
+    )]
     fn scratch(&self) -> Option<&mut Scratch<F::Words>>;
     /// Whether a bit of `collided` is set: flows to two frontends share a client's port.
     fn port_is_shared(&self, bit: u32) -> bool;

@@ -1,8 +1,8 @@
 //! The decision: what becomes of a packet, at whichever hook it is seen.
 //!
-//! A flow is one entry, keyed by the client's side ([`FlowKey`](crate::layout::FlowKey)). A packet towards a frontend is
-//! recognised where it **arrives** at the node, its reply where it **leaves** towards the client, by tuple alone; so
-//! replies that are bridged at layer 2 are caught as well.
+//! A flow is one entry, keyed by the client's side ([`FlowKey`](crate::layout::FlowKey)). A packet
+//! towards a frontend is recognised where it **arrives** at the node, its reply where it **leaves**
+//! towards the client, by tuple alone; so replies that are bridged at layer 2 are caught as well.
 //!
 //! ```text
 //!                  arrives ([`arriving`])                     leaves ([`leaving`])
@@ -10,14 +10,14 @@
 //! backend → client B:bp → N:sp  becomes  B:bp → C:sp (SNAT)   B:bp → C:sp  becomes  F:fp → C:cp
 //! ```
 //!
-//! Source translation is split so that the kernel never sees one of its own addresses as the source of an arriving
-//! packet (which it would drop as martian), and netfilter in between sees one connection. XDP, which sends packets on
-//! itself, does both halves at once ([`Arrival::sends_on`]). Without SNAT `sp` is `cp`, and only the frontend's side
-//! changes.
+//! Source translation is split so that the kernel never sees one of its own addresses as the source
+//! of an arriving packet (which it would drop as martian), and netfilter in between sees one
+//! connection. XDP, which sends packets on itself, does both halves at once
+//! ([`Arrival::sends_on`]). Without SNAT `sp` is `cp`, and only the frontend's side changes.
 //!
-//! Packets of open flows are the matter of `forward` and `reply`. All others go through `decide`: `choose` finds the
-//! frontend and a backend, `open` makes the flow, and `source_port` finds a source port where one is due. What they say to each
-//! other are the types of [`crate::verdict`].
+//! Packets of open flows are the matter of `forward` and `reply`. All others go through `decide`:
+//! `choose` finds the frontend and a backend, `open` makes the flow, and `source_port` finds a
+//! source port where one is due. What they say to each other are the types of [`crate::verdict`].
 
 mod choose;
 mod clock;
@@ -67,9 +67,14 @@ use crate::{
     verdict::{Arrival, Lookup, Translation, Verdict, step_number},
 };
 
-/// What a [`Subprogram`] does, and the number of what it found: of a verdict, of a step, or 0 or 1 for no or yes.
+/// What a [`Subprogram`] does, and the number of what it found: of a verdict, of a step, or 0 or 1
+/// for no or yes.
 #[inline(always)]
-pub fn run<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>, subprogram: Subprogram) -> u32 {
+pub fn run<F: Family, M: Subprograms<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+    subprogram: Subprogram,
+) -> u32 {
     match subprogram {
         Subprogram::Decide => decide::decide_here(maps, scratch).number(),
         Subprogram::LookUp => step_number(choose::look_up_here(maps, scratch)),
@@ -88,7 +93,10 @@ pub fn run<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Word
 
 /// A packet that arrives at the node through a device.
 #[inline(always)]
-pub fn arriving<F: Family, M: Subprograms<F>>(maps: &M, arrival: &Arrival<F::Words>) -> Verdict<Translation<F::Words>> {
+pub fn arriving<F: Family, M: Subprograms<F>>(
+    maps: &M,
+    arrival: &Arrival<F::Words>,
+) -> Verdict<Translation<F::Words>> {
     match established(maps, arrival) {
         Lookup::Unmatched => Verdict::Pass,
         Lookup::Translate(to) => Verdict::Translate(to),

@@ -64,7 +64,8 @@ pub(super) fn open<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Wor
     }
     // A pod that is its own backend would take its own address as a source for a forgery.
     let hairpin = slot.addr == tuple.src;
-    let elsewhere = arrival.origin == Origin::Network && !local && frontend.flags & FRONTEND_KEEP_SOURCE == 0;
+    let elsewhere =
+        arrival.origin == Origin::Network && !local && frontend.flags & FRONTEND_KEEP_SOURCE == 0;
     if hairpin || elsewhere {
         flow.snat = F::words(F::config(config).node);
         flow.state |= FLOW_SNAT;
@@ -85,7 +86,8 @@ pub(super) fn open<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Wor
         maps.set_port_shared(shared_port_bit::<F>(tuple));
         maps.count(Event::PortCollision);
     }
-    // A flow under the longer key is over as well if there is one, or its packet would not have come here.
+    // A flow under the longer key is over as well if there is one, or its packet would not have
+    // come here.
     over.set(!matches!(owner, EntryOwner::Nobody));
 }
 
@@ -111,22 +113,34 @@ fn entry_owner<F: Family, M: Maps<F>>(
         Some(entry) => Some(entry),
         None => maps.new_flow(key),
     };
-    let Some(entry) = entry else { return EntryOwner::Nobody };
+    let Some(entry) = entry else {
+        return EntryOwner::Nobody;
+    };
     let flow = entry.read();
     let same = flow.frontend == tuple.dst && flow.frontend_port == tuple.dst_port;
-    // The same frontend: only a connection that is opened anew comes here, and the client knows what it does. Another:
-    // the backend must not take its first packet for one of the connection that was.
+    // The same frontend: only a connection that is opened anew comes here, and the client knows
+    // what it does. Another: the backend must not take its first packet for one of the connection
+    // that was.
     let remembered = flow.backend == backend.addr && flow.backend_port == backend.port;
     let closed_ticks = if remembered { timeouts.time_wait } else { 0 };
-    if same || is_over(timeouts, flow.state, tuple.proto, flow.last_seen, now, closed_ticks) {
+    if same
+        || is_over(
+            timeouts,
+            flow.state,
+            tuple.proto,
+            flow.last_seen,
+            now,
+            closed_ticks,
+        )
+    {
         EntryOwner::Over
     } else {
         EntryOwner::Other
     }
 }
 
-/// Whether the backend already sees this client's address and port: lent to another flow of the client by
-/// [`translate_source`](super::source_port::translate_source).
+/// Whether the backend already sees this client's address and port: lent to another flow of the
+/// client by [`translate_source`](super::source_port::translate_source).
 #[inline(always)]
 fn port_is_lent<F: Family, M: Maps<F>>(
     maps: &M,
@@ -135,7 +149,14 @@ fn port_is_lent<F: Family, M: Maps<F>>(
     backend: &Slot<F::Words>,
 ) -> bool {
     snat::in_range(config, tuple.src_port)
-        && match snat_slot(maps, config, tuple.src_port, backend.addr, backend.port, tuple.proto) {
+        && match snat_slot(
+            maps,
+            config,
+            tuple.src_port,
+            backend.addr,
+            backend.port,
+            tuple.proto,
+        ) {
             Some((_, slot)) => {
                 slot.snat == tuple.src
                     && (slot.client_port != tuple.src_port
@@ -163,8 +184,8 @@ pub(super) fn insert<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::W
     if !maps.client(client) {
         maps.set_client(client);
     }
-    // Replies to a translated source are not seen where open flows are, and only the way there from `new_flows` says that a flow is
-    // confirmed.
+    // Replies to a translated source are not seen where open flows are, and only the way there from
+    // `new_flows` says that a flow is confirmed.
     let may_be_open = flow.state & FLOW_SNAT == 0 && flow.tried & TRIED_KEEP == 0;
     if over.get() {
         if let Some(entry) = maps.flow(key) {
@@ -183,8 +204,8 @@ pub(super) fn insert<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::W
             return;
         }
     }
-    // Into `flows` at once, which spares the common flow one insertion and one deletion; but only so many that a flood of
-    // first packets cannot push open flows out.
+    // Into `flows` at once, which spares the common flow one insertion and one deletion; but only
+    // so many that a flood of first packets cannot push open flows out.
     if may_be_open && maps.may_wait() {
         flow.state |= FLOW_WAITING;
         if maps.add_flow(key, flow) {

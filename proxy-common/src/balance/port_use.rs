@@ -12,9 +12,14 @@ use crate::{
 
 /// Whether a flow uses the port that the packet in `scratch.arrival` comes from.
 #[inline(never)]
-pub(super) fn port_use<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> PortUse {
+pub(super) fn port_use<F: Family, M: Maps<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+) -> PortUse {
     let tuple = &scratch.arrival.tuple;
-    if maps.client(filter::unconfirmed::<F>(tuple.src)) || maps.port_is_shared(shared_port_bit::<F>(tuple)) {
+    if maps.client(filter::unconfirmed::<F>(tuple.src))
+        || maps.port_is_shared(shared_port_bit::<F>(tuple))
+    {
         return PortUse::Unclear;
     }
     let Some(entry) = maps.flow(&client_key::<F>(tuple)) else {

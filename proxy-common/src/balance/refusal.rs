@@ -1,4 +1,5 @@
-//! Refusals of SYNs: held back while another backend may answer ([`crate::failover`]), else told to the client.
+//! Refusals of SYNs: held back while another backend may answer ([`crate::failover`]), else told to
+//! the client.
 
 use super::{
     Maps, Scratch, Subprograms,
@@ -25,7 +26,10 @@ pub fn refused<F: Family, M: Subprograms<F>>(
 }
 
 #[inline(never)]
-pub(crate) fn refuse_leaving<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Verdict {
+pub(crate) fn refuse_leaving<F: Family, M: Subprograms<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+) -> Verdict {
     if failover::is_held_back(maps, scratch, true) {
         return Verdict::Drop;
     }
@@ -38,7 +42,10 @@ pub(crate) fn refuse_leaving<F: Family, M: Subprograms<F>>(maps: &M, scratch: &m
 
 /// The refusal of a SYN to a translated source, where it arrives.
 #[inline(always)]
-pub(super) fn refuse_arriving<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Verdict {
+pub(super) fn refuse_arriving<F: Family, M: Subprograms<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+) -> Verdict {
     if failover::is_held_back(maps, scratch, false) {
         return Verdict::Drop;
     }

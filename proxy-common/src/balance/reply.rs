@@ -17,14 +17,27 @@ use crate::{
 
 /// The first half of [`leaving`](super::leaving): all there is to do but for refusals of SYNs.
 #[inline(always)]
-pub fn answering<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, tcp_flags: u8) -> Lookup<F::Words> {
+pub fn answering<F: Family, M: Maps<F>>(
+    maps: &M,
+    tuple: &Tuple<F::Words>,
+    tcp_flags: u8,
+) -> Lookup<F::Words> {
     let Some(config) = maps.config() else {
         return Lookup::Unmatched;
     };
-    if maps.filter(filter::backend_port(tuple.src_port)) && maps.client(filter::client::<F>(tuple.dst)) {
+    if maps.filter(filter::backend_port(tuple.src_port))
+        && maps.client(filter::client::<F>(tuple.dst))
+    {
         let state = reply_state(tuple.proto, tcp_flags);
         if snat::in_range(config, tuple.dst_port)
-            && let Some((entry, slot)) = snat_slot(maps, config, tuple.dst_port, tuple.src, tuple.src_port, tuple.proto)
+            && let Some((entry, slot)) = snat_slot(
+                maps,
+                config,
+                tuple.dst_port,
+                tuple.src,
+                tuple.src_port,
+                tuple.proto,
+            )
             && slot.client == tuple.dst
         {
             if tcp_flags & (SYN | RST) != 0 && failover::is_open(slot.state) {
@@ -59,7 +72,14 @@ pub fn answering<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, tcp_f
     }
     if snat::in_range(config, tuple.src_port)
         && maps.filter(filter::backend::<F>(tuple.dst, tuple.dst_port, tuple.proto))
-        && let Some((_, slot)) = snat_slot(maps, config, tuple.src_port, tuple.dst, tuple.dst_port, tuple.proto)
+        && let Some((_, slot)) = snat_slot(
+            maps,
+            config,
+            tuple.src_port,
+            tuple.dst,
+            tuple.dst_port,
+            tuple.proto,
+        )
         && slot.client == tuple.src
         && slot.snat != tuple.src
     {
@@ -72,10 +92,15 @@ pub fn answering<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, tcp_f
     Lookup::Unmatched
 }
 
-/// [`answering`] of the packet in `scratch.arrival`, with the translation left in `scratch`; it goes on where that is undecided.
-// It has returned when a refusal is judged, which asks it again: Linux 6.1 has no stack for two of it.
+/// [`answering`] of the packet in `scratch.arrival`, with the translation left in `scratch`; it
+/// goes on where that is undecided.
+// It has returned when a refusal is judged, which asks it again: Linux 6.1 has no stack for two of
+// it.
 #[inline(never)]
-pub(crate) fn answering_slowly<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Step {
+pub(crate) fn answering_slowly<F: Family, M: Maps<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+) -> Step {
     match answering::<F, M>(maps, &scratch.arrival.tuple, scratch.arrival.tcp_flags) {
         Lookup::Unmatched => Step::Break(Verdict::Pass),
         Lookup::Translate(translation) => {
@@ -95,7 +120,9 @@ fn reply<F: Family, M: Maps<F>>(
     state: u16,
     tcp_flags: u8,
 ) -> Lookup<F::Words> {
-    let Some(entry) = entry else { return Lookup::Unmatched };
+    let Some(entry) = entry else {
+        return Lookup::Unmatched;
+    };
     let flow = entry.read();
     if flow.backend != tuple.src
         || flow.backend_port != tuple.src_port
@@ -132,10 +159,18 @@ pub(crate) fn snat_reply_arriving<F: Family, M: Maps<F>>(
     arrival: &Arrival<F::Words>,
 ) -> Lookup<F::Words> {
     let tuple = &arrival.tuple;
-    let Some((entry, slot)) = snat_slot(maps, config, tuple.dst_port, tuple.src, tuple.src_port, tuple.proto) else {
+    let Some((entry, slot)) = snat_slot(
+        maps,
+        config,
+        tuple.dst_port,
+        tuple.src,
+        tuple.src_port,
+        tuple.proto,
+    ) else {
         return Lookup::Unmatched;
     };
-    // A port translated under the client's own address comes back through the client's device: `leaving` does it.
+    // A port translated under the client's own address comes back through the client's device:
+    // `leaving` does it.
     if slot.snat != tuple.dst || slot.snat == slot.client {
         return Lookup::Unmatched;
     }
@@ -159,10 +194,15 @@ pub(crate) fn snat_reply_arriving<F: Family, M: Maps<F>>(
         tuple.dst_port = slot.client_port;
         counted = Counted::reply(slot.backend_id);
     }
-    Lookup::Translate(Translation { tuple, local, counted })
+    Lookup::Translate(Translation {
+        tuple,
+        local,
+        counted,
+    })
 }
 
-/// Takes back what was noted of a backend that sends after all: that it is asked whether it is there, or has reset the connection.
+/// Takes back what was noted of a backend that sends after all: that it is asked whether it is
+/// there, or has reset the connection.
 #[inline(always)]
 fn goes_on<T: Tracked>(entry: Entry<'_, T>, state: u16, tcp_flags: u8) {
     if state & (FLOW_ASKED | FLOW_BACKEND_RESET) != 0 {

@@ -9,8 +9,8 @@ use crate::{
     verdict::{Arrival, PortUse, Translation},
 };
 
-/// Memory for the path of few packets: the BPF stack holds 512 bytes for a whole chain of calls, and an IPv6 flow with its
-/// keys has more.
+/// Memory for the path of few packets: the BPF stack holds 512 bytes for a whole chain of calls,
+/// and an IPv6 flow with its keys has more.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Scratch<A> {

@@ -1,14 +1,16 @@
-//! The source address of a flow whose client and backend are both elsewhere: that of the way to the backend.
+//! The source address of a flow whose client and backend are both elsewhere: that of the way to the
+//! backend.
 //!
-//! It is what `MASQUERADE` would take, and the `src` of the route goes first: a node may reach its peers' pods by an overlay
-//! whose device has an address of its own, and the network in between may drop every other. It is asked for when the flow is opened,
-//! and stays with it.
+//! It is what `MASQUERADE` would take, and the `src` of the route goes first: a node may reach its
+//! peers' pods by an overlay whose device has an address of its own, and the network in between may
+//! drop every other. It is asked for when the flow is opened, and stays with it.
 
 use super::{Maps, Scratch};
 use crate::{family::Family, packet::Tuple};
 
 /// Puts the address of the way to the backend in place of the node's, where the routes know one.
-// A step of its own, whose locals (the kernel's `struct bpf_fib_lookup`) share the stack with the other steps'.
+// A step of its own, whose locals (the kernel's `struct bpf_fib_lookup`) share the stack with the
+// other steps'.
 #[inline(never)]
 pub(super) fn follow_route<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
     let Scratch { arrival, flow, .. } = scratch;

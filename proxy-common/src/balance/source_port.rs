@@ -10,29 +10,35 @@ use crate::{
     timeouts::{is_closed, is_unconfirmed},
 };
 
-/// Ticks ([`TICK_NS`]) after which a source port may serve another connection, when its own is closed or was never confirmed
-/// and no other port is left; else the node's [`Timeouts`] say when.
+/// Ticks ([`TICK_NS`]) after which a source port may serve another connection, when its own is
+/// closed or was never confirmed and no other port is left; else the node's [`Timeouts`] say when.
 const HURRY_TICKS: u32 = 2;
 
 /// Longest step of the search for a source port.
 const MAX_STEP: u32 = 1023;
 
-/// Rounds of the search for a source port: a closer look at one, then a quick look at [`snat::MAX_TRIES`] more.
+/// Rounds of the search for a source port: a closer look at one, then a quick look at
+/// [`snat::MAX_TRIES`] more.
 const ROUNDS: u32 = 4;
 /// Most ports of a range that is searched wholly, by all rounds but the last.
 const MAX_WHOLE: u32 = (ROUNDS - 1) * snat::MAX_TRIES;
 /// No offset into the SNAT range.
 const NO_OFFSET: u32 = u32::MAX;
 
-/// Finds a source port towards the flow's backend: the client's own if it is in the range and free, else one from a
-/// place that depends on the flow alone, so that a flow whose entry was evicted finds its port again.
+/// Finds a source port towards the flow's backend: the client's own if it is in the range and free,
+/// else one from a place that depends on the flow alone, so that a flow whose entry was evicted
+/// finds its port again.
 ///
-/// Among the ports looked at (all of a range of up to [`MAX_WHOLE`], else as many, and some more that depend on the time, so
-/// that a client's retransmission looks at others), the first is taken that is free: never used, or whose flow is over by the
-/// node's [`Timeouts`]. When there is none, that which has been closed, or was not confirmed, for the longest
-/// time, of [`HURRY_TICKS`] at least. Never the port of an open flow.
+/// Among the ports looked at (all of a range of up to [`MAX_WHOLE`], else as many, and some more
+/// that depend on the time, so that a client's retransmission looks at others), the first is taken
+/// that is free: never used, or whose flow is over by the node's [`Timeouts`]. When there is none,
+/// that which has been closed, or was not confirmed, for the longest time, of [`HURRY_TICKS`] at
+/// least. Never the port of an open flow.
 #[inline(always)]
-pub(super) fn translate_source<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
+pub(super) fn translate_source<F: Family, M: Subprograms<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+) -> bool {
     first_port(maps, scratch);
     for round in 1..=ROUNDS {
         if take_port(maps, scratch) {
@@ -47,7 +53,10 @@ pub(super) fn translate_source<F: Family, M: Subprograms<F>>(maps: &M, scratch: 
         return true;
     }
     let Search {
-        offset, oldest, hurry, ..
+        offset,
+        oldest,
+        hurry,
+        ..
     } = &mut scratch.search;
     if oldest.get() == NO_OFFSET {
         return false;
@@ -62,19 +71,28 @@ pub(super) fn translate_source<F: Family, M: Subprograms<F>>(maps: &M, scratch: 
 fn first_port<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
     let Some(config) = maps.config() else { return };
     let tuple = &scratch.arrival.tuple;
-    let owner = hash::flow::<F>(tuple.src, tuple.src_port, tuple.dst, tuple.dst_port, tuple.proto);
+    let owner = hash::flow::<F>(
+        tuple.src,
+        tuple.src_port,
+        tuple.dst,
+        tuple.dst_port,
+        tuple.proto,
+    );
     let search = &mut scratch.search;
     search.owner.set(owner);
     search.hurry.set(false);
     search.oldest.set(NO_OFFSET);
-    search.offset.set(if snat::in_range(config, tuple.src_port) {
-        u32::from(tuple.src_port.wrapping_sub(config.snat_first))
-    } else {
-        hash::pick(owner.rotate_left(16), u32::from(config.snat_ports))
-    });
+    search
+        .offset
+        .set(if snat::in_range(config, tuple.src_port) {
+            u32::from(tuple.src_port.wrapping_sub(config.snat_first))
+        } else {
+            hash::pick(owner.rotate_left(16), u32::from(config.snat_ports))
+        });
 }
 
-/// Moves the search to a place that changes with every tick, in a range that it cannot look at wholly.
+/// Moves the search to a place that changes with every tick, in a range that it cannot look at
+/// wholly.
 #[inline(never)]
 fn scatter<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
     let Some(config) = maps.config() else { return };
@@ -93,8 +111,13 @@ fn take_port<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Wo
 
 /// [`take_port`] itself.
 #[inline(always)]
-pub(super) fn take_port_here<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
-    let Some(config) = maps.config() else { return false };
+pub(super) fn take_port_here<F: Family, M: Maps<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+) -> bool {
+    let Some(config) = maps.config() else {
+        return false;
+    };
     let Scratch {
         arrival,
         own_port,
@@ -108,7 +131,9 @@ pub(super) fn take_port_here<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scra
     let now = flow.last_seen;
     let port = config.snat_first.wrapping_add(search.offset.get() as u16);
     let index = snat::index::<F>(config, port, flow.backend, flow.backend_port, tuple.proto);
-    let Some(entry) = maps.snat(index) else { return false };
+    let Some(entry) = maps.snat(index) else {
+        return false;
+    };
     let slot = entry.read();
     if slot.owner != search.owner.get() || !is_own(&slot, flow, tuple.src, tuple.src_port) {
         let hurry = search.hurry.get();
@@ -160,7 +185,8 @@ pub(super) fn take_port_here<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scra
     true
 }
 
-/// Moves the search to the next port whose slot is the flow's own or free, among [`snat::MAX_TRIES`], or to the last of them.
+/// Moves the search to the next port whose slot is the flow's own or free, among
+/// [`snat::MAX_TRIES`], or to the last of them.
 #[inline(never)]
 fn next_port<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
     scratch.search.found.set(NO_OFFSET);
@@ -174,13 +200,17 @@ fn next_port<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Wo
     }
 }
 
-/// One step of the search, and a look at the slot there. Every flow takes steps of its own length: neighbours in turn would all
-/// search the runs of taken ports that arise long before a large range is full.
+/// One step of the search, and a look at the slot there. Every flow takes steps of its own length:
+/// neighbours in turn would all search the runs of taken ports that arise long before a large range
+/// is full.
 #[inline(always)]
 pub(super) fn look_at_port_here<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
     let Some(config) = maps.config() else { return };
     let Scratch {
-        arrival, flow, search, ..
+        arrival,
+        flow,
+        search,
+        ..
     } = scratch;
     let tuple = &arrival.tuple;
     let ports = u32::from(config.snat_ports);
@@ -190,12 +220,16 @@ pub(super) fn look_at_port_here<F: Family, M: Maps<F>>(maps: &M, scratch: &mut S
         step += hash::pick(search.owner.get(), (ports - 1).min(MAX_STEP));
     }
     let next = search.offset.get().wrapping_add(step);
-    search
-        .offset
-        .set(if next >= ports { next.wrapping_sub(ports) } else { next });
+    search.offset.set(if next >= ports {
+        next.wrapping_sub(ports)
+    } else {
+        next
+    });
     let port = config.snat_first.wrapping_add(search.offset.get() as u16);
     let index = snat::index::<F>(config, port, flow.backend, flow.backend_port, tuple.proto);
-    let Some(entry) = maps.snat(index) else { return };
+    let Some(entry) = maps.snat(index) else {
+        return;
+    };
     let slot = entry.read();
     let own = slot.owner == search.owner.get() && is_own(&slot, flow, tuple.src, tuple.src_port);
     if own || is_free(config, &slot, flow.last_seen, false, &mut search.limit) {
@@ -210,10 +244,17 @@ pub(super) fn look_at_port_here<F: Family, M: Maps<F>>(maps: &M, scratch: &mut S
     }
 }
 
-/// Whether nobody would miss what a slot holds; in a hurry, nobody but a client that has not completed its handshake, or a
-/// backend that has the port in TIME_WAIT, or an RST that is not taken back. `limit` is lent.
+/// Whether nobody would miss what a slot holds; in a hurry, nobody but a client that has not
+/// completed its handshake, or a backend that has the port in TIME_WAIT, or an RST that is not
+/// taken back. `limit` is lent.
 #[inline(always)]
-fn is_free<A: Copy>(config: &Config, slot: &SnatSlot<A>, now: u32, hurry: bool, limit: &mut Opaque) -> bool {
+fn is_free<A: Copy>(
+    config: &Config,
+    slot: &SnatSlot<A>,
+    now: u32,
+    hurry: bool,
+    limit: &mut Opaque,
+) -> bool {
     let timeouts = &config.timeouts;
     limit.set(if slot.last_seen == 0 {
         return true;
@@ -226,7 +267,8 @@ fn is_free<A: Copy>(config: &Config, slot: &SnatSlot<A>, now: u32, hurry: bool, 
     now.saturating_sub(slot.last_seen) > limit.get()
 }
 
-/// Whether a slot with the flow's [`SnatSlot::owner`] is what an evicted entry of this very flow left behind.
+/// Whether a slot with the flow's [`SnatSlot::owner`] is what an evicted entry of this very flow
+/// left behind.
 #[inline(always)]
 fn is_own<A: Copy + Eq>(slot: &SnatSlot<A>, flow: &Flow<A>, client: A, client_port: u16) -> bool {
     slot.client == client

@@ -1,16 +1,18 @@
 //! The large steps of the decision, as functions that the kernel's verifier looks at once.
 //!
-//! The verifier follows every call of an ordinary function anew, with all that it knows of the arguments, so a step that is
-//! called from several places, or in a loop, costs many times its size. A *global* function (in BTF's words) is verified
-//! once for each program, by its signature alone, and what it returns is any number to its callers. So such a step is
-//! given nothing but the program's context: it takes its input from [`Scratch`] and leaves its output there.
+//! The verifier follows every call of an ordinary function anew, with all that it knows of the
+//! arguments, so a step that is called from several places, or in a loop, costs many times its
+//! size. A *global* function (in BTF's words) is verified once for each program, by its signature
+//! alone, and what it returns is any number to its callers. So such a step is given nothing but the
+//! program's context: it takes its input from [`Scratch`] and leaves its output there.
 //!
 //! The numbers that they return are typed again by the functions that call them.
 
 use super::{Maps, Scratch};
 use crate::family::Family;
 
-/// A step that is a global function in the kernel. [`run`](super::run) has the table of what they do and return.
+/// A step that is a global function in the kernel. [`run`](super::run) has the table of what they
+/// do and return.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Subprogram {
     /// A packet that no established flow explains.

@@ -1,8 +1,9 @@
 //! A packet that was translated already, on another hook or device of its way: once is enough.
 //!
-//! XDP hands packets for backends of the node itself up to tc, a bridge's port to the bridge, a device to the VLAN above it. When
-//! the backend's address and port are a frontend too (the node's own address, and another Service's node port), the packet
-//! would be translated again. An open flow of its client tells: to the backend that the packet is for, and seen just now.
+//! XDP hands packets for backends of the node itself up to tc, a bridge's port to the bridge, a
+//! device to the VLAN above it. When the backend's address and port are a frontend too (the node's
+//! own address, and another Service's node port), the packet would be translated again. An open
+//! flow of its client tells: to the backend that the packet is for, and seen just now.
 
 use super::{
     Maps, Scratch,
@@ -10,13 +11,16 @@ use super::{
 };
 use crate::{family::Family, filter, layout::*, snat, timeouts::is_closed};
 
-/// How long ago the flow was seen at most, in ticks ([`TICK_NS`]): `last_seen` is written when [`Flow::epoch`] changes, every
-/// 2.6 s at most.
+/// How long ago the flow was seen at most, in ticks ([`TICK_NS`]): `last_seen` is written when
+/// [`Flow::epoch`] changes, every 2.6 s at most.
 const JUST_NOW: u32 = 4;
 
 /// Whether the packet is what an open flow has made of its client's.
 #[inline(never)]
-pub(super) fn is_translated<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
+pub(super) fn is_translated<F: Family, M: Maps<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+) -> bool {
     let tuple = &scratch.arrival.tuple;
     if !maps.filter(filter::backend::<F>(tuple.dst, tuple.dst_port, tuple.proto)) {
         return false;
@@ -39,9 +43,18 @@ pub(super) fn is_translated<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scrat
             return true;
         }
     }
-    let Some(config) = maps.config() else { return false };
+    let Some(config) = maps.config() else {
+        return false;
+    };
     snat::in_range(config, tuple.src_port)
-        && match snat_slot(maps, config, tuple.src_port, tuple.dst, tuple.dst_port, tuple.proto) {
+        && match snat_slot(
+            maps,
+            config,
+            tuple.src_port,
+            tuple.dst,
+            tuple.dst_port,
+            tuple.proto,
+        ) {
             Some((_, slot)) => {
                 (slot.client == tuple.src || slot.snat == tuple.src)
                     && !is_closed(slot.state)

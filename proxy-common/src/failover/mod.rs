@@ -1,15 +1,21 @@
-//! A connection whose backend does not answer, or refuses, finds another one while the client still sends its SYN.
+//! A connection whose backend does not answer, or refuses, finds another one while the client still
+//! sends its SYN.
 //!
-//! The client's own retransmissions are the clock. When a backend has answered neither a SYN nor its first retransmission,
-//! the next SYN goes to another backend, and the one that failed is in *quarantine*: it gets no first SYNs for a while
-//! ([`Config::silence`](crate::layout::Config::silence)), which doubles each time that it fails again. When the while is over one
-//! SYN *probes* it; its first answer ends the matter. When all backends are in quarantine, the choice is as ever.
+//! The client's own retransmissions are the clock. When a backend has answered neither a SYN nor
+//! its first retransmission, the next SYN goes to another backend, and the one that failed is in
+//! *quarantine*: it gets no first SYNs for a while
+//! ([`Config::silence`](crate::layout::Config::silence)), which doubles each time that it fails
+//! again. When the while is over one SYN *probes* it; its first answer ends the matter. When all
+//! backends are in quarantine, the choice is as ever.
 //!
-//! A refusal (RST, ICMP unreachable) is held back while another backend is left that has not failed of late: the client sends its SYN again, as if the first had been lost, and that goes to the other one. When none is left the
-//! client hears it at once. A backend that refuses is passed over for the shortest quarantine: refusing costs the client one
-//! retransmission at most, and whoever refuses may listen again at any moment.
+//! A refusal (RST, ICMP unreachable) is held back while another backend is left that has not failed
+//! of late: the client sends its SYN again, as if the first had been lost, and that goes to the
+//! other one. When none is left the client hears it at once. A backend that refuses is passed over
+//! for the shortest quarantine: refusing costs the client one retransmission at most, and whoever
+//! refuses may listen again at any moment.
 //!
-//! A flow that was answered never moves, and with no backend in quarantine the choice is what it is without this module.
+//! A flow that was answered never moves, and with no backend in quarantine the choice is what it is
+//! without this module.
 
 mod pick;
 mod progress;

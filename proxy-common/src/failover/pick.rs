@@ -15,8 +15,13 @@ const NONE: u32 = u32::MAX;
 
 /// For a first SYN: passes over a backend that is in quarantine, if there is another.
 #[inline(always)]
-pub(crate) fn avoid_quarantined<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
-    let Arrival { tuple, tcp_flags, .. } = &scratch.arrival;
+pub(crate) fn avoid_quarantined<F: Family, M: Subprograms<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+) {
+    let Arrival {
+        tuple, tcp_flags, ..
+    } = &scratch.arrival;
     if !is_for(tuple.proto, *tcp_flags, scratch.frontend.flags) {
         return;
     }
@@ -39,8 +44,8 @@ pub(crate) fn avoid_quarantined<F: Family, M: Subprograms<F>>(maps: &M, scratch:
     take(maps, scratch);
 }
 
-/// Looks among the frontend's slots for a backend that the connection has not tried and that is not in quarantine; `any`: if
-/// there is none, for one that is.
+/// Looks among the frontend's slots for a backend that the connection has not tried and that is not
+/// in quarantine; `any`: if there is none, for one that is.
 #[inline(always)]
 pub(super) fn pick_other_backend<F: Family, M: Subprograms<F>>(
     maps: &M,
@@ -53,14 +58,23 @@ pub(super) fn pick_other_backend<F: Family, M: Subprograms<F>>(
 
 /// [`pick_other_backend`] itself.
 #[inline(always)]
-pub(crate) fn pick_other_backend_here<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
+pub(crate) fn pick_other_backend_here<F: Family, M: Subprograms<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+) -> bool {
     let Scratch {
         arrival: Arrival { tuple, .. },
         failover,
         ..
     } = scratch;
     // What the first choice was made of, and the tries before, say nothing about this one.
-    let first = hash::flow::<F>(tuple.src, tuple.src_port, tuple.dst, tuple.dst_port, tuple.proto);
+    let first = hash::flow::<F>(
+        tuple.src,
+        tuple.src_port,
+        tuple.dst,
+        tuple.dst_port,
+        tuple.proto,
+    );
     let seed = hash::mix(u64::from(first) << 32 | u64::from(failover.tried.get())) as u32;
     failover.seed.set(seed);
     failover.found.set(NONE);
@@ -93,9 +107,18 @@ pub(crate) fn pick_other_backend_here<F: Family, M: Subprograms<F>>(maps: &M, sc
 
 /// Looks at one slot more for [`pick_other_backend`]; `false` if there is none.
 #[inline(always)]
-pub(crate) fn look_at_slot_here<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
-    let Scratch { frontend, failover, .. } = scratch;
-    let (tried, count, i) = (failover.tried.get(), frontend.slot_count, failover.looked_at.get());
+pub(crate) fn look_at_slot_here<F: Family, M: Maps<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+) -> bool {
+    let Scratch {
+        frontend, failover, ..
+    } = scratch;
+    let (tried, count, i) = (
+        failover.tried.get(),
+        frontend.slot_count,
+        failover.looked_at.get(),
+    );
     failover.looked_at.set(i + 1);
     let next = failover.offset.get().wrapping_add(1);
     let offset = if i < ANYWHERE {
@@ -123,7 +146,8 @@ pub(crate) fn look_at_slot_here<F: Family, M: Maps<F>>(maps: &M, scratch: &mut S
     true
 }
 
-/// Takes the chosen backend: for a probe if it was in quarantine until now, and for the client's later flows too if it keeps its backend.
+/// Takes the chosen backend: for a probe if it was in quarantine until now, and for the client's
+/// later flows too if it keeps its backend.
 #[inline(never)]
 pub(super) fn take<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
     let Some(config) = maps.config() else { return };

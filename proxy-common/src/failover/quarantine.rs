@@ -8,8 +8,9 @@ use crate::{
     packet::{ACK, RST, SYN},
 };
 
-/// Slots that are looked at for another backend: the first anywhere among the frontend's, so that the share of a backend in quarantine falls
-/// to all others; then side by side, so that few backends are all looked at.
+/// Slots that are looked at for another backend: the first anywhere among the frontend's, so that
+/// the share of a backend in quarantine falls to all others; then side by side, so that few
+/// backends are all looked at.
 pub(super) const LOOKED_AT: u32 = 8;
 /// How many of them are anywhere.
 pub(super) const ANYWHERE: u32 = 3;
@@ -62,8 +63,8 @@ pub(super) fn quarantine_length(config: &Config, failures: u16) -> u32 {
     doubled.min(config.silence_most.into()) as u32
 }
 
-/// Records that the backend of the flow has failed. A flow that was on its way when the quarantine began says nothing new; a
-/// probe does.
+/// Records that the backend of the flow has failed. A flow that was on its way when the quarantine
+/// began says nothing new; a probe does.
 #[inline(never)]
 pub(super) fn fail<F: Family, M: Maps<F>>(maps: &M, flow: &Flow<F::Words>, grows: bool) {
     let Some(config) = maps.config() else { return };
@@ -79,7 +80,10 @@ pub(super) fn fail<F: Family, M: Maps<F>>(maps: &M, flow: &Flow<F::Words>, grows
     } else {
         state.failures
     };
-    entry.set_quarantine(failures, now.wrapping_add(quarantine_length(config, failures)));
+    entry.set_quarantine(
+        failures,
+        now.wrapping_add(quarantine_length(config, failures)),
+    );
 }
 
 /// A backend's bit in [`Flow::tried`].
@@ -88,10 +92,16 @@ pub(super) fn bit(backend: u32) -> u32 {
     1 << (backend % 31)
 }
 
-/// For a connection of a socket, which nobody could move later: the slot at `index`, or another one while its backend is in
-/// quarantine and that one's is not. A quarantine ends without a probe here: no answer would be seen.
+/// For a connection of a socket, which nobody could move later: the slot at `index`, or another one
+/// while its backend is in quarantine and that one's is not. A quarantine ends without a probe
+/// here: no answer would be seen.
 #[inline(never)]
-pub fn socket_slot<F: Family, M: Maps<F>>(maps: &M, frontend: &Frontend, index: u32, choice: u32) -> u32 {
+pub fn socket_slot<F: Family, M: Maps<F>>(
+    maps: &M,
+    frontend: &Frontend,
+    index: u32,
+    choice: u32,
+) -> u32 {
     let now = maps.affinity_now();
     if !slot_is_quarantined(maps, index, now) {
         return index;

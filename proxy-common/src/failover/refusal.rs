@@ -16,22 +16,34 @@ use crate::{
     verdict::Origin,
 };
 
-/// Whether the packet in `scratch.arrival` refuses a SYN, and comes to an address that this node put in place of the client's.
+/// Whether the packet in `scratch.arrival` refuses a SYN, and comes to an address that this node
+/// put in place of the client's.
 #[inline(never)]
 pub(crate) fn refuses<F: Family, M: Maps<F>>(maps: &M, scratch: &Scratch<F::Words>) -> bool {
-    let Some(config) = maps.config() else { return false };
+    let Some(config) = maps.config() else {
+        return false;
+    };
     let tuple = &scratch.arrival.tuple;
     tuple.proto == TCP
         && snat::in_range(config, tuple.dst_port)
         && maps.filter(filter::backend::<F>(tuple.src, tuple.src_port, tuple.proto))
-        && match snat_slot(maps, config, tuple.dst_port, tuple.src, tuple.src_port, tuple.proto) {
-            Some((_, slot)) => slot.snat == tuple.dst && slot.snat != slot.client && is_open(slot.state),
+        && match snat_slot(
+            maps,
+            config,
+            tuple.dst_port,
+            tuple.src,
+            tuple.src_port,
+            tuple.proto,
+        ) {
+            Some((_, slot)) => {
+                slot.snat == tuple.dst && slot.snat != slot.client && is_open(slot.state)
+            }
             None => false,
         }
 }
 
-/// Whether the client shall not hear the refusal in `scratch.arrival`, because its next SYN finds another backend. `leaving`:
-/// it is on its way out, to the client's address.
+/// Whether the client shall not hear the refusal in `scratch.arrival`, because its next SYN finds
+/// another backend. `leaving`: it is on its way out, to the client's address.
 #[inline(always)]
 pub(crate) fn is_held_back<F: Family, M: Subprograms<F>>(
     maps: &M,
@@ -44,7 +56,10 @@ pub(crate) fn is_held_back<F: Family, M: Subprograms<F>>(
 
 /// [`is_held_back`] itself.
 #[inline(always)]
-pub(crate) fn hold_back_here<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
+pub(crate) fn hold_back_here<F: Family, M: Subprograms<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+) -> bool {
     let leaving = scratch.failover.leaving.get();
     scratch.reply = scratch.arrival.tuple;
     let held = hold_back(maps, scratch, leaving);
@@ -53,7 +68,11 @@ pub(crate) fn hold_back_here<F: Family, M: Subprograms<F>>(maps: &M, scratch: &m
 }
 
 #[inline(always)]
-fn hold_back<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>, leaving: bool) -> bool {
+fn hold_back<F: Family, M: Subprograms<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+    leaving: bool,
+) -> bool {
     if !find_request(maps, scratch, leaving) || !pending(maps, scratch) {
         return false;
     }
@@ -77,19 +96,30 @@ fn record_refusal<F: Family, M: Maps<F>>(maps: &M, scratch: &Scratch<F::Words>) 
     true
 }
 
-/// Turns the answer in `scratch.reply` into the SYN that it answers, in `scratch.arrival`; `false` if it answers none.
+/// Turns the answer in `scratch.reply` into the SYN that it answers, in `scratch.arrival`; `false`
+/// if it answers none.
 #[inline(never)]
-fn find_request<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>, leaving: bool) -> bool {
-    let Some(config) = maps.config() else { return false };
+fn find_request<F: Family, M: Maps<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+    leaving: bool,
+) -> bool {
+    let Some(config) = maps.config() else {
+        return false;
+    };
     let Scratch {
-        arrival, key, reply, ..
+        arrival,
+        key,
+        reply,
+        ..
     } = scratch;
     if reply.proto != TCP || !maps.filter(filter::backend::<F>(reply.src, reply.src_port, TCP)) {
         return false;
     }
     let mut state = None;
     if snat::in_range(config, reply.dst_port)
-        && let Some((_, slot)) = snat_slot(maps, config, reply.dst_port, reply.src, reply.src_port, TCP)
+        && let Some((_, slot)) =
+            snat_slot(maps, config, reply.dst_port, reply.src, reply.src_port, TCP)
         && (if leaving {
             slot.client == reply.dst
         } else {
@@ -112,7 +142,10 @@ fn find_request<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>
         };
         if let Some(entry) = maps.new_flow(key).or_else(|| maps.flow(key)) {
             let flow = entry.read();
-            if flow.backend == reply.src && flow.backend_port == reply.src_port && flow.state & FLOW_SNAT == 0 {
+            if flow.backend == reply.src
+                && flow.backend_port == reply.src_port
+                && flow.state & FLOW_SNAT == 0
+            {
                 arrival.tuple = Tuple {
                     src: reply.dst,
                     dst: flow.frontend,
@@ -133,13 +166,16 @@ fn find_request<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>
     is_open(state)
 }
 
-/// The refusal in `scratch.arrival` is the client's to hear: its SYN goes nowhere else from here on.
+/// The refusal in `scratch.arrival` is the client's to hear: its SYN goes nowhere else from here
+/// on.
 #[inline(never)]
 pub(crate) fn end<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
     let Some(config) = maps.config() else { return };
     let Scratch { arrival, key, .. } = scratch;
     let tuple = &arrival.tuple;
-    if let Some((entry, _)) = snat_slot(maps, config, tuple.dst_port, tuple.src, tuple.src_port, TCP) {
+    if let Some((entry, _)) =
+        snat_slot(maps, config, tuple.dst_port, tuple.src, tuple.src_port, TCP)
+    {
         entry.clear(FLOW_RETRY);
     }
     *key = FlowKey {

@@ -6,7 +6,8 @@ use super::{
 };
 use crate::{
     balance::{
-        Entry, Maps, Scratch, Subprograms, client_key, explains, shared_key, shared_port_bit, snat_slot, unconfirmed,
+        Entry, Maps, Scratch, Subprograms, client_key, explains, shared_key, shared_port_bit,
+        snat_slot, unconfirmed,
     },
     event::Event,
     family::Family,
@@ -18,8 +19,8 @@ use crate::{
 
 /// Most backends that one connection tries: clients give up after seven SYNs or so.
 pub(super) const MAX_BACKENDS: u32 = 8;
-/// Two SYNs within this time ([`AFFINITY_TICK_NS`]; 200 ms) are one: XDP has left it to tc, or the network has doubled it. Clients
-/// send again after a second.
+/// Two SYNs within this time ([`AFFINITY_TICK_NS`]; 200 ms) are one: XDP has left it to tc, or the
+/// network has doubled it. Clients send again after a second.
 const SAME_SYN: u16 = 12;
 /// Ticks ([`TICK_NS`]) without a SYN after which the next is a connection of its own.
 const ABANDONED_TICKS: u32 = 20;
@@ -37,8 +38,13 @@ pub(crate) enum Syn {
 
 /// Whether the packet is a SYN that was sent before and not answered.
 #[inline(always)]
-pub(crate) fn classify_syn<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Syn {
-    let Arrival { tuple, tcp_flags, .. } = &scratch.arrival;
+pub(crate) fn classify_syn<F: Family, M: Subprograms<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+) -> Syn {
+    let Arrival {
+        tuple, tcp_flags, ..
+    } = &scratch.arrival;
     if !is_for(tuple.proto, *tcp_flags, 0) || !pending(maps, scratch) {
         return Syn::First;
     }
@@ -64,12 +70,16 @@ pub(super) fn entry_of<'m, F: Family, M: Maps<F>>(
     {
         return Some(entry);
     }
-    maps.flow(&scratch.key).filter(|entry| is_pending(&entry.read(), tuple))
+    maps.flow(&scratch.key)
+        .filter(|entry| is_pending(&entry.read(), tuple))
 }
 
 #[inline(always)]
 fn is_pending<A: Copy + Eq>(flow: &Flow<A>, tuple: &Tuple<A>) -> bool {
-    (flow.frontend == tuple.dst) & (flow.frontend_port == tuple.dst_port) & is_open(flow.state) & !is_closed(flow.state)
+    (flow.frontend == tuple.dst)
+        & (flow.frontend_port == tuple.dst_port)
+        & is_open(flow.state)
+        & !is_closed(flow.state)
 }
 
 /// Looks for the flow of the SYN in `scratch.arrival`: leaves its key and a copy in `scratch`.
@@ -93,14 +103,23 @@ pub(super) fn pending<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::
 /// What the flow in `scratch.flow` says to one more SYN.
 #[inline(never)]
 fn evaluate_failures<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Syn {
-    let Some(config) = maps.config() else { return Syn::First };
+    let Some(config) = maps.config() else {
+        return Syn::First;
+    };
     let flow = &scratch.flow;
     // The client has given up, and dials anew from that port.
     if maps.now().saturating_sub(flow.last_seen) > ABANDONED_TICKS {
         return Syn::First;
     }
     if flow.state & FLOW_SNAT != 0 {
-        match snat_slot(maps, config, flow.snat_port, flow.backend, flow.backend_port, TCP) {
+        match snat_slot(
+            maps,
+            config,
+            flow.snat_port,
+            flow.backend,
+            flow.backend_port,
+            TCP,
+        ) {
             // Replies to a translated source are seen in its slot only.
             Some((_, slot)) if is_open(slot.state) => {}
             _ => return Syn::First,
@@ -157,26 +176,43 @@ pub(crate) enum Moved {
     No,
 }
 
-/// Finds another backend for a flow that was given up, and gives back what it held. The frontend was looked up.
+/// Finds another backend for a flow that was given up, and gives back what it held. The frontend
+/// was looked up.
 #[inline(always)]
-pub(crate) fn move_on<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Moved {
-    let may = scratch.frontend.flags & FRONTEND_NO_RETRY == 0 && scratch.failover.tried().count_ones() < MAX_BACKENDS;
+pub(crate) fn move_on<F: Family, M: Subprograms<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+) -> Moved {
+    let may = scratch.frontend.flags & FRONTEND_NO_RETRY == 0
+        && scratch.failover.tried().count_ones() < MAX_BACKENDS;
     if may && pick_other_backend(maps, scratch, true) {
         release(maps, scratch);
         take(maps, scratch);
         maps.count(Event::Retry);
         return Moved::Yes;
     }
-    if stay(maps, scratch) { Moved::Stays } else { Moved::No }
+    if stay(maps, scratch) {
+        Moved::Stays
+    } else {
+        Moved::No
+    }
 }
 
-/// Gives a translated source port back. What the old backend still says to it is nobody's: the kernel resets it.
+/// Gives a translated source port back. What the old backend still says to it is nobody's: the
+/// kernel resets it.
 #[inline(never)]
 fn release<F: Family, M: Maps<F>>(maps: &M, scratch: &Scratch<F::Words>) {
     let Some(config) = maps.config() else { return };
     let (flow, tuple) = (&scratch.flow, &scratch.arrival.tuple);
     if flow.state & FLOW_SNAT != 0
-        && let Some((entry, slot)) = snat_slot(maps, config, flow.snat_port, flow.backend, flow.backend_port, TCP)
+        && let Some((entry, slot)) = snat_slot(
+            maps,
+            config,
+            flow.snat_port,
+            flow.backend,
+            flow.backend_port,
+            TCP,
+        )
         && slot.client == tuple.src
         && slot.client_port == tuple.src_port
         && slot.frontend == tuple.dst

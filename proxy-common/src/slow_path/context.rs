@@ -11,7 +11,8 @@ pub enum Action {
     Drop,
     /// It is its own answer now, and goes back to where it came from.
     SendBack,
-    /// Nobody takes it: it is answered with port unreachable. Its [`headers`](super::headers) say about what.
+    /// Nobody takes it: it is answered with port unreachable. Its [`headers`](super::headers) say
+    /// about what.
     Refuse,
 }
 

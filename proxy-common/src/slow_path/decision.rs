@@ -1,11 +1,11 @@
-//! [`arriving`](crate::balance::arriving) and [`leaving`](crate::balance::leaving) of packets on the slow path: the same decisions,
-//! in less of the stack. A translation is left in `scratch`.
+//! [`arriving`](crate::balance::arriving) and [`leaving`](crate::balance::leaving) of packets on
+//! the slow path: the same decisions, in less of the stack. A translation is left in `scratch`.
 
 use crate::{
     address::{self, Unmatched},
     balance::{
-        Scratch, Subprograms, answering_slowly, client_key, decide, explains, may_be_frontend, refuse_leaving,
-        snat_reply_arriving,
+        Scratch, Subprograms, answering_slowly, client_key, decide, explains, may_be_frontend,
+        refuse_leaving, snat_reply_arriving,
     },
     failover,
     family::Family,
@@ -17,7 +17,10 @@ use crate::{
 
 /// The packet in `scratch.arrival` arrives.
 #[inline(always)]
-pub(super) fn arriving<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Verdict {
+pub(super) fn arriving<F: Family, M: Subprograms<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+) -> Verdict {
     match established(maps, scratch) {
         Step::Break(verdict) => verdict,
         Step::Continue(()) => decide(maps, scratch),
@@ -63,7 +66,10 @@ fn established<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::
 
 /// The packet in `scratch.arrival` leaves.
 #[inline(always)]
-pub(super) fn leaving<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Verdict {
+pub(super) fn leaving<F: Family, M: Subprograms<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+) -> Verdict {
     match answering_slowly(maps, scratch) {
         Step::Break(verdict) => verdict,
         Step::Continue(()) => refuse_leaving(maps, scratch),

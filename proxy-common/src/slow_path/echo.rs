@@ -1,7 +1,9 @@
-//! Echo requests to addresses of Services, answered in the kernel: a ping says whether anybody is behind a Service.
+//! Echo requests to addresses of Services, answered in the kernel: a ping says whether anybody is
+//! behind a Service.
 //!
-//! [RFC 792](https://www.rfc-editor.org/rfc/rfc792) types 8 and 0, [RFC 4443](https://www.rfc-editor.org/rfc/rfc4443#section-4)
-//! types 128 and 129. Fragmented requests are dropped: a ping of more than a link's MTU tests the path, which ends here.
+//! [RFC 792](https://www.rfc-editor.org/rfc/rfc792) types 8 and 0, [RFC
+//! 4443](https://www.rfc-editor.org/rfc/rfc4443#section-4) types 128 and 129. Fragmented requests
+//! are dropped: a ping of more than a link's MTU tests the path, which ends here.
 
 use super::Action;
 use crate::{
@@ -27,7 +29,8 @@ const fn reply<F: Family>() -> u8 {
     if F::HEADER == 20 { 0 } else { 129 }
 }
 
-/// An echo request whose path and addresses stand in `scratch.slow`; `None`: not to a Service's address, or nobody's to answer.
+/// An echo request whose path and addresses stand in `scratch.slow`; `None`: not to a Service's
+/// address, or nobody's to answer.
 #[inline(never)]
 pub(super) fn answer<F: Family, M: Maps<F>>(
     maps: &M,
@@ -59,8 +62,8 @@ pub(super) fn answer<F: Family, M: Maps<F>>(
 fn turn<F: Family>(packet: &impl Access, scratch: &mut Scratch<F::Words>) -> Option<()> {
     let slow = &scratch.slow;
     let (l3, icmp) = (packet.link_length(), slow.path.l4);
-    // The type is the first byte of its word, and a code of 0 the second. The pseudo-header of ICMPv6 keeps its sum when the
-    // addresses change places.
+    // The type is the first byte of its word, and a code of 0 the second. The pseudo-header of
+    // ICMPv6 keeps its sum when the addresses change places.
     let old: u16 = packet.load(icmp)?;
     let new = u16::from_ne_bytes([reply::<F>(), 0]);
     let sum = Difference::word(old, new).apply(packet.load(icmp + 2)?);
@@ -86,6 +89,9 @@ fn turn<F: Family>(packet: &impl Access, scratch: &mut Scratch<F::Words>) -> Opt
 fn turn_frame(packet: &impl Access) -> Option<()> {
     let (to_high, to_low): (u32, u16) = (packet.load(6)?, packet.load(10)?);
     let (from_high, from_low): (u32, u16) = (packet.load(0)?, packet.load(4)?);
-    (packet.store(0, to_high) && packet.store(4, to_low) && packet.store(6, from_high) && packet.store(10, from_low))
-        .then_some(())
+    (packet.store(0, to_high)
+        && packet.store(4, to_low)
+        && packet.store(6, from_high)
+        && packet.store(10, from_low))
+    .then_some(())
 }

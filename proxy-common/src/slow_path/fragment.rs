@@ -1,12 +1,15 @@
-//! Fragments of translated datagrams: only the first has ports, so it leaves them where the others find them.
+//! Fragments of translated datagrams: only the first has ports, so it leaves them where the others
+//! find them.
 //!
-//! A datagram's fragments carry one identification between one pair of addresses. When a first fragment is translated, its
-//! ports are noted under that name, as they were before; a later one is then decided as if it had them, and reaches the same
-//! backend. Both where packets arrive and where they leave, for the addresses differ.
+//! A datagram's fragments carry one identification between one pair of addresses. When a first
+//! fragment is translated, its ports are noted under that name, as they were before; a later one is
+//! then decided as if it had them, and reaches the same backend. Both where packets arrive and
+//! where they leave, for the addresses differ.
 //!
-//! A fragment that comes before its first one, and goes to a cluster IP, is dropped: nobody could tell where to. The sender
-//! sends the datagram again or does without it, as when a network loses a fragment; networks that put fragments of one flow
-//! out of order are rare. To other addresses it passes, and is the receiver's to judge.
+//! A fragment that comes before its first one, and goes to a cluster IP, is dropped: nobody could
+//! tell where to. The sender sends the datagram again or does without it, as when a network loses a
+//! fragment; networks that put fragments of one flow out of order are rare. To other addresses it
+//! passes, and is the receiver's to judge.
 
 use super::Context;
 use crate::{
@@ -24,8 +27,9 @@ fn key<F: Family>(slow: &Context<F::Words>) -> FragmentKey<F::Words> {
     }
 }
 
-/// Forgets what is recorded under the name of the datagram whose first fragment is at hand: another's, with whose ports the rest of
-/// this one would go astray. Names come round: IPv4 has 65,536 for a pair of addresses and a protocol.
+/// Forgets what is recorded under the name of the datagram whose first fragment is at hand:
+/// another's, with whose ports the rest of this one would go astray. Names come round: IPv4 has
+/// 65,536 for a pair of addresses and a protocol.
 #[inline(never)]
 pub(super) fn forget<F: Family, M: Maps<F>>(maps: &M, scratch: &Scratch<F::Words>) {
     maps.remove_fragment(&key::<F>(&scratch.slow));

@@ -1,7 +1,9 @@
-//! ICMP and ICMPv6 errors about translated packets: path-MTU discovery, unreachables, exceeded hop limits.
+//! ICMP and ICMPv6 errors about translated packets: path-MTU discovery, unreachables, exceeded hop
+//! limits.
 //!
-//! An error quotes the packet that it is about as the sender of the error saw it, and goes to that packet's source. So an
-//! error travels the way of a packet that would *answer* the quoted one, and is translated as that answer would be:
+//! An error quotes the packet that it is about as the sender of the error saw it, and goes to that
+//! packet's source. So an error travels the way of a packet that would *answer* the quoted one, and
+//! is translated as that answer would be:
 //!
 //! ```text
 //!                    quoted                 answer, as if         becomes               so the quote becomes
@@ -11,15 +13,19 @@
 //! leaves             B:bp → C:sp            C:sp → B:bp           N:sp → B:bp           B:bp → N:sp       (SNAT only)
 //! ```
 //!
-//! (`C` client, `F` frontend, `N` this node, `B` backend, as in [`crate::balance`].) The error's destination follows, its
-//! source becomes the answer's where that changed, as with netfilter: a router's private address would not get past the
-//! source filters of other networks. An error changes no flow's state: anybody can send one. But an unreachable about a SYN is a
-//! refusal, and may be held back ([`crate::failover`]).
+//! (`C` client, `F` frontend, `N` this node, `B` backend, as in [`crate::balance`].) The error's
+//! destination follows, its source becomes the answer's where that changed, as with netfilter: a
+//! router's private address would not get past the source filters of other networks. An error
+//! changes no flow's state: anybody can send one. But an unreachable about a SYN is a refusal, and
+//! may be held back ([`crate::failover`]).
 
 use super::Action;
 use crate::{
     access::{Access, load_addr, store_addrs},
-    balance::{Maps, Scratch, Subprograms, client_key, may_be_frontend, shared_key, shared_port_bit, snat_slot},
+    balance::{
+        Maps, Scratch, Subprograms, client_key, may_be_frontend, shared_key, shared_port_bit,
+        snat_slot,
+    },
     checksum::Difference,
     event::Event,
     extension, failover,
@@ -41,9 +47,10 @@ pub(super) const fn proto<F: Family>() -> u8 {
 
 /// Whether an ICMP type is an error that quotes a packet.
 ///
-/// [RFC 792](https://www.rfc-editor.org/rfc/rfc792) unreachable, time exceeded, parameter problem (source quench is
-/// deprecated, RFC 6633; a redirect is for the router that translated, not for the client);
-/// [RFC 4443](https://www.rfc-editor.org/rfc/rfc4443) unreachable, too big, time exceeded, parameter problem.
+/// [RFC 792](https://www.rfc-editor.org/rfc/rfc792) unreachable, time exceeded, parameter problem
+/// (source quench is deprecated, RFC 6633; a redirect is for the router that translated, not for
+/// the client); [RFC 4443](https://www.rfc-editor.org/rfc/rfc4443) unreachable, too big, time
+/// exceeded, parameter problem.
 #[inline(always)]
 pub(super) fn is_error<F: Family>(kind: u8) -> bool {
     if F::HEADER == 20 {
@@ -53,8 +60,8 @@ pub(super) fn is_error<F: Family>(kind: u8) -> bool {
     }
 }
 
-/// Whether an error says that nobody is there or nobody may go there: RFC 792 type 3 but for "fragmentation needed", RFC 4443
-/// type 1.
+/// Whether an error says that nobody is there or nobody may go there: RFC 792 type 3 but for
+/// "fragmentation needed", RFC 4443 type 1.
 #[inline(always)]
 fn is_unreachable<F: Family>(packet: &impl Access, icmp: u32) -> bool {
     const FRAGMENTATION_NEEDED: u8 = 4;
@@ -69,7 +76,8 @@ fn is_unreachable<F: Family>(packet: &impl Access, icmp: u32) -> bool {
     }
 }
 
-/// An ICMP error whose path and addresses stand in `scratch.slow`: translated if it is about a translated packet.
+/// An ICMP error whose path and addresses stand in `scratch.slow`: translated if it is about a
+/// translated packet.
 #[inline(always)]
 pub(super) fn translate<F: Family, M: Subprograms<F>>(
     maps: &M,
@@ -80,7 +88,9 @@ pub(super) fn translate<F: Family, M: Subprograms<F>>(
     if !read_quote::<F>(packet, scratch) {
         return Action::Pass;
     }
-    if scratch.slow.quoted.proto == u32::from(TCP) && is_unreachable::<F>(packet, scratch.slow.path.l4) {
+    if scratch.slow.quoted.proto == u32::from(TCP)
+        && is_unreachable::<F>(packet, scratch.slow.path.l4)
+    {
         scratch.arrival.tuple = scratch.slow.answer;
         if failover::is_held_back(maps, scratch, direction == Direction::Egress) {
             return Action::Drop;
@@ -111,7 +121,8 @@ fn read_quote<F: Family>(packet: &impl Access, scratch: &mut Scratch<F::Words>) 
         return false;
     }
     let proto = slow.quoted.proto as u8;
-    // A fragment but the first has no ports; nobody sends errors about those (RFC 1122 section 3.2.2).
+    // A fragment but the first has no ports; nobody sends errors about those (RFC 1122 section
+    // 3.2.2).
     if slow.quoted.offset != 0 || !matches!(proto, TCP | UDP | SCTP) {
         return false;
     }
@@ -123,7 +134,8 @@ fn read_quote<F: Family>(packet: &impl Access, scratch: &mut Scratch<F::Words>) 
     ) else {
         return false;
     };
-    // Errors go to the source of what they are about; anything else is forged, or not for us to judge.
+    // Errors go to the source of what they are about; anything else is forged, or not for us to
+    // judge.
     if from != slow.tuple.dst {
         return false;
     }
@@ -137,16 +149,29 @@ fn read_quote<F: Family>(packet: &impl Access, scratch: &mut Scratch<F::Words>) 
     true
 }
 
-/// [`crate::balance::arriving`] of the answer to the quoted packet, for flows that exist. Leaves what it becomes in
-/// `scratch.slow.becomes`.
+/// [`crate::balance::arriving`] of the answer to the quoted packet, for flows that exist. Leaves
+/// what it becomes in `scratch.slow.becomes`.
 #[inline(never)]
 fn arriving<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
-    let Some(config) = maps.config() else { return false };
+    let Some(config) = maps.config() else {
+        return false;
+    };
     let slow = &mut scratch.slow;
     let answer = slow.answer;
     if snat::in_range(config, answer.dst_port)
-        && maps.filter(filter::backend::<F>(answer.src, answer.src_port, answer.proto))
-        && let Some((_, slot)) = snat_slot(maps, config, answer.dst_port, answer.src, answer.src_port, answer.proto)
+        && maps.filter(filter::backend::<F>(
+            answer.src,
+            answer.src_port,
+            answer.proto,
+        ))
+        && let Some((_, slot)) = snat_slot(
+            maps,
+            config,
+            answer.dst_port,
+            answer.src,
+            answer.src_port,
+            answer.proto,
+        )
         && slot.snat == answer.dst
         && slot.snat != slot.client
     {
@@ -195,13 +220,26 @@ fn forward<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> 
 /// [`crate::balance::leaving`] of the answer to the quoted packet.
 #[inline(never)]
 fn leaving<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
-    let Some(config) = maps.config() else { return false };
+    let Some(config) = maps.config() else {
+        return false;
+    };
     let Scratch { key, slow, .. } = scratch;
     let answer = slow.answer;
     slow.becomes = answer;
-    if maps.filter(filter::backend::<F>(answer.src, answer.src_port, answer.proto)) {
+    if maps.filter(filter::backend::<F>(
+        answer.src,
+        answer.src_port,
+        answer.proto,
+    )) {
         if snat::in_range(config, answer.dst_port)
-            && let Some((_, slot)) = snat_slot(maps, config, answer.dst_port, answer.src, answer.src_port, answer.proto)
+            && let Some((_, slot)) = snat_slot(
+                maps,
+                config,
+                answer.dst_port,
+                answer.src,
+                answer.src_port,
+                answer.proto,
+            )
             && slot.client == answer.dst
         {
             slow.becomes.src = slot.frontend;
@@ -224,9 +262,19 @@ fn leaving<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> 
             }
         }
     }
-    if maps.filter(filter::backend::<F>(answer.dst, answer.dst_port, answer.proto))
-        && snat::in_range(config, answer.src_port)
-        && let Some((_, slot)) = snat_slot(maps, config, answer.src_port, answer.dst, answer.dst_port, answer.proto)
+    if maps.filter(filter::backend::<F>(
+        answer.dst,
+        answer.dst_port,
+        answer.proto,
+    )) && snat::in_range(config, answer.src_port)
+        && let Some((_, slot)) = snat_slot(
+            maps,
+            config,
+            answer.src_port,
+            answer.dst,
+            answer.dst_port,
+            answer.proto,
+        )
         && slot.client == answer.src
         && slot.snat != answer.src
     {
@@ -236,8 +284,9 @@ fn leaving<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> 
     false
 }
 
-/// Writes the error about what the quoted packet was before it was translated. Only the sender of the error can make it fail
-/// in the middle, by a packet that ends within a field, and that was looked at before.
+/// Writes the error about what the quoted packet was before it was translated. Only the sender of
+/// the error can make it fail in the middle, by a packet that ends within a field, and that was
+/// looked at before.
 #[inline(never)]
 fn write<F: Family>(packet: &impl Access, scratch: &mut Scratch<F::Words>) -> bool {
     write_fields::<F>(packet, scratch).is_some()
@@ -252,12 +301,17 @@ fn write_fields<F: Family>(packet: &impl Access, scratch: &mut Scratch<F::Words>
     let proto = slow.quoted.proto as u8;
     let (addresses, ports) = differences::<F>(answer, becomes);
 
-    // Everything that is needed is read before anything is written. How the quote changes is what the error's own checksum,
-    // which covers it, must take up.
+    // Everything that is needed is read before anything is written. How the quote changes is what
+    // the error's own checksum, which covers it, must take up.
     let old: u16 = packet.load(icmp + 2)?;
     let mut change = addresses.and(ports);
-    let header: u16 = if F::HEADER == 20 { packet.load(quote + 10)? } else { 0 };
-    // 0: none. Not an `Option`: LLVM would save what is not there to the stack, which the verifier does not allow.
+    let header: u16 = if F::HEADER == 20 {
+        packet.load(quote + 10)?
+    } else {
+        0
+    };
+    // 0: none. Not an `Option`: LLVM would save what is not there to the stack, which the verifier
+    // does not allow.
     let (mut field_at, mut field_new) = (0, 0);
     if let Some(offset) = checksum_offset(proto) {
         // Quotes of eight bytes of TCP end before its checksum.
@@ -287,11 +341,22 @@ fn write_fields<F: Family>(packet: &impl Access, scratch: &mut Scratch<F::Words>
             .and(Difference::address::<F>(slow.tuple.dst, becomes.dst));
     }
 
-    let port_words = u32::from(becomes.dst_port.to_be()) | u32::from(becomes.src_port.to_be()) << 16;
+    let port_words =
+        u32::from(becomes.dst_port.to_be()) | u32::from(becomes.src_port.to_be()) << 16;
     let written = packet.store(icmp + 2, change.apply(old))
         && packet.store(transport, port_words)
-        && store_addrs::<F>(packet, quote, (answer.dst, answer.src), (becomes.dst, becomes.src))
-        && store_addrs::<F>(packet, l3, (slow.tuple.src, slow.tuple.dst), (src, becomes.dst))
+        && store_addrs::<F>(
+            packet,
+            quote,
+            (answer.dst, answer.src),
+            (becomes.dst, becomes.src),
+        )
+        && store_addrs::<F>(
+            packet,
+            l3,
+            (slow.tuple.src, slow.tuple.dst),
+            (src, becomes.dst),
+        )
         && (field_at == 0 || packet.store(field_at, field_new));
     written.then_some(())
 }

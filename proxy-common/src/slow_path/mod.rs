@@ -1,7 +1,8 @@
-//! Packets that are not plain TCP or UDP behind a plain IP header: what [`crate::packet::parse`] leaves.
+//! Packets that are not plain TCP or UDP behind a plain IP header: what [`crate::packet::parse`]
+//! leaves.
 //!
-//! They are few, so they take their time: headers are read by copies ([`crate::access`]), and nothing here weighs on the path
-//! of plain packets. XDP leaves them to tc, which sees them next.
+//! They are few, so they take their time: headers are read by copies ([`crate::access`]), and
+//! nothing here weighs on the path of plain packets. XDP leaves them to tc, which sees them next.
 
 mod context;
 mod decision;
@@ -22,13 +23,20 @@ use crate::{
     extension::{self, Path},
     family::Family,
     layout::{SCTP, TCP, UDP},
-    packet::{ACK, FIN, Headers, Packet, RST, SCTP_CHECKSUM, SYN, Tuple, checksum_offset, differences, port_word},
+    packet::{
+        ACK, FIN, Headers, Packet, RST, SCTP_CHECKSUM, SYN, Tuple, checksum_offset, differences,
+        port_word,
+    },
     verdict::{Direction, InScratch, Verdict},
 };
 
 /// A packet that [`crate::packet::parse`] made nothing of.
 #[inline(always)]
-pub fn handle<F: Family, M: Subprograms<F>>(maps: &M, packet: &impl Access, direction: Direction) -> Action {
+pub fn handle<F: Family, M: Subprograms<F>>(
+    maps: &M,
+    packet: &impl Access,
+    direction: Direction,
+) -> Action {
     let Some(scratch) = maps.scratch() else {
         return Action::Pass;
     };
@@ -125,7 +133,8 @@ fn transport<F: Family, M: Subprograms<F>>(
     };
     match verdict {
         Verdict::Pass => Action::Pass,
-        // Behind extension headers a reset is not worth its code: the client asks again, and its next connection is refused.
+        // Behind extension headers a reset is not worth its code: the client asks again, and its
+        // next connection is refused.
         Verdict::Drop | Verdict::Reset => Action::Drop,
         Verdict::Refuse if is_later => Action::Drop,
         Verdict::Refuse => Action::Refuse,
@@ -180,8 +189,8 @@ fn read_ports<A: Copy>(packet: &impl Access, scratch: &mut Scratch<A>) -> bool {
     true
 }
 
-/// Brings an SCTP packet's checksum up to date, which covers its ports but no address. A first fragment does not say how long its
-/// datagram is: with other ports its checksum would be wrong.
+/// Brings an SCTP packet's checksum up to date, which covers its ports but no address. A first
+/// fragment does not say how long its datagram is: with other ports its checksum would be wrong.
 #[inline(never)]
 fn update_sctp<F: Family>(packet: &impl Access, path: &Path, difference: u32) -> bool {
     if difference == 0 {
@@ -201,8 +210,9 @@ fn update_sctp<F: Family>(packet: &impl Access, path: &Path, difference: u32) ->
     };
     let length = (u32::from(u16::from_be(length)) + fixed).wrapping_sub(path.l4 - l3);
     if sum == 0 {
-        // `CHECKSUM_PARTIAL`: the device that sends it computes it over the zero that its socket left. (A finished checksum is zero
-        // once in 2^32 packets; that packet is lost, and sent again with others.)
+        // `CHECKSUM_PARTIAL`: the device that sends it computes it over the zero that its socket
+        // left. (A finished checksum is zero once in 2^32 packets; that packet is lost, and sent
+        // again with others.)
         return true;
     }
     let new = sum ^ crc32c::first_word_changed(difference, length);
@@ -210,10 +220,15 @@ fn update_sctp<F: Family>(packet: &impl Access, path: &Path, difference: u32) ->
     path.more == 0 && packet.store(path.l4 + SCTP_CHECKSUM as u32, new)
 }
 
-/// Writes `scratch.translation`. A later fragment has no ports, and its datagram's checksum stands in the first.
+/// Writes `scratch.translation`. A later fragment has no ports, and its datagram's checksum stands
+/// in the first.
 #[inline(never)]
 fn write<F: Family>(packet: &impl Access, scratch: &mut Scratch<F::Words>) -> bool {
-    let (path, old, new) = (&scratch.slow.path, &scratch.slow.tuple, &scratch.translation.tuple);
+    let (path, old, new) = (
+        &scratch.slow.path,
+        &scratch.slow.tuple,
+        &scratch.translation.tuple,
+    );
     let (addresses, ports) = differences::<F>(old, new);
     if path.offset == 0 {
         if let Some(offset) = checksum_offset(old.proto)
@@ -223,7 +238,11 @@ fn write<F: Family>(packet: &impl Access, scratch: &mut Scratch<F::Words>) -> bo
         }
         if old.proto == SCTP {
             // Its checksum is of another kind, and makes up for nothing.
-            packet.changed(if F::HEADER == 40 { addresses.and(ports) } else { ports });
+            packet.changed(if F::HEADER == 40 {
+                addresses.and(ports)
+            } else {
+                ports
+            });
             if !update_sctp::<F>(packet, path, port_word(old) ^ port_word(new)) {
                 return false;
             }
@@ -234,7 +253,12 @@ fn write<F: Family>(packet: &impl Access, scratch: &mut Scratch<F::Words>) -> bo
     } else if F::HEADER == 40 {
         packet.changed(addresses);
     }
-    store_addrs::<F>(packet, packet.link_length(), (old.src, old.dst), (new.src, new.dst))
+    store_addrs::<F>(
+        packet,
+        packet.link_length(),
+        (old.src, old.dst),
+        (new.src, new.dst),
+    )
 }
 
 /// A packet of a protocol that no Service speaks.

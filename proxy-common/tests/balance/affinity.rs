@@ -2,8 +2,13 @@
 
 use super::*;
 
-/// From where, and whether the hook sends on: a pod's packets, and an outside client's at tc and at XDP.
-const WAYS: [(Origin, bool); 3] = [(Origin::Pod, false), (Origin::Network, false), (Origin::Network, true)];
+/// From where, and whether the hook sends on: a pod's packets, and an outside client's at tc and at
+/// XDP.
+const WAYS: [(Origin, bool); 3] = [
+    (Origin::Pod, false),
+    (Origin::Network, false),
+    (Origin::Network, true),
+];
 const FRONTENDS: [u8; 2] = [1, 2];
 
 /// Two frontends of a Service port with affinity for a minute.
@@ -68,10 +73,16 @@ impl Kept {
     /// Its answer.
     fn answer(&self, seen: Tuple<u32>) {
         let flags = if self.proto == UDP { 0 } else { SYN | ACK };
-        if let Verdict::Pass = self.node.arrive(back(seen), flags, Origin::Network, self.way.1) {
+        if let Verdict::Pass = self
+            .node
+            .arrive(back(seen), flags, Origin::Network, self.way.1)
+        {
             self.node.leave(back(seen), flags);
         } else if !self.way.1 {
-            let inside = self.node.translated(back(seen), flags, Origin::Network, false).tuple;
+            let inside = self
+                .node
+                .translated(back(seen), flags, Origin::Network, false)
+                .tuple;
             self.node.leave(inside, flags);
         }
     }
@@ -87,7 +98,10 @@ impl Kept {
 
     /// Clients that are there, and others.
     fn known(&self) -> (usize, usize) {
-        (self.node.affinity.borrow().len(), self.node.new_affinity.borrow().len())
+        (
+            self.node.affinity.borrow().len(),
+            self.node.new_affinity.borrow().len(),
+        )
     }
 
     /// First packets so many that everything that they are noted in forgets all else.
@@ -124,7 +138,8 @@ fn for_all(test: impl Fn(u8, (Origin, bool))) {
     }
 }
 
-/// L3: a client is known for good once it has spoken after an answer, by the first flow that has, or that takes a used port again.
+/// L3: a client is known for good once it has spoken after an answer, by the first flow that has,
+/// or that takes a used port again.
 #[test]
 fn a_client_is_known_when_a_flow_is_confirmed() {
     for_all(|proto, way| {
@@ -163,12 +178,17 @@ fn first_packets_make_nobody_forget_a_client() {
         kept.serve(1..9);
         for n in 1..20 {
             kept.flood();
-            assert_eq!(kept.exchange(40_000 + n, 1 + n as u8 % 2), 5, "{proto} {way:?}");
+            assert_eq!(
+                kept.exchange(40_000 + n, 1 + n as u8 % 2),
+                5,
+                "{proto} {way:?}"
+            );
         }
     });
 }
 
-/// P1: flows that a new client opens at once have one backend, and so have all that follow; datagrams that are answered once too.
+/// P1: flows that a new client opens at once have one backend, and so have all that follow;
+/// datagrams that are answered once too.
 #[test]
 fn flows_of_a_new_client_go_one_way() {
     for_all(|proto, way| {
@@ -191,7 +211,8 @@ fn flows_of_a_new_client_go_one_way() {
     });
 }
 
-/// P1: what is no endpoint any more when the flow is confirmed is not kept, and is nothing to the client when it is back.
+/// P1: what is no endpoint any more when the flow is confirmed is not kept, and is nothing to the
+/// client when it is back.
 #[test]
 fn endpoints_change_before_a_flow_is_confirmed() {
     for_all(|proto, way| {
@@ -231,7 +252,11 @@ fn another_backend_is_kept_when_the_first_is_silent() {
             assert_eq!(kept.known(), (1, 0));
             kept.node.now.set(kept.node.now.get() + 28);
             kept.flood();
-            assert_eq!(kept.exchange(40_002, 2), number(last), "{way:?}, known {known}");
+            assert_eq!(
+                kept.exchange(40_002, 2),
+                number(last),
+                "{way:?}, known {known}"
+            );
         }
     }
 }

@@ -17,8 +17,13 @@ const BACKENDS: [(u32, u16, bool); 4] = [
     (u32::from_ne_bytes([10, 44, 1, 8]), 8080, false),
     (u32::from_ne_bytes([10, 44, 0, 8]), 8080, true),
 ];
-/// From where, and whether the hook sends on: a pod's packets, and an outside client's at tc and at XDP.
-const WAYS: [(Origin, bool); 3] = [(Origin::Pod, false), (Origin::Network, false), (Origin::Network, true)];
+/// From where, and whether the hook sends on: a pod's packets, and an outside client's at tc and at
+/// XDP.
+const WAYS: [(Origin, bool); 3] = [
+    (Origin::Pod, false),
+    (Origin::Network, false),
+    (Origin::Network, true),
+];
 
 fn node(count: usize, flags: u16) -> Node<V4> {
     let mut config = config();
@@ -38,7 +43,12 @@ fn dialled(port: u16) -> Tuple<u32> {
 }
 
 /// What the backend sees of a client's segment.
-fn send(node: &Node<V4>, tuple: Tuple<u32>, flags: u8, (origin, sends_on): (Origin, bool)) -> Tuple<u32> {
+fn send(
+    node: &Node<V4>,
+    tuple: Tuple<u32>,
+    flags: u8,
+    (origin, sends_on): (Origin, bool),
+) -> Tuple<u32> {
     let arrived = node.translated(tuple, flags, origin, sends_on);
     if sends_on && !arrived.local {
         arrived.tuple
@@ -48,8 +58,15 @@ fn send(node: &Node<V4>, tuple: Tuple<u32>, flags: u8, (origin, sends_on): (Orig
 }
 
 /// What the client sees of a backend's segment; `None` if it was held back.
-fn answer(node: &Node<V4>, seen: Tuple<u32>, flags: u8, (_, sends_on): (Origin, bool)) -> Option<Tuple<u32>> {
-    let local = BACKENDS.iter().any(|backend| backend.0 == seen.dst && backend.2);
+fn answer(
+    node: &Node<V4>,
+    seen: Tuple<u32>,
+    flags: u8,
+    (_, sends_on): (Origin, bool),
+) -> Option<Tuple<u32>> {
+    let local = BACKENDS
+        .iter()
+        .any(|backend| backend.0 == seen.dst && backend.2);
     let origin = if local { Origin::Pod } else { Origin::Network };
     let inside = match node.arrive(back(seen), flags, origin, sends_on && !local) {
         Verdict::Pass => back(seen),
@@ -71,17 +88,29 @@ fn wait(node: &Node<V4>, ticks: u32) {
 }
 
 fn count(node: &Node<V4>, event: Event) -> usize {
-    node.events.borrow().iter().filter(|&&counted| counted == event).count()
+    node.events
+        .borrow()
+        .iter()
+        .filter(|&&counted| counted == event)
+        .count()
 }
 
 /// Flows that wait in `flows`.
 fn waiting(node: &Node<V4>) -> i64 {
     let flows = node.flows.borrow();
-    flows.values().filter(|flow| flow.state & FLOW_WAITING != 0).count() as i64
+    flows
+        .values()
+        .filter(|flow| flow.state & FLOW_WAITING != 0)
+        .count() as i64
 }
 
 fn state(node: &Node<V4>, backend: u32) -> BackendState {
-    let id = node.ids.borrow().iter().position(|id| id.0 == backend).unwrap();
+    let id = node
+        .ids
+        .borrow()
+        .iter()
+        .position(|id| id.0 == backend)
+        .unwrap();
     Maps::<V4>::backend(node, id as u32).unwrap().read()
 }
 
@@ -94,9 +123,17 @@ fn the_third_syn_goes_to_another_backend_and_its_connection_stays_there() {
             node.most_waiting.set(i64::from(port % 2));
             let first = send(&node, dialled(port), SYN, way);
             wait(&node, 1);
-            assert_eq!(send(&node, dialled(port), SYN, way), first, "the first retransmission");
+            assert_eq!(
+                send(&node, dialled(port), SYN, way),
+                first,
+                "the first retransmission"
+            );
             // XDP has left it to tc.
-            assert_eq!(send(&node, dialled(port), SYN, way), first, "the same packet once more");
+            assert_eq!(
+                send(&node, dialled(port), SYN, way),
+                first,
+                "the same packet once more"
+            );
             wait(&node, 1);
             let second = send(&node, dialled(port), SYN, way);
             assert_ne!(second.dst, first.dst);
@@ -108,7 +145,8 @@ fn the_third_syn_goes_to_another_backend_and_its_connection_stays_there() {
                 "the same packet once more"
             );
 
-            // The first one's answer comes late: the client, which has dialled somebody else, must not take it for theirs.
+            // The first one's answer comes late: the client, which has dialled somebody else, must
+            // not take it for theirs.
             let late = answer(&node, first, SYN | ACK, way);
             assert_ne!(late, Some(back(dialled(port))), "{way:?}");
 
@@ -146,17 +184,30 @@ fn a_refusal_is_held_back_while_another_backend_is_left() {
                 let seen = send(&node, dialled(port), SYN, way);
                 assert!(tried.insert(seen.dst), "{way:?}: {tried:?} twice");
                 let heard = answer(&node, seen, RST | ACK, way);
-                assert_eq!(heard, (n == 2).then_some(back(dialled(port))), "{way:?}: refusal {n}");
+                assert_eq!(
+                    heard,
+                    (n == 2).then_some(back(dialled(port))),
+                    "{way:?}: refusal {n}"
+                );
                 assert_eq!(node.waiting.get(), waiting(&node));
             }
-            assert_eq!((count(&node, Event::RefusalHeld), count(&node, Event::Retry)), (2, 2));
+            assert_eq!(
+                (count(&node, Event::RefusalHeld), count(&node, Event::Retry)),
+                (2, 2)
+            );
             // All have refused just now: the next client hears it at once.
             let seen = send(&node, dialled(port + 1000), SYN, way);
-            assert_eq!(answer(&node, seen, RST | ACK, way), Some(back(dialled(port + 1000))));
+            assert_eq!(
+                answer(&node, seen, RST | ACK, way),
+                Some(back(dialled(port + 1000)))
+            );
             // And the first, which dials anew, finds who answers again.
             wait(&node, 3);
             let seen = send(&node, dialled(port), SYN, way);
-            assert_eq!(answer(&node, seen, SYN | ACK, way), Some(back(dialled(port))));
+            assert_eq!(
+                answer(&node, seen, SYN | ACK, way),
+                Some(back(dialled(port)))
+            );
             assert_eq!(send(&node, dialled(port), ACK, way), seen);
         }
     }
@@ -171,7 +222,10 @@ fn a_single_backend_is_waited_for_and_its_refusal_heard() {
             wait(&node, 1);
             assert_eq!(send(&node, dialled(40_000), SYN, way), seen);
         }
-        assert_eq!(answer(&node, seen, RST | ACK, way), Some(back(dialled(40_000))));
+        assert_eq!(
+            answer(&node, seen, RST | ACK, way),
+            Some(back(dialled(40_000)))
+        );
     }
 }
 
@@ -184,7 +238,10 @@ fn a_service_that_does_not_want_it_is_left_as_it_is() {
             wait(&node, 1);
             assert_eq!(send(&node, dialled(40_000), SYN, way), seen);
         }
-        assert_eq!(answer(&node, seen, RST | ACK, way), Some(back(dialled(40_000))));
+        assert_eq!(
+            answer(&node, seen, RST | ACK, way),
+            Some(back(dialled(40_000)))
+        );
         assert_eq!(state(&node, seen.dst), BackendState::default());
     }
 }
@@ -194,7 +251,10 @@ fn dial_until(node: &Node<V4>, ports: &mut impl Iterator<Item = u16>, backend: u
     ports.by_ref().take(64).find(|&port| {
         let seen = send(node, dialled(port), SYN, WAYS[0]);
         if seen.dst != backend {
-            assert_eq!(answer(node, seen, SYN | ACK, WAYS[0]), Some(back(dialled(port))));
+            assert_eq!(
+                answer(node, seen, SYN | ACK, WAYS[0]),
+                Some(back(dialled(port)))
+            );
         }
         seen.dst == backend
     })
@@ -234,7 +294,10 @@ fn a_silent_backend_is_passed_over_for_a_growing_while_and_then_tried_by_one() {
         wait(&node, 64);
         let trial = dial_until(&node, &mut ports, silent).expect("a trial");
         let seen = to(dialled(trial).src, trial, silent, 8080);
-        assert_eq!(answer(&node, seen, SYN | ACK, WAYS[0]), Some(back(dialled(trial))));
+        assert_eq!(
+            answer(&node, seen, SYN | ACK, WAYS[0]),
+            Some(back(dialled(trial)))
+        );
         assert_eq!(state(&node, silent).failures, 0);
         assert!(
             dial_until(&node, &mut ports, silent).is_some(),
@@ -248,11 +311,13 @@ fn a_silent_backends_share_falls_to_all_others_and_nobody_else_moves() {
     let healthy = node(4, 0);
     let failing = node(4, 0);
     let silent = BACKENDS[1].0;
-    Maps::<V4>::backend(&failing, 1).unwrap().write(&BackendState {
-        failures: 1,
-        silent_until: failing.affinity_now() + 1000,
-        ..BackendState::default()
-    });
+    Maps::<V4>::backend(&failing, 1)
+        .unwrap()
+        .write(&BackendState {
+            failures: 1,
+            silent_until: failing.affinity_now() + 1000,
+            ..BackendState::default()
+        });
     let mut shares = HashMap::new();
     for port in 20_000..32_000 {
         let before = send(&healthy, dialled(port), SYN, WAYS[0]).dst;
@@ -271,7 +336,8 @@ fn a_silent_backends_share_falls_to_all_others_and_nobody_else_moves() {
     );
 }
 
-/// A socket's connection stays where it is led to, so it is led elsewhere while a backend is known to be silent.
+/// A socket's connection stays where it is led to, so it is led elsewhere while a backend is known
+/// to be silent.
 #[test]
 fn sockets_pass_over_a_silent_backend() {
     const SOCKETS: u32 = 12_000;
@@ -291,18 +357,27 @@ fn sockets_pass_over_a_silent_backend() {
         shares
     };
     let silence = |id: u32, failures, until| {
-        Maps::<V4>::backend(&node, id).unwrap().write(&BackendState {
-            failures,
-            silent_until: until,
-            ..BackendState::default()
-        });
+        Maps::<V4>::backend(&node, id)
+            .unwrap()
+            .write(&BackendState {
+                failures,
+                silent_until: until,
+                ..BackendState::default()
+            });
     };
-    let evenly = |shares: &[u32]| shares.iter().all(|n| n.abs_diff(SOCKETS / shares.len() as u32) < 200);
+    let evenly = |shares: &[u32]| {
+        shares
+            .iter()
+            .all(|n| n.abs_diff(SOCKETS / shares.len() as u32) < 200)
+    };
     let before = shares();
     assert!(evenly(&before), "{before:?}");
     silence(0, 1, now + 1);
     let without_one = shares();
-    assert!(without_one[0] == 0 && evenly(&without_one[1..]), "{without_one:?}");
+    assert!(
+        without_one[0] == 0 && evenly(&without_one[1..]),
+        "{without_one:?}"
+    );
     silence(0, 1, now);
     assert_eq!(shares(), before, "its silence is over");
     (0..4).for_each(|id| silence(id, 3, now + 100));
@@ -341,11 +416,13 @@ fn all_silent_is_as_if_none_were() {
     let healthy = node(4, 0);
     let failing = node(4, 0);
     for id in 0..4 {
-        Maps::<V4>::backend(&failing, id).unwrap().write(&BackendState {
-            failures: 1,
-            silent_until: failing.affinity_now() + 1000,
-            ..BackendState::default()
-        });
+        Maps::<V4>::backend(&failing, id)
+            .unwrap()
+            .write(&BackendState {
+                failures: 1,
+                silent_until: failing.affinity_now() + 1000,
+                ..BackendState::default()
+            });
     }
     for port in 20_000..20_500 {
         let now = send(&failing, dialled(port), SYN, WAYS[0]);
@@ -360,8 +437,8 @@ fn all_silent_is_as_if_none_were() {
 }
 
 proptest! {
-    /// Whatever answers, refuses or keeps silent: the client hears one backend at most, an answered connection stays where it
-    /// is, and with a backend that answers, no client waits in vain.
+    /// Whatever answers, refuses or keeps silent: the client hears one backend at most, an answered
+    /// connection stays where it is, and with a backend that answers, no client waits in vain.
     #[test]
     fn some_backend_answers_or_the_client_hears_that_none_does(
         moods in prop::collection::vec(0..3u8, 1..=4),

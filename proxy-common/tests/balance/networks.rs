@@ -21,18 +21,33 @@ fn the_source_follows_the_route_when_a_flow_is_opened() {
     node.route_sources.borrow_mut().insert(REMOTE.0, moved);
     node.now.set(node.now.get() + 1);
     // Whichever device the answer comes in by, its addresses tell.
-    let answer = node.translated(back(left), SYN | ACK, Origin::Network, false).tuple;
+    let answer = node
+        .translated(back(left), SYN | ACK, Origin::Network, false)
+        .tuple;
     assert_eq!(answer, back(sent));
     assert_eq!(node.leave(answer, SYN | ACK), back(dialled));
-    assert_eq!(node.translated(dialled, ACK, Origin::Network, false).tuple, sent);
-    assert_eq!(node.leave(sent, ACK).src, overlay, "an open flow keeps its address");
+    assert_eq!(
+        node.translated(dialled, ACK, Origin::Network, false).tuple,
+        sent
+    );
+    assert_eq!(
+        node.leave(sent, ACK).src,
+        overlay,
+        "an open flow keeps its address"
+    );
     assert_eq!(dial(40_002).2.src, moved);
     // XDP, which does both halves at once.
     let dialled = to(client, 40_003, ip(10, 96, 0, 1), 80);
-    assert_eq!(node.translated(dialled, SYN, Origin::Network, true).tuple.src, moved);
+    assert_eq!(
+        node.translated(dialled, SYN, Origin::Network, true)
+            .tuple
+            .src,
+        moved
+    );
 }
 
-/// A backend of the node itself, whose port is another Service's node port: XDP translates, and tc sees the packet again.
+/// A backend of the node itself, whose port is another Service's node port: XDP translates, and tc
+/// sees the packet again.
 #[test]
 fn a_packet_is_translated_once() {
     let here = ip(192, 168, 50, 11);
@@ -55,9 +70,19 @@ fn a_packet_is_translated_once() {
     }
     // Who dials that port itself gets the other Service.
     let direct = to(client, 40_001, here, 30_200);
-    assert_eq!(node.translated(direct, SYN, Origin::Network, true).tuple.dst, REMOTE.0);
+    assert_eq!(
+        node.translated(direct, SYN, Origin::Network, true)
+            .tuple
+            .dst,
+        REMOTE.0
+    );
     // So does the same port of the client, once its connection is long over.
     node.now.set(node.now.get() + 10_000);
     let direct = to(client, 40_000, here, 30_200);
-    assert_eq!(node.translated(direct, SYN, Origin::Network, false).tuple.dst, REMOTE.0);
+    assert_eq!(
+        node.translated(direct, SYN, Origin::Network, false)
+            .tuple
+            .dst,
+        REMOTE.0
+    );
 }

@@ -3,7 +3,11 @@
 use super::*;
 
 /// How a connection comes: from a pod, from outside at tc, from outside at XDP.
-const WAYS: [(Origin, bool); 3] = [(Origin::Pod, false), (Origin::Network, false), (Origin::Network, true)];
+const WAYS: [(Origin, bool); 3] = [
+    (Origin::Pod, false),
+    (Origin::Network, false),
+    (Origin::Network, true),
+];
 
 /// A connection to [`REMOTE`].
 struct Connection {
@@ -40,7 +44,9 @@ impl Connection {
 
     /// A packet of the client's, as it leaves the node.
     fn client(&self, flags: u8) -> Tuple<u32> {
-        let translated = self.node.translated(self.dialled, flags, self.origin, self.sends_on);
+        let translated = self
+            .node
+            .translated(self.dialled, flags, self.origin, self.sends_on);
         if self.sends_on {
             translated.tuple
         } else {
@@ -51,7 +57,10 @@ impl Connection {
     /// A packet of the backend's, which the client must see as the frontend's.
     fn backend(&self, flags: u8) {
         let reply = back(self.seen);
-        let seen = match self.node.arrive(reply, flags, Origin::Network, self.sends_on) {
+        let seen = match self
+            .node
+            .arrive(reply, flags, Origin::Network, self.sends_on)
+        {
             Verdict::Translate(to) if self.sends_on => to.tuple,
             Verdict::Translate(to) => self.node.leave(to.tuple, flags),
             Verdict::Pass => self.node.leave(reply, flags),
@@ -74,8 +83,9 @@ impl Connection {
     }
 }
 
-/// Who resets a connection is silent from then on. So if that side speaks, the RST was a stranger's, or the receiver did not believe
-/// it: what the other side says was under way, and means nothing.
+/// Who resets a connection is silent from then on. So if that side speaks, the RST was a
+/// stranger's, or the receiver did not believe it: what the other side says was under way, and
+/// means nothing.
 #[test]
 fn a_reset_is_taken_back_by_its_own_side_only() {
     for way in WAYS {
@@ -144,7 +154,10 @@ fn a_reset_connection_keeps_its_entry_and_its_source_port_for_a_while() {
                 ..connection.dialled
             };
             let to = node.translated(other, SYN, way.0, way.1).tuple;
-            assert_ne!((to.src, to.src_port), (connection.seen.src, connection.seen.src_port));
+            assert_ne!(
+                (to.src, to.src_port),
+                (connection.seen.src, connection.seen.src_port)
+            );
             connection.side(client, ACK);
             assert!(connection.is_open(), "{way:?}, by the client {client}");
         }
@@ -158,7 +171,9 @@ fn a_reset_connection_keeps_its_entry_and_its_source_port_for_a_while() {
         });
         node.serve(ip(10, 96, 0, 1), 80, TCP, &[REMOTE]);
         let dialled = |client| to(ip(203, 0, 113, client), 10_240, ip(10, 96, 0, 1), 80);
-        let sent = node.translated(dialled(1), SYN, Origin::Network, true).tuple;
+        let sent = node
+            .translated(dialled(1), SYN, Origin::Network, true)
+            .tuple;
         node.translated(back(sent), SYN | ACK, Origin::Network, true);
         node.translated(dialled(1), ACK, Origin::Network, true);
         node.translated(back(sent), RST, Origin::Network, true);
@@ -167,7 +182,11 @@ fn a_reset_connection_keeps_its_entry_and_its_source_port_for_a_while() {
             Verdict::Translate(to) => to.tuple.src_port,
             _ => 0,
         };
-        assert_eq!(port != sent.src_port, expected, "{ports} ports, {ticks} ticks");
+        assert_eq!(
+            port != sent.src_port,
+            expected,
+            "{ports} ports, {ticks} ticks"
+        );
     };
     let closed = Timeouts::default().closed;
     keeps(1000, closed, true);

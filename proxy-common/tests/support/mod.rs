@@ -84,7 +84,13 @@ impl<F: Family<Words: Hash>> Node<F> {
     }
 
     /// Adds a frontend and its backends: address, port, and whether they are on this node.
-    pub(crate) fn serve(&self, addr: F::Words, port: u16, proto: u8, backends: &[(F::Words, u16, bool)]) {
+    pub(crate) fn serve(
+        &self,
+        addr: F::Words,
+        port: u16,
+        proto: u8,
+        backends: &[(F::Words, u16, bool)],
+    ) {
         self.serve_as(Frontend::default(), addr, port, proto, backends);
     }
 
@@ -120,14 +126,18 @@ impl<F: Family<Words: Hash>> Node<F> {
                 flags: u16::from(local) * BACKEND_LOCAL,
                 backend,
             });
-            self.filter
-                .borrow_mut()
-                .extend([filter::backend::<F>(addr, port, proto), filter::backend_port(port)]);
+            self.filter.borrow_mut().extend([
+                filter::backend::<F>(addr, port, proto),
+                filter::backend_port(port),
+            ]);
         }
         self.filter.borrow_mut().extend(if addr == F::UNSPECIFIED {
             vec![filter::node_port(port)]
         } else {
-            vec![filter::frontend::<F>(addr, port, proto), filter::service::<F>(addr)]
+            vec![
+                filter::frontend::<F>(addr, port, proto),
+                filter::service::<F>(addr),
+            ]
         });
         for scope in [SCOPE_INTERNAL, SCOPE_EXTERNAL] {
             self.frontends.borrow_mut().insert(
@@ -145,7 +155,8 @@ impl<F: Family<Words: Hash>> Node<F> {
 }
 
 fn entry<'m, T: Copy>(value: Option<&mut Box<T>>) -> Option<Entry<'m, T>> {
-    // SAFETY: boxes of the maps stay where they are until the test removes them, which no test does while it holds one.
+    // SAFETY: boxes of the maps stay where they are until the test removes them, which no test does
+    // while it holds one.
     value.map(|value| unsafe { Entry::new(NonNull::from(&mut **value)) })
 }
 

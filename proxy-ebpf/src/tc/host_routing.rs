@@ -1,16 +1,18 @@
-//! Host routing, which `--fast-path on` asks for: packets of Service flows go from one device straight to the next, past the
-//! node's own stack.
+//! Host routing, which `--fast-path on` asks for: packets of Service flows go from one device
+//! straight to the next, past the node's own stack.
 //!
-//! A packet for a pod on this node is handed to the pod's end of its device (`bpf_redirect_peer`), any other is given its
-//! next hop and sent (`bpf_redirect_neigh`). The path is the one of the kernel's routing tables; its netfilter, IPsec and, for
-//! pods, the programs on their devices' way in are not passed. So the second half of a translation is done here, where
-//! it is [`answering`]'s otherwise. What has no such path (a process of the node, no route, a packet too large or without
+//! A packet for a pod on this node is handed to the pod's end of its device (`bpf_redirect_peer`),
+//! any other is given its next hop and sent (`bpf_redirect_neigh`). The path is the one of the
+//! kernel's routing tables; its netfilter, IPsec and, for pods, the programs on their devices' way
+//! in are not passed. So the second half of a translation is done here, where it is [`answering`]'s
+//! otherwise. What has no such path (a process of the node, no route, a packet too large or without
 //! hops left) goes through the stack as ever.
 //!
-//! Asking the routing tables costs more than all the rest, so the path to a pod is kept for a second.
+//! Asking the routing tables costs more than all the rest, so the path to a pod is kept for a
+//! second.
 //!
-//! Deciding and sending are steps of their own, that each have the stack to themselves: [`decide`] leaves what it found in
-//! [`Scratch`], and [`send_on`] reads the packet's headers once more.
+//! Deciding and sending are steps of their own, that each have the stack to themselves: [`decide`]
+//! leaves what it found in [`Scratch`], and [`send_on`] reads the packet's headers once more.
 
 use aya_ebpf::{
     EbpfContext, Global,
@@ -39,11 +41,13 @@ use crate::{
     maps::{KernelFamily, KernelMaps, Tc, bytes, count},
 };
 
-/// Whether there is host routing: set when the programs are loaded, so that without it the verifier takes it out.
+/// Whether there is host routing: set when the programs are loaded, so that without it the verifier
+/// takes it out.
 #[unsafe(no_mangle)]
 static FAST_PATH: Global<u32> = Global::new(0);
 
-/// Devices that lead into a pod's namespace and hand packets over there (veth, netkit), by index; no value is looked at.
+/// Devices that lead into a pod's namespace and hand packets over there (veth, netkit), by index;
+/// no value is looked at.
 #[btf_map(name = "pod_devices")]
 static POD_DEVICES: HashMap<u32, u32, 4096> = HashMap::new();
 
@@ -91,7 +95,8 @@ impl RoutingFamily for V6 {
     const PATHS: &'static Paths<[u8; 16]> = &PATHS6;
 }
 
-/// `BPF_FIB_LKUP_RET_NO_NEIGH` of linux/bpf.h: a route, but the next hop's MAC address is not known yet.
+/// `BPF_FIB_LKUP_RET_NO_NEIGH` of linux/bpf.h: a route, but the next hop's MAC address is not known
+/// yet.
 const NO_NEIGH: i64 = 7;
 /// `PACKET_HOST` of linux/if_packet.h: for the receiver itself.
 const PACKET_HOST: u32 = 0;
@@ -102,7 +107,8 @@ pub(super) fn is_on() -> bool {
     FAST_PATH.load() != 0
 }
 
-/// What becomes of a packet that arrives, as far as open flows tell. For theirs, [`send_on`] is next.
+/// What becomes of a packet that arrives, as far as open flows tell. For theirs, [`send_on`] is
+/// next.
 #[inline(always)]
 pub(super) fn decide<F: RoutingFamily>(ctx: &TcContext, origin: Origin) -> Step {
     let Some(headers) = headers::<F>(ctx) else {
@@ -178,7 +184,9 @@ fn translate_only<F: RoutingFamily>(ctx: &TcContext) -> i32 {
 #[inline(never)]
 fn send_reply<F: RoutingFamily>(ctx: &TcContext) -> Encoded {
     match decided::<F>(ctx) {
-        Some((headers, scratch)) => send::<F>(ctx, &headers, &headers.tuple, &scratch.translation).encode(),
+        Some((headers, scratch)) => {
+            send::<F>(ctx, &headers, &headers.tuple, &scratch.translation).encode()
+        }
         None => Step::Stack.encode(),
     }
 }
@@ -194,8 +202,8 @@ fn decided<'a, F: RoutingFamily>(ctx: &TcContext) -> Option<Decided<'a, F::Words
     Some((headers, F::SCRATCH.get(0)?))
 }
 
-/// Sends the packet on: with the tuple `left` into a pod here, else with `arrived`, for the program on the device it leaves
-/// through. [`Step::Stack`]: it is as it was, and goes through the stack.
+/// Sends the packet on: with the tuple `left` into a pod here, else with `arrived`, for the program
+/// on the device it leaves through. [`Step::Stack`]: it is as it was, and goes through the stack.
 #[inline(always)]
 fn send<F: RoutingFamily>(
     ctx: &TcContext,
@@ -220,10 +228,14 @@ fn send<F: RoutingFamily>(
         return hand_over::<F>(ctx, headers, left, path);
     }
     // SAFETY: per-CPU memory that only this run writes meanwhile.
-    let Some(Work { fib, path }) = WORK.get_ptr_mut(0).and_then(|work| unsafe { work.as_mut() }) else {
+    let Some(Work { fib, path }) = WORK
+        .get_ptr_mut(0)
+        .and_then(|work| unsafe { work.as_mut() })
+    else {
         return Step::Stack;
     };
-    // Without a length the kernel would compare the packet's with the device's MTU, and not the route's. It tells the MTU in its place.
+    // Without a length the kernel would compare the packet's with the device's MTU, and not the
+    // route's. It tells the MTU in its place.
     *fib = FibLookup::new::<F>(arrived, length(ctx, headers, segments) as u16, ingress);
     // SAFETY: `fib` has the size and layout of the kernel's struct.
     let routed = unsafe {
@@ -263,7 +275,12 @@ fn send<F: RoutingFamily>(
     let mut hop = bpf_redir_neigh {
         nh_family: fib.family.into(),
         __bindgen_anon_1: bpf_redir_neigh__bindgen_ty_1 {
-            ipv6_nh: [high as u32, (high >> 32) as u32, low as u32, (low >> 32) as u32],
+            ipv6_nh: [
+                high as u32,
+                (high >> 32) as u32,
+                low as u32,
+                (low >> 32) as u32,
+            ],
         },
     };
     let size = size_of::<bpf_redir_neigh>() as i32;
@@ -318,8 +335,11 @@ fn hand_over<F: RoutingFamily>(
     count_traffic(ctx, left.counted);
     // SAFETY: the context is valid; the helpers check their arguments.
     unsafe {
-        // A bridge's port gets packets that are addressed to the bridge; the pod would drop what is for another host.
-        if (*ctx.skb.skb).pkt_type != PACKET_HOST && bpf_skb_change_type(ctx.skb.skb, PACKET_HOST) != 0 {
+        // A bridge's port gets packets that are addressed to the bridge; the pod would drop what is
+        // for another host.
+        if (*ctx.skb.skb).pkt_type != PACKET_HOST
+            && bpf_skb_change_type(ctx.skb.skb, PACKET_HOST) != 0
+        {
             return Step::End(TC_ACT_SHOT);
         }
         Step::End(bpf_redirect_peer(path.device, 0) as i32)

@@ -1,6 +1,8 @@
-//! tc on pod and node devices: packets of senders that no socket hook sees, forwarded traffic, and replies.
+//! tc on pod and node devices: packets of senders that no socket hook sees, forwarded traffic, and
+//! replies.
 //!
-//! Only addresses and ports change here; routing, neighbours and netfilter stay the kernel's, unless there is [`host_routing`].
+//! Only addresses and ports change here; routing, neighbours and netfilter stay the kernel's,
+//! unless there is [`host_routing`].
 
 mod host_routing;
 mod skb;
@@ -36,8 +38,16 @@ const BPF_ADJ_ROOM_MAC: u32 = 1;
 #[classifier]
 fn tc_node_in(ctx: TcContext) -> i32 {
     match family(&ctx) {
-        Some(V4::ETHERTYPE) => whole::<V4>(&ctx, Direction::Ingress(Origin::Network), node_in4(&ctx).step()),
-        Some(V6::ETHERTYPE) => whole::<V6>(&ctx, Direction::Ingress(Origin::Network), node_in6(&ctx).step()),
+        Some(V4::ETHERTYPE) => whole::<V4>(
+            &ctx,
+            Direction::Ingress(Origin::Network),
+            node_in4(&ctx).step(),
+        ),
+        Some(V6::ETHERTYPE) => whole::<V6>(
+            &ctx,
+            Direction::Ingress(Origin::Network),
+            node_in6(&ctx).step(),
+        ),
         _ => TC_ACT_UNSPEC,
     }
 }
@@ -52,8 +62,12 @@ fn tc_node_out(ctx: TcContext) -> i32 {
 #[classifier]
 fn tc_pod_in(ctx: TcContext) -> i32 {
     match family(&ctx) {
-        Some(V4::ETHERTYPE) => whole::<V4>(&ctx, Direction::Ingress(Origin::Pod), pod_in4(&ctx).step()),
-        Some(V6::ETHERTYPE) => whole::<V6>(&ctx, Direction::Ingress(Origin::Pod), pod_in6(&ctx).step()),
+        Some(V4::ETHERTYPE) => {
+            whole::<V4>(&ctx, Direction::Ingress(Origin::Pod), pod_in4(&ctx).step())
+        }
+        Some(V6::ETHERTYPE) => {
+            whole::<V6>(&ctx, Direction::Ingress(Origin::Pod), pod_in6(&ctx).step())
+        }
         _ => TC_ACT_UNSPEC,
     }
 }
@@ -104,7 +118,8 @@ fn out6(ctx: &TcContext) -> Encoded {
     handle::<V6>(ctx, Direction::Egress).encode()
 }
 
-/// The path of almost all packets: of flows that are open, and of no Service. For the others it says which step is next.
+/// The path of almost all packets: of flows that are open, and of no Service. For the others it
+/// says which step is next.
 ///
 /// That step is taken by [`whole`] and not here, where every packet would pay for its locals.
 #[inline(always)]
@@ -136,7 +151,9 @@ fn whole<F: RoutingFamily>(ctx: &TcContext, direction: Direction, step: Step) ->
         (Step::End(action), _) => action,
         (Step::SlowPath, Direction::Ingress(origin)) => slow_ingress::<F>(ctx, origin),
         (Step::SlowPath, Direction::Egress) => slow_egress::<F>(ctx),
-        (Step::Undecided, Direction::Ingress(origin)) => host_routing::send_on::<F>(ctx, open::<F>(ctx, origin).step()),
+        (Step::Undecided, Direction::Ingress(origin)) => {
+            host_routing::send_on::<F>(ctx, open::<F>(ctx, origin).step())
+        }
         (Step::Undecided, Direction::Egress) => refusal::<F>(ctx),
         (step, _) => host_routing::send_on::<F>(ctx, step),
     }
@@ -157,14 +174,16 @@ fn opened<F: KernelFamily>(ctx: &TcContext, origin: Origin) -> Step {
     let Some(scratch) = Maps::<F>::scratch(&maps) else {
         return Step::End(TC_ACT_UNSPEC);
     };
-    Step::End(match undecided::<F, _>(&maps, scratch, &arrival(&headers, origin)) {
-        Verdict::Pass => TC_ACT_UNSPEC,
-        Verdict::Drop => TC_ACT_SHOT,
-        Verdict::Refuse => refuse::<F>(ctx, &headers),
-        Verdict::Reset => reset::<F>(ctx, &headers),
-        Verdict::Translate(InScratch) if host_routing::is_on() => return Step::Translated,
-        Verdict::Translate(InScratch) => translate::<F>(ctx, &headers, &scratch.translation),
-    })
+    Step::End(
+        match undecided::<F, _>(&maps, scratch, &arrival(&headers, origin)) {
+            Verdict::Pass => TC_ACT_UNSPEC,
+            Verdict::Drop => TC_ACT_SHOT,
+            Verdict::Refuse => refuse::<F>(ctx, &headers),
+            Verdict::Reset => reset::<F>(ctx, &headers),
+            Verdict::Translate(InScratch) if host_routing::is_on() => return Step::Translated,
+            Verdict::Translate(InScratch) => translate::<F>(ctx, &headers, &scratch.translation),
+        },
+    )
 }
 
 /// A backend's refusal of a SYN, on its way to the client.
@@ -213,7 +232,8 @@ fn slow<F: KernelFamily>(ctx: &TcContext, direction: Direction) -> i32 {
                 Direction::Ingress(_) => 0,
                 Direction::Egress => u64::from(BPF_F_INGRESS),
             };
-            // SAFETY: the context is valid while the program runs; the helper only notes where to send.
+            // SAFETY: the context is valid while the program runs; the helper only notes where to
+            // send.
             unsafe { bpf_redirect((*ctx.skb.skb).ifindex, flags) as i32 }
         }
     }
@@ -224,7 +244,8 @@ fn slow<F: KernelFamily>(ctx: &TcContext, direction: Direction) -> i32 {
 fn refuse<F: Family>(ctx: &TcContext, headers: &Headers<F::Words>) -> i32 {
     let quote = icmp::quote_len(headers);
     let prefix = icmp::prefix_len::<F>() as i32;
-    // SAFETY: the helpers check their arguments against the buffer; pointers are taken anew afterwards.
+    // SAFETY: the helpers check their arguments against the buffer; pointers are taken anew
+    // afterwards.
     unsafe {
         if bpf_skb_change_tail(ctx.skb.skb, (Buffer(ctx).link_header() + quote) as u32, 0) != 0
             || bpf_skb_adjust_room(ctx.skb.skb, prefix, BPF_ADJ_ROOM_MAC, 0) != 0
@@ -242,7 +263,8 @@ fn refuse<F: Family>(ctx: &TcContext, headers: &Headers<F::Words>) -> i32 {
 /// Turns the segment into its reset and sends it back through the device it came from.
 #[inline(never)]
 fn reset<F: Family>(ctx: &TcContext, headers: &Headers<F::Words>) -> i32 {
-    // SAFETY: the helper checks its arguments against the buffer; pointers are taken anew afterwards.
+    // SAFETY: the helper checks its arguments against the buffer; pointers are taken anew
+    // afterwards.
     if unsafe { bpf_skb_change_tail(ctx.skb.skb, reset::len(headers) as u32, 0) } != 0
         || !reset::reset::<F>(&Buffer(ctx), headers)
     {

@@ -5,7 +5,10 @@ use core::mem::MaybeUninit;
 use aya_ebpf::{
     Global,
     bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC},
-    helpers::{bpf_csum_update, bpf_l4_csum_replace, bpf_skb_load_bytes, bpf_skb_pull_data, bpf_skb_store_bytes},
+    helpers::{
+        bpf_csum_update, bpf_l4_csum_replace, bpf_skb_load_bytes, bpf_skb_pull_data,
+        bpf_skb_store_bytes,
+    },
     programs::TcContext,
 };
 use shunt_common::{
@@ -23,7 +26,8 @@ use crate::{
     traffic,
 };
 
-/// The longest link-layer and IPv4 headers, and a TCP header without options: all that is ever read.
+/// The longest link-layer and IPv4 headers, and a TCP header without options: all that is ever
+/// read.
 const HEADERS: usize = ETHERNET + 60 + 20;
 
 /// The linear part of a socket buffer.
@@ -42,8 +46,9 @@ impl Packet for Buffer<'_> {
     }
 }
 
-/// Length of what stands in front of the IP header on the devices that the programs are for: set when they are loaded, once for
-/// Ethernet and once for devices without a link-layer header. The verifier takes it for the constant that it is.
+/// Length of what stands in front of the IP header on the devices that the programs are for: set
+/// when they are loaded, once for Ethernet and once for devices without a link-layer header. The
+/// verifier takes it for the constant that it is.
 #[unsafe(no_mangle)]
 static LINK_HEADER: Global<u32> = Global::new(ETHERNET as u32);
 
@@ -61,9 +66,16 @@ impl Access for Buffer<'_> {
     #[inline(always)]
     fn load<T: Number>(&self, offset: u32) -> Option<T> {
         let mut value = MaybeUninit::<T>::uninit();
-        let (skb, to) = (self.0.skb.skb.cast_const().cast(), value.as_mut_ptr().cast());
-        // SAFETY: the helper writes all of the value's bytes or says that it did not; a number may be any bytes.
-        unsafe { (bpf_skb_load_bytes(skb, offset, to, size_of::<T>() as u32) == 0).then(|| value.assume_init()) }
+        let (skb, to) = (
+            self.0.skb.skb.cast_const().cast(),
+            value.as_mut_ptr().cast(),
+        );
+        // SAFETY: the helper writes all of the value's bytes or says that it did not; a number may
+        // be any bytes.
+        unsafe {
+            (bpf_skb_load_bytes(skb, offset, to, size_of::<T>() as u32) == 0)
+                .then(|| value.assume_init())
+        }
     }
 
     #[inline(always)]
@@ -74,7 +86,13 @@ impl Access for Buffer<'_> {
     }
 
     #[inline(always)]
-    fn replace_checksum(&self, offset: u32, addresses: Difference, ports: Difference, or_none: bool) -> bool {
+    fn replace_checksum(
+        &self,
+        offset: u32,
+        addresses: Difference,
+        ports: Difference,
+        or_none: bool,
+    ) -> bool {
         let v6 = family(self.0) == Some(V6::ETHERTYPE);
         if or_none && self.load::<u16>(offset) == Some(0) {
             self.changed(if v6 { addresses.and(ports) } else { ports });
@@ -82,39 +100,62 @@ impl Access for Buffer<'_> {
         }
         // SAFETY: the helper checks the offset.
         replace_addresses(self.0, offset, addresses, v6, or_none)
-            && unsafe { bpf_l4_csum_replace(self.0.skb.skb, offset, 0, ports.fold32().into(), none(or_none)) == 0 }
+            && unsafe {
+                bpf_l4_csum_replace(
+                    self.0.skb.skb,
+                    offset,
+                    0,
+                    ports.fold32().into(),
+                    none(or_none),
+                ) == 0
+            }
     }
 
     #[inline(always)]
     fn changed(&self, difference: Difference) {
-        // SAFETY: the helper has no preconditions. It says no where nobody summed the packet up, which is as well.
+        // SAFETY: the helper has no preconditions. It says no where nobody summed the packet up,
+        // which is as well.
         unsafe { bpf_csum_update(self.0.skb.skb, difference.fold32()) };
     }
 }
 
-/// [`BPF_F_IPV6`](https://docs.kernel.org/bpf/) where the kernel has it, set when the programs are loaded.
+/// [`BPF_F_IPV6`](https://docs.kernel.org/bpf/) where the kernel has it, set when the programs are
+/// loaded.
 #[unsafe(no_mangle)]
 static CSUM_IPV6: Global<u32> = Global::new(0);
 
 /// Flags for a checksum that may be zero, which means none and must neither be updated nor arise.
 #[inline(always)]
 fn none(or_none: bool) -> u64 {
-    if or_none { u64::from(BPF_F_MARK_MANGLED_0) } else { 0 }
+    if or_none {
+        u64::from(BPF_F_MARK_MANGLED_0)
+    } else {
+        0
+    }
 }
 
 /// Brings a transport checksum up to date with new addresses.
 #[inline(always)]
-fn replace_addresses(ctx: &TcContext, offset: u32, addresses: Difference, v6: bool, or_none: bool) -> bool {
+fn replace_addresses(
+    ctx: &TcContext,
+    offset: u32,
+    addresses: Difference,
+    v6: bool,
+    or_none: bool,
+) -> bool {
     let mut flags = none(or_none) | u64::from(BPF_F_PSEUDO_HDR);
     let known = CSUM_IPV6.load();
     if v6 {
         flags |= u64::from(known);
     }
-    // SAFETY: the helpers check the offset, and say no where nobody summed the packet up, which is as well.
+    // SAFETY: the helpers check the offset, and say no where nobody summed the packet up, which is
+    // as well.
     unsafe {
-        let done = bpf_l4_csum_replace(ctx.skb.skb, offset, 0, addresses.fold32().into(), flags) == 0;
+        let done =
+            bpf_l4_csum_replace(ctx.skb.skb, offset, 0, addresses.fold32().into(), flags) == 0;
         if v6 && known == 0 {
-            // The helper has taken from the packet's sum what an IPv4 header's checksum makes up for.
+            // The helper has taken from the packet's sum what an IPv4 header's checksum makes up
+            // for.
             bpf_csum_update(ctx.skb.skb, addresses.fold32());
         }
         done
@@ -133,7 +174,8 @@ pub(super) fn family(ctx: &TcContext) -> Option<u16> {
 #[inline(always)]
 pub(super) fn headers<F: KernelFamily>(ctx: &TcContext) -> Option<Headers<F::Words>> {
     let buffer = Buffer(ctx);
-    // Headers may stand in page fragments, where programs cannot read: have them pulled into the linear part.
+    // Headers may stand in page fragments, where programs cannot read: have them pulled into the
+    // linear part.
     let link = buffer.link_header();
     if buffer.bytes(0, link + F::HEADER + 20).is_none() {
         let len = ctx.len().min(HEADERS as u32);
@@ -153,7 +195,9 @@ pub(super) fn parse<F: KernelFamily>(ctx: &TcContext) -> Option<Headers<F::Words
 
 #[inline(always)]
 pub(super) fn arrival<A: Copy>(headers: &Headers<A>, origin: Origin) -> Arrival<A> {
-    let Headers { tuple, tcp_flags, .. } = *headers;
+    let Headers {
+        tuple, tcp_flags, ..
+    } = *headers;
     Arrival {
         tuple,
         tcp_flags,
@@ -163,7 +207,11 @@ pub(super) fn arrival<A: Copy>(headers: &Headers<A>, origin: Origin) -> Arrival<
 }
 
 #[inline(always)]
-pub(super) fn translate<F: Family>(ctx: &TcContext, headers: &Headers<F::Words>, to: &Translation<F::Words>) -> i32 {
+pub(super) fn translate<F: Family>(
+    ctx: &TcContext,
+    headers: &Headers<F::Words>,
+    to: &Translation<F::Words>,
+) -> i32 {
     if rewrite::<F>(ctx, headers, &to.tuple) {
         count_traffic(ctx, to.counted);
         TC_ACT_UNSPEC
@@ -178,12 +226,21 @@ pub(super) fn translate<F: Family>(ctx: &TcContext, headers: &Headers<F::Words>,
 pub(super) fn count_traffic(ctx: &TcContext, counted: Counted) {
     // SAFETY: the context is valid while the program runs.
     let segments = unsafe { (*ctx.skb.skb).gso_segs };
-    traffic::count(counted, segments.max(1), ctx.len().wrapping_sub(LINK_HEADER.load()));
+    traffic::count(
+        counted,
+        segments.max(1),
+        ctx.len().wrapping_sub(LINK_HEADER.load()),
+    );
 }
 
-/// Writes the new tuple. The transport checksum goes through the kernel, which knows whether it is complete yet.
+/// Writes the new tuple. The transport checksum goes through the kernel, which knows whether it is
+/// complete yet.
 #[inline(always)]
-pub(super) fn rewrite<F: Family>(ctx: &TcContext, headers: &Headers<F::Words>, new: &Tuple<F::Words>) -> bool {
+pub(super) fn rewrite<F: Family>(
+    ctx: &TcContext,
+    headers: &Headers<F::Words>,
+    new: &Tuple<F::Words>,
+) -> bool {
     let old = &headers.tuple;
     if let Some(offset) = packet::checksum_offset(old.proto) {
         let offset = (headers.l4 + offset) as u32;
@@ -195,7 +252,11 @@ pub(super) fn rewrite<F: Family>(ctx: &TcContext, headers: &Headers<F::Words>, n
             && unsafe { field.cast::<u16>().read_unaligned() } == 0
         {
             // None stays none, and makes up for nothing.
-            Buffer(ctx).changed(if F::HEADER == 40 { addresses.and(ports) } else { ports });
+            Buffer(ctx).changed(if F::HEADER == 40 {
+                addresses.and(ports)
+            } else {
+                ports
+            });
             return packet::write_tuple::<F>(&Buffer(ctx), headers, new);
         }
         if !replace_addresses(ctx, offset, addresses, F::HEADER == 40, or_none) {

@@ -1,7 +1,7 @@
 //! What is next for a packet, from one function of a tc program to another.
 //!
-//! The functions are called one after the other and not by each other, because the BPF stack holds 512 bytes for a whole chain of
-//! calls; so each says which is next.
+//! The functions are called one after the other and not by each other, because the BPF stack holds
+//! 512 bytes for a whole chain of calls; so each says which is next.
 
 use aya_ebpf::bindings::TC_ACT_UNSPEC;
 
@@ -14,17 +14,19 @@ pub(super) enum Step {
     SlowPath,
     /// It may open a flow, or refuses to.
     Undecided,
-    /// It goes to a backend, or back to a translated client, as [`Scratch::translation`](shunt_common::balance::Scratch::translation)
-    /// says: host routing.
+    /// It goes to a backend, or back to a translated client, as
+    /// [`Scratch::translation`](shunt_common::balance::Scratch::translation) says: host routing.
     Translated,
-    /// It is a reply that would become [`Scratch::translation`](shunt_common::balance::Scratch::translation) on its way out: host
+    /// It is a reply that would become
+    /// [`Scratch::translation`](shunt_common::balance::Scratch::translation) on its way out: host
     /// routing.
     Reply,
     /// It is as it was, and goes through the node's stack.
     Stack,
 }
 
-/// A [`Step`] as functions return it that are not inlined: a BPF function has one register for its result.
+/// A [`Step`] as functions return it that are not inlined: a BPF function has one register for its
+/// result.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
 pub(super) struct Encoded(i32);

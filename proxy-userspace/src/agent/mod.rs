@@ -1,10 +1,13 @@
-//! The agent's life: wires source → model → plan → sync, loads and attaches the programs, and keeps all of it going.
+//! The agent's life: wires source → model → plan → sync, loads and attaches the programs, and keeps
+//! all of it going.
 //!
-//! The order of a start: load programs and maps (nothing is attached yet, and what an earlier agent attached goes on), read
-//! the pinned maps back, wait until the source has told everything, bring the maps to the plan, and only then attach. So a
-//! packet never meets an empty map, and a restart changes nothing that need not change.
+//! The order of a start: load programs and maps (nothing is attached yet, and what an earlier agent
+//! attached goes on), read the pinned maps back, wait until the source has told everything, bring
+//! the maps to the plan, and only then attach. So a packet never meets an empty map, and a restart
+//! changes nothing that need not change.
 //!
-//! The agent ends at SIGTERM or SIGINT and leaves the datapath attached: `shunt cleanup` takes that away.
+//! The agent ends at SIGTERM or SIGINT and leaves the datapath attached: `shunt cleanup` takes that
+//! away.
 
 mod netfilter;
 mod node;
@@ -58,8 +61,9 @@ const MAX_RETRY: Duration = Duration::from_secs(30);
 /// The source is named in the log when it has not told everything after so long.
 const SLOW_SOURCE: Duration = Duration::from_secs(10);
 
-/// Runs the agent until a signal ends it. `args`: what `settings` were read from, and are read from again when the file of
-/// `--config` changes. `watch` measures the start, and has begun with the process.
+/// Runs the agent until a signal ends it. `args`: what `settings` were read from, and are read from
+/// again when the file of `--config` changes. `watch` measures the start, and has begun with the
+/// process.
 ///
 /// # Errors
 /// One line with the cause: what cannot be loaded, attached or read at the start.
@@ -111,7 +115,11 @@ async fn serve(settings: Settings, args: RunArgs, mut watch: Stopwatch) -> anyho
     let datapath = load::load_timed(&load_config, &mut watch)?;
     let maps = Arc::new(Maps::open(&settings.bpf_root)?);
     let syncer = Syncer::new(maps.clone())?;
-    let programs = if datapath.taken_over() { "taken over" } else { "loaded" };
+    let programs = if datapath.taken_over() {
+        "taken over"
+    } else {
+        "loaded"
+    };
     info!(
         "programs {programs}, maps read back: {} Services from before",
         syncer.counts().0
@@ -154,11 +162,19 @@ async fn serve(settings: Settings, args: RunArgs, mut watch: Stopwatch) -> anyho
 
     let names = (!settings.dns.addresses.is_empty()).then(Arc::<dns::Index>::default);
     if let Some(names) = &names {
-        servers.spawn(dns::serve(dns_config(&settings), names.clone(), metrics.dns().clone()));
+        servers.spawn(dns::serve(
+            dns_config(&settings),
+            names.clone(),
+            metrics.dns().clone(),
+        ));
     }
 
     let (tx, mut events) = mpsc::channel(QUEUE);
-    let mut source = spawn_source(&settings, &node_name, Queue::new(tx, health.clone(), reports.clone()));
+    let mut source = spawn_source(
+        &settings,
+        &node_name,
+        Queue::new(tx, health.clone(), reports.clone()),
+    );
     let configured = NodeFacts {
         name: node_name.as_str().into(),
         zone: None,
@@ -167,7 +183,8 @@ async fn serve(settings: Settings, args: RunArgs, mut watch: Stopwatch) -> anyho
     };
     let (walks_tx, mut walks) = mpsc::channel::<Walk>(1);
     let report = move |walk| drop(walks_tx.blocking_send(walk));
-    let _collector = Collector::spawn(maps.clone(), gc::INTERVAL, report).context("cannot start a thread")?;
+    let _collector =
+        Collector::spawn(maps.clone(), gc::INTERVAL, report).context("cannot start a thread")?;
     let stale_sockets = StaleSockets::spawn(maps).context("cannot start a thread")?;
 
     let mut reads = reload::follow(args, settings.clone());
@@ -274,8 +291,8 @@ fn announce(line: &str) -> io::Result<()> {
     stdout.flush()
 }
 
-/// Gives memory back that only the start needed: the parsed programs and the first lists leave a hundred MiB of holes behind,
-/// which glibc keeps. (musl does not.)
+/// Gives memory back that only the start needed: the parsed programs and the first lists leave a
+/// hundred MiB of holes behind, which glibc keeps. (musl does not.)
 fn trim_heap() {
     #[cfg(target_env = "gnu")]
     // SAFETY: takes no pointer; any thread may call it at any time.

@@ -6,7 +6,8 @@ use tracing::{info, warn};
 
 use crate::datapath::netfilter::{self, Netfilter};
 
-/// From one look for the table to the next: it comes with the first rule that asks for it, which may be long after the agent.
+/// From one look for the table to the next: it comes with the first rule that asks for it, which
+/// may be long after the agent.
 const INTERVAL: Duration = Duration::from_secs(30);
 
 /// Sets what is to be set as soon as there is a table, once, and says what could not be.

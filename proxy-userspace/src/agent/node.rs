@@ -1,4 +1,5 @@
-//! What the settings and the Node object say of this node: its name, its addresses, its entry in the configuration map.
+//! What the settings and the Node object say of this node: its name, its addresses, its entry in
+//! the configuration map.
 
 use std::net::IpAddr;
 
@@ -29,7 +30,8 @@ pub(super) fn name(settings: &Settings) -> anyhow::Result<String> {
 
 pub(super) fn settings(settings: &Settings, addresses: &[IpAddr]) -> NodeSettings {
     // What cannot be has ended the agent before.
-    let node_ports = NodePortAddresses::parse(&settings.nodeport_addresses, addresses).unwrap_or_default();
+    let node_ports =
+        NodePortAddresses::parse(&settings.nodeport_addresses, addresses).unwrap_or_default();
     NodeSettings {
         addresses: addresses.to_vec(),
         cluster_cidrs: settings.cluster_cidrs.clone(),
@@ -38,13 +40,15 @@ pub(super) fn settings(settings: &Settings, addresses: &[IpAddr]) -> NodeSetting
         retry_silence: settings.retry_silence,
         snat_ports: settings.snat_ports.0.clone(),
         timeouts: settings.conntrack.ticks(),
-        loopback: [false, true].map(|v6| settings.localhost_node_ports && node_ports.admits_loopback(v6)),
+        loopback: [false, true]
+            .map(|v6| settings.localhost_node_ports && node_ports.admits_loopback(v6)),
         host_netns: netns::cookie(),
     }
 }
 
-/// This node's addresses, best first: as given; else `bindAddress` and the Node object's, those that a device here has before others (an
-/// external IP often lies on a gateway); else those of the device with the default route; else any.
+/// This node's addresses, best first: as given; else `bindAddress` and the Node object's, those
+/// that a device here has before others (an external IP often lies on a gateway); else those of the
+/// device with the default route; else any.
 pub(super) fn addresses(settings: &Settings, node: &NodeFacts) -> anyhow::Result<Vec<IpAddr>> {
     if !settings.node_ips.is_empty() {
         return Ok(settings.node_ips.clone());
@@ -72,7 +76,11 @@ fn found_addresses(node: &NodeFacts) -> anyhow::Result<Vec<IpAddr>> {
         .collect();
     if node.addresses.is_empty() {
         // One of each family: the others are of bridges and pods.
-        let first = |is_v4: bool| here.iter().copied().find(|address| address.is_ipv4() == is_v4);
+        let first = |is_v4: bool| {
+            here.iter()
+                .copied()
+                .find(|address| address.is_ipv4() == is_v4)
+        };
         return Ok([true, false].into_iter().filter_map(first).collect());
     }
     let mut addresses: Vec<IpAddr> = here

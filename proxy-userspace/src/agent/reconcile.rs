@@ -102,8 +102,8 @@ impl Agent {
         }
     }
 
-    /// Takes in what the source says. Until it has told everything the maps stay as they are: what is not named yet is not
-    /// gone. Says whether something was freed.
+    /// Takes in what the source says. Until it has told everything the maps stay as they are: what
+    /// is not named yet is not gone. Says whether something was freed.
     pub(super) async fn take(&mut self, batch: Vec<Event>) -> anyhow::Result<bool> {
         let mut completes = false;
         let mut node_changes = false;
@@ -147,7 +147,8 @@ impl Agent {
         Ok(freed)
     }
 
-    /// Plans and applies what is pending; when that frees something, also what failed before. Says whether it did.
+    /// Plans and applies what is pending; when that frees something, also what failed before. Says
+    /// whether it did.
     pub(super) fn reconcile_pending(&mut self) -> bool {
         let pending = std::mem::take(&mut self.pending);
         let freed = self.reconcile(&pending);
@@ -163,20 +164,32 @@ impl Agent {
     /// Brings Services to their plans, all at once: frontends may go from one of them to another.
     fn reconcile(&mut self, names: &BTreeSet<ObjectName>) -> bool {
         for name in names {
-            self.checks.set(name, self.model.health_check(name).as_ref());
-            let addresses = self.model.service(name).map(|service| &service.cluster_ips[..]);
+            self.checks
+                .set(name, self.model.health_check(name).as_ref());
+            let addresses = self
+                .model
+                .service(name)
+                .map(|service| &service.cluster_ips[..]);
             let is_of = |v6| addresses.is_some_and(|ips| ips.iter().any(|ip| ip.is_ipv6() == v6));
             let families = [false, true].map(is_of);
-            for (lacking, lacks) in self.lack_local.iter_mut().zip(self.model.lacks_local_endpoints(name)) {
+            for (lacking, lacks) in self
+                .lack_local
+                .iter_mut()
+                .zip(self.model.lacks_local_endpoints(name))
+            {
                 lacking.set(name, lacks.then_some(families));
             }
         }
         let mut freed = false;
-        for (name, result) in self.syncer.apply_all(names.iter().map(|name| self.model.plan(name))) {
+        for (name, result) in self
+            .syncer
+            .apply_all(names.iter().map(|name| self.model.plan(name)))
+        {
             match result {
                 Ok(applied) => {
                     for warning in &applied.warnings {
-                        self.reports.report_here(Problem::new("Service", &name, "", warning));
+                        self.reports
+                            .report_here(Problem::new("Service", &name, "", warning));
                     }
                     if self.errors.remove(&name).is_some() {
                         info!("Service {name}: wholly in the maps now");
@@ -213,7 +226,10 @@ impl Agent {
         {
             Ok(applied) => {
                 if applied.deleted > 0 {
-                    info!("{} entries of Services that are gone deleted", applied.deleted);
+                    info!(
+                        "{} entries of Services that are gone deleted",
+                        applied.deleted
+                    );
                 }
                 applied.deleted > 0
             }
@@ -233,8 +249,8 @@ impl Agent {
         Ok(maps.set_config(&config)?)
     }
 
-    /// Writes this node's addresses into the configuration and (again) attaches to its devices, when they have changed, or
-    /// `settings_change`.
+    /// Writes this node's addresses into the configuration and (again) attaches to its devices,
+    /// when they have changed, or `settings_change`.
     pub(super) async fn follow_node(&mut self, settings_change: bool) -> anyhow::Result<()> {
         let addresses = this_node::addresses(&self.settings, self.model.node())?;
         let same = |live: &Live| live.addresses == addresses;
@@ -248,11 +264,12 @@ impl Agent {
         if self.write_config(&addresses)? {
             info!("node addresses: {addresses:?}");
         }
-        let policy =
-            NodePortAddresses::parse(&self.settings.nodeport_addresses, &addresses).map_err(anyhow::Error::msg)?;
+        let policy = NodePortAddresses::parse(&self.settings.nodeport_addresses, &addresses)
+            .map_err(anyhow::Error::msg)?;
         // Health checks are answered where node ports are.
         self.checks.admit(policy.clone());
-        let (admitted, _) = netns::watch_addresses(policy).context("cannot follow this node's addresses")?;
+        let (admitted, _) =
+            netns::watch_addresses(policy).context("cannot follow this node's addresses")?;
         node::set_addresses(&maps, &admitted.borrow())?;
 
         // The old watcher changes the same links; it must be gone before another begins.
@@ -266,17 +283,25 @@ impl Agent {
                 .before_switch()
                 .context("cannot copy flows of another map layout")?;
         }
-        let mut attacher = Attacher::new(&self.datapath, self.settings.xdp).context("cannot attach programs")?;
-        let cgroup_root = self.settings.cgroup_root.clone().unwrap_or_else(cgroup::default_root);
+        let mut attacher =
+            Attacher::new(&self.datapath, self.settings.xdp).context("cannot attach programs")?;
+        let cgroup_root = self
+            .settings
+            .cgroup_root
+            .clone()
+            .unwrap_or_else(cgroup::default_root);
         attacher.attach_cgroup(&cgroup_root)?;
-        let globs = |patterns: &[String]| patterns.iter().map(|pattern| Glob::new(pattern)).collect();
+        let globs =
+            |patterns: &[String]| patterns.iter().map(|pattern| Glob::new(pattern)).collect();
         let patterns = DevicePatterns {
             devices: globs(&self.settings.devices),
             pod_devices: globs(&self.settings.pod_devices),
             node_ips: addresses.iter().copied().collect(),
         };
         if let Some(upgrade) = &upgrade {
-            upgrade.catch_up().context("cannot copy flows of another map layout")?;
+            upgrade
+                .catch_up()
+                .context("cannot copy flows of another map layout")?;
         }
         self.live = Some(Live {
             addresses,

@@ -1,7 +1,8 @@
-//! A file of `--config` that changes while the agent runs, as one from a ConfigMap does when the kubelet swaps its folder.
+//! A file of `--config` that changes while the agent runs, as one from a ConfigMap does when the
+//! kubelet swaps its folder.
 //!
-//! What can change live does, what cannot waits for the next start and is named, and a file that is broken changes nothing: the
-//! last good one goes on.
+//! What can change live does, what cannot waits for the next start and is named, and a file that is
+//! broken changes nothing: the last good one goes on.
 
 use std::{
     path::{Path, PathBuf},
@@ -26,8 +27,8 @@ const QUIET: Duration = Duration::from_millis(100);
 /// What the file says now, flags over it: settings and warnings, or what is wrong.
 pub(super) type Read = Result<(Settings, Vec<String>), String>;
 
-/// Sends what the file of `--config` comes to whenever that is something else than before; nothing without such a file. Ends with
-/// the receiver.
+/// Sends what the file of `--config` comes to whenever that is something else than before; nothing
+/// without such a file. Ends with the receiver.
 pub(super) fn follow(args: RunArgs, settings: Settings) -> mpsc::Receiver<Read> {
     let (tx, rx) = mpsc::channel(1);
     if let Some(path) = args.config_file().map(Path::to_owned) {
@@ -82,7 +83,8 @@ async fn follow_file(path: PathBuf, args: RunArgs, settings: Settings, tx: mpsc:
 async fn read(args: &RunArgs, path: &Path) -> Read {
     let (args, path) = (args.clone(), path.to_owned());
     let read = tokio::task::spawn_blocking(move || {
-        // A file without a word would be all defaults; it is one that is being written, or a mistake.
+        // A file without a word would be all defaults; it is one that is being written, or a
+        // mistake.
         if std::fs::read_to_string(&path).is_ok_and(|text| text.trim().is_empty()) {
             return Err(format!("--config {}: is empty", path.display()));
         }
@@ -95,7 +97,8 @@ impl Agent {
     /// Takes over what a changed file says, as far as it can be taken over.
     ///
     /// # Errors
-    /// The kernel's, when neither the new settings nor those before can be brought into the datapath.
+    /// The kernel's, when neither the new settings nor those before can be brought into the
+    /// datapath.
     pub(super) async fn reload(&mut self, node_name: &str, read: Read) -> anyhow::Result<()> {
         let (new, warnings) = match read {
             Ok(read) => read,
@@ -122,7 +125,10 @@ impl Agent {
                 self.follow_node(true).await?;
                 return Ok(());
             }
-            info!("--config has changed: {} taken over", changes.live.join(", "));
+            info!(
+                "--config has changed: {} taken over",
+                changes.live.join(", ")
+            );
         }
         self.metrics.reloaded(Reload::Applied);
         self.metrics.set_waits_for_restart(changes.at_restart.len());
@@ -143,7 +149,9 @@ impl Agent {
         if before.netfilter != self.settings.netfilter {
             self.tune_netfilter();
         }
-        let Some(live) = &self.live else { return Ok(()) };
+        let Some(live) = &self.live else {
+            return Ok(());
+        };
         let now = &self.settings;
         let devices_stay = (
             &before.devices,

@@ -150,7 +150,11 @@ pub fn run(args: &BackendsArgs) -> anyhow::Result<()> {
     if let Some(service) = &args.service {
         rows.retain(|row| is_of(row, service));
         let name = service.rsplit('/').next().unwrap_or(service);
-        if rows.is_empty() && !service_names(&maps)?.values().any(|(_, known)| known == name) {
+        if rows.is_empty()
+            && !service_names(&maps)?
+                .values()
+                .any(|(_, known)| known == name)
+        {
             bail!("no Service {service} in the maps: `shunt services` lists all");
         }
     }
@@ -173,10 +177,16 @@ pub fn run(args: &BackendsArgs) -> anyhow::Result<()> {
             row.service.clone(),
             SocketAddr::new(row.address, row.port).to_string(),
             row.protocol.clone(),
-            if row.local { "local".into() } else { "remote".into() },
+            if row.local {
+                "local".into()
+            } else {
+                "remote".into()
+            },
             match &row.silent {
                 None => String::new(),
-                Some(Silence { remaining_ms: 0, .. }) => "to be tried".into(),
+                Some(Silence {
+                    remaining_ms: 0, ..
+                }) => "to be tried".into(),
                 Some(silence) => format!("for {:.1}s", silence.remaining_ms as f64 / 1000.0),
             },
             row.flows.socket.to_string(),

@@ -1,7 +1,8 @@
-//! `shunt check`: what this kernel, this process and this node have of what shunt needs, tried out, not read from versions.
+//! `shunt check`: what this kernel, this process and this node have of what shunt needs, tried out,
+//! not read from versions.
 //!
-//! Nothing is left behind and nothing of the node's own is touched: programs are attached to the loopback device of a
-//! network namespace that lives as long as the probe.
+//! Nothing is left behind and nothing of the node's own is touched: programs are attached to the
+//! loopback device of a network namespace that lives as long as the probe.
 
 use std::{
     fs, io,
@@ -84,7 +85,9 @@ pub struct Report {
 impl Report {
     /// Whether everything required is there.
     pub fn ok(&self) -> bool {
-        self.rows.iter().all(|row| row.ok || row.need == Need::Optional)
+        self.rows
+            .iter()
+            .all(|row| row.ok || row.need == Need::Optional)
     }
 }
 
@@ -137,16 +140,27 @@ fn capabilities(rows: &mut Rows) {
 }
 
 fn filesystems(rows: &mut Rows, bpf_root: &Path, cgroup_root: &Path) {
-    let existing = bpf_root.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"));
+    let existing = bpf_root
+        .ancestors()
+        .find(|p| p.exists())
+        .unwrap_or(Path::new("/"));
     let known = fs::read_to_string("/proc/filesystems").unwrap_or_default();
     let bpffs = if is_bpffs(existing) {
         Ok(format!("{} is on one", bpf_root.display()))
-    } else if known.lines().any(|l| l.split_whitespace().last() == Some("bpf")) {
+    } else if known
+        .lines()
+        .any(|l| l.split_whitespace().last() == Some("bpf"))
+    {
         Ok("known to the kernel; `shunt run` mounts it".to_owned())
     } else {
         Err("not known to the kernel".to_owned())
     };
-    rows.add("bpffs", Need::Required, bpffs, "a kernel with CONFIG_BPF_SYSCALL");
+    rows.add(
+        "bpffs",
+        Need::Required,
+        bpffs,
+        "a kernel with CONFIG_BPF_SYSCALL",
+    );
     let btf = fs::metadata("/sys/kernel/btf/vmlinux")
         .map(|m| format!("{} KiB", m.len() / 1024))
         .map_err(|e| format!("/sys/kernel/btf/vmlinux: {e}"));
@@ -171,7 +185,12 @@ fn filesystems(rows: &mut Rows, bpf_root: &Path, cgroup_root: &Path) {
 
 fn features(rows: &mut Rows) {
     for (kind, name, need, advice) in [
-        (MapType::LruHash, "LRU hash map", Need::Required, "kernel 4.10 or later"),
+        (
+            MapType::LruHash,
+            "LRU hash map",
+            Need::Required,
+            "kernel 4.10 or later",
+        ),
         (
             MapType::SkStorage,
             "socket storage map",
@@ -198,8 +217,9 @@ fn features(rows: &mut Rows) {
 
     use ProgramType::{CgroupSockAddr, SchedClassifier, Xdp};
     use bpf_func_id::{
-        BPF_FUNC_fib_lookup, BPF_FUNC_get_netns_cookie, BPF_FUNC_redirect_peer, BPF_FUNC_set_retval,
-        BPF_FUNC_sk_lookup_udp, BPF_FUNC_sk_storage_get, BPF_FUNC_skc_lookup_tcp,
+        BPF_FUNC_fib_lookup, BPF_FUNC_get_netns_cookie, BPF_FUNC_redirect_peer,
+        BPF_FUNC_set_retval, BPF_FUNC_sk_lookup_udp, BPF_FUNC_sk_storage_get,
+        BPF_FUNC_skc_lookup_tcp,
     };
     let tc = "kernel 5.15 or later";
     for (program, helper, name, need, advice) in [
@@ -286,8 +306,9 @@ fn features(rows: &mut Rows) {
     let attached = std::thread::spawn(|| -> io::Result<[io::Result<()>; 2]> {
         // SAFETY: nothing else runs in this thread that a new network namespace could surprise.
         unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }?;
-        let xdp = probe::load_trivial(XDP, Some(Hook::Xdp), 2)
-            .and_then(|program| link::create(program.as_fd(), LOOPBACK, Hook::Xdp, XDP_FLAGS_SKB_MODE));
+        let xdp = probe::load_trivial(XDP, Some(Hook::Xdp), 2).and_then(|program| {
+            link::create(program.as_fd(), LOOPBACK, Hook::Xdp, XDP_FLAGS_SKB_MODE)
+        });
         let tcx = probe::load_trivial(SCHED_CLS, None, -1)
             .and_then(|program| link::create(program.as_fd(), LOOPBACK, Hook::TcxIngress, 0));
         Ok([xdp.map(drop), tcx.map(drop)])
@@ -297,16 +318,26 @@ fn features(rows: &mut Rows) {
         .unwrap_or_else(|_| Err(io::Error::other("the probe panicked")))
     {
         Ok(results) => results.map(|r| r.map(|()| "works".to_owned()).map_err(|e| e.to_string())),
-        Err(e) => [0, 1].map(|_| Err(format!("not tried, for lack of a network namespace to do it in: {e}"))),
+        Err(e) => [0, 1].map(|_| {
+            Err(format!(
+                "not tried, for lack of a network namespace to do it in: {e}"
+            ))
+        }),
     };
-    // The agent's container lacks SYS_ADMIN, which such a namespace needs; the agent itself does not.
+    // The agent's container lacks SYS_ADMIN, which such a namespace needs; the agent itself does
+    // not.
     let advise = |found: &Result<String, String>, advice: &'static str| match found {
-        Err(text) if text.starts_with("not tried") => "run `shunt check` as root on the node itself to know",
+        Err(text) if text.starts_with("not tried") => {
+            "run `shunt check` as root on the node itself to know"
+        }
         _ => advice,
     };
     let advice = [
         advise(&xdp, "kernel 5.9 or later; without them run with --xdp off"),
-        advise(&tcx, "kernel 6.6 or later; before it shunt uses clsact filters"),
+        advise(
+            &tcx,
+            "kernel 6.6 or later; before it shunt uses clsact filters",
+        ),
     ];
     rows.add("links to XDP", Need::Optional, xdp, advice[0]);
     rows.add("links to tc (TCX)", Need::Optional, tcx, advice[1]);
@@ -314,9 +345,15 @@ fn features(rows: &mut Rows) {
 
 fn cgroup_links() -> io::Result<String> {
     let program = probe::load_trivial(CGROUP_SOCK_ADDR, Some(Hook::Connect4), 1)?;
-    // No cgroup at all, so that nothing is attached: a kernel that knows such links looks at the descriptor first.
+    // No cgroup at all, so that nothing is attached: a kernel that knows such links looks at the
+    // descriptor first.
     let not_a_cgroup = fs::File::open("/dev/null")?;
-    match link::create(program.as_fd(), not_a_cgroup.as_raw_fd() as u32, Hook::Connect4, 0) {
+    match link::create(
+        program.as_fd(),
+        not_a_cgroup.as_raw_fd() as u32,
+        Hook::Connect4,
+        0,
+    ) {
         Err(e) if e.raw_os_error() == Some(libc::EBADF) => Ok("works".to_owned()),
         Err(e) => Err(e),
         Ok(_) => Err(io::Error::other("the kernel took /dev/null for a cgroup")),
@@ -328,7 +365,12 @@ fn network(rows: &mut Rows, bpf_root: &Path) {
     let devices = match devices::list() {
         Ok(devices) => devices,
         Err(error) => {
-            rows.add("network devices", Need::Required, Err(error.to_string()), "rtnetlink");
+            rows.add(
+                "network devices",
+                Need::Required,
+                Err(error.to_string()),
+                "rtnetlink",
+            );
             return;
         }
     };
@@ -364,7 +406,11 @@ fn network(rows: &mut Rows, bpf_root: &Path) {
         ("IPv6", IpAddr::is_ipv6),
     ] {
         let usable = |address: &&IpAddr| is_family(address) && !is_link_local(address);
-        let found = match outward.iter().flat_map(|device| &device.addresses).find(usable) {
+        let found = match outward
+            .iter()
+            .flat_map(|device| &device.addresses)
+            .find(usable)
+        {
             Some(address) => Ok(address.to_string()),
             None => Err("none".to_owned()),
         };
@@ -422,7 +468,12 @@ fn others(rows: &mut Rows) {
         Err(e) => Ok(format!("cannot tell: nf_tables: {e}")),
     };
     let advice = "stop kube-proxy on this node, then remove its rules with `kube-proxy --cleanup`";
-    rows.add("no kube-proxy rules in nf_tables", Need::Optional, found, advice);
+    rows.add(
+        "no kube-proxy rules in nf_tables",
+        Need::Optional,
+        found,
+        advice,
+    );
     for (port, what) in [(10256, "healthz"), (10249, "metrics")] {
         let found = if listening(port) {
             Err(format!("port {port} is taken"))
@@ -459,7 +510,10 @@ fn connection_table(rows: &mut Rows) {
     );
     let seconds = |timeout: Option<Duration>| timeout.unwrap_or_default().as_secs();
     let mut lacks = Vec::new();
-    if let Some(entries) = wanted.entries(netfilter::cpus()).filter(|entries| max < *entries) {
+    if let Some(entries) = wanted
+        .entries(netfilter::cpus())
+        .filter(|entries| max < *entries)
+    {
         lacks.push(format!("nf_conntrack_max is {max}, not {entries}"));
     }
     if established > seconds(wanted.tcp_established) {
@@ -494,7 +548,8 @@ fn listening(port: u16) -> bool {
         })
 }
 
-/// kube-proxy's traces in nf_tables, which iptables-nft writes into as well; read over netlink, as no `nft` need be there.
+/// kube-proxy's traces in nf_tables, which iptables-nft writes into as well; read over netlink, as
+/// no `nft` need be there.
 mod nft {
     use std::io;
 
@@ -509,9 +564,13 @@ mod nft {
     /// `NFTA_CHAIN_NAME`.
     const CHAIN_NAME: u16 = 3;
 
-    /// What of kube-proxy is there, in its iptables (`KUBE-SERVICES`) or nftables mode (table `kube-proxy`).
+    /// What of kube-proxy is there, in its iptables (`KUBE-SERVICES`) or nftables mode (table
+    /// `kube-proxy`).
     pub(super) fn kube_proxy() -> io::Result<Option<String>> {
-        if names(GET_TABLE, TABLE_NAME)?.iter().any(|name| name == "kube-proxy") {
+        if names(GET_TABLE, TABLE_NAME)?
+            .iter()
+            .any(|name| name == "kube-proxy")
+        {
             return Ok(Some("table kube-proxy".to_owned()));
         }
         Ok(names(GET_CHAIN, CHAIN_NAME)?

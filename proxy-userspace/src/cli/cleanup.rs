@@ -1,6 +1,8 @@
-//! `shunt cleanup`: takes away everything that shunt left in the kernel under a `--bpf-root`, and nothing else.
+//! `shunt cleanup`: takes away everything that shunt left in the kernel under a `--bpf-root`, and
+//! nothing else.
 //!
-//! Links are detached, not only unpinned, so that devices are free at once whoever else holds a link open.
+//! Links are detached, not only unpinned, so that devices are free at once whoever else holds a
+//! link open.
 
 use std::{
     fs, io,
@@ -59,7 +61,8 @@ pub enum CleanupError {
     },
 }
 
-/// Removes all of shunt under `bpf_root`, in the network namespace of the calling thread. Doing so twice is no error.
+/// Removes all of shunt under `bpf_root`, in the network namespace of the calling thread. Doing so
+/// twice is no error.
 ///
 /// # Errors
 /// When an agent works there, or something cannot be removed; the message says what.
@@ -108,7 +111,10 @@ fn remove_version(root: &Path, version: &Path, removed: &mut Removed) -> Result<
     // Notes are in the folder of the layout that made them; only this version's are known here.
     if paths.clsact() == clsact {
         for note in clsact::notes(&paths).map_err(io_error("read", &clsact))? {
-            clsact::detach(&note).map_err(io_error("remove the clsact filters of", Path::new(&note.device)))?;
+            clsact::detach(&note).map_err(io_error(
+                "remove the clsact filters of",
+                Path::new(&note.device),
+            ))?;
             note.remove(&paths).map_err(io_error("remove", &clsact))?;
             removed.filters.push(note.device);
         }
@@ -140,7 +146,11 @@ fn remove_root(root: &Path, removed: &mut Removed) -> Result<(), CleanupError> {
         // A mount point of somebody else stays (EBUSY), and so does a folder that is in use.
         match fs::remove_dir(root) {
             Ok(()) => removed.folders.push(root.to_owned()),
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EBUSY | libc::ENOTEMPTY | libc::EPERM)) => {}
+            Err(e)
+                if matches!(
+                    e.raw_os_error(),
+                    Some(libc::EBUSY | libc::ENOTEMPTY | libc::EPERM)
+                ) => {}
             Err(e) => return Err(io_error("remove", root)(e)),
         }
     } else {
@@ -151,7 +161,9 @@ fn remove_root(root: &Path, removed: &mut Removed) -> Result<(), CleanupError> {
 
 /// Whether the bpffs mounted exactly at `root` is one that shunt mounted.
 fn mounted_by_shunt(root: &Path) -> bool {
-    let Ok(root) = root.canonicalize() else { return false };
+    let Ok(root) = root.canonicalize() else {
+        return false;
+    };
     let Ok(mounts) = fs::read_to_string("/proc/self/mountinfo") else {
         return false;
     };
@@ -161,7 +173,10 @@ fn mounted_by_shunt(root: &Path) -> bool {
             return false;
         };
         let mut kind = kind.split(' ');
-        place.split(' ').nth(4).is_some_and(|p| Path::new(p) == root)
+        place
+            .split(' ')
+            .nth(4)
+            .is_some_and(|p| Path::new(p) == root)
             && kind.next() == Some("bpf")
             && kind.next() == Some(MOUNT_SOURCE)
     })

@@ -1,12 +1,13 @@
-//! `shunt conntrack list|flush`: the flows that are being translated. (The socket hook translates sockets, not flows.)
+//! `shunt conntrack list|flush`: the flows that are being translated. (The socket hook translates
+//! sockets, not flows.)
 
 use std::net::SocketAddr;
 
 use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
 use shunt_common::layout::{
-    FLOW_ANSWERED, FLOW_BACKEND_FIN, FLOW_CLIENT_FIN, FLOW_LOCAL_BACKEND, FLOW_LOCAL_CLIENT, FLOW_RESET, FLOW_SNAT,
-    Flow, FlowKey,
+    FLOW_ANSWERED, FLOW_BACKEND_FIN, FLOW_CLIENT_FIN, FLOW_LOCAL_BACKEND, FLOW_LOCAL_CLIENT,
+    FLOW_RESET, FLOW_SNAT, Flow, FlowKey,
 };
 
 use super::{Common, Output, Peer, open, print, print_rows};
@@ -140,7 +141,8 @@ impl FlowRow {
     fn new<F: MapFamily>(key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>, now: u32) -> Self {
         let socket = |address: F::Addr, port: u16| SocketAddr::new(F::address(address), port);
         Self {
-            protocol: protocol(key.proto).map_or(key.proto.to_string(), |protocol| protocol.to_string()),
+            protocol: protocol(key.proto)
+                .map_or(key.proto.to_string(), |protocol| protocol.to_string()),
             client: socket(key.client, key.client_port),
             frontend: socket(flow.frontend, flow.frontend_port),
             backend: socket(flow.backend, flow.backend_port),
@@ -188,12 +190,17 @@ pub(super) fn list_at(maps: &Maps, filter: &Filter, now: u32) -> Result<Vec<Flow
     Ok(rows)
 }
 
-/// Deletes all flows that a filter admits, and frees their translated source ports; returns how many.
+/// Deletes all flows that a filter admits, and frees their translated source ports; returns how
+/// many.
 ///
 /// # Errors
 /// The kernel's.
 pub fn flush(maps: &Maps, filter: &Filter) -> Result<u64, MapError> {
-    fn family<F: MapFamily>(maps: &Maps, of: &PerFamily<F>, filter: &Filter) -> Result<u64, MapError> {
+    fn family<F: MapFamily>(
+        maps: &Maps,
+        of: &PerFamily<F>,
+        filter: &Filter,
+    ) -> Result<u64, MapError> {
         let config = maps.config()?;
         let mut deleted = 0;
         for map in of.flow_maps() {
@@ -244,9 +251,13 @@ pub fn run(args: &ConntrackArgs) -> anyhow::Result<()> {
 
 fn print_flows(common: &Common, filter: &Filter) -> anyhow::Result<()> {
     let rows = list(&open(&common.bpf_root)?, filter)?;
-    let titles = ["PROTOCOL", "CLIENT", "FRONTEND", "BACKEND", "SOURCE", "STATE", "IDLE"];
+    let titles = [
+        "PROTOCOL", "CLIENT", "FRONTEND", "BACKEND", "SOURCE", "STATE", "IDLE",
+    ];
     print_rows(common.output, &rows, titles, |row| {
-        let side = |socket: SocketAddr, local: bool| format!("{socket}{}", if local { " (local)" } else { "" });
+        let side = |socket: SocketAddr, local: bool| {
+            format!("{socket}{}", if local { " (local)" } else { "" })
+        };
         [
             row.protocol.clone(),
             side(row.client, row.local_client),

@@ -1,7 +1,8 @@
 //! `shunt env`: the environment variables of Services that a kubelet gives to a pod's containers.
 //!
-//! The maps hold neither the names of ports nor their order, so objects are read again: from the manifests or from the API
-//! server. Of the maps comes only what nobody has written down: cluster IPs that a running agent gave.
+//! The maps hold neither the names of ports nor their order, so objects are read again: from the
+//! manifests or from the API server. Of the maps comes only what nobody has written down: cluster
+//! IPs that a running agent gave.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -31,13 +32,15 @@ pub struct EnvArgs {
     /// The pod's namespace.
     #[arg(short, long, value_name = "NAMESPACE", default_value = "default")]
     namespace: String,
-    /// A pod of it: its spec.enableServiceLinks counts, and what its container sets itself in `env` is left out.
+    /// A pod of it: its spec.enableServiceLinks counts, and what its container sets itself in `env`
+    /// is left out.
     #[arg(long, value_name = "NAME")]
     pod: Option<String>,
     /// Which of the pod's containers [default: the first].
     #[arg(short, long, value_name = "NAME", requires = "pod")]
     container: Option<String>,
-    /// Without a pod: its spec.enableServiceLinks. When false, only the Service `kubernetes` of the namespace default is named.
+    /// Without a pod: its spec.enableServiceLinks. When false, only the Service `kubernetes` of the
+    /// namespace default is named.
     #[arg(
         long,
         value_name = "BOOL",
@@ -55,11 +58,12 @@ pub struct EnvArgs {
     /// Ask the API server that this file names [default: the one of the pod that this runs in].
     #[arg(long, value_name = "FILE", conflicts_with = "manifests")]
     kubeconfig: Option<PathBuf>,
-    /// With --manifests: networks that missing cluster IPs come from, as `shunt run` has them [default:
-    /// 10.96.0.0/12,fd00:10:96::/112].
+    /// With --manifests: networks that missing cluster IPs come from, as `shunt run` has them
+    /// [default: 10.96.0.0/12,fd00:10:96::/112].
     #[arg(long, value_name = "CIDR", num_args = 1.., value_delimiter = ',', requires = "manifests")]
     service_cidr: Vec<IpNet>,
-    /// The folder that the agent pins everything in: with --manifests, cluster IPs that it gave are read from there.
+    /// The folder that the agent pins everything in: with --manifests, cluster IPs that it gave are
+    /// read from there.
     #[arg(long, value_name = "DIR", default_value = DEFAULT_BPF_ROOT)]
     bpf_root: PathBuf,
     /// How to print.
@@ -112,7 +116,8 @@ fn text(args: &EnvArgs) -> anyhow::Result<(String, Vec<String>)> {
         .pod
         .as_ref()
         .map_or(args.enable_service_links, environment::enable_service_links);
-    let (mut variables, clashes) = environment::variables(&objects.services, &args.namespace, links);
+    let (mut variables, clashes) =
+        environment::variables(&objects.services, &args.namespace, links);
     for clash in clashes {
         warnings.push(format!(
             "{}: Services {} and {} both have it; that of {} is printed, a kubelet may take the other",
@@ -131,7 +136,9 @@ async fn read(args: &EnvArgs, warnings: &mut Vec<String>) -> anyhow::Result<Obje
     if args.manifests.is_empty() {
         let mut namespaces = vec![args.namespace.as_str()];
         namespaces.extend((args.namespace != MASTER_NAMESPACE).then_some(MASTER_NAMESPACE));
-        let read = kubernetes::snapshot(args.kubeconfig.as_deref(), &namespaces, args.pod.as_deref()).await;
+        let read =
+            kubernetes::snapshot(args.kubeconfig.as_deref(), &namespaces, args.pod.as_deref())
+                .await;
         let (services, pod) = match (read, &args.kubeconfig) {
             (Err(error), None) => {
                 return Err(error.context(
@@ -158,7 +165,9 @@ async fn read(args: &EnvArgs, warnings: &mut Vec<String>) -> anyhow::Result<Obje
     warnings.extend(snapshot.problems.iter().map(ToString::to_string));
     let pinned = pinned_cluster_ips(args);
     for name in &snapshot.given {
-        let Some(ips) = pinned.get(name) else { continue };
+        let Some(ips) = pinned.get(name) else {
+            continue;
+        };
         let spec = snapshot
             .services
             .get_mut(name)
@@ -187,9 +196,13 @@ async fn read(args: &EnvArgs, warnings: &mut Vec<String>) -> anyhow::Result<Obje
     })
 }
 
-/// Takes the address of the same family that the agent gave, where it gave another than an agent that starts now would.
+/// Takes the address of the same family that the agent gave, where it gave another than an agent
+/// that starts now would.
 fn correct(cluster_ip: &mut Option<String>, pinned: &BTreeSet<IpAddr>) {
-    let Some(computed) = cluster_ip.as_deref().and_then(|text| text.parse::<IpAddr>().ok()) else {
+    let Some(computed) = cluster_ip
+        .as_deref()
+        .and_then(|text| text.parse::<IpAddr>().ok())
+    else {
         return;
     };
     let of_family = pinned.iter().find(|ip| ip.is_ipv4() == computed.is_ipv4());
@@ -198,7 +211,8 @@ fn correct(cluster_ip: &mut Option<String>, pinned: &BTreeSet<IpAddr>) {
     }
 }
 
-/// Cluster IPs in the maps, by Service. Without maps, or the right to read them, there are none: what is computed holds.
+/// Cluster IPs in the maps, by Service. Without maps, or the right to read them, there are none:
+/// what is computed holds.
 fn pinned_cluster_ips(args: &EnvArgs) -> BTreeMap<ObjectName, BTreeSet<IpAddr>> {
     let mut ips: BTreeMap<ObjectName, BTreeSet<IpAddr>> = BTreeMap::new();
     let rows = Maps::open(&args.bpf_root).and_then(|maps| services::list(&maps));
@@ -218,7 +232,10 @@ fn own_variables<'p>(pod: &'p Pod, container: Option<&str>) -> anyhow::Result<BT
         None => containers.next(),
         Some(name) => {
             let found = containers.find(|container| container.name == name);
-            anyhow::ensure!(found.is_some(), "--container {name}: the Pod has no such container");
+            anyhow::ensure!(
+                found.is_some(),
+                "--container {name}: the Pod has no such container"
+            );
             found
         }
     };
@@ -228,7 +245,9 @@ fn own_variables<'p>(pod: &'p Pod, container: Option<&str>) -> anyhow::Result<BT
 
 fn format(variables: &[Variable], output: EnvOutput) -> anyhow::Result<String> {
     let line = |Variable { name, value }: &Variable| match output {
-        EnvOutput::Export if !is_shell_name(name) => format!("# a shell has no such names: {name}={value}"),
+        EnvOutput::Export if !is_shell_name(name) => {
+            format!("# a shell has no such names: {name}={value}")
+        }
         EnvOutput::Export => format!("export {name}='{}'", value.replace('\'', r"'\''")),
         _ => format!("{name}={value}"),
     };
@@ -238,10 +257,13 @@ fn format(variables: &[Variable], output: EnvOutput) -> anyhow::Result<String> {
     })
 }
 
-/// Whether a shell takes it as a variable's name (POSIX, Base Definitions, 3.216): a Service's name may begin with a digit.
+/// Whether a shell takes it as a variable's name (POSIX, Base Definitions, 3.216): a Service's name
+/// may begin with a digit.
 fn is_shell_name(name: &str) -> bool {
     !name.starts_with(|first: char| first.is_ascii_digit())
-        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+        && name
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
 }
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
-//! What sockets another process listens on, as /proc has it ([proc_pid_net(5)](https://man7.org/linux/man-pages/man5/proc_pid_net.5.html)).
+//! What sockets another process listens on, as /proc has it
+//! ([proc_pid_net(5)](https://man7.org/linux/man-pages/man5/proc_pid_net.5.html)).
 
 use std::{
     collections::BTreeSet,
@@ -9,7 +10,8 @@ use std::{
 /// Where a process takes datagrams of everybody; of what cannot be seen, nothing.
 pub(super) fn udp(pid: u32) -> Vec<SocketAddr> {
     let inodes = inodes(pid);
-    let of = |table: &str| fs::read_to_string(format!("/proc/{pid}/net/{table}")).unwrap_or_default();
+    let of =
+        |table: &str| fs::read_to_string(format!("/proc/{pid}/net/{table}")).unwrap_or_default();
     [of("udp"), of("udp6")]
         .iter()
         .flat_map(|text| bound(text, &inodes))
@@ -33,7 +35,8 @@ fn inodes(pid: u32) -> BTreeSet<u64> {
     files.flatten().filter_map(inode).collect()
 }
 
-/// `sl local_address rem_address st tx:rx tr:when retrnsmt uid timeout inode …`: those without a remote side.
+/// `sl local_address rem_address st tx:rx tr:when retrnsmt uid timeout inode …`: those without a
+/// remote side.
 fn bound(table: &str, inodes: &BTreeSet<u64>) -> Vec<SocketAddr> {
     let socket = |line: &str| {
         let fields: Vec<&str> = line.split_ascii_whitespace().collect();
@@ -72,7 +75,10 @@ mod tests {
             connected.connect(bound.local_addr().unwrap()).unwrap();
             let found = udp(std::process::id());
             assert!(found.contains(&bound.local_addr().unwrap()), "{found:?}");
-            assert!(!found.contains(&connected.local_addr().unwrap()), "{found:?}");
+            assert!(
+                !found.contains(&connected.local_addr().unwrap()),
+                "{found:?}"
+            );
         }
     }
 }

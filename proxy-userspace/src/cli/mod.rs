@@ -1,7 +1,7 @@
 //! The command line: one file per verb.
 //!
-//! `run` is the agent. All other verbs look at what is pinned under `--bpf-root`, whether an agent runs or not, and print a
-//! table or, with `-o json`, an array or object that scripts can rely on.
+//! `run` is the agent. All other verbs look at what is pinned under `--bpf-root`, whether an agent
+//! runs or not, and print a table or, with `-o json`, an array or object that scripts can rely on.
 
 use std::{
     collections::HashMap,
@@ -36,7 +36,12 @@ pub mod status;
 
 /// An eBPF and XDP load balancer for Kubernetes Services: replaces kube-proxy on a node.
 #[derive(Debug, Parser)]
-#[command(name = "shunt", version, propagate_version = true, arg_required_else_help = true)]
+#[command(
+    name = "shunt",
+    version,
+    propagate_version = true,
+    arg_required_else_help = true
+)]
 struct Cli {
     #[command(subcommand)]
     verb: Verb,
@@ -98,16 +103,25 @@ pub fn main() -> ExitCode {
             args.kube_proxy.is_its_line = line.is_kube_proxys;
             run::run(*args).map(|()| true)
         }
-        Verb::Check { common, cgroup_root } => {
+        Verb::Check {
+            common,
+            cgroup_root,
+        } => {
             let cgroup_root = cgroup_root.unwrap_or_else(cgroup::default_root);
-            check::run(&common.bpf_root, &cgroup_root, common.output == Output::Json)
+            check::run(
+                &common.bpf_root,
+                &cgroup_root,
+                common.output == Output::Json,
+            )
         }
         Verb::Status(common) => status::run(&common).map(|()| true),
         Verb::Services(args) => services::run(&args).map(|()| true),
         Verb::Backends(args) => backends::run(&args).map(|()| true),
         Verb::Conntrack(args) => conntrack::run(&args).map(|()| true),
         Verb::Env(args) => env::run(&args).map(|()| true),
-        Verb::Cleanup(common) => cleanup::run(&common.bpf_root, common.output == Output::Json).map(|()| true),
+        Verb::Cleanup(common) => {
+            cleanup::run(&common.bpf_root, common.output == Output::Json).map(|()| true)
+        }
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,
@@ -203,7 +217,10 @@ impl FromStr for Peer {
             });
         }
         match text.parse() {
-            Ok(address) => Ok(Self { address, port: None }),
+            Ok(address) => Ok(Self {
+                address,
+                port: None,
+            }),
             Err(_) => Err("neither an address nor ADDRESS:PORT ([ADDRESS]:PORT for IPv6)".into()),
         }
     }

@@ -23,7 +23,8 @@ pub fn run(mut args: RunArgs) -> anyhow::Result<()> {
         warn!("{warning}");
     }
     if let Some(path) = write_to {
-        fs::write(&path, settings.dump()?).with_context(|| format!("--write-config-to {}", path.display()))?;
+        fs::write(&path, settings.dump()?)
+            .with_context(|| format!("--write-config-to {}", path.display()))?;
         info!("what the settings come to is in {}", path.display());
         return Ok(());
     }

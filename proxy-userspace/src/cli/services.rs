@@ -62,7 +62,8 @@ pub struct ScopeRow {
     pub slots: u32,
     /// Whether packets are dropped while there is no backend; else they are refused.
     pub drops: bool,
-    /// Whether the backend sees the client's own address in any case (`externalTrafficPolicy: Local`).
+    /// Whether the backend sees the client's own address in any case (`externalTrafficPolicy:
+    /// Local`).
     pub keeps_source: bool,
 }
 
@@ -83,7 +84,8 @@ impl FrontendRow {
     }
 
     fn backends_cell(&self) -> String {
-        let cell = |scope: &Option<ScopeRow>| scope.as_ref().map_or("missing".into(), ScopeRow::cell);
+        let cell =
+            |scope: &Option<ScopeRow>| scope.as_ref().map_or("missing".into(), ScopeRow::cell);
         let (internal, external) = (cell(&self.internal), cell(&self.external));
         if internal == external {
             internal
@@ -100,7 +102,11 @@ impl FrontendRow {
         if self.source_ranges {
             policies.push("source ranges".into());
         }
-        if self.external.as_ref().is_some_and(|scope| scope.keeps_source) {
+        if self
+            .external
+            .as_ref()
+            .is_some_and(|scope| scope.keeps_source)
+        {
             policies.push("local outside".into());
         }
         policies.join(", ")
@@ -117,10 +123,16 @@ pub(super) fn address(id: &FrontendId) -> IpAddr {
 }
 
 /// The different backends of a frontend entry.
-pub(super) fn backends_of(maps: &Maps, family: FamilyIndex, entry: &layout::Frontend) -> BTreeSet<Choice> {
+pub(super) fn backends_of(
+    maps: &Maps,
+    family: FamilyIndex,
+    entry: &layout::Frontend,
+) -> BTreeSet<Choice> {
     let table = maps.table(family);
     let end = entry.slot_base.saturating_add(entry.slot_count);
-    (entry.slot_base..end).map_while(|index| table.slot(index)).collect()
+    (entry.slot_base..end)
+        .map_while(|index| table.slot(index))
+        .collect()
 }
 
 /// All frontends in the maps, sorted.

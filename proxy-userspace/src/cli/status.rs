@@ -1,4 +1,5 @@
-//! `shunt status`: whether an agent runs, how full the maps are, what is attached, what was counted.
+//! `shunt status`: whether an agent runs, how full the maps are, what is attached, what was
+//! counted.
 
 use std::{
     collections::BTreeMap,
@@ -32,9 +33,11 @@ pub struct Status {
     pub bpf_root: PathBuf,
     /// [`LAYOUT_VERSION`] of the maps.
     pub layout: u32,
-    /// Process id of the agent that works with this `--bpf-root`; `None`: none runs, and the datapath goes on alone.
+    /// Process id of the agent that works with this `--bpf-root`; `None`: none runs, and the
+    /// datapath goes on alone.
     pub agent_pid: Option<u32>,
-    /// The agent's last start, if it came to its end; `None` also when that agent was of another version.
+    /// The agent's last start, if it came to its end; `None` also when that agent was of another
+    /// version.
     pub start: Option<Start>,
     /// Where that agent answers DNS queries; none: it does not.
     pub dns: Vec<SocketAddr>,
@@ -87,7 +90,11 @@ pub struct Without {
 }
 
 /// Devices that lack programs, as the kernel lists devices now.
-fn without_programs(paths: &Paths, links: &[Link], node_ips: &[IpAddr]) -> anyhow::Result<Vec<Without>> {
+fn without_programs(
+    paths: &Paths,
+    links: &[Link],
+    node_ips: &[IpAddr],
+) -> anyhow::Result<Vec<Without>> {
     let has = |device: &str, part: &str| {
         links
             .iter()
@@ -114,14 +121,17 @@ fn without_programs(paths: &Paths, links: &[Link], node_ips: &[IpAddr]) -> anyho
             without.push(Without {
                 device: device.name,
                 what: "tc",
-                reason: "--devices or --pod-devices leave it out, or no agent has seen it".to_owned(),
+                reason: "--devices or --pod-devices leave it out, or no agent has seen it"
+                    .to_owned(),
             });
         } else if role == Role::Node && !has(&device.name, XDP_PROGRAM) {
             // What was asked for is not pinned: the reason that holds for more modes goes first.
             let reason = if paths.program(XDP_PROGRAM).exists() {
                 xdp::refusal(XdpMode::Native, &device, &facts)
                     .or_else(|| xdp::refusal(XdpMode::Auto, &device, &facts))
-                    .unwrap_or_else(|| "the driver refused it, or takes no frames from it".to_owned())
+                    .unwrap_or_else(|| {
+                        "the driver refused it, or takes no frames from it".to_owned()
+                    })
             } else {
                 "--xdp off".to_owned()
             };
@@ -169,23 +179,36 @@ impl Status {
             start: start::read(&paths)?,
             services: maps.services.count(|_| true)?,
             frontend_entries,
-            node_addresses: node_addresses.into_iter().filter(|a| !a.is_unspecified()).collect(),
+            node_addresses: node_addresses
+                .into_iter()
+                .filter(|a| !a.is_unspecified())
+                .collect(),
             node_port_addresses,
             snat_ports: (
                 config.snat_first,
-                config.snat_first.saturating_add(config.snat_ports.saturating_sub(1)),
+                config
+                    .snat_first
+                    .saturating_add(config.snat_ports.saturating_sub(1)),
             ),
             maps: maps.usage()?,
             without_programs: without_programs(&paths, &links, &node_addresses)?,
             links,
-            events: maps.events()?.into_iter().map(|(event, n)| (event.name(), n)).collect(),
+            events: maps
+                .events()?
+                .into_iter()
+                .map(|(event, n)| (event.name(), n))
+                .collect(),
         })
     }
 
     fn text(&self) -> String {
         let join = |addresses: &[IpAddr]| match addresses {
             [] => "none".to_owned(),
-            all => all.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "),
+            all => all
+                .iter()
+                .map(ToString::to_string)
+                .collect::<Vec<_>>()
+                .join(" "),
         };
         let agent = match self.agent_pid {
             Some(pid) => format!("running, pid {pid}"),
@@ -196,7 +219,11 @@ impl Status {
         };
         let dns = match self.dns.as_slice() {
             [] => "not answered here".to_owned(),
-            all => all.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "),
+            all => all
+                .iter()
+                .map(ToString::to_string)
+                .collect::<Vec<_>>()
+                .join(" "),
         };
         let facts = [
             ("agent", agent),
@@ -211,13 +238,22 @@ impl Status {
             ),
             (
                 "services",
-                format!("{} with {} frontend entries", self.services, self.frontend_entries),
+                format!(
+                    "{} with {} frontend entries",
+                    self.services, self.frontend_entries
+                ),
             ),
             ("node addresses", join(&self.node_addresses)),
             ("node ports on", join(&self.node_port_addresses)),
-            ("SNAT ports", format!("{}-{}", self.snat_ports.0, self.snat_ports.1)),
+            (
+                "SNAT ports",
+                format!("{}-{}", self.snat_ports.0, self.snat_ports.1),
+            ),
         ];
-        let facts: Vec<String> = facts.iter().map(|(what, is)| format!("{what}: {is}")).collect();
+        let facts: Vec<String> = facts
+            .iter()
+            .map(|(what, is)| format!("{what}: {is}"))
+            .collect();
 
         let maps = self.maps.iter().map(|usage| {
             let percent = 100.0 * usage.entries as f64 / f64::from(usage.capacity.max(1));
@@ -238,11 +274,17 @@ impl Status {
             let note = if attached { "" } else { "device is gone" };
             [target.to_owned(), programs.join(" "), note.to_owned()]
         });
-        let events = self.events.iter().map(|(name, n)| [(*name).to_owned(), n.to_string()]);
-        let without = self
-            .without_programs
+        let events = self
+            .events
             .iter()
-            .map(|without| [without.device.clone(), without.what.to_owned(), without.reason.clone()]);
+            .map(|(name, n)| [(*name).to_owned(), n.to_string()]);
+        let without = self.without_programs.iter().map(|without| {
+            [
+                without.device.clone(),
+                without.what.to_owned(),
+                without.reason.clone(),
+            ]
+        });
         [
             facts.join("\n"),
             table(["MAP", "ENTRIES", "CAPACITY", "FULL", "SETTING"], maps),
@@ -255,7 +297,14 @@ impl Status {
 }
 
 fn start_text(start: &Start) -> String {
-    let (took, how) = (start.took, if start.taken_over { "taken over" } else { "loaded" });
+    let (took, how) = (
+        start.took,
+        if start.taken_over {
+            "taken over"
+        } else {
+            "loaded"
+        },
+    );
     let parts = [
         ("settings", start.settings),
         ("maps", start.maps),
@@ -265,12 +314,19 @@ fn start_text(start: &Start) -> String {
         ("services", start.services),
         ("attach", start.attach),
     ];
-    let parts = parts.map(|(part, seconds)| format!("{part} {seconds:.2}")).join(", ");
+    let parts = parts
+        .map(|(part, seconds)| format!("{part} {seconds:.2}"))
+        .join(", ");
     format!("took {took:.2} s, programs {how} ({parts})")
 }
 
 fn addresses<F: MapFamily>(maps: &PerFamily<F>) -> anyhow::Result<Vec<IpAddr>> {
-    let mut addresses: Vec<IpAddr> = maps.node_addrs.entries()?.iter().map(|(a, _)| F::address(*a)).collect();
+    let mut addresses: Vec<IpAddr> = maps
+        .node_addrs
+        .entries()?
+        .iter()
+        .map(|(a, _)| F::address(*a))
+        .collect();
     addresses.sort();
     Ok(addresses)
 }

@@ -4,8 +4,8 @@ use clap::CommandFactory;
 use shunt_common::{
     family::{Family, V4, V6},
     layout::{
-        AFFINITY_TICK_NS, BackendState, Config, FLOW_ANSWERED, FLOW_BACKEND_FIN, FLOW_CLIENT_FIN, FLOW_RESET,
-        FLOW_SNAT, FRONTEND_DROP, Flow, FlowKey, SnatSlot, TCP, TICK_NS, UDP,
+        AFFINITY_TICK_NS, BackendState, Config, FLOW_ANSWERED, FLOW_BACKEND_FIN, FLOW_CLIENT_FIN,
+        FLOW_RESET, FLOW_SNAT, FRONTEND_DROP, Flow, FlowKey, SnatSlot, TCP, TICK_NS, UDP,
     },
     snat,
 };
@@ -18,7 +18,10 @@ use crate::{
     },
     gc,
     object::{ObjectName, Protocol},
-    plan::{Backend, Frontend, FrontendAddress, FrontendId, FrontendKind, Scope, ServicePlan, Table as PlanTable},
+    plan::{
+        Backend, Frontend, FrontendAddress, FrontendId, FrontendKind, Scope, ServicePlan,
+        Table as PlanTable,
+    },
     sync::Syncer,
 };
 
@@ -47,12 +50,15 @@ fn peers_are_addresses_with_or_without_port() {
     let peer: Peer = "10.0.0.1".parse().unwrap();
     assert!(peer.matches([10, 0, 0, 1].into(), 80) && peer.matches([10, 0, 0, 1].into(), 81));
     let peer: Peer = "[fd00::1]:53".parse().unwrap();
-    assert!(peer.matches("fd00::1".parse().unwrap(), 53) && !peer.matches("fd00::1".parse().unwrap(), 54));
+    assert!(
+        peer.matches("fd00::1".parse().unwrap(), 53)
+            && !peer.matches("fd00::1".parse().unwrap(), 54)
+    );
     assert!("10.0.0".parse::<Peer>().is_err());
 }
 
-/// `shop/web`: a cluster IP with two backends, and a node port whose external scope has one of them; `default/none` drops
-/// outside and refuses inside.
+/// `shop/web`: a cluster IP with two backends, and a node port whose external scope has one of
+/// them; `default/none` drops outside and refuses inside.
 fn filled() -> (Root, Maps) {
     let root = Root::new(Capacities::default());
     let mut syncer = Syncer::new(Arc::new(root.maps())).unwrap();
@@ -89,16 +95,51 @@ fn filled() -> (Root, Maps) {
         (
             ObjectName::new("shop", "web"),
             vec![
-                frontend(cluster_ip, 80, Scope::Internal, FrontendKind::ClusterIp, &all, 0),
-                frontend(cluster_ip, 80, Scope::External, FrontendKind::ClusterIp, &all, 0),
-                frontend(node_port, 30080, Scope::Internal, FrontendKind::NodePort, &all, 0),
-                frontend(node_port, 30080, Scope::External, FrontendKind::NodePort, &all[..1], 0),
+                frontend(
+                    cluster_ip,
+                    80,
+                    Scope::Internal,
+                    FrontendKind::ClusterIp,
+                    &all,
+                    0,
+                ),
+                frontend(
+                    cluster_ip,
+                    80,
+                    Scope::External,
+                    FrontendKind::ClusterIp,
+                    &all,
+                    0,
+                ),
+                frontend(
+                    node_port,
+                    30080,
+                    Scope::Internal,
+                    FrontendKind::NodePort,
+                    &all,
+                    0,
+                ),
+                frontend(
+                    node_port,
+                    30080,
+                    Scope::External,
+                    FrontendKind::NodePort,
+                    &all[..1],
+                    0,
+                ),
             ],
         ),
         (
             ObjectName::new("default", "none"),
             vec![
-                frontend(other_ip, 443, Scope::Internal, FrontendKind::LoadBalancer, &[], 0),
+                frontend(
+                    other_ip,
+                    443,
+                    Scope::Internal,
+                    FrontendKind::LoadBalancer,
+                    &[],
+                    0,
+                ),
                 frontend(
                     other_ip,
                     443,
@@ -189,14 +230,26 @@ fn backends_count_flows_by_hook_and_name_their_frontends() {
         (&value["namespace"], &value["service"]),
         (&"shop".into(), &"web".into())
     );
-    assert_eq!((&value["address"], &value["port"]), (&"10.0.0.1".into(), &8080.into()));
-    assert_eq!(value["flows"], serde_json::json!({ "socket": 3, "tc": 4, "xdp": 5 }));
-    assert_eq!(value["frontends"], serde_json::json!(["0.0.0.0:30080", "10.96.0.1:80"]));
+    assert_eq!(
+        (&value["address"], &value["port"]),
+        (&"10.0.0.1".into(), &8080.into())
+    );
+    assert_eq!(
+        value["flows"],
+        serde_json::json!({ "socket": 3, "tc": 4, "xdp": 5 })
+    );
+    assert_eq!(
+        value["frontends"],
+        serde_json::json!(["0.0.0.0:30080", "10.96.0.1:80"])
+    );
     assert_eq!(value["silent"]["failures"], 2);
     let remaining = value["silent"]["remainingMs"].as_u64().unwrap();
     assert!((9000..=10_067).contains(&remaining), "{remaining}");
     let remote = rows.iter().find(|row| !row.local).unwrap();
-    assert_eq!((remote.address, remote.frontends.len()), ([10, 0, 0, 2].into(), 2));
+    assert_eq!(
+        (remote.address, remote.frontends.len()),
+        ([10, 0, 0, 2].into(), 2)
+    );
     assert_eq!(remote.silent, None);
 }
 
@@ -237,7 +290,8 @@ fn add_flow<F: MapFamily>(
     flow
 }
 
-/// The clock of these tests, in ticks: the machine may have booted later than their flows were last seen.
+/// The clock of these tests, in ticks: the machine may have booted later than their flows were last
+/// seen.
 const NOW: u32 = 10_000;
 
 fn filter(line: &str) -> conntrack::Filter {
@@ -257,8 +311,22 @@ fn flows_of_both_tables_and_families_are_listed_and_filtered() {
     let maps = root.maps();
     let v6 = [0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
     add_flow(&maps.v4, [10, 0, 0, 1], 1, TCP, 0, 0);
-    add_flow(&maps.v4, [10, 0, 0, 1], 2, TCP, FLOW_ANSWERED | FLOW_SNAT, 100);
-    add_flow(&maps.v4, [10, 0, 0, 2], 3, TCP, FLOW_ANSWERED | FLOW_CLIENT_FIN, 0);
+    add_flow(
+        &maps.v4,
+        [10, 0, 0, 1],
+        2,
+        TCP,
+        FLOW_ANSWERED | FLOW_SNAT,
+        100,
+    );
+    add_flow(
+        &maps.v4,
+        [10, 0, 0, 2],
+        3,
+        TCP,
+        FLOW_ANSWERED | FLOW_CLIENT_FIN,
+        0,
+    );
     add_flow(&maps.v4, [10, 0, 0, 2], 4, UDP, FLOW_ANSWERED, 0);
     add_flow(
         &maps.v6,
@@ -271,7 +339,8 @@ fn flows_of_both_tables_and_families_are_listed_and_filtered() {
     add_flow(&maps.v6, v6, 6, TCP, FLOW_ANSWERED | FLOW_RESET, 0);
 
     let states = |line: &str| -> Vec<(u16, String)> {
-        let rows = serde_json::to_value(conntrack::list_at(&maps, &filter(line), NOW).unwrap()).unwrap();
+        let rows =
+            serde_json::to_value(conntrack::list_at(&maps, &filter(line), NOW).unwrap()).unwrap();
         let state = |row: &serde_json::Value| {
             let client: SocketAddr = row["client"].as_str().unwrap().parse().unwrap();
             (client.port(), row["state"].as_str().unwrap().to_owned())
@@ -288,8 +357,16 @@ fn flows_of_both_tables_and_families_are_listed_and_filtered() {
         (5, "closed"),
         (6, "closed"),
     ];
-    assert_eq!(states(""), expected.map(|(port, state)| (port, state.to_owned())));
-    let ports = |line: &str| states(line).into_iter().map(|(port, _)| port).collect::<Vec<_>>();
+    assert_eq!(
+        states(""),
+        expected.map(|(port, state)| (port, state.to_owned()))
+    );
+    let ports = |line: &str| {
+        states(line)
+            .into_iter()
+            .map(|(port, _)| port)
+            .collect::<Vec<_>>()
+    };
     assert_eq!(ports("--protocol udp"), [4]);
     assert_eq!(ports("--client 10.0.0.1"), [1, 2]);
     assert_eq!(ports("--client 10.0.0.1:2"), [2]);
@@ -299,7 +376,10 @@ fn flows_of_both_tables_and_families_are_listed_and_filtered() {
     let rows = conntrack::list_at(&maps, &filter("--client 10.0.0.1:2"), NOW).unwrap();
     let value = serde_json::to_value(&rows[0]).unwrap();
     assert_eq!(value["snat"], "10.0.0.1:20002");
-    assert!((98..=102).contains(&value["idleSeconds"].as_u64().unwrap()), "{value}");
+    assert!(
+        (98..=102).contains(&value["idleSeconds"].as_u64().unwrap()),
+        "{value}"
+    );
 }
 
 #[test]
@@ -314,8 +394,21 @@ fn flush_deletes_what_its_filter_admits_frees_source_ports_and_says_how_many() {
     };
     maps.set_config(&config).unwrap();
     add_flow(&maps.v4, [10, 0, 0, 1], 1, TCP, 0, 0);
-    let flow = add_flow(&maps.v4, [10, 0, 0, 2], 2, TCP, FLOW_ANSWERED | FLOW_SNAT, 0);
-    let index = snat::index::<V4>(&config, flow.snat_port, V4::words(flow.backend), flow.backend_port, TCP);
+    let flow = add_flow(
+        &maps.v4,
+        [10, 0, 0, 2],
+        2,
+        TCP,
+        FLOW_ANSWERED | FLOW_SNAT,
+        0,
+    );
+    let index = snat::index::<V4>(
+        &config,
+        flow.snat_port,
+        V4::words(flow.backend),
+        flow.backend_port,
+        TCP,
+    );
     let slot = SnatSlot {
         client: [10, 0, 0, 2],
         frontend: flow.frontend,
@@ -335,9 +428,19 @@ fn flush_deletes_what_its_filter_admits_frees_source_ports_and_says_how_many() {
     maps.v4.snat.set(index, slot);
     add_flow::<V6>(&maps.v6, [1; 16], 3, UDP, FLOW_ANSWERED, 0);
 
-    assert_eq!(conntrack::flush(&maps, &filter("--client 10.0.0.2")).unwrap(), 1);
-    assert_eq!(maps.v4.snat.get(index).unwrap().last_seen, 0, "free for the next flow");
-    assert_eq!(conntrack::list_at(&maps, &filter(""), NOW).unwrap().len(), 2);
+    assert_eq!(
+        conntrack::flush(&maps, &filter("--client 10.0.0.2")).unwrap(),
+        1
+    );
+    assert_eq!(
+        maps.v4.snat.get(index).unwrap().last_seen,
+        0,
+        "free for the next flow"
+    );
+    assert_eq!(
+        conntrack::list_at(&maps, &filter(""), NOW).unwrap().len(),
+        2
+    );
     assert_eq!(conntrack::flush(&maps, &filter("")).unwrap(), 2);
     assert_eq!(conntrack::flush(&maps, &filter("")).unwrap(), 0);
 }
@@ -354,7 +457,10 @@ fn status_says_how_full_maps_are_and_that_no_agent_runs() {
     let usage = |name: &str| {
         let all = status["maps"].as_array().unwrap();
         let one = all.iter().find(|usage| usage["map"] == name).unwrap();
-        (one["entries"].as_u64().unwrap(), one["capacity"].as_u64().unwrap())
+        (
+            one["entries"].as_u64().unwrap(),
+            one["capacity"].as_u64().unwrap(),
+        )
     };
     assert_eq!(usage("frontends4"), (6, 256));
     assert_eq!(usage("slots4"), (2 + 251 + 251, 4096));

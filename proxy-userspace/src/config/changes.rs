@@ -1,5 +1,5 @@
-//! What a changed file of `--config` means to an agent that runs: which settings it takes over at once, and which wait for its
-//! next start.
+//! What a changed file of `--config` means to an agent that runs: which settings it takes over at
+//! once, and which wait for its next start.
 
 use super::Settings;
 
@@ -13,7 +13,8 @@ pub struct Changes {
 }
 
 impl Settings {
-    /// What `new` changes. Names every setting, so that nobody adds one without saying which kind it is.
+    /// What `new` changes. Names every setting, so that nobody adds one without saying which kind
+    /// it is.
     pub fn changes(&self, new: &Self) -> Changes {
         let Self {
             kubeconfig,
@@ -55,13 +56,19 @@ impl Settings {
             ("podDevices", *pod_devices != new.pod_devices),
             ("answerPing", *answer_ping != new.answer_ping),
             ("clusterCIDR", *cluster_cidrs != new.cluster_cidrs),
-            ("nodePortAddresses", *nodeport_addresses != new.nodeport_addresses),
+            (
+                "nodePortAddresses",
+                *nodeport_addresses != new.nodeport_addresses,
+            ),
             (
                 "iptables.localhostNodePorts",
                 *localhost_node_ports != new.localhost_node_ports,
             ),
             ("retrySilenceSeconds", *retry_silence != new.retry_silence),
-            ("conntrack", *conntrack != new.conntrack || *netfilter != new.netfilter),
+            (
+                "conntrack",
+                *conntrack != new.conntrack || *netfilter != new.netfilter,
+            ),
             (
                 "serviceCIDRs",
                 self.takes_service_cidrs() && *service_cidrs != new.service_cidrs,
@@ -70,7 +77,10 @@ impl Settings {
         let at_restart = [
             ("clientConnection.kubeconfig", *kubeconfig != new.kubeconfig),
             ("manifests", *manifests != new.manifests),
-            ("serviceProxyName", *service_proxy_name != new.service_proxy_name),
+            (
+                "serviceProxyName",
+                *service_proxy_name != new.service_proxy_name,
+            ),
             ("hostnameOverride", *node_name != new.node_name),
             ("nodeIPs", *node_ips != new.node_ips),
             ("cgroupRoot", *cgroup_root != new.cgroup_root),
@@ -83,7 +93,10 @@ impl Settings {
                 "serviceCIDRs",
                 !self.takes_service_cidrs() && *service_cidrs != new.service_cidrs,
             ),
-            ("loadBalancerCIDRs", *load_balancer_cidrs != new.load_balancer_cidrs),
+            (
+                "loadBalancerCIDRs",
+                *load_balancer_cidrs != new.load_balancer_cidrs,
+            ),
             (
                 "serviceNodePortRange",
                 *service_node_port_range != new.service_node_port_range,
@@ -93,15 +106,26 @@ impl Settings {
             // Open flows hold ports of the old range by their place in it.
             ("snatPorts", *snat_ports != new.snat_ports),
             ("capacities", *capacities != new.capacities),
-            ("healthzBindAddress", *healthz_bind_address != new.healthz_bind_address),
-            ("metricsBindAddress", *metrics_bind_address != new.metrics_bind_address),
+            (
+                "healthzBindAddress",
+                *healthz_bind_address != new.healthz_bind_address,
+            ),
+            (
+                "metricsBindAddress",
+                *metrics_bind_address != new.metrics_bind_address,
+            ),
             ("dns", *dns != new.dns),
             (
                 "bindAddressHardFail",
                 *bind_address_hard_fail != new.bind_address_hard_fail,
             ),
         ];
-        let names = |all: &[(&'static str, bool)]| all.iter().filter(|(_, is)| *is).map(|(name, _)| *name).collect();
+        let names = |all: &[(&'static str, bool)]| {
+            all.iter()
+                .filter(|(_, is)| *is)
+                .map(|(name, _)| *name)
+                .collect()
+        };
         Changes {
             live: names(&live),
             at_restart: names(&at_restart),
@@ -175,7 +199,11 @@ mod tests {
             assert_eq!(rest.live, [""; 0]);
             assert_eq!(rest.at_restart, changes.at_restart);
             let cidrs_are_live = manifests.is_empty();
-            assert_eq!(changes.live.len(), if cidrs_are_live { 10 } else { 9 }, "{changes:?}");
+            assert_eq!(
+                changes.live.len(),
+                if cidrs_are_live { 10 } else { 9 },
+                "{changes:?}"
+            );
             assert_eq!(changes.live.contains(&"serviceCIDRs"), cidrs_are_live);
             assert_eq!(old.changes(&old.with_live(&new)).at_restart, [""; 0]);
         }

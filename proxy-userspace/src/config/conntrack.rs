@@ -49,7 +49,11 @@ impl Conntrack {
                 &mut self.tcp_close_wait,
             ),
             ("udp-timeout", "udpTimeout", &mut self.udp),
-            ("udp-timeout-stream", "udpStreamTimeout", &mut self.udp_stream),
+            (
+                "udp-timeout-stream",
+                "udpStreamTimeout",
+                &mut self.udp_stream,
+            ),
         ] {
             let clamped = (*duration).clamp(SHORTEST, LONGEST);
             if clamped != *duration {
@@ -146,7 +150,10 @@ mod tests {
             let mut conntrack = Conntrack::default();
             set(&mut conntrack, given);
             let warnings = conntrack.clamp();
-            assert!(matches!(&warnings[..], [one] if one.starts_with(said)), "{warnings:?}");
+            assert!(
+                matches!(&warnings[..], [one] if one.starts_with(said)),
+                "{warnings:?}"
+            );
             assert_eq!(get(&conntrack), wanted, "{said}");
             assert!(conntrack.clamp().is_empty());
         }

@@ -22,7 +22,8 @@ pub struct Dns {
     pub zone: String,
     /// `--dns-upstream`; empty: those of `/etc/resolv.conf`.
     pub upstreams: Vec<SocketAddr>,
-    /// `--dns-namespace`; empty: names without the zone are not looked up; `None`: the source decides.
+    /// `--dns-namespace`; empty: names without the zone are not looked up; `None`: the source
+    /// decides.
     pub namespace: Option<String>,
 }
 
@@ -38,8 +39,9 @@ impl Default for Dns {
 }
 
 impl Dns {
-    /// The namespace of bare names, if names without the zone are looked up at all. With a cluster they are not unless asked for:
-    /// there others may make namespaces, and one called `com` would stand in for everybody's names below it.
+    /// The namespace of bare names, if names without the zone are looked up at all. With a cluster
+    /// they are not unless asked for: there others may make namespaces, and one called `com` would
+    /// stand in for everybody's names below it.
     pub fn short_names(&self, with_manifests: bool) -> Option<String> {
         match &self.namespace {
             Some(namespace) => (!namespace.is_empty()).then(|| namespace.clone()),
@@ -98,7 +100,8 @@ pub(super) struct DnsConfiguration {
 
 impl DnsConfiguration {
     pub(super) fn write(self, to: &mut Dns) {
-        let addresses = |texts: Vec<Text<Listen<PORT>>>| texts.into_iter().map(|text| text.0).collect();
+        let addresses =
+            |texts: Vec<Text<Listen<PORT>>>| texts.into_iter().map(|text| text.0).collect();
         Given {
             addresses: addresses(self.addresses),
             zone: self.zone,
@@ -111,7 +114,12 @@ impl DnsConfiguration {
 
 impl From<&Dns> for DnsConfiguration {
     fn from(dns: &Dns) -> Self {
-        let texts = |addresses: &[SocketAddr]| addresses.iter().map(|address| Text(Listen(Some(*address)))).collect();
+        let texts = |addresses: &[SocketAddr]| {
+            addresses
+                .iter()
+                .map(|address| Text(Listen(Some(*address))))
+                .collect()
+        };
         Self {
             addresses: texts(&dns.addresses),
             namespace: dns.namespace.clone(),
@@ -132,7 +140,10 @@ pub(super) struct Given {
 
 impl Given {
     pub(super) fn write(self, to: &mut Dns) {
-        for (to, given) in [(&mut to.addresses, self.addresses), (&mut to.upstreams, self.upstreams)] {
+        for (to, given) in [
+            (&mut to.addresses, self.addresses),
+            (&mut to.upstreams, self.upstreams),
+        ] {
             // An empty one alone takes away what a file says.
             if !given.is_empty() {
                 *to = given.into_iter().filter_map(|listen| listen.0).collect();

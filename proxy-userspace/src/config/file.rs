@@ -1,4 +1,5 @@
-//! The file of `--config`: one document of kube-proxy's kind and one of our own, either of which may be missing.
+//! The file of `--config`: one document of kube-proxy's kind and one of our own, either of which
+//! may be missing.
 
 use std::{env, fs, path::Path};
 
@@ -25,32 +26,50 @@ struct Head {
     kind: Option<String>,
 }
 
-/// Writes what a file says into settings: kube-proxy's document, and then ours over it. Returns warnings, one line each.
+/// Writes what a file says into settings: kube-proxy's document, and then ours over it. Returns
+/// warnings, one line each.
 ///
 /// # Errors
 /// One line that names file, line and field.
 pub(super) fn read(path: &Path, to: &mut Settings) -> anyhow::Result<Vec<String>> {
-    let text = fs::read_to_string(path).with_context(|| format!("--config {}: cannot be read", path.display()))?;
-    parse(&text, to, &path.display().to_string(), has_service_account())
+    let text = fs::read_to_string(path)
+        .with_context(|| format!("--config {}: cannot be read", path.display()))?;
+    parse(
+        &text,
+        to,
+        &path.display().to_string(),
+        has_service_account(),
+    )
 }
 
 /// The same for a file's text; says whether it is a pod's.
-pub(super) fn parse(text: &str, to: &mut Settings, file: &str, in_pod: bool) -> anyhow::Result<Vec<String>> {
+pub(super) fn parse(
+    text: &str,
+    to: &mut Settings,
+    file: &str,
+    in_pod: bool,
+) -> anyhow::Result<Vec<String>> {
     let place = |line: Option<u64>| line.map_or(file.to_owned(), |line| format!("{file}:{line}"));
     let mut warnings = Vec::new();
     let (mut theirs, mut ours) = (None, None);
     for document in yaml::documents(text) {
         let error = |kind: &str, mistake: Mistake| {
-            let of = [place(mistake.line).as_str(), kind, &mistake.field, &mistake.message]
-                .into_iter()
-                .filter(|part| !part.is_empty())
-                .collect::<Vec<_>>()
-                .join(": ");
+            let of = [
+                place(mistake.line).as_str(),
+                kind,
+                &mistake.field,
+                &mistake.message,
+            ]
+            .into_iter()
+            .filter(|part| !part.is_empty())
+            .collect::<Vec<_>>()
+            .join(": ");
             anyhow!(of.split_whitespace().collect::<Vec<_>>().join(" "))
         };
         warnings.extend(twice(&document, place));
-        let head = serde_saphyr::from_str_with_options::<Option<Head>>(document.text, yaml::options())
-            .map_err(|cause| error("", yaml::mistake(&cause, document, "")))?;
+        let head =
+            serde_saphyr::from_str_with_options::<Option<Head>>(document.text, yaml::options())
+                .map_err(|cause| error("", yaml::mistake(&cause, document, "")))?;
         let Some(head) = head else { continue };
         let version = head.api_version.unwrap_or_default();
         let kind = head.kind.unwrap_or_default();
@@ -58,20 +77,26 @@ pub(super) fn parse(text: &str, to: &mut Settings, file: &str, in_pod: bool) -> 
             (kube_proxy::API_VERSION, kube_proxy::KIND) => {
                 let read = read_document(document).map_err(|mistake| error(&kind, mistake))?;
                 let mut idle = Idle::default();
-                read.ignored.iter().for_each(|(field, value)| idle.sort(field, value));
+                read.ignored
+                    .iter()
+                    .for_each(|(field, value)| idle.sort(field, value));
                 warnings.extend(unknown(&idle.unknown, &document, &kind, place));
                 let said = review::review(&read.tree);
                 // One warning each.
-                idle.unused.retain(|field| said.iter().all(|(other, _)| other != field));
+                idle.unused
+                    .retain(|field| said.iter().all(|(other, _)| other != field));
                 let at = |field: &str| place(document.line_of(field));
                 warnings.extend(
                     said.iter()
                         .map(|(field, what)| format!("{}: {kind}: {field}: {what}", at(field))),
                 );
-                theirs.replace((read.parsed, idle.unused, document)).is_some()
+                theirs
+                    .replace((read.parsed, idle.unused, document))
+                    .is_some()
             }
             (own::API_VERSION, own::KIND) => {
-                let read = read_document::<ShuntConfiguration>(document).map_err(|mistake| error(&kind, mistake))?;
+                let read = read_document::<ShuntConfiguration>(document)
+                    .map_err(|mistake| error(&kind, mistake))?;
                 let fields: Vec<_> = read.ignored.into_iter().map(|(field, _)| field).collect();
                 warnings.extend(unknown(&fields, &document, &kind, place));
                 ours.replace(read.parsed).is_some()
@@ -87,7 +112,11 @@ pub(super) fn parse(text: &str, to: &mut Settings, file: &str, in_pod: bool) -> 
                 );
             }
         };
-        anyhow::ensure!(!twice, "{}: a second {kind}: give one", place(document.line_of("kind")));
+        anyhow::ensure!(
+            !twice,
+            "{}: a second {kind}: give one",
+            place(document.line_of("kind"))
+        );
     }
     if theirs.is_none() && ours.is_none() {
         warnings.push(format!(
@@ -100,7 +129,10 @@ pub(super) fn parse(text: &str, to: &mut Settings, file: &str, in_pod: bool) -> 
             ..Notes::default()
         };
         KubeProxyConfiguration::write(theirs, to, &mut notes);
-        let Notes { unused, warnings: said } = notes;
+        let Notes {
+            unused,
+            warnings: said,
+        } = notes;
         warnings.extend(said.iter().map(|(field, what)| {
             let place = place(document.line_of(field));
             format!("{place}: {}: {field}: {what}", kube_proxy::KIND)
@@ -114,7 +146,8 @@ pub(super) fn parse(text: &str, to: &mut Settings, file: &str, in_pod: bool) -> 
         }
     }
     if let Some(path) = to.kubeconfig.take_if(|path| in_pod && !path.exists()) {
-        // kubeadm's lies in kube-proxy's ConfigMap, which may not be mounted, or go with kube-proxy.
+        // kubeadm's lies in kube-proxy's ConfigMap, which may not be mounted, or go with
+        // kube-proxy.
         warnings.push(format!(
             "{file}: {}: clientConnection.kubeconfig: there is no {}: using this pod's service account",
             kube_proxy::KIND,
@@ -145,25 +178,38 @@ struct Read<T> {
 
 fn read_document<T: DeserializeOwned>(document: Document<'_>) -> Result<Read<T>, Mistake> {
     let mut ignored = Vec::new();
-    let parsed =
-        serde_saphyr::with_deserializer_from_str_with_options(document.text, yaml::options(), |deserializer| {
+    let parsed = serde_saphyr::with_deserializer_from_str_with_options(
+        document.text,
+        yaml::options(),
+        |deserializer| {
             // A question mark is the path's word for what may be null.
-            serde_ignored::deserialize(deserializer, |path| ignored.push(path.to_string().replace("?.", "")))
-        });
+            serde_ignored::deserialize(deserializer, |path| {
+                ignored.push(path.to_string().replace("?.", ""))
+            })
+        },
+    );
     let mistake = |cause| yaml::mistake(&cause, document, "");
     let parsed = parsed.map_err(mistake)?;
-    let tree: Value = serde_saphyr::from_str_with_options(document.text, yaml::options()).map_err(mistake)?;
+    let tree: Value =
+        serde_saphyr::from_str_with_options(document.text, yaml::options()).map_err(mistake)?;
     let with_value = |field: String| {
-        let value = tree.pointer(&format!("/{}", field.replace('.', "/"))).cloned();
+        let value = tree
+            .pointer(&format!("/{}", field.replace('.', "/")))
+            .cloned();
         (field, value.unwrap_or_default())
     };
     let ignored = ignored.into_iter().map(with_value).collect();
-    Ok(Read { parsed, ignored, tree })
+    Ok(Read {
+        parsed,
+        ignored,
+        tree,
+    })
 }
 
 /// Whether a field stands in a document twice.
 fn twice(document: &Document<'_>, place: impl Fn(Option<u64>) -> String) -> Option<String> {
-    let error = serde_saphyr::from_str_with_options::<IgnoredAny>(document.text, yaml::strict()).err()?;
+    let error =
+        serde_saphyr::from_str_with_options::<IgnoredAny>(document.text, yaml::strict()).err()?;
     let mistake = yaml::mistake(&error, *document, "");
     let is_that = mistake.message.contains("duplicate");
     is_that.then(|| {

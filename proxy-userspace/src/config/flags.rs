@@ -1,5 +1,5 @@
-//! The flags of `shunt run`. None has a default here, so that what is not given leaves a file's word alone; `--help` tells
-//! those of [`Settings`].
+//! The flags of `shunt run`. None has a default here, so that what is not given leaves a file's
+//! word alone; `--help` tells those of [`Settings`].
 
 use std::{
     net::IpAddr,
@@ -25,8 +25,9 @@ use crate::{
 // As kube-proxy has it: of a flag that is given twice the last one holds.
 #[command(args_override_self = true)]
 pub struct RunArgs {
-    /// A file of YAML with a KubeProxyConfiguration (kubeproxy.config.k8s.io/v1alpha1) as clusters have it, a
-    /// ShuntConfiguration (shunt.dev/v1alpha1), or both; flags stand over it. Changes are followed: what can change live does.
+    /// A file of YAML with a KubeProxyConfiguration (kubeproxy.config.k8s.io/v1alpha1) as clusters
+    /// have it, a ShuntConfiguration (shunt.dev/v1alpha1), or both; flags stand over it. Changes
+    /// are followed: what can change live does.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Print what flags, file and defaults come to, as such a file, and exit.
@@ -38,27 +39,31 @@ pub struct RunArgs {
     /// Files and folders of Kubernetes YAML to serve instead of a cluster; changes are followed.
     #[arg(long, value_name = "PATH", num_args = 1..)]
     manifests: Vec<PathBuf>,
-    /// From a cluster: serve only what has this value in the label service.kubernetes.io/service-proxy-name, so that
-    /// kube-proxy may go on beside it [default: what is without the label].
+    /// From a cluster: serve only what has this value in the label
+    /// service.kubernetes.io/service-proxy-name, so that kube-proxy may go on beside it [default:
+    /// what is without the label].
     #[arg(long, value_name = "NAME", conflicts_with = "manifests")]
     service_proxy_name: Option<String>,
     /// Name of this node's Node object [default: the host name].
     #[arg(long, value_name = "NAME")]
     node_name: Option<String>,
-    /// This node's addresses, at most one per family is used as source [default: those of the Node object, else those of the
-    /// device with the default route].
+    /// This node's addresses, at most one per family is used as source [default: those of the Node
+    /// object, else those of the device with the default route].
     #[arg(long, value_name = "IP", num_args = 1.., value_delimiter = ',')]
     node_ip: Vec<IpAddr>,
-    /// Devices that lead out of the node; `*` stands for anything [default: every one where packets may pass, but for pods'].
+    /// Devices that lead out of the node; `*` stands for anything [default: every one where packets
+    /// may pass, but for pods'].
     #[arg(long, value_name = "PATTERN", num_args = 1.., value_delimiter = ',')]
     devices: Vec<String>,
     /// Devices that lead to pods [default: found by their kind and name].
     #[arg(long, value_name = "PATTERN", num_args = 1.., value_delimiter = ',')]
     pod_devices: Vec<String>,
-    /// The cgroup2 directory whose processes the socket programs serve [default: where the system has it mounted].
+    /// The cgroup2 directory whose processes the socket programs serve [default: where the system
+    /// has it mounted].
     #[arg(long, value_name = "DIR")]
     cgroup_root: Option<PathBuf>,
-    /// The folder in a bpf file system to pin everything in; one agent per folder [default: /sys/fs/bpf/shunt].
+    /// The folder in a bpf file system to pin everything in; one agent per folder [default:
+    /// /sys/fs/bpf/shunt].
     #[arg(long, value_name = "DIR")]
     bpf_root: Option<PathBuf>,
     /// XDP on node devices [default: auto].
@@ -67,24 +72,25 @@ pub struct RunArgs {
     /// Translate at connect and sendmsg, before there is a packet [default: on].
     #[arg(long, value_enum)]
     socket_lb: Option<Switch>,
-    /// At tc, hand packets of Services straight to the pod or to the next hop. Faster, but they then skip this node's
-    /// netfilter (network policies in iptables or nftables, its conntrack and counters), its IPsec, and the tc programs
-    /// of others on the way to a pod [default: off].
+    /// At tc, hand packets of Services straight to the pod or to the next hop. Faster, but they
+    /// then skip this node's netfilter (network policies in iptables or nftables, its conntrack and
+    /// counters), its IPsec, and the tc programs of others on the way to a pod [default: off].
     #[arg(long, value_enum)]
     fast_path: Option<Switch>,
-    /// Count packets and bytes of Services, for metrics, where packets are seen (not of sockets that connect to a backend right
-    /// away). Costs some 20 ns a packet [default: off].
+    /// Count packets and bytes of Services, for metrics, where packets are seen (not of sockets
+    /// that connect to a backend right away). Costs some 20 ns a packet [default: off].
     #[arg(long, value_enum)]
     count_traffic: Option<Switch>,
-    /// Networks of cluster IPs: packets to addresses there that no Service has are dropped. With --manifests missing cluster IPs
-    /// come from here, and the first decides the default family [default: none with a cluster; with --manifests
-    /// 10.96.0.0/12,fd00:10:96::/112].
+    /// Networks of cluster IPs: packets to addresses there that no Service has are dropped. With
+    /// --manifests missing cluster IPs come from here, and the first decides the default family
+    /// [default: none with a cluster; with --manifests 10.96.0.0/12,fd00:10:96::/112].
     #[arg(long, value_name = "CIDR", num_args = 1.., value_delimiter = ',')]
     service_cidr: Vec<IpNet>,
     /// Answer pings of Services' addresses that have a backend [default: on].
     #[arg(long, value_enum)]
     answer_ping: Option<Switch>,
-    /// With --manifests: networks that missing load balancer IPs come from [default: none, such Services stay pending].
+    /// With --manifests: networks that missing load balancer IPs come from [default: none, such
+    /// Services stay pending].
     #[arg(long, value_name = "CIDR", num_args = 1.., value_delimiter = ',')]
     load_balancer_cidr: Vec<IpNet>,
     /// With --manifests: ports that missing node ports come from [default: 30000-32767].
@@ -93,32 +99,35 @@ pub struct RunArgs {
     /// Networks of the cluster's pods: their packets are internal clients' wherever they come in.
     #[arg(long, value_name = "CIDR", num_args = 1.., value_delimiter = ',')]
     cluster_cidr: Vec<Network>,
-    /// Node addresses that node ports and healthCheckNodePort answer on: networks, `primary` (the Node object's best of each
-    /// family), `localhost`, `all`. Networks of one family do not limit the other [default: all].
+    /// Node addresses that node ports and healthCheckNodePort answer on: networks, `primary` (the
+    /// Node object's best of each family), `localhost`, `all`. Networks of one family do not limit
+    /// the other [default: all].
     #[arg(long, value_name = "CIDR|WORD", num_args = 1.., value_delimiter = ',')]
     nodeport_addresses: Vec<String>,
     /// Serve spec.externalIPs of Services [default: on].
     #[arg(long, value_enum)]
     external_ips: Option<Switch>,
-    /// Seconds for which a backend that has not answered a connection gets no new ones, twice as long each time it does not answer
-    /// again, up to 60; 0: none. The annotation shunt.dev/retry of a Service says whether its connections try another backend
-    /// [default: 1].
+    /// Seconds for which a backend that has not answered a connection gets no new ones, twice as
+    /// long each time it does not answer again, up to 60; 0: none. The annotation shunt.dev/retry
+    /// of a Service says whether its connections try another backend [default: 1].
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(0..=60))]
     retry_silence: Option<u32>,
     /// Source ports of translated packets [default: 10240-29999].
     #[arg(long, value_name = "FIRST-LAST")]
     snat_ports: Option<PortRange>,
-    /// Where /healthz, /livez and /readyz are served; 0.0.0.0 means all addresses of both families, empty nowhere [default:
-    /// 0.0.0.0:10256].
+    /// Where /healthz, /livez and /readyz are served; 0.0.0.0 means all addresses of both families,
+    /// empty nowhere [default: 0.0.0.0:10256].
     #[arg(long, value_name = "IP:PORT")]
     healthz_bind_address: Option<Listen<HEALTHZ_PORT>>,
     /// Where /metrics is served; empty: nowhere [default: 127.0.0.1:10249].
     #[arg(long, value_name = "IP:PORT")]
     metrics_bind_address: Option<Listen<METRICS_PORT>>,
-    /// How log lines are written, to stderr: text, or json with the fields of Kubernetes' components [default: text].
+    /// How log lines are written, to stderr: text, or json with the fields of Kubernetes'
+    /// components [default: text].
     #[arg(long, value_name = "FORMAT", value_parser = ["text", "json"])]
     logging_format: Option<String>,
-    /// How much is logged: from 4 on what a developer wants to know, from 6 on everything; RUST_LOG stands over it [default: 0].
+    /// How much is logged: from 4 on what a developer wants to know, from 6 on everything; RUST_LOG
+    /// stands over it [default: 0].
     #[arg(short, long = "v", value_name = "LEVEL")]
     verbosity: Option<u32>,
     #[command(flatten)]
@@ -135,8 +144,9 @@ pub struct RunArgs {
 /// `--dns` and `--dns-*`.
 #[derive(Clone, Debug, Args)]
 struct DnsArgs {
-    /// Answer DNS queries for the names of Services and endpoints here, over UDP and TCP, and pass others on; 0.0.0.0 means all
-    /// addresses of both families, port 53 may be left out [default: no such server].
+    /// Answer DNS queries for the names of Services and endpoints here, over UDP and TCP, and pass
+    /// others on; 0.0.0.0 means all addresses of both families, port 53 may be left out [default:
+    /// no such server].
     #[arg(long, value_name = "IP[:PORT]", num_args = 1.., value_delimiter = ',')]
     dns: Vec<Listen<DNS_PORT>>,
     /// The cluster's domain [default: cluster.local].
@@ -145,20 +155,21 @@ struct DnsArgs {
     /// Servers that other names are asked of, in this order [default: those of /etc/resolv.conf].
     #[arg(long, value_name = "IP[:PORT]", num_args = 1.., value_delimiter = ',')]
     dns_upstream: Vec<Listen<DNS_PORT>>,
-    /// Look up SERVICE in this namespace, SERVICE.NAMESPACE and SERVICE.NAMESPACE.svc too, for resolvers without a search list.
-    /// A Service then stands before everybody else's name of that form; empty: only names of the zone are looked up [default:
-    /// `default` with --manifests, else empty].
+    /// Look up SERVICE in this namespace, SERVICE.NAMESPACE and SERVICE.NAMESPACE.svc too, for
+    /// resolvers without a search list. A Service then stands before everybody else's name of that
+    /// form; empty: only names of the zone are looked up [default: `default` with --manifests, else
+    /// empty].
     #[arg(long, value_name = "NAMESPACE")]
     dns_namespace: Option<String>,
 }
 
 /// `--conntrack-*`: names and defaults of kube-proxy's flags
-/// (<https://kubernetes.io/docs/reference/command-line-tools-reference/kube-proxy/>); where those leave the kernel's time-outs
-/// alone, the kernel's defaults. Zero leaves one as it is.
+/// (<https://kubernetes.io/docs/reference/command-line-tools-reference/kube-proxy/>); where those
+/// leave the kernel's time-outs alone, the kernel's defaults. Zero leaves one as it is.
 #[derive(Clone, Debug, Args)]
 struct ConntrackArgs {
-    /// How long an open TCP connection may be silent before it is forgotten; it finds its backend again while the Service's
-    /// backends stay the same [default: 24h].
+    /// How long an open TCP connection may be silent before it is forgotten; it finds its backend
+    /// again while the Service's backends stay the same [default: 24h].
     #[arg(long, value_name = "DURATION")]
     conntrack_tcp_timeout_established: Option<Timeout>,
     /// The same when one side has sent FIN [default: 1h].
@@ -190,11 +201,12 @@ struct CapacityArgs {
     /// Flows without an answer yet, per family [default: 65536].
     #[arg(long, value_name = "N")]
     max_new_flows: Option<u32>,
-    /// Translated source ports per family: the ports of --snat-ports times flows that may share one [default: 262144].
+    /// Translated source ports per family: the ports of --snat-ports times flows that may share one
+    /// [default: 262144].
     #[arg(long, value_name = "N")]
     max_snat: Option<u32>,
-    /// Clients that backends are kept for (sessionAffinity), per family, and as many more that may be made up; the longest
-    /// unheard makes room [default: 65536].
+    /// Clients that backends are kept for (sessionAffinity), per family, and as many more that may
+    /// be made up; the longest unheard makes room [default: 65536].
     #[arg(long, value_name = "N")]
     max_affinity: Option<u32>,
     /// Connected sockets whose frontend is remembered [default: 131072].
@@ -259,25 +271,38 @@ impl RunArgs {
         set_list(&mut to.service_cidrs, self.service_cidr);
         set(&mut to.answer_ping, is_on(self.answer_ping));
         set_list(&mut to.load_balancer_cidrs, self.load_balancer_cidr);
-        set(&mut to.service_node_port_range, self.service_node_port_range);
+        set(
+            &mut to.service_node_port_range,
+            self.service_node_port_range,
+        );
         set_list(
             &mut to.cluster_cidrs,
-            self.cluster_cidr.into_iter().map(|network| network.0).collect(),
+            self.cluster_cidr
+                .into_iter()
+                .map(|network| network.0)
+                .collect(),
         );
         set_list(
             &mut to.nodeport_addresses,
             // What is no address is told once everything is together.
             self.nodeport_addresses
                 .into_iter()
-                .map(|text| text.parse().map_or(text, |NodePortAddress(address)| address))
+                .map(|text| {
+                    text.parse()
+                        .map_or(text, |NodePortAddress(address)| address)
+                })
                 .collect(),
         );
         set(&mut to.external_ips, is_on(self.external_ips));
-        set(&mut to.logging.json, self.logging_format.map(|format| format == "json"));
+        set(
+            &mut to.logging.json,
+            self.logging_format.map(|format| format == "json"),
+        );
         set(&mut to.logging.verbosity, self.verbosity);
         set(
             &mut to.retry_silence,
-            self.retry_silence.map(|seconds| Duration::from_secs(seconds.into())),
+            self.retry_silence
+                .map(|seconds| Duration::from_secs(seconds.into())),
         );
         set(&mut to.snat_ports, self.snat_ports);
         set(
@@ -324,7 +349,10 @@ impl RunArgs {
                     self.conntrack.conntrack_tcp_timeout_close_wait,
                 ),
                 (&mut netfilter.udp, self.conntrack.conntrack_udp_timeout),
-                (&mut netfilter.udp_stream, self.conntrack.conntrack_udp_timeout_stream),
+                (
+                    &mut netfilter.udp_stream,
+                    self.conntrack.conntrack_udp_timeout_stream,
+                ),
             ] {
                 set(to, timeout.map(|timeout| timeout.0));
             }

@@ -1,5 +1,6 @@
 //! `KubeProxyConfiguration`, as clusters have it in the ConfigMap `kube-proxy`
-//! (<https://kubernetes.io/docs/reference/config-api/kube-proxy-config.v1alpha1/>). What is empty says nothing.
+//! (<https://kubernetes.io/docs/reference/config-api/kube-proxy-config.v1alpha1/>). What is empty
+//! says nothing.
 
 use std::{collections::BTreeMap, fmt, net::Ipv6Addr, path::PathBuf, str::FromStr, time::Duration};
 
@@ -9,7 +10,10 @@ use serde_json::Value;
 use super::{
     HEALTHZ_PORT, Logging as LoggingSettings, METRICS_PORT, Settings, conntrack,
     flags::{set, set_list, set_option},
-    values::{Address, Listen, Networks, NodePortAddress, Text, Timeout, duration, or_empty, or_null, or_zero},
+    values::{
+        Address, Listen, Networks, NodePortAddress, Text, Timeout, duration, or_empty, or_null,
+        or_zero,
+    },
 };
 
 use crate::datapath::netfilter::Netfilter;
@@ -151,7 +155,8 @@ impl fmt::Display for DetectLocalMode {
 }
 
 /// Fields that mean nothing here, with the values besides empty ones that kube-proxy has by default
-/// (<https://github.com/kubernetes/kubernetes/blob/master/pkg/proxy/apis/config/v1alpha1/defaults.go>), or that come to the same here.
+/// (<https://github.com/kubernetes/kubernetes/blob/master/pkg/proxy/apis/config/v1alpha1/defaults.go>),
+/// or that come to the same here.
 const UNUSED: &[(&str, &[&str])] = &[
     ("clientConnection.acceptContentTypes", &[]),
     ("clientConnection.burst", &["10"]),
@@ -212,7 +217,10 @@ impl Idle {
             }
             return;
         }
-        let above = |(name, _): &(&str, _)| name.strip_prefix(field).is_some_and(|rest| rest.starts_with('.'));
+        let above = |(name, _): &(&str, _)| {
+            name.strip_prefix(field)
+                .is_some_and(|rest| rest.starts_with('.'))
+        };
         match value {
             Value::Null if UNUSED.iter().any(above) => {}
             Value::Object(fields) if UNUSED.iter().any(above) => {
@@ -237,7 +245,10 @@ fn is_default(value: &Value, defaults: &[&str]) -> bool {
         text == **default
             || matches!((duration(&text), duration(default)), (Some(given), Some(default)) if given == default)
     };
-    ["", "0", "0s", "0.0", "false"].iter().chain(defaults).any(same)
+    ["", "0", "0s", "0.0", "false"]
+        .iter()
+        .chain(defaults)
+        .any(same)
 }
 
 /// What a document has to say besides its settings.
@@ -254,7 +265,10 @@ impl KubeProxyConfiguration {
     pub(super) fn write(self, to: &mut Settings, notes: &mut Notes) {
         // An unspecified one only names kube-proxy's preferred family.
         let bind = self.bind_address.map(|Address(address)| address);
-        set_option(&mut to.bind_address, bind.filter(|address| !address.is_unspecified()));
+        set_option(
+            &mut to.bind_address,
+            bind.filter(|address| !address.is_unspecified()),
+        );
         if bind.is_some_and(|address| address.is_ipv6()) {
             to.healthz_bind_address = Some((Ipv6Addr::UNSPECIFIED, HEALTHZ_PORT).into());
             to.metrics_bind_address = Some((Ipv6Addr::LOCALHOST, METRICS_PORT).into());
@@ -268,14 +282,23 @@ impl KubeProxyConfiguration {
             self.metrics_bind_address.map(|listen| listen.0),
         );
         set(&mut to.bind_address_hard_fail, self.bind_address_hard_fail);
-        set_option(&mut to.kubeconfig, self.client_connection.kubeconfig.map(PathBuf::from));
+        set_option(
+            &mut to.kubeconfig,
+            self.client_connection.kubeconfig.map(PathBuf::from),
+        );
         set_option(&mut to.node_name, self.hostname_override);
         to.netfilter = Some(self.conntrack.for_netfilter());
         self.conntrack.write(&mut to.conntrack);
-        set(&mut to.localhost_node_ports, self.iptables.localhost_node_ports);
+        set(
+            &mut to.localhost_node_ports,
+            self.iptables.localhost_node_ports,
+        );
         set_list(
             &mut to.nodeport_addresses,
-            self.node_port_addresses.into_iter().map(|text| text.0.0).collect(),
+            self.node_port_addresses
+                .into_iter()
+                .map(|text| text.0.0)
+                .collect(),
         );
         let mode = self.mode.unwrap_or_default();
         open_node_ports_as(&mode, to);
@@ -290,15 +313,20 @@ impl KubeProxyConfiguration {
         self.logging.write(&mut to.logging);
         let unused = &mut notes.unused;
 
-        let mode = self.detect_local_mode.unwrap_or(DetectLocalMode::ClusterCIDR);
-        // Pods of this node are told by their devices: of a bridge and of the node's own range nothing need be known.
+        let mode = self
+            .detect_local_mode
+            .unwrap_or(DetectLocalMode::ClusterCIDR);
+        // Pods of this node are told by their devices: of a bridge and of the node's own range
+        // nothing need be known.
         let prefix = self.detect_local.interface_name_prefix;
         match (mode, self.cluster_cidr) {
             (DetectLocalMode::ClusterCIDR, Some(networks)) => to.cluster_cidrs = networks.0,
             (_, networks) => name(unused, "clusterCIDR", networks.is_some()),
         }
         match (mode, prefix) {
-            (DetectLocalMode::InterfaceNamePrefix, Some(prefix)) => to.pod_devices = vec![format!("{prefix}*")],
+            (DetectLocalMode::InterfaceNamePrefix, Some(prefix)) => {
+                to.pod_devices = vec![format!("{prefix}*")]
+            }
             (_, prefix) => name(unused, "detectLocal.interfaceNamePrefix", prefix.is_some()),
         }
     }
@@ -312,7 +340,11 @@ pub(super) fn open_node_ports_as(mode: &str, to: &mut Settings) {
 }
 
 /// `featureGates`: there is one that has a meaning here.
-pub(super) fn write_gates(gates: &BTreeMap<String, bool>, to: &mut Settings, unused: &mut Vec<String>) {
+pub(super) fn write_gates(
+    gates: &BTreeMap<String, bool>,
+    to: &mut Settings,
+    unused: &mut Vec<String>,
+) {
     for (gate, is_open) in gates {
         match gate.as_str() {
             EXTERNAL_IPS_GATE => to.external_ips = *is_open,
@@ -329,10 +361,12 @@ impl Logging {
 }
 
 impl Conntrack {
-    /// The same for netfilter's table, with kube-proxy's defaults for what is left out; zero leaves a value alone.
+    /// The same for netfilter's table, with kube-proxy's defaults for what is left out; zero leaves
+    /// a value alone.
     fn for_netfilter(&self) -> Netfilter {
         let defaults = Netfilter::default();
-        let given = |timeout: Option<Timeout>, default| timeout.map_or(default, |timeout| timeout.0);
+        let given =
+            |timeout: Option<Timeout>, default| timeout.map_or(default, |timeout| timeout.0);
         Netfilter {
             tcp_established: given(self.tcp_established_timeout, defaults.tcp_established),
             tcp_close_wait: given(self.tcp_close_wait_timeout, defaults.tcp_close_wait),
@@ -357,21 +391,31 @@ impl Conntrack {
 impl From<&Settings> for Conntrack {
     fn from(settings: &Settings) -> Self {
         let (ours, defaults) = (&settings.conntrack, conntrack::Conntrack::default());
-        // One field says both: netfilter's value where there is one, zero where there is none and ours is the default.
-        let timeout = |netfilter: fn(&Netfilter) -> Option<Duration>, ours: Duration, default: Duration| {
-            Some(Timeout(match settings.netfilter.as_ref().map(netfilter) {
-                Some(Some(timeout)) => Some(timeout),
-                Some(None) if ours == default => None,
-                _ => Some(ours),
-            }))
-        };
+        // One field says both: netfilter's value where there is one, zero where there is none and
+        // ours is the default.
+        let timeout =
+            |netfilter: fn(&Netfilter) -> Option<Duration>, ours: Duration, default: Duration| {
+                Some(Timeout(match settings.netfilter.as_ref().map(netfilter) {
+                    Some(Some(timeout)) => Some(timeout),
+                    Some(None) if ours == default => None,
+                    _ => Some(ours),
+                }))
+            };
         let netfilter = settings.netfilter.unwrap_or_default();
         Self {
             max_per_core: Some(netfilter.max_per_core),
             min: Some(netfilter.min),
             tcp_be_liberal: Some(netfilter.be_liberal),
-            tcp_close_wait_timeout: timeout(|n| n.tcp_close_wait, ours.tcp_close_wait, defaults.tcp_close_wait),
-            tcp_established_timeout: timeout(|n| n.tcp_established, ours.tcp_established, defaults.tcp_established),
+            tcp_close_wait_timeout: timeout(
+                |n| n.tcp_close_wait,
+                ours.tcp_close_wait,
+                defaults.tcp_close_wait,
+            ),
+            tcp_established_timeout: timeout(
+                |n| n.tcp_established,
+                ours.tcp_established,
+                defaults.tcp_established,
+            ),
             udp_stream_timeout: timeout(|n| n.udp_stream, ours.udp_stream, defaults.udp_stream),
             udp_timeout: timeout(|n| n.udp, ours.udp, defaults.udp),
         }
@@ -388,7 +432,8 @@ fn name(fields: &mut Vec<String>, field: &str, is_set: bool) {
 impl From<&Settings> for KubeProxyConfiguration {
     fn from(settings: &Settings) -> Self {
         let text = |path: &PathBuf| path.to_string_lossy().into_owned();
-        let networks = |networks: &Vec<_>| (!networks.is_empty()).then(|| Networks(networks.clone()));
+        let networks =
+            |networks: &Vec<_>| (!networks.is_empty()).then(|| Networks(networks.clone()));
         let listen = |address: Option<_>| address.map(Some);
         Self {
             api_version: API_VERSION.to_owned(),
@@ -412,7 +457,14 @@ impl From<&Settings> for KubeProxyConfiguration {
                 masquerade_all: None,
             },
             logging: Logging {
-                format: Some(if settings.logging.json { "json" } else { "text" }.to_owned()),
+                format: Some(
+                    if settings.logging.json {
+                        "json"
+                    } else {
+                        "text"
+                    }
+                    .to_owned(),
+                ),
                 verbosity: Some(settings.logging.verbosity),
             },
             // Its outcome is in `nodePortAddresses`.

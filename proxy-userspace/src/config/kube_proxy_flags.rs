@@ -1,7 +1,9 @@
-//! kube-proxy's command line (1.37: `cmd/kube-proxy/app/options.go`), so that people's manifests start shunt as they start it.
+//! kube-proxy's command line (1.37: `cmd/kube-proxy/app/options.go`), so that people's manifests
+//! start shunt as they start it.
 //!
-//! What means something here is an argument of `shunt run` that `--help` leaves out ([`KubeProxyArgs`]), or has the same name there.
-//! What means nothing is taken off the command line before it is parsed, and named in one warning ([`translate`]).
+//! What means something here is an argument of `shunt run` that `--help` leaves out
+//! ([`KubeProxyArgs`]), or has the same name there. What means nothing is taken off the command
+//! line before it is parsed, and named in one warning ([`translate`]).
 
 use std::{collections::BTreeMap, ffi::OsString, net::IpAddr, path::PathBuf};
 
@@ -68,8 +70,8 @@ pub struct KubeProxyArgs {
 /// `--feature-gates`.
 type Gates = BTreeMap<String, bool>;
 
-/// kube-proxy's flags without a meaning here, and whether a value follows them; those of the releases before that people still
-/// have, too.
+/// kube-proxy's flags without a meaning here, and whether a value follows them; those of the
+/// releases before that people still have, too.
 const UNUSED: &[(&str, bool)] = &[
     ("add-dir-header", false),
     ("alsologtostderr", false),
@@ -246,9 +248,15 @@ impl KubeProxyArgs {
         let mut unused = self.unused;
         set_option(&mut to.node_name, self.hostname_override);
         let bind: Option<IpAddr> = self.bind_address.map(|address| address.0);
-        set_option(&mut to.bind_address, bind.filter(|address| !address.is_unspecified()));
+        set_option(
+            &mut to.bind_address,
+            bind.filter(|address| !address.is_unspecified()),
+        );
         set(&mut to.bind_address_hard_fail, self.bind_address_hard_fail);
-        set(&mut to.localhost_node_ports, self.iptables_localhost_nodeports);
+        set(
+            &mut to.localhost_node_ports,
+            self.iptables_localhost_nodeports,
+        );
         if let Some(netfilter) = &mut to.netfilter {
             set(&mut netfilter.max_per_core, self.conntrack_max_per_core);
             set(&mut netfilter.min, self.conntrack_min);
@@ -281,8 +289,16 @@ impl KubeProxyArgs {
                 .map(|gate| gate.replace("featureGates.", "--feature-gates ")),
         );
         for (flag, port, address) in [
-            ("--healthz-port", self.healthz_port, &mut to.healthz_bind_address),
-            ("--metrics-port", self.metrics_port, &mut to.metrics_bind_address),
+            (
+                "--healthz-port",
+                self.healthz_port,
+                &mut to.healthz_bind_address,
+            ),
+            (
+                "--metrics-port",
+                self.metrics_port,
+                &mut to.metrics_bind_address,
+            ),
         ] {
             match port {
                 Some(0) if !has_file => *address = None,
@@ -294,7 +310,10 @@ impl KubeProxyArgs {
             warnings.push(format!("--masquerade-all: {MASQUERADE_ALL}"));
         }
         if !unused.is_empty() {
-            warnings.push(format!("shunt has no use for {}: ignored", unused.join(", ")));
+            warnings.push(format!(
+                "shunt has no use for {}: ignored",
+                unused.join(", ")
+            ));
         }
     }
 }

@@ -1,7 +1,8 @@
 //! What the agent is told to do: [`Settings`], resolved once at the start.
 //!
-//! Flags ([`flags`]) stand over our own document in the file of `--config`, that over the document of kube-proxy's kind,
-//! and that over the defaults. Every layer writes what it names into the settings of the layer below, and nothing else.
+//! Flags ([`flags`]) stand over our own document in the file of `--config`, that over the document
+//! of kube-proxy's kind, and that over the defaults. Every layer writes what it names into the
+//! settings of the layer below, and nothing else.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -33,7 +34,8 @@ pub use values::PortRange;
 
 /// Where everything is pinned unless said otherwise.
 pub const DEFAULT_BPF_ROOT: &str = "/sys/fs/bpf/shunt";
-/// Where missing cluster IPs come from with manifests, if nobody says otherwise: kubeadm's range, and one like it.
+/// Where missing cluster IPs come from with manifests, if nobody says otherwise: kubeadm's range,
+/// and one like it.
 pub const SERVICE_CIDRS: [IpNet; 2] = [
     IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(10, 96, 0, 0), 12)),
     IpNet::V6(Ipv6Net::new_assert(
@@ -88,11 +90,14 @@ pub struct Settings {
     pub service_node_port_range: PortRange,
     /// `--cluster-cidr`.
     pub cluster_cidrs: Vec<IpNet>,
-    /// `--nodeport-addresses`: networks and the words `primary`, `localhost` and `all`; empty: all addresses.
+    /// `--nodeport-addresses`: networks and the words `primary`, `localhost` and `all`; empty: all
+    /// addresses.
     pub nodeport_addresses: Vec<String>,
-    /// `iptables.localhostNodePorts`: node ports may answer on loopback addresses too, to processes of the node.
+    /// `iptables.localhostNodePorts`: node ports may answer on loopback addresses too, to processes
+    /// of the node.
     pub localhost_node_ports: bool,
-    /// `--external-ips`, and kube-proxy's feature gate `AllowServiceExternalIPs`: whether `spec.externalIPs` are served.
+    /// `--external-ips`, and kube-proxy's feature gate `AllowServiceExternalIPs`: whether
+    /// `spec.externalIPs` are served.
     pub external_ips: bool,
     /// `--retry-silence`.
     pub retry_silence: Duration,
@@ -110,7 +115,8 @@ pub struct Settings {
     pub dns: Dns,
     /// `bindAddressHardFail`: an agent that cannot listen on either ends.
     pub bind_address_hard_fail: bool,
-    /// `conntrack` of a KubeProxyConfiguration, for netfilter's own table; `None`: that is left alone.
+    /// `conntrack` of a KubeProxyConfiguration, for netfilter's own table; `None`: that is left
+    /// alone.
     pub netfilter: Option<Netfilter>,
     /// `logging`, `--logging-format` and `-v`.
     pub logging: Logging,
@@ -121,7 +127,8 @@ pub struct Settings {
 pub struct Logging {
     /// A line is a JSON object with the fields of Kubernetes' components.
     pub json: bool,
-    /// Up to 3 what an operator wants to know, from 4 on what a developer does, from 6 on everything.
+    /// Up to 3 what an operator wants to know, from 4 on what a developer does, from 6 on
+    /// everything.
     pub verbosity: u32,
 }
 
@@ -190,8 +197,8 @@ impl Settings {
         file::configz(self)
     }
 
-    /// Networks of cluster IPs. With manifests there are always some, since this agent gives addresses from them; a cluster's
-    /// range is its own affair.
+    /// Networks of cluster IPs. With manifests there are always some, since this agent gives
+    /// addresses from them; a cluster's range is its own affair.
     pub fn service_cidrs(&self) -> Vec<IpNet> {
         match self.service_cidrs.is_empty() && !self.manifests.is_empty() {
             true => SERVICE_CIDRS.into(),

@@ -8,7 +8,9 @@ use super::{
     HEALTHZ_PORT, METRICS_PORT, Settings,
     dns::DnsConfiguration,
     flags::{set, set_list},
-    values::{Address, Listen, Network, PortRange, Text, from_one_on, or_empty, or_null, up_to_a_minute},
+    values::{
+        Address, Listen, Network, PortRange, Text, from_one_on, or_empty, or_null, up_to_a_minute,
+    },
 };
 use crate::datapath::{Capacities as Entries, attach::XdpMode};
 
@@ -95,7 +97,10 @@ impl ShuntConfiguration {
         set(&mut to.answer_ping, self.answer_ping);
         set(&mut to.bpf_root, self.bpf_root.map(PathBuf::from));
         self.capacities.write(&mut to.capacities);
-        set(&mut to.cgroup_root, self.cgroup_root.map(|path| Some(path.into())));
+        set(
+            &mut to.cgroup_root,
+            self.cgroup_root.map(|path| Some(path.into())),
+        );
         set_list(&mut to.devices, self.devices);
         self.dns.write(&mut to.dns);
         set(&mut to.external_ips, self.external_ips);
@@ -107,7 +112,10 @@ impl ShuntConfiguration {
         );
         set_list(
             &mut to.load_balancer_cidrs,
-            self.load_balancer_cidrs.into_iter().map(|text| text.0.0).collect(),
+            self.load_balancer_cidrs
+                .into_iter()
+                .map(|text| text.0.0)
+                .collect(),
         );
         to.read_manifests(self.manifests.into_iter().map(PathBuf::from).collect());
         set(
@@ -129,10 +137,19 @@ impl ShuntConfiguration {
         );
         set_list(
             &mut to.service_cidrs,
-            self.service_cidrs.into_iter().map(|text| text.0.0).collect(),
+            self.service_cidrs
+                .into_iter()
+                .map(|text| text.0.0)
+                .collect(),
         );
-        set(&mut to.service_node_port_range, self.service_node_port_range);
-        set(&mut to.service_proxy_name, self.service_proxy_name.map(Some));
+        set(
+            &mut to.service_node_port_range,
+            self.service_node_port_range,
+        );
+        set(
+            &mut to.service_proxy_name,
+            self.service_proxy_name.map(Some),
+        );
         set(&mut to.snat_ports, self.snat_ports);
         set(&mut to.socket_lb, self.socket_lb);
         set(&mut to.xdp, self.xdp);
@@ -159,7 +176,13 @@ impl Capacities {
 impl From<&Settings> for ShuntConfiguration {
     fn from(settings: &Settings) -> Self {
         let text = |path: &PathBuf| path.to_string_lossy().into_owned();
-        let networks = |networks: &[_]| networks.iter().copied().map(|network| Text(Network(network))).collect();
+        let networks = |networks: &[_]| {
+            networks
+                .iter()
+                .copied()
+                .map(|network| Text(Network(network)))
+                .collect()
+        };
         Self {
             api_version: API_VERSION.to_owned(),
             kind: KIND.to_owned(),
@@ -172,10 +195,16 @@ impl From<&Settings> for ShuntConfiguration {
             external_ips: Some(settings.external_ips),
             fast_path: Some(settings.fast_path),
             count_traffic: Some(settings.count_traffic),
-            healthz_bind_address: settings.healthz_bind_address.is_none().then_some(Text(Listen(None))),
+            healthz_bind_address: settings
+                .healthz_bind_address
+                .is_none()
+                .then_some(Text(Listen(None))),
             load_balancer_cidrs: networks(&settings.load_balancer_cidrs),
             manifests: settings.manifests.iter().map(text).collect(),
-            metrics_bind_address: settings.metrics_bind_address.is_none().then_some(Text(Listen(None))),
+            metrics_bind_address: settings
+                .metrics_bind_address
+                .is_none()
+                .then_some(Text(Listen(None))),
             netfilter_conntrack: Some(settings.netfilter.is_some()),
             node_ips: settings
                 .node_ips

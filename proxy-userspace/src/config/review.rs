@@ -1,5 +1,6 @@
-//! What a `KubeProxyConfiguration` says that kube-proxy would not have taken, or not so: a warning for each, with what has become
-//! of it here. (kube-proxy 1.37: `pkg/proxy/apis/config/validation/validation.go`, `component-base/logs/api/v1/options.go`.)
+//! What a `KubeProxyConfiguration` says that kube-proxy would not have taken, or not so: a warning
+//! for each, with what has become of it here. (kube-proxy 1.37:
+//! `pkg/proxy/apis/config/validation/validation.go`, `component-base/logs/api/v1/options.go`.)
 //!
 //! Nothing of this keeps a node from starting: what cannot be read at all has ended that before.
 
@@ -71,7 +72,9 @@ const KEYWORDS: [&str; 3] = ["primary", "localhost", "all"];
 pub(super) fn review(document: &Value) -> Vec<(String, String)> {
     let mut said = Vec::new();
     for &(field, wanted, has_use) in FIELDS {
-        let Some(value) = at(document, field) else { continue };
+        let Some(value) = at(document, field) else {
+            continue;
+        };
         if let Some(refusal) = wanted.refuses(value) {
             let outcome = if has_use {
                 "taken as it reads"
@@ -80,7 +83,10 @@ pub(super) fn review(document: &Value) -> Vec<(String, String)> {
             };
             said.push((
                 field.to_owned(),
-                format!("{}: kube-proxy refuses that: {refusal}; {outcome}", shown(value)),
+                format!(
+                    "{}: kube-proxy refuses that: {refusal}; {outcome}",
+                    shown(value)
+                ),
             ));
         }
     }
@@ -97,7 +103,11 @@ impl Wanted {
         let text = value.as_str();
         match self {
             Bool if !value.is_boolean() => Some("wants true or false".to_owned()),
-            Integer(from, to) if !value.as_i64().is_some_and(|number| (from..=to).contains(&number)) => {
+            Integer(from, to)
+                if !value
+                    .as_i64()
+                    .is_some_and(|number| (from..=to).contains(&number)) =>
+            {
                 Some(match to {
                     _ if to < i64::from(i32::MAX) => format!("wants a number from {from} to {to}"),
                     _ => format!("wants a number from {from} on"),
@@ -112,7 +122,8 @@ impl Wanted {
             }
             Release if !text.is_some_and(is_release) => Some("wants MAJOR.MINOR".to_owned()),
             Networks => {
-                let is_network = |item: &Value| item.as_str().is_some_and(|text| network(text).is_some());
+                let is_network =
+                    |item: &Value| item.as_str().is_some_and(|text| network(text).is_some());
                 let refused = value.as_array()?.iter().find(|item| !is_network(item))?;
                 Some(format!("{} is no network", shown(refused)))
             }
@@ -158,19 +169,25 @@ fn periods(document: &Value, said: &mut Vec<(String, String)>) {
     let least = period("minSyncPeriod", if mode == "ipvs" { 0 } else { 1 });
     let most = period("syncPeriod", 30);
     if least > most {
-        let what = format!("`{least:?}`: kube-proxy refuses that: longer than syncPeriod; shunt has no use for it");
+        let what = format!(
+            "`{least:?}`: kube-proxy refuses that: longer than syncPeriod; shunt has no use for it"
+        );
         said.push((format!("{mode}.minSyncPeriod"), what));
     }
 }
 
 fn addresses(document: &Value, said: &mut Vec<(String, String)>) {
     for &field in ADDRESSES {
-        let Some(text) = text(document, field) else { continue };
+        let Some(text) = text(document, field) else {
+            continue;
+        };
         if text
             .rsplit_once(':')
             .is_some_and(|(ip, port)| !ip.is_empty() && port.parse() == Ok(0_u16) && is_host(ip))
         {
-            let what = format!("`{text}`: kube-proxy refuses port 0; listening on a port that the kernel chooses");
+            let what = format!(
+                "`{text}`: kube-proxy refuses port 0; listening on a port that the kernel chooses"
+            );
             said.push((field.to_owned(), what));
         }
         leading_zeros(field, text, said);
@@ -180,7 +197,9 @@ fn addresses(document: &Value, said: &mut Vec<(String, String)>) {
         .split(',')
         .for_each(|network| leading_zeros("clusterCIDR", network.trim(), said));
     if networks.contains(char::is_whitespace) {
-        let what = format!("`{networks}`: kube-proxy refuses white space between networks; read without it");
+        let what = format!(
+            "`{networks}`: kube-proxy refuses white space between networks; read without it"
+        );
         said.push(("clusterCIDR".to_owned(), what));
     }
 }
@@ -220,7 +239,9 @@ fn local_pods(document: &Value, said: &mut Vec<(String, String)>) {
         ("InterfaceNamePrefix", "detectLocal.interfaceNamePrefix"),
     ] {
         if mode == of && at(document, field).is_none() {
-            let what = format!("`{mode}`: kube-proxy refuses that without {field}; pods are found by their devices");
+            let what = format!(
+                "`{mode}`: kube-proxy refuses that without {field}; pods are found by their devices"
+            );
             said.push(("detectLocalMode".to_owned(), what));
         }
     }
@@ -229,7 +250,12 @@ fn local_pods(document: &Value, said: &mut Vec<(String, String)>) {
         .flat_map(|text| text.split(','))
         .filter_map(|text| network(text.trim()))
         .collect();
-    let of_family = |v6: bool| networks.iter().filter(|network| network.addr().is_ipv6() == v6).count();
+    let of_family = |v6: bool| {
+        networks
+            .iter()
+            .filter(|network| network.addr().is_ipv6() == v6)
+            .count()
+    };
     if mode == "ClusterCIDR" && (of_family(false) > 1 || of_family(true) > 1) {
         let what = "kube-proxy refuses two of a family; all of them are taken".to_owned();
         said.push(("clusterCIDR".to_owned(), what));
@@ -238,7 +264,11 @@ fn local_pods(document: &Value, said: &mut Vec<(String, String)>) {
 
 fn node_ports(document: &Value, said: &mut Vec<(String, String)>) {
     let given = at(document, "nodePortAddresses").and_then(Value::as_array);
-    let given: Vec<&str> = given.into_iter().flatten().filter_map(Value::as_str).collect();
+    let given: Vec<&str> = given
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .collect();
     for (n, text) in given.iter().enumerate() {
         let field = format!("nodePortAddresses[{n}]");
         if KEYWORDS.contains(text) && given[..n].contains(text) {

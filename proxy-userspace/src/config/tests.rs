@@ -13,10 +13,16 @@ struct Cli {
 
 fn with_flags(flags: &[&str]) -> Settings {
     let line = ["run"].iter().chain(flags);
-    Cli::try_parse_from(line).unwrap().args.settings().unwrap().0
+    Cli::try_parse_from(line)
+        .unwrap()
+        .args
+        .settings()
+        .unwrap()
+        .0
 }
 
-/// What `--help` says of defaults, given as flags, changes nothing; it says nothing of a flag that has none.
+/// What `--help` says of defaults, given as flags, changes nothing; it says nothing of a flag that
+/// has none.
 #[test]
 fn the_help_tells_the_defaults() {
     let command = Cli::command();
@@ -46,7 +52,10 @@ fn the_help_tells_the_defaults() {
         ("bpf-root", "/x"),
     ] {
         assert!(told.contains(&flag));
-        assert_ne!(with_flags(&[&format!("--{flag}={other}")]), Settings::default());
+        assert_ne!(
+            with_flags(&[&format!("--{flag}={other}")]),
+            Settings::default()
+        );
     }
 }
 
@@ -76,7 +85,10 @@ fn servers_listen_where_they_are_told_or_nowhere() {
     ] {
         assert!(address(text).is_err(), "{text}");
     }
-    assert_eq!(with_flags(&["--healthz-bind-address="]).healthz_bind_address, None);
+    assert_eq!(
+        with_flags(&["--healthz-bind-address="]).healthz_bind_address,
+        None
+    );
     assert_eq!(
         with_flags(&["--metrics-bind-address", "::1"]).metrics_bind_address,
         Some("[::1]:10249".parse().unwrap())
@@ -91,7 +103,8 @@ const OURS: &str = "apiVersion: shunt.dev/v1alpha1\nkind: ShuntConfiguration\n";
 /// What a file comes to, and its warnings.
 fn parse(text: &str) -> Result<(Settings, Vec<String>), String> {
     let mut settings = Settings::default();
-    let warnings = file::parse(text, &mut settings, "c.yaml", false).map_err(|error| format!("{error:#}"))?;
+    let warnings =
+        file::parse(text, &mut settings, "c.yaml", false).map_err(|error| format!("{error:#}"))?;
     Ok((settings, warnings))
 }
 
@@ -142,7 +155,10 @@ oomScoreAdj: -999
 #[test]
 fn udp_streams_last_as_long_as_other_udp_at_least() {
     let udp = |conntrack: &str| {
-        let conntrack = parse(&format!("{THEIRS}conntrack: {conntrack}\n")).unwrap().0.conntrack;
+        let conntrack = parse(&format!("{THEIRS}conntrack: {conntrack}\n"))
+            .unwrap()
+            .0
+            .conntrack;
         (conntrack.udp.as_secs(), conntrack.udp_stream.as_secs())
     };
     assert_eq!(udp("{udpTimeout: 250s}"), (250, 250));
@@ -153,7 +169,9 @@ fn udp_streams_last_as_long_as_other_udp_at_least() {
 /// kind's and k3d's nodes: what must not be touched in a container is zero.
 #[test]
 fn zeros_of_conntrack_leave_it_alone() {
-    let text = format!("{THEIRS}conntrack: {{maxPerCore: 0, tcpCloseWaitTimeout: 0s, tcpEstablishedTimeout: 0s}}\n");
+    let text = format!(
+        "{THEIRS}conntrack: {{maxPerCore: 0, tcpCloseWaitTimeout: 0s, tcpEstablishedTimeout: 0s}}\n"
+    );
     let expected = Settings {
         netfilter: Some(Netfilter {
             tcp_established: None,
@@ -177,7 +195,12 @@ fn zeros_of_conntrack_leave_it_alone() {
 #[test]
 fn every_field_arrives_and_ours_stands_over_theirs() {
     let (settings, warnings) = parse(EVERY_FIELD).unwrap();
-    let networks = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<IpNet>>();
+    let networks = |texts: &[&str]| {
+        texts
+            .iter()
+            .map(|text| text.parse().unwrap())
+            .collect::<Vec<IpNet>>()
+    };
     let expected = Settings {
         kubeconfig: Some("/etc/kube-proxy.conf".into()),
         manifests: Vec::new(),
@@ -222,7 +245,10 @@ fn every_field_arrives_and_ours_stands_over_theirs() {
         healthz_bind_address: None,
         metrics_bind_address: Some("[2001:db8::1]:9000".parse().unwrap()),
         dns: Dns {
-            addresses: vec!["192.0.2.7:53".parse().unwrap(), "[2001:db8::7]:5353".parse().unwrap()],
+            addresses: vec![
+                "192.0.2.7:53".parse().unwrap(),
+                "[2001:db8::7]:5353".parse().unwrap(),
+            ],
             zone: "example.internal".into(),
             upstreams: vec!["192.0.2.53:53".parse().unwrap()],
             namespace: Some(String::new()),
@@ -266,7 +292,10 @@ fn in_a_pod_the_service_account_stands_in_for_a_kubeconfig_that_is_not_there() {
         kubeconfig("/nonexistent/k", false),
         (Some("/nonexistent/k".into()), String::new())
     );
-    assert_eq!(kubeconfig("/dev/null", true), (Some("/dev/null".into()), String::new()));
+    assert_eq!(
+        kubeconfig("/dev/null", true),
+        (Some("/dev/null".into()), String::new())
+    );
 }
 
 #[test]
@@ -283,12 +312,19 @@ fn half_a_file_is_no_reason_to_fall_over() {
 
 #[test]
 fn what_is_dumped_comes_to_the_same() {
-    let manifests = format!("{OURS}manifests: [/etc/shunt, 'a b']\nmetricsBindAddress: ''\nnodeIPs: [192.0.2.1]\n");
-    let primary = format!("{THEIRS}mode: nftables\nbindAddress: 2001:db8::1\nlogging: {{format: json}}\n");
+    let manifests = format!(
+        "{OURS}manifests: [/etc/shunt, 'a b']\nmetricsBindAddress: ''\nnodeIPs: [192.0.2.1]\n"
+    );
+    let primary =
+        format!("{THEIRS}mode: nftables\nbindAddress: 2001:db8::1\nlogging: {{format: json}}\n");
     for text in [KUBEADM, EVERY_FIELD, &manifests, &primary] {
         let settings = parse(text).unwrap().0;
         let dumped = settings.dump().unwrap();
-        assert_eq!(parse(&dumped), Ok((settings.clone(), Vec::new())), "{dumped}");
+        assert_eq!(
+            parse(&dumped),
+            Ok((settings.clone(), Vec::new())),
+            "{dumped}"
+        );
         assert_eq!(parse(&dumped).unwrap().0.dump().unwrap(), dumped);
     }
 }
@@ -341,7 +377,10 @@ fn flags_stand_over_the_file() {
         ((0, true, true), (1, false, false))
     );
     std::fs::write(&path, format!("{OURS}manifests: [/m]\n")).unwrap();
-    assert_eq!(sources(&with_flags(&[&config, "--kubeconfig=/k"])), (0, true, false));
+    assert_eq!(
+        sources(&with_flags(&[&config, "--kubeconfig=/k"])),
+        (0, true, false)
+    );
 }
 
 #[test]
@@ -358,10 +397,17 @@ fn an_ipv6_node_has_ipv6_servers() {
 #[test]
 fn pods_are_told_by_their_devices_or_networks() {
     let with = |fields: &str| {
-        let (settings, warnings) = parse(&format!("{THEIRS}clusterCIDR: 10.244.0.0/16\n{fields}")).unwrap();
-        (settings.cluster_cidrs.len(), settings.pod_devices, warnings.join("\n"))
+        let (settings, warnings) =
+            parse(&format!("{THEIRS}clusterCIDR: 10.244.0.0/16\n{fields}")).unwrap();
+        (
+            settings.cluster_cidrs.len(),
+            settings.pod_devices,
+            warnings.join("\n"),
+        )
     };
-    let unused = |fields: &str| format!("c.yaml: KubeProxyConfiguration: shunt has no use for {fields}: ignored");
+    let unused = |fields: &str| {
+        format!("c.yaml: KubeProxyConfiguration: shunt has no use for {fields}: ignored")
+    };
     assert_eq!(with(""), (1, vec![], String::new()));
     assert_eq!(
         with("detectLocalMode: InterfaceNamePrefix\ndetectLocal: {interfaceNamePrefix: cali}"),
@@ -372,7 +418,10 @@ fn pods_are_told_by_their_devices_or_networks() {
         (0, vec![], unused("clusterCIDR")),
         "a bridge's ports are found"
     );
-    assert_eq!(with("detectLocalMode: NodeCIDR"), (0, vec![], unused("clusterCIDR")));
+    assert_eq!(
+        with("detectLocalMode: NodeCIDR"),
+        (0, vec![], unused("clusterCIDR"))
+    );
     assert_eq!(
         with("detectLocal: {interfaceNamePrefix: cali}"),
         (1, vec![], unused("detectLocal.interfaceNamePrefix"))
@@ -399,7 +448,11 @@ fn node_ports_answer_where_the_mode_has_them() {
             0,
         ),
         ("mode: userspace", "", 1),
-        ("nodePortAddresses: [010.000.0.0/08, all, all]", "10.0.0.0/8 all all", 2),
+        (
+            "nodePortAddresses: [010.000.0.0/08, all, all]",
+            "10.0.0.0/8 all all",
+            2,
+        ),
     ] {
         assert_eq!(with(fields), (expected.to_owned(), warnings), "{fields}");
     }
@@ -407,17 +460,24 @@ fn node_ports_answer_where_the_mode_has_them() {
     assert_eq!(flags(&["--proxy-mode=nftables"]), "primary");
     assert_eq!(flags(&["--proxy-mode=ipvs"]), "");
     assert_eq!(
-        flags(&["--proxy-mode=nftables", "--nodeport-addresses=primary,localhost"]),
+        flags(&[
+            "--proxy-mode=nftables",
+            "--nodeport-addresses=primary,localhost"
+        ]),
         "primary localhost"
     );
 }
 
-/// What kube-proxy accepts starts, and what it refuses is told; each in one warning that says what became of it.
+/// What kube-proxy accepts starts, and what it refuses is told; each in one warning that says what
+/// became of it.
 #[test]
 fn an_odd_value_is_one_warning_that_says_what_became_of_it() {
-    let unused =
-        |value: &str, wanted: &str| format!("`{value}`: kube-proxy refuses that: {wanted}; shunt has no use for it");
-    let taken = |value: &str, wanted: &str| format!("`{value}`: kube-proxy refuses that: {wanted}; taken as it reads");
+    let unused = |value: &str, wanted: &str| {
+        format!("`{value}`: kube-proxy refuses that: {wanted}; shunt has no use for it")
+    };
+    let taken = |value: &str, wanted: &str| {
+        format!("`{value}`: kube-proxy refuses that: {wanted}; taken as it reads")
+    };
     let positive = "wants a duration that is not negative, such as 30s";
     let cases: Vec<(&str, &str, String)> = vec![
         ("bindAddress: 010.0.0.01", "bindAddress", "`010.0.0.01`: leading zeros, read as decimal numbers: 10.0.0.1".into()),
@@ -461,7 +521,8 @@ fn an_odd_value_is_one_warning_that_says_what_became_of_it() {
         ("conntrack: {tcpEstablishedTimeout: 1s, udpTimeout: 10000h, udpStreamTimeout: 1s}", "", String::new()),
     ];
     for (fields, field, said) in cases {
-        let (_, warnings) = parse(&format!("{THEIRS}{fields}\n")).unwrap_or_else(|error| panic!("{fields}: {error}"));
+        let (_, warnings) = parse(&format!("{THEIRS}{fields}\n"))
+            .unwrap_or_else(|error| panic!("{fields}: {error}"));
         if said.is_empty() {
             assert_eq!(warnings, Vec::<String>::new(), "{fields}");
             continue;
@@ -475,12 +536,17 @@ fn an_odd_value_is_one_warning_that_says_what_became_of_it() {
         } else {
             " KubeProxyConfiguration:"
         };
-        assert_eq!(*warning, format!("c.yaml:{line}:{kind} {field}: {said}"), "{fields}");
+        assert_eq!(
+            *warning,
+            format!("c.yaml:{line}:{kind} {field}: {said}"),
+            "{fields}"
+        );
     }
 }
 
 fn unused_list() -> String {
-    r#"`["10.0.0.0/8","x"]`: kube-proxy refuses that: `x` is no network; shunt has no use for it"#.to_owned()
+    r#"`["10.0.0.0/8","x"]`: kube-proxy refuses that: `x` is no network; shunt has no use for it"#
+        .to_owned()
 }
 
 #[test]
@@ -498,11 +564,22 @@ fn time_outs_are_brought_to_what_can_be() {
         Cli::try_parse_from(line).unwrap().args.settings().unwrap()
     };
     let (found, warnings) = settings(&[]);
-    assert_eq!((found.conntrack.udp.as_secs(), warnings.len()), (5, 2), "{warnings:?}");
+    assert_eq!(
+        (found.conntrack.udp.as_secs(), warnings.len()),
+        (5, 2),
+        "{warnings:?}"
+    );
     assert_eq!(found.conntrack.tcp_close_wait.as_secs(), 8784 * 3600);
     // Zero leaves alone what is there.
-    let (found, warnings) = settings(&["--conntrack-udp-timeout=0", "--conntrack-tcp-timeout-close-wait=2h"]);
-    assert_eq!((found.conntrack.udp.as_secs(), warnings.len()), (5, 1), "{warnings:?}");
+    let (found, warnings) = settings(&[
+        "--conntrack-udp-timeout=0",
+        "--conntrack-tcp-timeout-close-wait=2h",
+    ]);
+    assert_eq!(
+        (found.conntrack.udp.as_secs(), warnings.len()),
+        (5, 1),
+        "{warnings:?}"
+    );
     assert_eq!(found.conntrack.tcp_close_wait.as_secs(), 7200);
     assert!(Cli::try_parse_from(["run", "--conntrack-udp-timeout=-1s"]).is_err());
 }
@@ -513,14 +590,22 @@ fn kube_proxys_flags_start_shunt() {
     let line = |text: &str| {
         let args = text.split(' ').map(std::ffi::OsString::from);
         let line = kube_proxy_flags::translate(args);
-        let args: Vec<String> = line.args.into_iter().map(|arg| arg.into_string().unwrap()).collect();
+        let args: Vec<String> = line
+            .args
+            .into_iter()
+            .map(|arg| arg.into_string().unwrap())
+            .collect();
         (args.join(" "), line.unused)
     };
     for (given, expected, unused) in [
         ("shunt", "shunt", 0),
         ("shunt status -o json", "shunt status -o json", 0),
         ("shunt --help", "shunt --help", 0),
-        ("/usr/bin/shunt --version=true", "/usr/bin/shunt --version", 0),
+        (
+            "/usr/bin/shunt --version=true",
+            "/usr/bin/shunt --version",
+            0,
+        ),
         ("kube-proxy", "kube-proxy run", 0),
         (
             "/usr/local/bin/kube-proxy --v=2",
@@ -532,9 +617,17 @@ fn kube_proxys_flags_start_shunt() {
             "shunt run --config=/c --hostname-override=a",
             0,
         ),
-        ("shunt run --hostname_override a", "shunt run --hostname-override a", 0),
+        (
+            "shunt run --hostname_override a",
+            "shunt run --hostname-override a",
+            0,
+        ),
         ("shunt -v 4", "shunt run -v 4", 0),
-        ("shunt --cluster-cidr= --kubeconfig=/k", "shunt run --kubeconfig=/k", 0),
+        (
+            "shunt --cluster-cidr= --kubeconfig=/k",
+            "shunt run --kubeconfig=/k",
+            0,
+        ),
         (
             "shunt --oom-score-adj -998 --masquerade-all",
             "shunt run --masquerade-all",
@@ -545,15 +638,23 @@ fn kube_proxys_flags_start_shunt() {
             "shunt run --xdp off",
             3,
         ),
-        ("shunt --healthz-bind-address=", "shunt run --healthz-bind-address=", 0),
+        (
+            "shunt --healthz-bind-address=",
+            "shunt run --healthz-bind-address=",
+            0,
+        ),
     ] {
         let (found, names) = line(given);
-        assert_eq!((found.as_str(), names.len()), (expected, unused), "{given}: {names:?}");
+        assert_eq!(
+            (found.as_str(), names.len()),
+            (expected, unused),
+            "{given}: {names:?}"
+        );
     }
 }
 
-/// Every flag of kube-proxy 1.37 on Linux, with a value that it accepts: none keeps shunt from starting, and each either means
-/// something or is named.
+/// Every flag of kube-proxy 1.37 on Linux, with a value that it accepts: none keeps shunt from
+/// starting, and each either means something or is named.
 #[test]
 fn every_flag_of_kube_proxys_means_something_or_is_named() {
     let silent = [
@@ -617,7 +718,10 @@ fn every_flag_of_kube_proxys_means_something_or_is_named() {
         "--vmodule=a=1",
     ];
     let settings = |flags: &[&str]| {
-        let args = ["kube-proxy"].iter().chain(flags).map(std::ffi::OsString::from);
+        let args = ["kube-proxy"]
+            .iter()
+            .chain(flags)
+            .map(std::ffi::OsString::from);
         let line = kube_proxy_flags::translate(args);
         let mut args = Cli::try_parse_from(&line.args[1..])
             .unwrap_or_else(|error| panic!("{flags:?}: {error}"))
@@ -681,7 +785,10 @@ fn every_flag_of_kube_proxys_means_something_or_is_named() {
         "--detect-local-mode=InterfaceNamePrefix",
         "--pod-interface-name-prefix=cali",
     ]);
-    assert_eq!((prefix.pod_devices, warnings), (vec!["cali*".to_owned()], Vec::new()));
+    assert_eq!(
+        (prefix.pod_devices, warnings),
+        (vec!["cali*".to_owned()], Vec::new())
+    );
 }
 
 #[test]
@@ -798,6 +905,10 @@ fn mistakes_are_one_line_with_file_line_and_field() {
     ] {
         assert_eq!(parse(&format!("{head}{rest}\n")), Err(format!("c.yaml:{expected}")));
     }
-    let nothing = "c.yaml: says nothing, which kube-proxy refuses: defaults and flags hold".to_owned();
-    assert_eq!(parse("# nothing yet\n"), Ok((Settings::default(), vec![nothing])));
+    let nothing =
+        "c.yaml: says nothing, which kube-proxy refuses: defaults and flags hold".to_owned();
+    assert_eq!(
+        parse("# nothing yet\n"),
+        Ok((Settings::default(), vec![nothing]))
+    );
 }

@@ -12,8 +12,8 @@ use ipnet::IpNet;
 use jiff::SignedDuration;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 
-/// An address as kube-proxy reads it: parts of an IPv4 address may have leading zeros, and are decimal all the same; an IPv4
-/// address in IPv6 clothes (`::ffff:192.0.2.1`) is one of IPv4.
+/// An address as kube-proxy reads it: parts of an IPv4 address may have leading zeros, and are
+/// decimal all the same; an IPv4 address in IPv6 clothes (`::ffff:192.0.2.1`) is one of IPv4.
 pub(super) fn address(text: &str) -> Option<IpAddr> {
     if let Ok(address) = text.parse::<IpAddr>() {
         return Some(address.to_canonical());
@@ -59,7 +59,8 @@ impl fmt::Display for PortRange {
     }
 }
 
-/// Where a server listens, or that there is to be none (empty). As with kube-proxy, the port may be left out.
+/// Where a server listens, or that there is to be none (empty). As with kube-proxy, the port may be
+/// left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Listen<const PORT: u16>(pub Option<SocketAddr>);
 
@@ -188,7 +189,8 @@ pub(super) fn duration(text: &str) -> Option<Duration> {
     }
 }
 
-/// A time-out, or zero, which leaves it alone. What is too short or too long is told later ([`clamp`](super::conntrack::Conntrack::clamp)).
+/// A time-out, or zero, which leaves it alone. What is too short or too long is told later
+/// ([`clamp`](super::conntrack::Conntrack::clamp)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Timeout(pub Option<Duration>);
 
@@ -196,7 +198,8 @@ impl FromStr for Timeout {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let duration = duration(text).ok_or("give a duration, as in 24h, 1h30m or 90s, or 0s to leave it alone")?;
+        let duration = duration(text)
+            .ok_or("give a duration, as in 24h, 1h30m or 90s, or 0s to leave it alone")?;
         Ok(Self(Some(duration).filter(|duration| !duration.is_zero())))
     }
 }
@@ -226,7 +229,8 @@ impl<T: fmt::Display> Serialize for Text<T> {
     }
 }
 
-/// A field that says nothing when it is empty, as kube-proxy's do: `null`, or a text without characters.
+/// A field that says nothing when it is empty, as kube-proxy's do: `null`, or a text without
+/// characters.
 pub(super) mod or_empty {
     use super::*;
 
@@ -244,7 +248,10 @@ pub(super) mod or_empty {
         }
     }
 
-    pub(in crate::config) fn serialize<T, S>(value: &Option<T>, serializer: S) -> Result<S::Ok, S::Error>
+    pub(in crate::config) fn serialize<T, S>(
+        value: &Option<T>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error>
     where
         T: fmt::Display,
         S: Serializer,
@@ -272,7 +279,9 @@ pub(super) fn or_zero<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Opti
 }
 
 /// Seconds, at most a minute.
-pub(super) fn up_to_a_minute<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
+pub(super) fn up_to_a_minute<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<u32>, D::Error> {
     match Option::deserialize(deserializer)? {
         Some(61..) => Err(D::Error::custom("wants seconds from 0 to 60")),
         number => Ok(number),
@@ -280,7 +289,9 @@ pub(super) fn up_to_a_minute<'de, D: Deserializer<'de>>(deserializer: D) -> Resu
 }
 
 /// A number of which there must be something.
-pub(super) fn from_one_on<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
+pub(super) fn from_one_on<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<u32>, D::Error> {
     match Option::deserialize(deserializer)? {
         Some(0) => Err(D::Error::custom("wants a whole number from 1 on")),
         number => Ok(number),

@@ -1,7 +1,9 @@
-//! Programs into the packets' way: the cgroup root and the devices, by links that outlive the agent.
+//! Programs into the packets' way: the cgroup root and the devices, by links that outlive the
+//! agent.
 //!
-//! A link that is pinned from before is moved to the new program in place (`BPF_LINK_UPDATE`), so a restart has no moment
-//! without a program; one that runs this agent's program already is left alone. A pin whose device is gone is removed.
+//! A link that is pinned from before is moved to the new program in place (`BPF_LINK_UPDATE`), so a
+//! restart has no moment without a program; one that runs this agent's program already is left
+//! alone. A pin whose device is gone is removed.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -18,7 +20,8 @@ use serde::{Deserialize, Serialize};
 use tracing::{debug, info, warn};
 
 use super::{
-    CGROUP_PROGRAMS, LAYER3_NODE_PROGRAMS, LAYER3_POD_PROGRAMS, NODE_PROGRAMS, POD_PROGRAMS, Paths, XDP_PROGRAM,
+    CGROUP_PROGRAMS, LAYER3_NODE_PROGRAMS, LAYER3_POD_PROGRAMS, NODE_PROGRAMS, POD_PROGRAMS, Paths,
+    XDP_PROGRAM,
     bpf::{
         self,
         link::{self, Hook, OpenLink, Target},
@@ -64,7 +67,8 @@ pub enum TcMode {
 impl TcMode {
     /// What the running kernel has.
     pub fn probe() -> Self {
-        // Index 1 is the loopback device of every namespace. A kernel without TCX does not know the hook (EINVAL).
+        // Index 1 is the loopback device of every namespace. A kernel without TCX does not know the
+        // hook (EINVAL).
         match link::query(1, Hook::TcxIngress) {
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Self::Clsact,
             _ => Self::Tcx,
@@ -273,10 +277,12 @@ impl Attacher {
         self.tc
     }
 
-    /// Attaches the socket programs to `cgroup_root`; takes them away if they were not loaded (`--socket-lb off`).
+    /// Attaches the socket programs to `cgroup_root`; takes them away if they were not loaded
+    /// (`--socket-lb off`).
     ///
     /// # Errors
-    /// When `cgroup_root` is no cgroup2 directory or the kernel refuses; then none is newly attached.
+    /// When `cgroup_root` is no cgroup2 directory or the kernel refuses; then none is newly
+    /// attached.
     pub fn attach_cgroup(&mut self, cgroup_root: &Path) -> Result<(), AttachError> {
         let root_error = |reason| AttachError::CgroupRoot {
             path: cgroup_root.to_owned(),
@@ -288,7 +294,10 @@ impl Attacher {
                 "no cgroup2 directory: name one, often /sys/fs/cgroup or /sys/fs/cgroup/unified, or set --socket-lb off".into(),
             ));
         }
-        let id = directory.metadata().map_err(|e| root_error(e.to_string()))?.ino();
+        let id = directory
+            .metadata()
+            .map_err(|e| root_error(e.to_string()))?
+            .ino();
         let mut fresh: Vec<PathBuf> = Vec::new();
         for (program, hook) in CGROUP_PROGRAMS {
             let pin = self.paths.cgroup_link(program);
@@ -297,7 +306,8 @@ impl Attacher {
                 Ok(true) => fresh.push(pin),
                 Ok(false) => {}
                 Err(error) => {
-                    // A hook alone, say connect without getpeername, would show applications half of the truth.
+                    // A hook alone, say connect without getpeername, would show applications half
+                    // of the truth.
                     for pin in fresh {
                         let _ = remove_pin(&pin);
                     }
@@ -345,7 +355,8 @@ impl Attacher {
             target: "the cgroup root".to_owned(),
             error,
         };
-        let link = link::create(fd.as_fd(), directory.as_raw_fd() as u32, hook, 0).map_err(attach_error)?;
+        let link = link::create(fd.as_fd(), directory.as_raw_fd() as u32, hook, 0)
+            .map_err(attach_error)?;
         bpf::pin_over(link.as_fd(), pin).map_err(pin_error)?;
         if let Some(old) = old {
             // Of another --cgroup-root, or of a cgroup that is gone.
@@ -354,13 +365,17 @@ impl Attacher {
         Ok(true)
     }
 
-    /// Brings the devices' programs to what `devices` asks for, and removes all others that are shunt's.
+    /// Brings the devices' programs to what `devices` asks for, and removes all others that are
+    /// shunt's.
     ///
     /// A device that vanishes meanwhile is none of its problems. Each problem is logged once.
     ///
     /// # Errors
     /// When the folder of links cannot be read. What concerns one device is in its status.
-    pub fn reconcile(&mut self, devices: &[(Device, Role)]) -> Result<Vec<DeviceStatus>, AttachError> {
+    pub fn reconcile(
+        &mut self,
+        devices: &[(Device, Role)],
+    ) -> Result<Vec<DeviceStatus>, AttachError> {
         let mut links = match self.links.take() {
             Some(links) => links,
             None => self.read_pins()?,
@@ -372,21 +387,23 @@ impl Attacher {
         let indices: BTreeSet<u32> = devices.iter().map(|(d, _)| d.index).collect();
         self.no_xdp.retain(|index, _| indices.contains(index));
         self.filters.retain(|(index, _), _| indices.contains(index));
-        self.problems.retain(|(index, _), _| indices.contains(index));
+        self.problems
+            .retain(|(index, _), _| indices.contains(index));
 
         if let Some(pods) = &mut self.pods
             && let Err(error) = pods.set(devices)
         {
-            warn!("--fast-path: {error}: packets to some pods are not handed over, they take the next best way");
+            warn!(
+                "--fast-path: {error}: packets to some pods are not handed over, they take the next best way"
+            );
         }
         let mut facts = Facts::read(self.xdp);
         let mut wanted = BTreeSet::new();
         let mut status = Vec::new();
         for (device, role) in devices {
             let no_xdp = match role {
-                Role::Node => {
-                    xdp::refusal(self.xdp, device, &facts).or_else(|| self.no_xdp.get(&device.index).cloned())
-                }
+                Role::Node => xdp::refusal(self.xdp, device, &facts)
+                    .or_else(|| self.no_xdp.get(&device.index).cloned()),
                 Role::Pod => None,
             };
             let mut state = DeviceStatus {
@@ -407,10 +424,14 @@ impl Attacher {
                 };
                 match result {
                     Ok(()) if hook == Hook::Xdp && !self.sends(device, &mut facts) => {
-                        // A driver that has its program and still takes no frames from it: tc does the work.
+                        // A driver that has its program and still takes no frames from it: tc does
+                        // the work.
                         wanted.remove(&key);
                         let reason = xdp::takes_no_frames(device);
-                        info!(device = device.name, "no XDP here, tc does the work: {reason}");
+                        info!(
+                            device = device.name,
+                            "no XDP here, tc does the work: {reason}"
+                        );
                         state.no_xdp = Some(reason.clone());
                         self.no_xdp.insert(device.index, reason);
                     }
@@ -419,10 +440,16 @@ impl Attacher {
                         state.programs.push(program);
                     }
                     Err(error) if gone(&error, device.index) => {
-                        debug!(device = device.name, "{program}: the device is gone already");
+                        debug!(
+                            device = device.name,
+                            "{program}: the device is gone already"
+                        );
                     }
                     Err(error) if hook == Hook::Xdp && self.xdp == XdpMode::Auto => {
-                        info!(device = device.name, "no native XDP here, tc does the work: {error}");
+                        info!(
+                            device = device.name,
+                            "no native XDP here, tc does the work: {error}"
+                        );
                         state.no_xdp = Some(error.to_string());
                         self.no_xdp.insert(device.index, error.to_string());
                     }
@@ -480,7 +507,8 @@ impl Attacher {
         wanted
     }
 
-    /// Whether the device takes frames from XDP, now that it has a program: with many drivers that makes the difference.
+    /// Whether the device takes frames from XDP, now that it has a program: with many drivers that
+    /// makes the difference.
     fn sends(&self, device: &Device, facts: &mut Facts) -> bool {
         if self.xdp == XdpMode::Generic || facts.features.is_none() || facts.takes_frames(device) {
             return true;
@@ -508,8 +536,10 @@ impl Attacher {
                     let Target::Device { index } = info.target else {
                         continue;
                     };
-                    // The index alone may be that of a device in another namespace, where this one moved to.
-                    let here = hook == Hook::Xdp || link::query(index, hook).is_ok_and(|ids| ids.contains(&info.id));
+                    // The index alone may be that of a device in another namespace, where this one
+                    // moved to.
+                    let here = hook == Hook::Xdp
+                        || link::query(index, hook).is_ok_and(|ids| ids.contains(&info.id));
                     if index != 0 && here {
                         links.insert(
                             (index, program),
@@ -539,7 +569,10 @@ impl Attacher {
         links: &mut BTreeMap<(u32, &'static str), Held>,
     ) -> io::Result<()> {
         let Some(fd) = self.programs.get(program) else {
-            return Err(io::Error::new(io::ErrorKind::NotFound, "the program is not loaded"));
+            return Err(io::Error::new(
+                io::ErrorKind::NotFound,
+                "the program is not loaded",
+            ));
         };
         let key = (device.index, program);
         let pin = self.paths.device_link(&device.name, program);
@@ -548,7 +581,8 @@ impl Attacher {
             if usable && (held.current || run_by(held.fd.as_fd(), fd)) {
                 held.current = true;
                 if held.pin != pin {
-                    // Renamed. The old pin is swept later; the other device that may have had this name is held open.
+                    // Renamed. The old pin is swept later; the other device that may have had this
+                    // name is held open.
                     bpf::pin_over(held.fd.as_fd(), &pin)?;
                     held.pin = pin;
                 }
@@ -576,7 +610,8 @@ impl Attacher {
         Ok(())
     }
 
-    /// Whether a link from before is what runs on the device, in the mode that is wanted now: updates keep the mode.
+    /// Whether a link from before is what runs on the device, in the mode that is wanted now:
+    /// updates keep the mode.
     fn same_xdp(&self, device: &Device, held: &Held) -> bool {
         let program = link::info(held.fd.as_fd()).map(|info| info.program).ok();
         let mode_fits = match device.xdp {
@@ -587,7 +622,12 @@ impl Attacher {
     }
 
     /// One program on one device by a clsact filter.
-    fn attach_filter(&mut self, device: &Device, program: &'static str, hook: Hook) -> io::Result<()> {
+    fn attach_filter(
+        &mut self,
+        device: &Device,
+        program: &'static str,
+        hook: Hook,
+    ) -> io::Result<()> {
         let key = (device.index, program);
         if self.filters.get(&key) == Some(&device.name) {
             return Ok(());
@@ -618,7 +658,10 @@ impl Attacher {
             error,
         };
         for note in clsact::notes(&self.paths).map_err(note_error)? {
-            let device = devices.iter().find(|(d, _)| d.index == note.index).map(|(d, _)| d);
+            let device = devices
+                .iter()
+                .find(|(d, _)| d.index == note.index)
+                .map(|(d, _)| d);
             match device {
                 Some(_) if self.tc == TcMode::Clsact => {}
                 device => {
@@ -636,14 +679,15 @@ impl Attacher {
     }
 }
 
-/// Makes a link that is attached run `program`; false when it does not take it. A program that was taken over is there already, and the
-/// link is left alone.
+/// Makes a link that is attached run `program`; false when it does not take it. A program that was
+/// taken over is there already, and the link is left alone.
 fn run_by(link: BorrowedFd<'_>, program: &OwnedFd) -> bool {
     let runs = || Ok::<_, io::Error>(link::info(link)?.program == program::id(program)?);
     runs().unwrap_or(false) || link::update(link, program.as_fd()).is_ok()
 }
 
-/// Whether the reason for `error` is that the device is not there any more. XDP says no more than `EINVAL` then.
+/// Whether the reason for `error` is that the device is not there any more. XDP says no more than
+/// `EINVAL` then.
 fn gone(error: &io::Error, index: u32) -> bool {
     match error.raw_os_error() {
         Some(libc::ENODEV | libc::ENXIO | libc::ENOLINK) => true,

@@ -2,9 +2,11 @@
 
 use std::fs;
 
-/// Number of `CAP_SYS_ADMIN`, which includes `CAP_BPF` and `CAP_PERFMON` (they were split off it in Linux 5.8).
+/// Number of `CAP_SYS_ADMIN`, which includes `CAP_BPF` and `CAP_PERFMON` (they were split off it in
+/// Linux 5.8).
 const SYS_ADMIN: u32 = 21;
-/// What the agent needs: names without `CAP_`, as a container's `securityContext` has them, and numbers.
+/// What the agent needs: names without `CAP_`, as a container's `securityContext` has them, and
+/// numbers.
 pub const NEEDED: [(&str, u32); 3] = [("BPF", 39), ("NET_ADMIN", 12), ("PERFMON", 38)];
 
 /// Which of [`NEEDED`] this process does not have.
@@ -37,7 +39,11 @@ mod tests {
 
     #[test]
     fn what_is_missing() {
-        let of = |hex: &str| missing_in(effective(&format!("Name:\tshunt\nCapEff:\t{hex}\nCapBnd:\t0\n")));
+        let of = |hex: &str| {
+            missing_in(effective(&format!(
+                "Name:\tshunt\nCapEff:\t{hex}\nCapBnd:\t0\n"
+            )))
+        };
         assert_eq!(of("000000c000001000"), [""; 0]);
         assert_eq!(of("0000000000000000"), ["BPF", "NET_ADMIN", "PERFMON"]);
         assert_eq!(of("0000008000001000"), ["PERFMON"]);

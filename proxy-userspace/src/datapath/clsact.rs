@@ -1,8 +1,10 @@
-//! tc programs on kernels before 6.6, which have no TCX: a clsact qdisc on the device, and a filter with a fixed
-//! priority and handle per direction, so that a restart replaces the filter instead of adding one.
+//! tc programs on kernels before 6.6, which have no TCX: a clsact qdisc on the device, and a filter
+//! with a fixed priority and handle per direction, so that a restart replaces the filter instead of
+//! adding one.
 //!
-//! Filters cannot be pinned. A folder under `clsact/` notes each device with shunt's filters, `<device>-<index>-made`
-//! when shunt made the qdisc too and `-found` when it was there: `cleanup` removes only the former.
+//! Filters cannot be pinned. A folder under `clsact/` notes each device with shunt's filters,
+//! `<device>-<index>-made` when shunt made the qdisc too and `-found` when it was there: `cleanup`
+//! removes only the former.
 
 use std::{fs, io, path::Path};
 
@@ -93,7 +95,10 @@ pub(crate) fn ensure_qdisc(paths: &Paths, device: &str, index: u32) -> io::Resul
             _ => return Err(tc_io(e)),
         },
     };
-    let old: Vec<Note> = notes(paths)?.into_iter().filter(|n| n.index == index).collect();
+    let old: Vec<Note> = notes(paths)?
+        .into_iter()
+        .filter(|n| n.index == index)
+        .collect();
     // One that was there and is noted as made was made by an agent before this one.
     let made = made || old.iter().any(|n| n.made);
     let note = Note {
@@ -108,7 +113,8 @@ pub(crate) fn ensure_qdisc(paths: &Paths, device: &str, index: u32) -> io::Resul
     Ok(())
 }
 
-/// Puts the program pinned at `program` in this direction of the device, in the place of shunt's filter if there is one.
+/// Puts the program pinned at `program` in this direction of the device, in the place of shunt's
+/// filter if there is one.
 pub(crate) fn attach(device: &str, hook: Hook, program: &Path) -> io::Result<()> {
     let direction = direction(hook)?;
     let mut program = SchedClassifier::from_pin(program).map_err(program_io)?;
@@ -125,13 +131,23 @@ pub(crate) fn attach(device: &str, hook: Hook, program: &Path) -> io::Result<()>
         result => result,
     };
     // The filter stays when this process ends.
-    std::mem::forget(program.take_link(id.map_err(program_io)?).map_err(program_io)?);
+    std::mem::forget(
+        program
+            .take_link(id.map_err(program_io)?)
+            .map_err(program_io)?,
+    );
     Ok(())
 }
 
-/// Removes shunt's filters from the noted device, and the qdisc if shunt made it and nobody else has filters there.
+/// Removes shunt's filters from the noted device, and the qdisc if shunt made it and nobody else
+/// has filters there.
 pub(crate) fn detach(note: &Note) -> io::Result<()> {
-    let gone = |e: &io::Error| matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::EINVAL));
+    let gone = |e: &io::Error| {
+        matches!(
+            e.raw_os_error(),
+            Some(libc::ENOENT | libc::ENODEV | libc::EINVAL)
+        )
+    };
     // The name may be another device's by now.
     if rtnl::device_index(&note.device)? != Some(note.index) {
         return Ok(());
@@ -164,7 +180,10 @@ pub(crate) fn detach(note: &Note) -> io::Result<()> {
 fn has_filters(index: u32) -> io::Result<bool> {
     for (_, _, minor) in DIRECTIONS {
         let mut message = TcMessage::with_index(index as i32);
-        message.header.parent = Handle { major: 0xffff, minor };
+        message.header.parent = Handle {
+            major: 0xffff,
+            minor,
+        };
         if !rtnl::dump(RouteNetlinkMessage::GetTrafficFilter(message))?.is_empty() {
             return Ok(true);
         }
@@ -177,7 +196,12 @@ fn direction(hook: Hook) -> io::Result<TcAttachType> {
         .iter()
         .find(|(h, ..)| *h == hook)
         .map(|&(_, direction, _)| direction)
-        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, format!("{hook:?} is no direction of tc")))
+        .ok_or_else(|| {
+            io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("{hook:?} is no direction of tc"),
+            )
+        })
 }
 
 fn tc_errno(error: &TcError) -> Option<i32> {

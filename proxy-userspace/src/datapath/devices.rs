@@ -1,11 +1,13 @@
 //! Which network devices get programs, followed as they appear, vanish and are renamed.
 //!
-//! *Node devices* lead out of the node, *pod devices* lead to the pods on it. Without patterns, a pod device is one end of a
-//! pair whose other end is in another network namespace, one that bears a name that CNI plugins give (`cali*`, `lxc*`,
-//! `cni*`, `tap*`), or a TUN device without address that host routes lead to. One with a default route, an address of the
-//! Node or a network of its own leads out all the same. Every other device is a node device, tunnels and second NICs
-//! included, but for those where no packet passes that another device does not have ([`DevicePatterns::select`]): a packet is
-//! to be translated once. With `--devices` only those that it names are node devices.
+//! *Node devices* lead out of the node, *pod devices* lead to the pods on it. Without patterns, a
+//! pod device is one end of a pair whose other end is in another network namespace, one that bears
+//! a name that CNI plugins give (`cali*`, `lxc*`, `cni*`, `tap*`), or a TUN device without address
+//! that host routes lead to. One with a default route, an address of the Node or a network of its
+//! own leads out all the same. Every other device is a node device, tunnels and second NICs
+//! included, but for those where no packet passes that another device does not have
+//! ([`DevicePatterns::select`]): a packet is to be translated once. With `--devices` only those
+//! that it names are node devices.
 
 use std::{
     borrow::Cow,
@@ -20,7 +22,10 @@ use futures::{FutureExt, StreamExt};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     address::AddressMessage,
-    link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, LinkXdp, XdpAttached},
+    link::{
+        InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, LinkXdp,
+        XdpAttached,
+    },
     route::{RouteAttribute, RouteHeader, RouteMessage, RouteType},
 };
 use rtnetlink::{MulticastGroup, new_multicast_connection, packet_core::NetlinkPayload};
@@ -35,9 +40,11 @@ use super::{
 
 /// Devices are read again this often even when the kernel reports no change.
 const RESYNC: Duration = Duration::from_secs(30);
-/// Least time between two passes, so that a node that starts a hundred pods at once does not read all links each time.
+/// Least time between two passes, so that a node that starts a hundred pods at once does not read
+/// all links each time.
 const PASS_GAP: Duration = Duration::from_millis(20);
-/// Names of pod devices that are not pairs into another namespace (VMs' taps) or whose other end cannot be seen.
+/// Names of pod devices that are not pairs into another namespace (VMs' taps) or whose other end
+/// cannot be seen.
 const POD_NAMES: [&str; 4] = ["cali*", "lxc*", "cni*", "tap*"];
 
 /// What shunt takes a device for.
@@ -135,7 +142,9 @@ impl Device {
     }
 
     fn is(&self, kinds: &[&str]) -> bool {
-        self.kind.as_deref().is_some_and(|kind| kinds.contains(&kind))
+        self.kind
+            .as_deref()
+            .is_some_and(|kind| kinds.contains(&kind))
     }
 }
 
@@ -168,7 +177,9 @@ fn glob(pattern: &[u8], name: &[u8]) -> bool {
     match pattern.split_first() {
         None => name.is_empty(),
         Some((b'*', rest)) => (0..=name.len()).any(|skip| glob(rest, &name[skip..])),
-        Some((c, rest)) => name.split_first().is_some_and(|(n, name)| c == n && glob(rest, name)),
+        Some((c, rest)) => name
+            .split_first()
+            .is_some_and(|(n, name)| c == n && glob(rest, name)),
     }
 }
 
@@ -186,8 +197,10 @@ pub struct DevicePatterns {
 impl DevicePatterns {
     /// Devices that get programs, each with its role, and those that get none.
     pub fn select(&self, devices: Vec<Device>) -> (Vec<(Device, Role)>, Vec<LeftOut>) {
-        let judged: Vec<Result<Role, Cow<'static, str>>> =
-            devices.iter().map(|device| self.judge(device, &devices)).collect();
+        let judged: Vec<Result<Role, Cow<'static, str>>> = devices
+            .iter()
+            .map(|device| self.judge(device, &devices))
+            .collect();
         let (mut taken, mut left_out) = (Vec::new(), Vec::new());
         for (device, judged) in devices.into_iter().zip(judged) {
             match judged {
@@ -209,7 +222,9 @@ impl DevicePatterns {
             return Err("the loopback device".into());
         }
         if let LinkHeader::Other(number) = device.header {
-            return Err(format!("its link layer (type {number} of linux/if_arp.h) is not known").into());
+            return Err(
+                format!("its link layer (type {number} of linux/if_arp.h) is not known").into(),
+            );
         }
         if !self.devices.is_empty() && named(&self.devices) {
             return Ok(Role::Node);
@@ -220,7 +235,9 @@ impl DevicePatterns {
         if !self.devices.is_empty() {
             return Err("--devices does not name it".into());
         }
-        let of = |index: Option<u32>| index.and_then(|index| all.iter().find(|other| other.index == index));
+        let of = |index: Option<u32>| {
+            index.and_then(|index| all.iter().find(|other| other.index == index))
+        };
         if device.is(&["bridge"]) {
             return Err("its ports have programs".into());
         }
@@ -241,7 +258,9 @@ impl DevicePatterns {
         }
         match of(device.lower) {
             // Programs see the frames of the VLANs above their device, with the tag aside.
-            Some(parent) if device.is(&["vlan"]) => Err(format!("{} has programs", parent.name).into()),
+            Some(parent) if device.is(&["vlan"]) => {
+                Err(format!("{} has programs", parent.name).into())
+            }
             _ => Ok(Role::Node),
         }
     }
@@ -263,18 +282,23 @@ impl DevicePatterns {
             {
                 true
             }
-            _ => POD_NAMES.iter().any(|&p| Glob::new(p).matches(&device.name)),
+            _ => POD_NAMES
+                .iter()
+                .any(|&p| Glob::new(p).matches(&device.name)),
         }
     }
 
     /// Patterns that match none of `devices`, with their settings.
     fn unmatched(&self, devices: &[Device]) -> BTreeSet<(&'static str, String)> {
-        [("--devices", &self.devices), ("--pod-devices", &self.pod_devices)]
-            .into_iter()
-            .flat_map(|(setting, globs)| globs.iter().map(move |glob| (setting, glob)))
-            .filter(|(_, glob)| !devices.iter().any(|device| glob.matches(&device.name)))
-            .map(|(setting, glob)| (setting, glob.0.clone()))
-            .collect()
+        [
+            ("--devices", &self.devices),
+            ("--pod-devices", &self.pod_devices),
+        ]
+        .into_iter()
+        .flat_map(|(setting, globs)| globs.iter().map(move |glob| (setting, glob)))
+        .filter(|(_, glob)| !devices.iter().any(|device| glob.matches(&device.name)))
+        .map(|(setting, glob)| (setting, glob.0.clone()))
+        .collect()
     }
 }
 
@@ -290,13 +314,14 @@ pub(crate) fn is_link_local(address: &IpAddr) -> bool {
 /// # Errors
 /// When rtnetlink does not answer.
 pub fn list() -> io::Result<Vec<Device>> {
-    let mut devices: BTreeMap<u32, Device> = rtnl::dump(RouteNetlinkMessage::GetLink(LinkMessage::default()))?
-        .into_iter()
-        .filter_map(|message| match message {
-            RouteNetlinkMessage::NewLink(link) => Some((link.header.index, device_of(link)?)),
-            _ => None,
-        })
-        .collect();
+    let mut devices: BTreeMap<u32, Device> =
+        rtnl::dump(RouteNetlinkMessage::GetLink(LinkMessage::default()))?
+            .into_iter()
+            .filter_map(|message| match message {
+                RouteNetlinkMessage::NewLink(link) => Some((link.header.index, device_of(link)?)),
+                _ => None,
+            })
+            .collect();
     for message in rtnl::dump(RouteNetlinkMessage::GetAddress(AddressMessage::default()))? {
         if let RouteNetlinkMessage::NewAddress(message) = message
             && let Some(address) = netns::address_of(&message)
@@ -314,7 +339,9 @@ pub fn list() -> io::Result<Vec<Device>> {
                     device.default_route = true;
                 }
             }
-            if let Some(device) = host_route_device(&route).and_then(|index| devices.get_mut(&index)) {
+            if let Some(device) =
+                host_route_device(&route).and_then(|index| devices.get_mut(&index))
+            {
                 device.host_routes = true;
             }
         }
@@ -392,7 +419,8 @@ fn is_default(route: &RouteMessage) -> bool {
     });
     route.header.destination_prefix_length == 0
         && route.header.kind == RouteType::Unicast
-        && table.unwrap_or_else(|| u32::from(route.header.table)) == u32::from(RouteHeader::RT_TABLE_MAIN)
+        && table.unwrap_or_else(|| u32::from(route.header.table))
+            == u32::from(RouteHeader::RT_TABLE_MAIN)
 }
 
 fn default_route_devices(route: &RouteMessage) -> Vec<u32> {
@@ -422,10 +450,12 @@ pub struct DeviceWatcher {
 impl DeviceWatcher {
     /// Attaches programs to all devices that are there now, then follows changes in a task.
     ///
-    /// Works on the network namespace of the calling thread, which all threads of the runtime must share.
+    /// Works on the network namespace of the calling thread, which all threads of the runtime must
+    /// share.
     ///
     /// # Errors
-    /// When the first pass cannot read devices or pins; what goes wrong on one device is in its status and the log.
+    /// When the first pass cannot read devices or pins; what goes wrong on one device is in its
+    /// status and the log.
     pub fn spawn(mut attacher: Attacher, patterns: DevicePatterns) -> Result<Self, WatchError> {
         // Subscribed before the first pass, so that no device falls between.
         let (connection, _handle, mut messages) = new_multicast_connection(&[
@@ -438,7 +468,9 @@ impl DeviceWatcher {
         let mut unmatched = BTreeSet::new();
         let first = pass(&mut attacher, &patterns, &mut unmatched)?;
         if !first.iter().any(|d| d.role == Role::Node) {
-            warn!("no device leads out of this node: traffic from outside is not translated until one appears");
+            warn!(
+                "no device leads out of this node: traffic from outside is not translated until one appears"
+            );
         }
         let (sender, status) = watch::channel(first);
         let task = tokio::spawn(async move {
@@ -446,7 +478,8 @@ impl DeviceWatcher {
             let mut resync = tokio::time::interval_at(tokio::time::Instant::now() + RESYNC, RESYNC);
             resync.set_missed_tick_behavior(MissedTickBehavior::Delay);
             let mut connected = true;
-            // Which devices take frames from XDP changes with their other ends' settings, of which rtnetlink says nothing.
+            // Which devices take frames from XDP changes with their other ends' settings, of which
+            // rtnetlink says nothing.
             let features = xdp::changes().and_then(|socket| {
                 // SAFETY: the descriptor is the socket's own, and stays open as long as it.
                 unsafe { AsyncFd::register(socket) }.ok()
@@ -538,10 +571,11 @@ fn pass(
 
 fn concerns(payload: &NetlinkPayload<RouteNetlinkMessage>) -> bool {
     match payload {
-        // Routes come and go by the thousand where BGP runs; only the default route, and those to single pods, tell of devices.
-        NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(r) | RouteNetlinkMessage::DelRoute(r)) => {
-            is_default(r) || host_route_device(r).is_some()
-        }
+        // Routes come and go by the thousand where BGP runs; only the default route, and those to
+        // single pods, tell of devices.
+        NetlinkPayload::InnerMessage(
+            RouteNetlinkMessage::NewRoute(r) | RouteNetlinkMessage::DelRoute(r),
+        ) => is_default(r) || host_route_device(r).is_some(),
         // NetlinkPayload::Overrun (ENOBUFS) is here too: messages were lost.
         _ => true,
     }
@@ -556,7 +590,9 @@ fn say(old: &[DeviceStatus], now: &[DeviceStatus]) {
                 device.role,
                 device.programs.join(", ")
             ),
-            Some(before) if before.name != device.name => info!(device = device.name, "was {}", before.name),
+            Some(before) if before.name != device.name => {
+                info!(device = device.name, "was {}", before.name)
+            }
             Some(before) if before != device => {
                 debug!(
                     device = device.name,
@@ -568,7 +604,10 @@ fn say(old: &[DeviceStatus], now: &[DeviceStatus]) {
             Some(_) => {}
         }
     }
-    for device in old.iter().filter(|o| !now.iter().any(|n| n.index == o.index)) {
+    for device in old
+        .iter()
+        .filter(|o| !now.iter().any(|n| n.index == o.index))
+    {
         info!(device = device.name, "gone");
     }
 }
@@ -596,11 +635,18 @@ mod tests {
             ("e*0*x", "eth0.1x", true),
             ("e*0*x", "eth1x", false),
         ] {
-            assert_eq!(Glob::new(pattern).matches(name), matches, "{pattern} {name}");
+            assert_eq!(
+                Glob::new(pattern).matches(name),
+                matches,
+                "{pattern} {name}"
+            );
         }
     }
 
-    fn roles(patterns: &DevicePatterns, devices: &[&Device]) -> Vec<(String, Result<Role, String>)> {
+    fn roles(
+        patterns: &DevicePatterns,
+        devices: &[&Device],
+    ) -> Vec<(String, Result<Role, String>)> {
         let devices: Vec<Device> = (1..)
             .zip(devices)
             .map(|(index, &device)| Device {
@@ -720,7 +766,10 @@ mod tests {
                 (&on("eth2", None, Some(5), None), Ok(Role::Node)),
                 (&on("blue", Some("vrf"), None, None), Err("its devices")),
                 (&on("eth3", None, Some(7), None), Ok(Role::Node)),
-                (&on("ovs-system", Some("openvswitch"), None, None), Ok(Role::Node)),
+                (
+                    &on("ovs-system", Some("openvswitch"), None, None),
+                    Ok(Role::Node),
+                ),
                 (&on("eth4", None, Some(9), None), Err("Open vSwitch")),
                 // Its parent is in another namespace: nobody else sees its packets.
                 (&on("eth5", Some("vlan"), None, None), Ok(Role::Node)),
@@ -756,7 +805,11 @@ mod tests {
         );
         assert_eq!(
             patterns.unmatched(&[nic]),
-            [("--devices", "wan7".to_owned()), ("--pod-devices", "p-*".to_owned())].into()
+            [
+                ("--devices", "wan7".to_owned()),
+                ("--pod-devices", "p-*".to_owned())
+            ]
+            .into()
         );
     }
 }

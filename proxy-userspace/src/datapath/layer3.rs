@@ -1,5 +1,5 @@
-//! The tc programs for devices without a link-layer header (TUN, WireGuard, IPIP, PPP): the same ones, told by a constant that
-//! packets begin with their IP header.
+//! The tc programs for devices without a link-layer header (TUN, WireGuard, IPIP, PPP): the same
+//! ones, told by a constant that packets begin with their IP header.
 //!
 //! Most nodes have no such device, so they are loaded when the first one appears.
 
@@ -30,7 +30,8 @@ pub(crate) struct Layer3 {
 
 /// Each with its name for Ethernet, as it stands in the object.
 fn names() -> impl Iterator<Item = (&'static str, &'static str)> {
-    let name = |((here, _), (there, _)): ((&'static str, Hook), (&'static str, Hook))| (here, there);
+    let name =
+        |((here, _), (there, _)): ((&'static str, Hook), (&'static str, Hook))| (here, there);
     LAYER3_NODE_PROGRAMS
         .into_iter()
         .zip(NODE_PROGRAMS)
@@ -58,14 +59,20 @@ impl Layer3 {
             }
             loader.map_pin_path(name, self.paths.map(name));
         }
-        let mut ebpf = loader.load(super::object::object()).map_err(io::Error::other)?;
+        let mut ebpf = loader
+            .load(super::object::object())
+            .map_err(io::Error::other)?;
         let mut programs = BTreeMap::new();
         for (name, in_object) in names() {
             let Some(Program::SchedClassifier(program)) = ebpf.program_mut(in_object) else {
                 return Err(io::Error::other(format!("no program {in_object}")));
             };
             program.load().map_err(io::Error::other)?;
-            let fd = program.fd().map_err(io::Error::other)?.as_fd().try_clone_to_owned()?;
+            let fd = program
+                .fd()
+                .map_err(io::Error::other)?
+                .as_fd()
+                .try_clone_to_owned()?;
             bpf::pin_over(fd.as_fd(), &self.paths.program(name))?;
             programs.insert(name, fd);
         }

@@ -1,9 +1,10 @@
 //! Programs and maps into the kernel, pinned under `--bpf-root`.
 //!
-//! Maps that are pinned there already are used again, with what is in them: that is how flows survive a restart. So are
-//! programs that this agent would load the same (`takeover`); others are loaded from as many threads as there are
-//! CPUs, for the verifier takes most of a start. Nothing that runs is touched before everything new has loaded, so a start
-//! that fails leaves the node as it was.
+//! Maps that are pinned there already are used again, with what is in them: that is how flows
+//! survive a restart. So are programs that this agent would load the same (`takeover`); others are
+//! loaded from as many threads as there are CPUs, for the verifier takes most of a start. Nothing
+//! that runs is touched before everything new has loaded, so a start that fails leaves the node as
+//! it was.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -38,12 +39,13 @@ use super::{
 const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
 /// Where every distribution mounts the bpffs.
 const USUAL_BPFFS: &str = "/sys/fs/bpf";
-/// The source of a bpffs that shunt mounted itself, as /proc/self/mountinfo shows it: `cleanup` takes that one away.
+/// The source of a bpffs that shunt mounted itself, as /proc/self/mountinfo shows it: `cleanup`
+/// takes that one away.
 pub(crate) const MOUNT_SOURCE: &str = "shunt";
 /// One in so many entries of `flows` may be one that waits for its first answer.
 const WAITING_SHARE: u32 = 128;
-/// Maps that hold nothing from one packet to the next. They are not pinned: another build may want more of this memory, and none
-/// needs what is in it.
+/// Maps that hold nothing from one packet to the next. They are not pinned: another build may want
+/// more of this memory, and none needs what is in it.
 const RUN_MEMORY: [&str; 3] = ["scratch4", "scratch6", "fast_work"];
 /// Lines of the verifier's log that an error quotes; the reason is in the last ones.
 const VERIFIER_LINES: usize = 12;
@@ -95,7 +97,9 @@ pub enum LoadError {
         wanted: String,
     },
     /// The kernel has no room for a map.
-    #[error("map {map}: no memory for {entries} entries ({error}): lower {setting}, or give the node more memory")]
+    #[error(
+        "map {map}: no memory for {entries} entries ({error}): lower {setting}, or give the node more memory"
+    )]
     Memory {
         /// The map.
         map: String,
@@ -115,7 +119,9 @@ pub enum LoadError {
         what: String,
     },
     /// The kernel refused a program.
-    #[error("program {program}: the verifier of kernel {kernel} refused it ({error}); end of its log:\n{log}")]
+    #[error(
+        "program {program}: the verifier of kernel {kernel} refused it ({error}); end of its log:\n{log}"
+    )]
     Verifier {
         /// The program.
         program: String,
@@ -127,7 +133,9 @@ pub enum LoadError {
         log: String,
     },
     /// The kernel does not know something.
-    #[error("{what}: kernel {kernel} refused it ({error}): see `shunt check` for the feature that it lacks")]
+    #[error(
+        "{what}: kernel {kernel} refused it ({error}): see `shunt check` for the feature that it lacks"
+    )]
     Unsupported {
         /// A map or program.
         what: String,
@@ -141,7 +149,8 @@ pub enum LoadError {
     Object(String),
 }
 
-/// The loaded programs and pinned maps. Dropping it frees the lock and leaves the rest in the kernel.
+/// The loaded programs and pinned maps. Dropping it frees the lock and leaves the rest in the
+/// kernel.
 #[derive(Debug)]
 pub struct Datapath {
     paths: Paths,
@@ -204,7 +213,8 @@ impl Datapath {
     }
 }
 
-/// Loads everything that `config` asks for and pins it, after taking the lock of `--bpf-root`, which the result keeps.
+/// Loads everything that `config` asks for and pins it, after taking the lock of `--bpf-root`,
+/// which the result keeps.
 ///
 /// Nothing is attached: fill the maps first, then see [`super::attach`].
 ///
@@ -222,13 +232,19 @@ pub fn load_timed(config: &LoadConfig, watch: &mut Stopwatch) -> Result<Datapath
     let paths = Paths::new(&config.bpf_root);
     ensure_root(paths.root())?;
     let lock = RootLock::acquire(paths.root())?;
-    for folder in [paths.maps(), paths.programs(), paths.links(), paths.clsact()] {
+    for folder in [
+        paths.maps(),
+        paths.programs(),
+        paths.links(),
+        paths.clsact(),
+    ] {
         create_folder(&folder)?;
     }
     watch.lap(Part::Settings);
 
     let object = aya_obj::Object::parse(object()).map_err(|e| LoadError::Object(e.to_string()))?;
-    // Sections like .rodata come as maps too; they belong to this load alone, as does the memory of a run.
+    // Sections like .rodata come as maps too; they belong to this load alone, as does the memory of
+    // a run.
     let wanted: BTreeMap<&str, &aya_obj::Map> = object
         .maps
         .iter()
@@ -238,7 +254,8 @@ pub fn load_timed(config: &LoadConfig, watch: &mut Stopwatch) -> Result<Datapath
     let mut capacities = config.capacities;
     let upgrade = find_upgrade(&paths, &wanted, &mut capacities)?;
     reuse(&paths, &wanted, &mut capacities)?;
-    // A kernel that does not let it be tried has no BPF for us either, which the programs' loading will tell.
+    // A kernel that does not let it be tried has no BPF for us either, which the programs' loading
+    // will tell.
     let csum_ipv6 = probe::probe_csum_ipv6().unwrap_or(false);
     let fib_source = probe::probe_fib_source().unwrap_or(false);
     let build = BuildInputs {
@@ -247,7 +264,14 @@ pub fn load_timed(config: &LoadConfig, watch: &mut Stopwatch) -> Result<Datapath
             ("COUNT_TRAFFIC", config.count_traffic.into()),
             ("MOST_WAITING", capacities.flows / WAITING_SHARE),
             ("CSUM_IPV6", if csum_ipv6 { probe::BPF_F_IPV6 } else { 0 }),
-            ("FIB_SOURCE", if fib_source { probe::BPF_FIB_LOOKUP_SOURCE } else { 0 }),
+            (
+                "FIB_SOURCE",
+                if fib_source {
+                    probe::BPF_FIB_LOOKUP_SOURCE
+                } else {
+                    0
+                },
+            ),
         ],
         probes: [("csum_ipv6", csum_ipv6), ("fib_source", fib_source)],
     };
@@ -316,7 +340,8 @@ fn upgrade_error(paths: &Paths) -> impl Fn(io::Error) -> LoadError {
     root_error(paths.root().to_owned(), "take over from another map layout")
 }
 
-/// What there is of another map layout, whose maps `capacities` follow and whose like maps are shared.
+/// What there is of another map layout, whose maps `capacities` follow and whose like maps are
+/// shared.
 fn find_upgrade(
     paths: &Paths,
     wanted: &BTreeMap<&str, &aya_obj::Map>,
@@ -324,7 +349,9 @@ fn find_upgrade(
 ) -> Result<Option<Upgrade>, LoadError> {
     let mut upgrade = Upgrade::find(paths).map_err(upgrade_error(paths))?;
     if let Some(upgrade) = &mut upgrade {
-        upgrade.keep_sizes(capacities).map_err(upgrade_error(paths))?;
+        upgrade
+            .keep_sizes(capacities)
+            .map_err(upgrade_error(paths))?;
         let info = |(&name, &map): (&&str, &&aya_obj::Map)| {
             let entries = capacities
                 .of_map(name)
@@ -348,7 +375,9 @@ fn find_upgrade(
 
 /// Entries and links of another map layout, if there is one.
 fn take_links(paths: &Paths, upgrade: Option<&Upgrade>) -> Result<(), LoadError> {
-    upgrade.map_or(Ok(()), |upgrade| upgrade.take_over(paths).map_err(upgrade_error(paths)))
+    upgrade.map_or(Ok(()), |upgrade| {
+        upgrade.take_over(paths).map_err(upgrade_error(paths))
+    })
 }
 
 /// What makes one load's programs other than another's, besides the object and the maps.
@@ -379,7 +408,8 @@ impl<const G: usize, const P: usize> BuildInputs<G, P> {
     }
 }
 
-/// Makes the maps that are not pinned and pins them, noted in `fresh`; parses the programs for them.
+/// Makes the maps that are not pinned and pins them, noted in `fresh`; parses the programs for
+/// them.
 fn load_maps<const G: usize, const P: usize>(
     paths: &Paths,
     wanted: &BTreeMap<&str, &aya_obj::Map>,
@@ -405,17 +435,33 @@ fn load_maps<const G: usize, const P: usize>(
 }
 
 /// Loads programs, several at a time where there are CPUs for it.
-fn load_programs(ebpf: &mut Ebpf, names: &[&'static str]) -> Result<BTreeMap<&'static str, OwnedFd>, LoadError> {
+fn load_programs(
+    ebpf: &mut Ebpf,
+    names: &[&'static str],
+) -> Result<BTreeMap<&'static str, OwnedFd>, LoadError> {
     let mut queue: Vec<(&'static str, &mut Program)> = ebpf
         .programs_mut()
-        .filter_map(|(name, program)| Some((*names.iter().find(|&&wanted| wanted == name)?, program)))
+        .filter_map(|(name, program)| {
+            Some((*names.iter().find(|&&wanted| wanted == name)?, program))
+        })
         .collect();
-    if let Some(name) = names.iter().find(|&name| !queue.iter().any(|(found, _)| found == name)) {
+    if let Some(name) = names
+        .iter()
+        .find(|&name| !queue.iter().any(|(found, _)| found == name))
+    {
         return Err(LoadError::Object(format!("no program {name}")));
     }
-    // Taken from the end: the longest first, so that no thread is left with one of those while others have nothing to do.
-    queue.sort_by_key(|(name, _)| (!CGROUP_PROGRAMS.iter().any(|(cgroup, _)| cgroup == name), *name));
-    let threads = thread::available_parallelism().map_or(1, usize::from).min(queue.len());
+    // Taken from the end: the longest first, so that no thread is left with one of those while
+    // others have nothing to do.
+    queue.sort_by_key(|(name, _)| {
+        (
+            !CGROUP_PROGRAMS.iter().any(|(cgroup, _)| cgroup == name),
+            *name,
+        )
+    });
+    let threads = thread::available_parallelism()
+        .map_or(1, usize::from)
+        .min(queue.len());
     let queue = Mutex::new(queue);
     let worker = || {
         let mut loaded = Vec::new();
@@ -437,9 +483,11 @@ fn load_programs(ebpf: &mut Ebpf, names: &[&'static str]) -> Result<BTreeMap<&'s
     let results: Vec<_> = thread::scope(|scope| {
         let threads: Vec<_> = (1..threads).map(|_| scope.spawn(worker)).collect();
         let own = worker();
-        let others = threads
-            .into_iter()
-            .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        let others = threads.into_iter().map(|thread| {
+            thread
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        });
         std::iter::once(own).chain(others).collect()
     });
     let mut programs = BTreeMap::new();
@@ -464,7 +512,8 @@ fn load_program(name: &str, program: &mut Program) -> Result<OwnedFd, LoadError>
     };
     loaded.map_err(|e| program_error(name, e))?;
     let fd = program.fd().map_err(|e| program_error(name, e))?.as_fd();
-    fd.try_clone_to_owned().map_err(|e| program_error(name, e.into()))
+    fd.try_clone_to_owned()
+        .map_err(|e| program_error(name, e.into()))
 }
 
 /// Pins programs that were loaded, and then the map that says what from.
@@ -475,7 +524,8 @@ fn pin_programs<const G: usize, const P: usize>(
     programs: &BTreeMap<&'static str, OwnedFd>,
 ) -> Result<(), LoadError> {
     let sign = || {
-        let maps = takeover::pinned_maps(paths, wanted.keys().copied()).map_err(|e| io::Error::other(e.to_string()))?;
+        let maps = takeover::pinned_maps(paths, wanted.keys().copied())
+            .map_err(|e| io::Error::other(e.to_string()))?;
         let mut private = BTreeSet::new();
         for program in programs.values() {
             private.extend(program::info(program)?.maps);
@@ -484,7 +534,11 @@ fn pin_programs<const G: usize, const P: usize>(
             private.remove(&map.id);
         }
         let private: Vec<u32> = private.into_iter().collect();
-        takeover::sign(build.fingerprint(&maps), &private, programs.values().map(AsFd::as_fd))
+        takeover::sign(
+            build.fingerprint(&maps),
+            &private,
+            programs.values().map(AsFd::as_fd),
+        )
     };
     let signed = sign();
     for (&name, fd) in programs {
@@ -493,7 +547,8 @@ fn pin_programs<const G: usize, const P: usize>(
     }
     let path = paths.build();
     match signed {
-        Ok(map) => bpf::pin_over(map.as_fd(), &path).map_err(root_error(path, "pin the map of the build"))?,
+        Ok(map) => bpf::pin_over(map.as_fd(), &path)
+            .map_err(root_error(path, "pin the map of the build"))?,
         // The agent serves all the same; its next start takes as long as this one.
         Err(error) => warn!("what the programs were loaded from cannot be noted: {error}"),
     }
@@ -523,13 +578,19 @@ fn all_programs() -> impl Iterator<Item = &'static str> {
 
 fn program_names(config: &LoadConfig) -> impl Iterator<Item = &'static str> {
     all_programs().filter(|name| {
-        (config.socket_lb || !CGROUP_PROGRAMS.iter().any(|(n, _)| n == name)) && (config.xdp || *name != XDP_PROGRAM)
+        (config.socket_lb || !CGROUP_PROGRAMS.iter().any(|(n, _)| n == name))
+            && (config.xdp || *name != XDP_PROGRAM)
     })
 }
 
-/// Settles what becomes of maps that are pinned from before: used again where they fit, made anew where nothing is attached
-/// to them, and an error or a warning where they differ and packets run through them.
-fn reuse(paths: &Paths, wanted: &BTreeMap<&str, &aya_obj::Map>, capacities: &mut Capacities) -> Result<(), LoadError> {
+/// Settles what becomes of maps that are pinned from before: used again where they fit, made anew
+/// where nothing is attached to them, and an error or a warning where they differ and packets run
+/// through them.
+fn reuse(
+    paths: &Paths,
+    wanted: &BTreeMap<&str, &aya_obj::Map>,
+    capacities: &mut Capacities,
+) -> Result<(), LoadError> {
     let mut incompatible = None;
     let mut resized = Vec::new();
     for (&name, &map) in wanted {
@@ -548,13 +609,15 @@ fn reuse(paths: &Paths, wanted: &BTreeMap<&str, &aya_obj::Map>, capacities: &mut
         let kind = info.map_type().map_or(0, |t| t as u32);
         let setting = capacities.of_map(name);
         let entries = setting.map_or(map.max_entries(), |(_, entries)| entries);
-        // The kernel rounds a size of 0 (socket storage) and per-CPU sizes itself, so those are not compared.
+        // The kernel rounds a size of 0 (socket storage) and per-CPU sizes itself, so those are not
+        // compared.
         let sized = map.max_entries() != 0;
         let found = (kind, info.key_size(), info.value_size());
         let needs = (map.map_type(), map.key_size(), map.value_size());
         if found != needs || (setting.is_none() && sized && info.max_entries() != entries) {
-            let show =
-                |(kind, key, value), entries| format!("type {kind}, key {key}, value {value} bytes, {entries} entries");
+            let show = |(kind, key, value), entries| {
+                format!("type {kind}, key {key}, value {value} bytes, {entries} entries")
+            };
             incompatible.get_or_insert_with(|| LoadError::Incompatible {
                 path,
                 found: show(found, info.max_entries()),
@@ -620,9 +683,13 @@ fn create_folder(folder: &Path) -> Result<(), LoadError> {
     })
 }
 
-/// Makes `root`, on a bpffs: under /sys/fs/bpf that of the system, mounted if it is not, elsewhere one of its own.
+/// Makes `root`, on a bpffs: under /sys/fs/bpf that of the system, mounted if it is not, elsewhere
+/// one of its own.
 fn ensure_root(root: &Path) -> Result<(), LoadError> {
-    let existing = root.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"));
+    let existing = root
+        .ancestors()
+        .find(|p| p.exists())
+        .unwrap_or(Path::new("/"));
     if !is_bpffs(existing) {
         let mount_point = if root.starts_with(USUAL_BPFFS) {
             Path::new(USUAL_BPFFS)
@@ -641,7 +708,11 @@ fn ensure_root(root: &Path) -> Result<(), LoadError> {
         let directory = fs::File::open(mount_point).map_err(fail)?;
         flock(&directory, FlockOperation::LockExclusive).map_err(|e| fail(e.into()))?;
         if !is_bpffs(mount_point) {
-            let source = if mount_point == root { MOUNT_SOURCE } else { "bpf" };
+            let source = if mount_point == root {
+                MOUNT_SOURCE
+            } else {
+                "bpf"
+            };
             rustix::mount::mount(
                 source,
                 mount_point,
@@ -676,12 +747,14 @@ fn map_error(error: EbpfError, capacities: &Capacities) -> LoadError {
                 (Some(libc::EPERM), _) => LoadError::Permission {
                     what: format!("create map {name}"),
                 },
-                (Some(libc::ENOMEM | libc::E2BIG | libc::EINVAL), Some((setting, entries))) => LoadError::Memory {
-                    map: name,
-                    setting,
-                    entries,
-                    error: io_error,
-                },
+                (Some(libc::ENOMEM | libc::E2BIG | libc::EINVAL), Some((setting, entries))) => {
+                    LoadError::Memory {
+                        map: name,
+                        setting,
+                        entries,
+                        error: io_error,
+                    }
+                }
                 _ => LoadError::Unsupported {
                     what: format!("map {name}"),
                     kernel: kernel(),
@@ -714,10 +787,15 @@ fn map_error(error: EbpfError, capacities: &Capacities) -> LoadError {
 
 fn program_error(program: &str, error: ProgramError) -> LoadError {
     match error {
-        ProgramError::LoadError { io_error, .. } if not_permitted(&io_error) => LoadError::Permission {
-            what: format!("load program {program}"),
-        },
-        ProgramError::LoadError { io_error, verifier_log } => {
+        ProgramError::LoadError { io_error, .. } if not_permitted(&io_error) => {
+            LoadError::Permission {
+                what: format!("load program {program}"),
+            }
+        }
+        ProgramError::LoadError {
+            io_error,
+            verifier_log,
+        } => {
             let log = verifier_log.to_string();
             let lines: Vec<&str> = log.lines().filter(|l| !l.trim().is_empty()).collect();
             LoadError::Verifier {

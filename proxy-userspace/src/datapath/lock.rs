@@ -50,9 +50,14 @@ impl RootLock {
         };
         let directory = File::open(root).map_err(io_error)?;
         match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Self { _directory: directory }),
+            Ok(()) => Ok(Self {
+                _directory: directory,
+            }),
             Err(rustix::io::Errno::WOULDBLOCK) => {
-                let holder = directory.metadata().ok().and_then(|m| holder(m.dev(), m.ino()));
+                let holder = directory
+                    .metadata()
+                    .ok()
+                    .and_then(|m| holder(m.dev(), m.ino()));
                 Err(LockError::Held {
                     root: root.to_owned(),
                     pid: holder,
@@ -63,24 +68,32 @@ impl RootLock {
     }
 }
 
-/// The pid of an agent that has `root` locked, for `status` and messages; `None` when nobody has, or it cannot be known.
+/// The pid of an agent that has `root` locked, for `status` and messages; `None` when nobody has,
+/// or it cannot be known.
 pub fn agent_pid(root: &Path) -> Option<u32> {
     let metadata = fs::metadata(root).ok()?;
     holder(metadata.dev(), metadata.ino())
 }
 
-/// Looks the holder of a flock up in /proc/locks: `1: FLOCK  ADVISORY  WRITE 742 00:1f:12345 0 EOF`.
+/// Looks the holder of a flock up in /proc/locks: `1: FLOCK  ADVISORY  WRITE 742 00:1f:12345 0
+/// EOF`.
 fn holder(dev: u64, inode: u64) -> Option<u32> {
     holder_in(&fs::read_to_string("/proc/locks").ok()?, dev, inode)
 }
 
 fn holder_in(locks: &str, dev: u64, inode: u64) -> Option<u32> {
-    let file = format!("{:02x}:{:02x}:{inode}", rustix::fs::major(dev), rustix::fs::minor(dev));
+    let file = format!(
+        "{:02x}:{:02x}:{inode}",
+        rustix::fs::major(dev),
+        rustix::fs::minor(dev)
+    );
     locks.lines().find_map(|line| {
         let fields: Vec<&str> = line.split_ascii_whitespace().collect();
         match fields[..] {
             // A process that waits has "->" as its second field and does not match.
-            [_, "FLOCK", _, "WRITE", pid, place, ..] if place == file => pid.parse().ok().filter(|&p| p != 0),
+            [_, "FLOCK", _, "WRITE", pid, place, ..] if place == file => {
+                pid.parse().ok().filter(|&p| p != 0)
+            }
             _ => None,
         }
     })

@@ -1,8 +1,10 @@
-//! The kernel's half: loading, pinning and attaching the BPF programs, and the devices and addresses of this node.
+//! The kernel's half: loading, pinning and attaching the BPF programs, and the devices and
+//! addresses of this node.
 //!
-//! In the order of a start: [`lock`] makes this agent the only one on its `--bpf-root`, [`load`] brings programs and maps
-//! in (maps that are pinned there are used again), then whoever fills the maps does so, and only then [`attach`] puts the
-//! programs in the packets' way, on the devices that [`devices`] finds. [`netns`] knows the node's own addresses.
+//! In the order of a start: [`lock`] makes this agent the only one on its `--bpf-root`, [`load`]
+//! brings programs and maps in (maps that are pinned there are used again), then whoever fills the
+//! maps does so, and only then [`attach`] puts the programs in the packets' way, on the devices
+//! that [`devices`] finds. [`netns`] knows the node's own addresses.
 //!
 //! Everything is pinned, so it goes on without the agent, and `bpftool` sees it:
 //!
@@ -53,9 +55,14 @@ pub(crate) fn device_programs() -> impl Iterator<Item = (&'static str, Hook)> {
 
 /// All tc programs.
 pub(crate) fn tc_programs() -> impl Iterator<Item = (&'static str, Hook)> {
-    [NODE_PROGRAMS, POD_PROGRAMS, LAYER3_NODE_PROGRAMS, LAYER3_POD_PROGRAMS]
-        .into_iter()
-        .flatten()
+    [
+        NODE_PROGRAMS,
+        POD_PROGRAMS,
+        LAYER3_NODE_PROGRAMS,
+        LAYER3_POD_PROGRAMS,
+    ]
+    .into_iter()
+    .flatten()
 }
 
 /// The socket programs, attached to the cgroup root.
@@ -72,15 +79,25 @@ pub const CGROUP_PROGRAMS: [(&str, Hook); 9] = [
     ("sock_getpeer6", Hook::Getpeername6),
 ];
 /// The tc programs of node devices.
-pub const NODE_PROGRAMS: [(&str, Hook); 2] = [("tc_node_in", Hook::TcxIngress), ("tc_node_out", Hook::TcxEgress)];
+pub const NODE_PROGRAMS: [(&str, Hook); 2] = [
+    ("tc_node_in", Hook::TcxIngress),
+    ("tc_node_out", Hook::TcxEgress),
+];
 /// The tc programs of pod devices: ingress is what the pod sends, egress is what it gets.
-pub const POD_PROGRAMS: [(&str, Hook); 2] = [("tc_pod_in", Hook::TcxIngress), ("tc_pod_out", Hook::TcxEgress)];
+pub const POD_PROGRAMS: [(&str, Hook); 2] = [
+    ("tc_pod_in", Hook::TcxIngress),
+    ("tc_pod_out", Hook::TcxEgress),
+];
 /// [`NODE_PROGRAMS`] for devices without a link-layer header: the same, loaded for these.
-pub const LAYER3_NODE_PROGRAMS: [(&str, Hook); 2] =
-    [("tc_node_in_l3", Hook::TcxIngress), ("tc_node_out_l3", Hook::TcxEgress)];
+pub const LAYER3_NODE_PROGRAMS: [(&str, Hook); 2] = [
+    ("tc_node_in_l3", Hook::TcxIngress),
+    ("tc_node_out_l3", Hook::TcxEgress),
+];
 /// [`POD_PROGRAMS`] for devices without a link-layer header.
-pub const LAYER3_POD_PROGRAMS: [(&str, Hook); 2] =
-    [("tc_pod_in_l3", Hook::TcxIngress), ("tc_pod_out_l3", Hook::TcxEgress)];
+pub const LAYER3_POD_PROGRAMS: [(&str, Hook); 2] = [
+    ("tc_pod_in_l3", Hook::TcxIngress),
+    ("tc_pod_out_l3", Hook::TcxEgress),
+];
 /// The XDP program of node devices.
 pub const XDP_PROGRAM: &str = "xdp_node";
 
@@ -174,7 +191,8 @@ pub(crate) fn unescape(name: &str) -> String {
 /// How many entries the maps take; per family where there is one map per family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capacities {
-    /// `--max-frontends`: entries of `frontends*`, `addresses*`, `services` and `source_ranges*`; every frontend has two, one per scope.
+    /// `--max-frontends`: entries of `frontends*`, `addresses*`, `services` and `source_ranges*`;
+    /// every frontend has two, one per scope.
     pub frontends: u32,
     /// `--max-slots`: entries of `slots*`.
     pub slots: u32,
@@ -226,14 +244,19 @@ impl Capacities {
             (&names::ADDRESSES[..], "--max-frontends", frontends),
             (&[names::SERVICES][..], "--max-frontends", frontends),
             (&names::SLOTS[..], "--max-slots", slots),
-            (&[names::BACKENDS, names::TRAFFIC][..], "--max-backends", backends),
+            (
+                &[names::BACKENDS, names::TRAFFIC][..],
+                "--max-backends",
+                backends,
+            ),
             (&names::FLOWS[..], "--max-flows", flows),
             (&names::NEW_FLOWS[..], "--max-new-flows", new_flows),
             (&names::SNAT[..], "--max-snat", snat),
             (&names::AFFINITY[..], "--max-affinity", affinity),
             (&names::NEW_AFFINITY[..], "--max-affinity", affinity),
             (&[names::SOCKETS][..], "--max-sockets", sockets),
-            // Entries exist for Services with affinity or source ranges only, and take no memory before.
+            // Entries exist for Services with affinity or source ranges only, and take no memory
+            // before.
             (&names::MEMBERS[..], "--max-backends", backends),
             (&names::SOURCE_RANGES[..], "--max-frontends", frontends),
         ]
@@ -241,8 +264,8 @@ impl Capacities {
         .find_map(|(maps, setting, value)| maps.contains(&map).then_some((setting, value)))
     }
 
-    /// Takes over the size that `map` has; `services` and `source_ranges*` follow `frontends*`, `members*` follow `backends`,
-    /// `new_affinity*` follow `affinity*`.
+    /// Takes over the size that `map` has; `services` and `source_ranges*` follow `frontends*`,
+    /// `members*` follow `backends`, `new_affinity*` follow `affinity*`.
     fn set(&mut self, map: &str, entries: u32) {
         let fields = [
             (&names::FRONTENDS[..], &mut self.frontends),
@@ -278,7 +301,10 @@ mod tests {
     #[test]
     fn settings_name_their_maps() {
         let mut capacities = Capacities::default();
-        assert_eq!(capacities.of_map("new_flows6"), Some(("--max-new-flows", 65_536)));
+        assert_eq!(
+            capacities.of_map("new_flows6"),
+            Some(("--max-new-flows", 65_536))
+        );
         assert_eq!(capacities.of_map("config"), None);
         capacities.set("new_flows6", 7);
         assert_eq!(capacities.new_flows, 7);

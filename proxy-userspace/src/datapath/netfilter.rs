@@ -1,10 +1,12 @@
-//! Netfilter's own connection table, which others use beside shunt (masquerading, network policies, published container ports): its
-//! time-outs, size and window checks, as kube-proxy sets them (`pkg/proxy/conntrack/sysctls.go`).
+//! Netfilter's own connection table, which others use beside shunt (masquerading, network policies,
+//! published container ports): its time-outs, size and window checks, as kube-proxy sets them
+//! (`pkg/proxy/conntrack/sysctls.go`).
 //!
 //! Time-outs are set over netlink, which asks for no more than `CAP_NET_ADMIN`
-//! (`IPCTNL_MSG_TIMEOUT_DEFAULT_SET` of linux/netfilter/nfnetlink_cttimeout.h). All else is files below `/proc/sys/net/netfilter`, which
-//! an unprivileged container has read-only, unless an overlay gives it another sight of them ([`SYSCTLS`]). All of it is of the
-//! calling thread's network namespace.
+//! (`IPCTNL_MSG_TIMEOUT_DEFAULT_SET` of linux/netfilter/nfnetlink_cttimeout.h). All else is files
+//! below `/proc/sys/net/netfilter`, which an unprivileged container has read-only, unless an
+//! overlay gives it another sight of them ([`SYSCTLS`]). All of it is of the calling thread's
+//! network namespace.
 
 use std::{fs, io, os::fd::AsFd, path::PathBuf, time::Duration};
 
@@ -15,7 +17,8 @@ use rustix::net::{
     sockopt::{Timeout, set_socket_timeout},
 };
 
-/// Where the files are, and where `deploy/components/netfilter-conntrack` puts them so that they can be written.
+/// Where the files are, and where `deploy/components/netfilter-conntrack` puts them so that they
+/// can be written.
 pub const SYSCTLS: [&str; 2] = ["/proc/sys/net/netfilter", "/run/shunt/sysctl-net/netfilter"];
 /// kube-proxy gives the table no more entries than these, however many CPUs there are.
 const MOST_ENTRIES: u64 = 1 << 20;
@@ -55,7 +58,8 @@ impl Default for Netfilter {
 }
 
 impl Netfilter {
-    /// How many entries the table is to have on a machine with so many CPUs; `None`: as many as it has.
+    /// How many entries the table is to have on a machine with so many CPUs; `None`: as many as it
+    /// has.
     pub fn entries(&self, cpus: u64) -> Option<u64> {
         if self.max_per_core == 0 {
             return None;
@@ -125,7 +129,8 @@ impl Value {
     }
 }
 
-/// Whether this kernel has the table in this namespace. It may come later: with the first rule that asks for it.
+/// Whether this kernel has the table in this namespace. It may come later: with the first rule that
+/// asks for it.
 pub fn is_there() -> bool {
     Value::Count.read().is_some()
 }
@@ -152,7 +157,11 @@ pub fn apply(wanted: &Netfilter) -> (Vec<String>, Vec<String>) {
         (
             libc::IPPROTO_TCP,
             [
-                (Value::TcpEstablished, TCP_ESTABLISHED, wanted.tcp_established),
+                (
+                    Value::TcpEstablished,
+                    TCP_ESTABLISHED,
+                    wanted.tcp_established,
+                ),
                 (Value::TcpCloseWait, TCP_CLOSE_WAIT, wanted.tcp_close_wait),
             ],
         ),
@@ -238,14 +247,22 @@ fn set_timeout(protocol: u8, kind: u16, seconds: u32) -> io::Result<()> {
     request.extend(attributes);
 
     let flags = SocketFlags::CLOEXEC;
-    let socket = socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, Some(NETFILTER))?;
+    let socket = socket_with(
+        AddressFamily::NETLINK,
+        SocketType::RAW,
+        flags,
+        Some(NETFILTER),
+    )?;
     set_socket_timeout(socket.as_fd(), Timeout::Recv, Some(Duration::from_secs(5)))?;
     send(&socket, &request, SendFlags::empty())?;
     let mut answer = [0; 1024];
     let (length, _) = recv(&socket, &mut answer[..], RecvFlags::empty())?;
     let answer = &answer[..length];
     let word = |at: usize| Some(u32::from_ne_bytes(answer.get(at..at + 4)?.try_into().ok()?));
-    match (word(4).map(|word| word as u16), word(16).map(u32::cast_signed)) {
+    match (
+        word(4).map(|word| word as u16),
+        word(16).map(u32::cast_signed),
+    ) {
         (Some(NLMSG_ERROR), Some(0)) => Ok(()),
         (Some(NLMSG_ERROR), Some(error)) => Err(io::Error::from_raw_os_error(-error)),
         _ => Err(io::ErrorKind::InvalidData.into()),
@@ -279,12 +296,18 @@ mod tests {
     /// N10: in a namespace of the test's own. Needs root.
     #[test]
     fn time_outs_are_set_over_netlink_and_nothing_else_is_touched() {
-        let values = [Value::TcpEstablished, Value::TcpCloseWait, Value::Udp, Value::UdpStream];
+        let values = [
+            Value::TcpEstablished,
+            Value::TcpCloseWait,
+            Value::Udp,
+            Value::UdpStream,
+        ];
         let read = move || values.map(|value| value.read().expect("nf_conntrack"));
         let outside = is_there().then(read);
         let found = std::thread::spawn(move || {
             // SAFETY: nothing else runs in this thread that a new network namespace could surprise.
-            unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }.expect("root");
+            unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }
+                .expect("root");
             if !is_there() {
                 return None;
             }

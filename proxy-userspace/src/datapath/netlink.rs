@@ -1,4 +1,5 @@
-//! Netlink messages by hand, for families that no library of ours speaks: netfilter's tables and generic netlink.
+//! Netlink messages by hand, for families that no library of ours speaks: netfilter's tables and
+//! generic netlink.
 
 use std::{
     io,
@@ -64,7 +65,8 @@ impl<'a> Attributes<'a> {
 
     /// The value of an attribute.
     pub(crate) fn get(mut self, wanted: u16) -> Option<&'a [u8]> {
-        self.find(|(kind, _)| *kind == wanted).map(|(_, value)| value)
+        self.find(|(kind, _)| *kind == wanted)
+            .map(|(_, value)| value)
     }
 
     /// A text.
@@ -104,7 +106,13 @@ impl Generic {
     ///
     /// # Errors
     /// The kernel's.
-    pub(crate) fn command(&self, family: u16, command: u8, dump: bool, attributes: &[u8]) -> io::Result<Vec<Message>> {
+    pub(crate) fn command(
+        &self,
+        family: u16,
+        command: u8,
+        dump: bool,
+        attributes: &[u8],
+    ) -> io::Result<Vec<Message>> {
         let mut body = vec![command, 1, 0, 0];
         body.extend(attributes);
         exchange(&self.0, family, if dump { NLM_F_DUMP } else { 0 }, &body)

@@ -35,8 +35,9 @@ const EVERYTHING: [IpNet; 2] = [
     IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::UNSPECIFIED, 0)),
 ];
 
-/// `--nodeport-addresses`: on which of the node's addresses node ports answer. Each family has a say of its own: networks of IPv4 do
-/// not limit IPv6, and the other way round (`pkg/proxy/util/nodeport_addresses.go` of kube-proxy).
+/// `--nodeport-addresses`: on which of the node's addresses node ports answer. Each family has a
+/// say of its own: networks of IPv4 do not limit IPv6, and the other way round
+/// (`pkg/proxy/util/nodeport_addresses.go` of kube-proxy).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NodePortAddresses {
     v4: Admitted,
@@ -54,8 +55,8 @@ enum Admitted {
 }
 
 impl NodePortAddresses {
-    /// From the values of `--nodeport-addresses`: networks and the words `primary` (the best of the node's own addresses, of each
-    /// family), `localhost` and `all`. None at all admits everything.
+    /// From the values of `--nodeport-addresses`: networks and the words `primary` (the best of the
+    /// node's own addresses, of each family), `localhost` and `all`. None at all admits everything.
     ///
     /// # Errors
     /// One line that names the value.
@@ -76,7 +77,9 @@ impl NodePortAddresses {
                 })?),
             }
         }
-        let (v6, v4): (Vec<IpNet>, Vec<IpNet>) = networks.into_iter().partition(|network| network.addr().is_ipv6());
+        let (v6, v4): (Vec<IpNet>, Vec<IpNet>) = networks
+            .into_iter()
+            .partition(|network| network.addr().is_ipv6());
         Ok(Self {
             v4: Admitted::from(v4),
             v6: Admitted::from(v6),
@@ -87,7 +90,8 @@ impl NodePortAddresses {
         if v6 { &self.v6 } else { &self.v4 }
     }
 
-    /// Whether node ports answer on this address of the node. Loopback is not decided here: see [`Self::admits_loopback`].
+    /// Whether node ports answer on this address of the node. Loopback is not decided here: see
+    /// [`Self::admits_loopback`].
     pub fn admits(&self, address: IpAddr) -> bool {
         let special = match address {
             IpAddr::V4(a) => a.is_loopback() || a.is_link_local() || a.is_unspecified(),
@@ -96,11 +100,14 @@ impl NodePortAddresses {
         !special
             && match self.of(address.is_ipv6()) {
                 Admitted::All => true,
-                Admitted::Within(networks) => networks.iter().any(|network| network.contains(&address)),
+                Admitted::Within(networks) => {
+                    networks.iter().any(|network| network.contains(&address))
+                }
             }
     }
 
-    /// Whether node ports answer on loopback addresses of a family, to processes of the node (`CONFIG_NODEPORT_LOOPBACK*`).
+    /// Whether node ports answer on loopback addresses of a family, to processes of the node
+    /// (`CONFIG_NODEPORT_LOOPBACK*`).
     pub fn admits_loopback(&self, v6: bool) -> bool {
         let loopback = LOOPBACK[usize::from(v6)];
         match self.of(v6) {
@@ -111,7 +118,8 @@ impl NodePortAddresses {
         }
     }
 
-    /// Whether a server that is told to listen where node ports do answers on this address, loopback addresses among them.
+    /// Whether a server that is told to listen where node ports do answers on this address,
+    /// loopback addresses among them.
     pub fn answers(&self, address: IpAddr) -> bool {
         if address.is_loopback() {
             return self.admits_loopback(address.is_ipv6());
@@ -153,7 +161,8 @@ pub fn addresses() -> io::Result<Vec<(u32, IpAddr)>> {
 }
 
 pub(super) fn address_of(message: &AddressMessage) -> Option<IpAddr> {
-    // On a point-to-point device IFA_ADDRESS is the peer's and IFA_LOCAL the own one; IPv6 mostly has the former only.
+    // On a point-to-point device IFA_ADDRESS is the peer's and IFA_LOCAL the own one; IPv6 mostly
+    // has the former only.
     let local = message.attributes.iter().find_map(|a| match a {
         AddressAttribute::Local(address) => Some(*address),
         _ => None,
@@ -172,7 +181,9 @@ pub(super) fn address_of(message: &AddressMessage) -> Option<IpAddr> {
 ///
 /// # Errors
 /// When rtnetlink does not answer.
-pub fn watch_addresses(policy: NodePortAddresses) -> io::Result<(watch::Receiver<BTreeSet<IpAddr>>, JoinHandle<()>)> {
+pub fn watch_addresses(
+    policy: NodePortAddresses,
+) -> io::Result<(watch::Receiver<BTreeSet<IpAddr>>, JoinHandle<()>)> {
     let admitted = move || -> io::Result<BTreeSet<IpAddr>> {
         Ok(addresses()?
             .into_iter()
@@ -211,7 +222,10 @@ pub fn watch_addresses(policy: NodePortAddresses) -> io::Result<(watch::Receiver
     Ok((receiver, task))
 }
 
-fn publish(sender: &watch::Sender<BTreeSet<IpAddr>>, read: impl Fn() -> io::Result<BTreeSet<IpAddr>>) {
+fn publish(
+    sender: &watch::Sender<BTreeSet<IpAddr>>,
+    read: impl Fn() -> io::Result<BTreeSet<IpAddr>>,
+) {
     match read() {
         Ok(now) => {
             sender.send_if_modified(|old| {
@@ -227,14 +241,17 @@ fn publish(sender: &watch::Sender<BTreeSet<IpAddr>>, read: impl Fn() -> io::Resu
     }
 }
 
-/// The cookie by which BPF programs know this network namespace, or 0 when the kernel does not say (before 5.14): then
-/// `127.0.0.1:<nodePort>` is not served.
+/// The cookie by which BPF programs know this network namespace, or 0 when the kernel does not say
+/// (before 5.14): then `127.0.0.1:<nodePort>` is not served.
 pub fn cookie() -> u64 {
     // SO_NETNS_COOKIE of asm-generic/socket.h.
     const SO_NETNS_COOKIE: libc::c_int = 71;
     let read = || -> io::Result<u64> {
-        let socket: OwnedFd =
-            rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?;
+        let socket: OwnedFd = rustix::net::socket(
+            rustix::net::AddressFamily::INET,
+            rustix::net::SocketType::DGRAM,
+            None,
+        )?;
         let mut cookie = 0_u64;
         let mut length = size_of::<u64>() as libc::socklen_t;
         // SAFETY: the option is a u64; the kernel writes at most `length` bytes.
@@ -267,12 +284,20 @@ mod tests {
         values.iter().map(|&v| v.to_owned()).collect()
     }
 
-    /// F13: each family by itself. Of a node with 10.0.0.1 and fd00::1 as the Node object has them, and others.
+    /// F13: each family by itself. Of a node with 10.0.0.1 and fd00::1 as the Node object has them,
+    /// and others.
     #[test]
     fn which_addresses_node_ports_answer_on() {
         let node_ips = ["10.0.0.1", "10.0.0.9", "fd00::1"].map(|text| text.parse().unwrap());
         // In this order: the primary address, another, loopback; IPv4, then IPv6.
-        let asked = ["10.0.0.1", "192.0.2.1", "127.0.0.1", "fd00::1", "2001:db8::1", "::1"];
+        let asked = [
+            "10.0.0.1",
+            "192.0.2.1",
+            "127.0.0.1",
+            "fd00::1",
+            "2001:db8::1",
+            "::1",
+        ];
         for (values, expected) in [
             (&[][..], "yyy yyy"),
             (&["all"], "yyy yyy"),
@@ -316,6 +341,9 @@ mod tests {
         let one = NodePortAddresses::parse(&strings(&["primary"]), &node_ips[..1]).unwrap();
         assert!(one.admits(node_ips[2]) && one.restricts(false) && !one.restricts(true));
         let error = NodePortAddresses::parse(&strings(&["primary", "10.0.0.0"]), &[]).unwrap_err();
-        assert!(error.starts_with("--nodeport-addresses 10.0.0.0: neither"), "{error}");
+        assert!(
+            error.starts_with("--nodeport-addresses 10.0.0.0: neither"),
+            "{error}"
+        );
     }
 }

@@ -10,5 +10,8 @@ pub fn object() -> &'static [u8] {
 
 /// The running kernel's release, for messages.
 pub(crate) fn kernel() -> String {
-    rustix::system::uname().release().to_string_lossy().into_owned()
+    rustix::system::uname()
+        .release()
+        .to_string_lossy()
+        .into_owned()
 }

@@ -40,7 +40,8 @@ impl PodDevices {
     /// Brings the map to the pod devices among `devices`.
     ///
     /// # Errors
-    /// When the map is full or the kernel refuses; then packets to the devices that are missing take the next best way.
+    /// When the map is full or the kernel refuses; then packets to the devices that are missing
+    /// take the next best way.
     pub(crate) fn set(&mut self, devices: &[(Device, Role)]) -> io::Result<()> {
         let wanted: BTreeSet<u32> = devices
             .iter()
@@ -64,7 +65,8 @@ impl PodDevices {
     }
 }
 
-/// Whether `bpf_redirect_peer` delivers through the device: it drops what would stay in this namespace.
+/// Whether `bpf_redirect_peer` delivers through the device: it drops what would stay in this
+/// namespace.
 fn hands_over(device: &Device, role: Role) -> bool {
     role == Role::Pod
         && device.peer_elsewhere

@@ -1,5 +1,5 @@
-//! Blocking requests to rtnetlink and its kin in the calling thread's network namespace: short ones, answered by the kernel at
-//! once.
+//! Blocking requests to rtnetlink and its kin in the calling thread's network namespace: short
+//! ones, answered by the kernel at once.
 
 use std::{
     io,
@@ -9,8 +9,8 @@ use std::{
 use netlink_packet_route::RouteNetlinkMessage;
 use rtnetlink::{
     packet_core::{
-        NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader, NetlinkMessage, NetlinkPayload,
-        NetlinkSerializable,
+        NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader, NetlinkMessage,
+        NetlinkPayload, NetlinkSerializable,
     },
     sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
 };
@@ -25,7 +25,10 @@ const NLM_F_DUMP_INTR: u16 = 0x10;
 /// How often a dump is begun anew because of changes before it is taken as it is.
 const DUMP_ATTEMPTS: usize = 5;
 /// Longest the kernel may take for an answer.
-const TIMEOUT: libc::timeval = libc::timeval { tv_sec: 10, tv_usec: 0 };
+const TIMEOUT: libc::timeval = libc::timeval {
+    tv_sec: 10,
+    tv_usec: 0,
+};
 
 /// Everything that the kernel lists for `message`.
 ///
@@ -35,7 +38,8 @@ pub(crate) fn dump(message: RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkM
     let mut result = Vec::new();
     for _ in 0..DUMP_ATTEMPTS {
         let interrupted;
-        (result, interrupted) = exchange(NETLINK_ROUTE, message.clone(), NLM_F_REQUEST | NLM_F_DUMP)?;
+        (result, interrupted) =
+            exchange(NETLINK_ROUTE, message.clone(), NLM_F_REQUEST | NLM_F_DUMP)?;
         if !interrupted {
             break;
         }
@@ -79,7 +83,8 @@ fn datagram_socket() -> rustix::io::Result<OwnedFd> {
     socket(AddressFamily::INET, SocketType::DGRAM, None)
 }
 
-/// Sends one message of a protocol (`NETLINK_*`) and gathers the answers; says whether a dump was interrupted by changes.
+/// Sends one message of a protocol (`NETLINK_*`) and gathers the answers; says whether a dump was
+/// interrupted by changes.
 ///
 /// # Errors
 /// The kernel's answer.
@@ -119,7 +124,9 @@ where
         let (answer, _) = socket.recv_from_full()?;
         let mut rest = &answer[..];
         while !rest.is_empty() {
-            let length = rest.first_chunk::<4>().map_or(0, |l| u32::from_ne_bytes(*l) as usize);
+            let length = rest
+                .first_chunk::<4>()
+                .map_or(0, |l| u32::from_ne_bytes(*l) as usize);
             let parsed = NetlinkMessage::<M>::deserialize(rest);
             if length < size_of::<libc::nlmsghdr>() {
                 return Err(io::Error::new(
@@ -134,13 +141,16 @@ where
                     interrupted |= message.header.flags & NLM_F_DUMP_INTR != 0;
                     match message.payload {
                         NetlinkPayload::Done(_) => return Ok((messages, interrupted)),
-                        NetlinkPayload::Error(e) if e.code.is_none() => return Ok((messages, interrupted)),
+                        NetlinkPayload::Error(e) if e.code.is_none() => {
+                            return Ok((messages, interrupted));
+                        }
                         NetlinkPayload::Error(e) => return Err(e.to_io()),
                         NetlinkPayload::InnerMessage(inner) => messages.push(inner),
                         _ => {}
                     }
                 }
-                // One object with an attribute that the library does not understand must not hide the others.
+                // One object with an attribute that the library does not understand must not hide
+                // the others.
                 Err(error) => tracing::debug!("netlink: skipping a message: {error}"),
             }
         }

@@ -1,13 +1,16 @@
-//! Sockets that the socket hook connected to a backend that has gone since: they are destroyed, so that the application sees an
-//! error at once and dials anew (SPEC B7). Their packets pass by all other programs.
+//! Sockets that the socket hook connected to a backend that has gone since: they are destroyed, so
+//! that the application sees an error at once and dials anew (SPEC B7). Their packets pass by all
+//! other programs.
 //!
-//! Only sockets in `sockets` are ours: one that dialled the pod itself is not touched. A connected UDP socket goes when its backend
-//! does not serve any more. A TCP socket goes when there is no such endpoint any more **and** the kernel retransmits to it in vain:
-//! a pod that was only taken from behind its Service, or ends in good order, keeps its connections.
+//! Only sockets in `sockets` are ours: one that dialled the pod itself is not touched. A connected
+//! UDP socket goes when its backend does not serve any more. A TCP socket goes when there is no
+//! such endpoint any more **and** the kernel retransmits to it in vain: a pod that was only taken
+//! from behind its Service, or ends in good order, keeps its connections.
 //!
-//! `SOCK_DESTROY` works in one network namespace, so a thread of its own enters those of the pods. That takes `CAP_SYS_ADMIN` and
-//! a sight of them: `/run/netns`, where CNI plugins have them, or the host's `/proc`. Without, the node's own sockets are served,
-//! and it is said once what is missing. Programming never waits for this thread, which goes by what the maps say when it looks.
+//! `SOCK_DESTROY` works in one network namespace, so a thread of its own enters those of the pods.
+//! That takes `CAP_SYS_ADMIN` and a sight of them: `/run/netns`, where CNI plugins have them, or
+//! the host's `/proc`. Without, the node's own sockets are served, and it is said once what is
+//! missing. Programming never waits for this thread, which goes by what the maps say when it looks.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -60,39 +63,41 @@ impl StaleSockets {
         // One that waits is enough: whoever looks sees the newest state.
         let (wake, woken) = mpsc::sync_channel::<()>(1);
         let mut search = Search::default();
-        thread::Builder::new().name("stale-sockets".into()).spawn(move || {
-            let mut seen = None;
-            let mut pause = SHORTEST;
-            loop {
-                thread::sleep(SHORTEST);
-                // Backends that stay as they are leave no socket behind.
-                let written = maps.backends.writes();
-                if seen.replace(written) != Some(written) {
-                    pause = SHORTEST;
-                }
-                let waits = search.look(&maps).unwrap_or_else(|error| {
-                    warn!("sockets connected to endpoints that are gone: {error:#}");
-                    false
-                });
-                let end = Instant::now() + pause;
+        thread::Builder::new()
+            .name("stale-sockets".into())
+            .spawn(move || {
+                let mut seen = None;
+                let mut pause = SHORTEST;
                 loop {
-                    let waited = if waits {
-                        woken.recv_timeout(end.saturating_duration_since(Instant::now()))
-                    } else {
-                        woken.recv().map_err(|_| RecvTimeoutError::Disconnected)
-                    };
-                    match waited {
-                        Ok(()) if seen == Some(maps.backends.writes()) => {}
-                        Ok(()) => break,
-                        Err(RecvTimeoutError::Timeout) => {
-                            pause = (pause * 2).min(LONGEST);
-                            break;
+                    thread::sleep(SHORTEST);
+                    // Backends that stay as they are leave no socket behind.
+                    let written = maps.backends.writes();
+                    if seen.replace(written) != Some(written) {
+                        pause = SHORTEST;
+                    }
+                    let waits = search.look(&maps).unwrap_or_else(|error| {
+                        warn!("sockets connected to endpoints that are gone: {error:#}");
+                        false
+                    });
+                    let end = Instant::now() + pause;
+                    loop {
+                        let waited = if waits {
+                            woken.recv_timeout(end.saturating_duration_since(Instant::now()))
+                        } else {
+                            woken.recv().map_err(|_| RecvTimeoutError::Disconnected)
+                        };
+                        match waited {
+                            Ok(()) if seen == Some(maps.backends.writes()) => {}
+                            Ok(()) => break,
+                            Err(RecvTimeoutError::Timeout) => {
+                                pause = (pause * 2).min(LONGEST);
+                                break;
+                            }
+                            Err(RecvTimeoutError::Disconnected) => return,
                         }
-                        Err(RecvTimeoutError::Disconnected) => return,
                     }
                 }
-            }
-        })?;
+            })?;
         Ok(Self(wake))
     }
 
@@ -113,11 +118,16 @@ struct Search {
 }
 
 impl Search {
-    /// Looks for stale sockets in all namespaces. Says whether there are some that may have to go later.
+    /// Looks for stale sockets in all namespaces. Says whether there are some that may have to go
+    /// later.
     fn look(&mut self, maps: &Maps) -> anyhow::Result<bool> {
         let mut stale = stale(maps)?;
         self.missed.retain(|cookie, _| stale.contains_key(cookie));
-        stale.retain(|cookie, _| self.missed.get(cookie).is_none_or(|&missed| missed < ATTEMPTS));
+        stale.retain(|cookie, _| {
+            self.missed
+                .get(cookie)
+                .is_none_or(|&missed| missed < ATTEMPTS)
+        });
         if stale.is_empty() {
             return Ok(false);
         }
@@ -132,7 +142,9 @@ impl Search {
                     continue;
                 }
                 // Before the socket can be connected anew.
-                maps.sockets.delete(&found.cookie()).map_err(io::Error::other)?;
+                maps.sockets
+                    .delete(&found.cookie())
+                    .map_err(io::Error::other)?;
                 match found.destroy() {
                     Ok(()) => debug!("destroyed a socket connected to {}", found.peer()),
                     // It was closed meanwhile.
@@ -200,7 +212,11 @@ fn stale(maps: &Maps) -> anyhow::Result<HashMap<u64, u16>> {
             let flags = match flags.get(&peer.backend_id) {
                 Some(&flags) => flags,
                 None => {
-                    let read = maps.backends.get(&peer.backend_id)?.unwrap_or_default().flags;
+                    let read = maps
+                        .backends
+                        .get(&peer.backend_id)?
+                        .unwrap_or_default()
+                        .flags;
                     flags.insert(peer.backend_id, read);
                     read
                 }
@@ -221,16 +237,20 @@ fn namespaces() -> impl Iterator<Item = PathBuf> {
         .filter_map(|folder| fs::read_dir(folder).ok())
         .flatten()
         .filter_map(|entry| Some(entry.ok()?.path()));
-    let of_processes = fs::read_dir("/proc").into_iter().flatten().filter_map(|entry| {
-        let name = entry.ok()?.file_name();
-        let is_process = name.to_str()?.bytes().all(|byte| byte.is_ascii_digit());
-        is_process.then(|| Path::new("/proc").join(name).join("ns/net"))
-    });
+    let of_processes = fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| {
+            let name = entry.ok()?.file_name();
+            let is_process = name.to_str()?.bytes().all(|byte| byte.is_ascii_digit());
+            is_process.then(|| Path::new("/proc").join(name).join("ns/net"))
+        });
     named.chain(of_processes)
 }
 
 fn identity(file: &File) -> io::Result<(u64, u64)> {
-    file.metadata().map(|metadata| (metadata.dev(), metadata.ino()))
+    file.metadata()
+        .map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
 /// Moves this thread into a namespace, unless it was there before.
@@ -266,7 +286,8 @@ fn sockets(with_tcp: bool) -> io::Result<Vec<Connected>> {
                 states: StateFlags::all() - closed.clone(),
                 socket_id,
             });
-            let (answers, _) = rtnl::exchange(NETLINK_SOCK_DIAG, request, NLM_F_REQUEST | NLM_F_DUMP)?;
+            let (answers, _) =
+                rtnl::exchange(NETLINK_SOCK_DIAG, request, NLM_F_REQUEST | NLM_F_DUMP)?;
             sockets.extend(answers.into_iter().filter_map(|answer| match answer {
                 SockDiagMessage::InetResponse(response) => Some(Connected {
                     proto,

@@ -1,4 +1,5 @@
-//! How long the agent's last start took, part by part: kept in a small pinned map, so that `shunt status` can say it.
+//! How long the agent's last start took, part by part: kept in a small pinned map, so that `shunt
+//! status` can say it.
 
 use std::{
     io,
@@ -117,7 +118,10 @@ unsafe impl Pod for Record {}
 pub fn write(paths: &Paths, watch: &Stopwatch, taken_over: bool) -> io::Result<()> {
     let micros = |time: Duration| time.as_micros() as u64;
     let record = Record {
-        ready_at: SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_secs(),
+        ready_at: SystemTime::UNIX_EPOCH
+            .elapsed()
+            .unwrap_or_default()
+            .as_secs(),
         took: micros(watch.elapsed()),
         taken_over: taken_over.into(),
         parts: watch.parts.map(micros),
@@ -128,7 +132,8 @@ pub fn write(paths: &Paths, watch: &Stopwatch, taken_over: bool) -> io::Result<(
     bpf::pin_over(map.as_fd(), &paths.start())
 }
 
-/// The last start that came to its end; `None` if there is none, or if it was one of another version of shunt.
+/// The last start that came to its end; `None` if there is none, or if it was one of another
+/// version of shunt.
 ///
 /// # Errors
 /// The kernel's.
@@ -138,7 +143,8 @@ pub fn read(paths: &Paths) -> io::Result<Option<Start>> {
         map => map?,
     };
     let info = map::map_info(map.as_fd())?;
-    if (info.key_size as usize, info.value_size as usize) != (size_of::<u32>(), size_of::<Record>()) {
+    if (info.key_size as usize, info.value_size as usize) != (size_of::<u32>(), size_of::<Record>())
+    {
         return Ok(None);
     }
     let seconds = |micros: u64| micros as f64 / 1e6;

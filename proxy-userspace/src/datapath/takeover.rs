@@ -1,14 +1,18 @@
-//! Whether pinned programs can be used again by an agent that starts, instead of being loaded (and verified) anew.
+//! Whether pinned programs can be used again by an agent that starts, instead of being loaded (and
+//! verified) anew.
 //!
-//! They can when this agent would load the very same ones: the same object, settings, probe results and kernel, over the
-//! same maps. All of that is in a [`Fingerprint`], which a small map keeps. That map
+//! They can when this agent would load the very same ones: the same object, settings, probe results
+//! and kernel, over the same maps. All of that is in a [`Fingerprint`], which a small map keeps.
+//! That map
 //!
 //! - is written once and then frozen, so nobody changes it by accident;
-//! - is bound to every program before that is pinned (`BPF_PROG_BIND_MAP`), so that each program says itself which load it
-//!   comes from: pins of two loads, as a load leaves them that was interrupted, are told apart;
+//! - is bound to every program before that is pinned (`BPF_PROG_BIND_MAP`), so that each program
+//!   says itself which load it comes from: pins of two loads, as a load leaves them that was
+//!   interrupted, are told apart;
 //! - is pinned as `progs/build` after all programs.
 //!
-//! Whatever is missing, unreadable or otherwise not as expected means that the programs are loaded anew.
+//! Whatever is missing, unreadable or otherwise not as expected means that the programs are loaded
+//! anew.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -128,7 +132,8 @@ impl Fingerprint {
     }
 }
 
-/// Another release of Rust may hash otherwise; its programs are then loaded anew, as those of any other build.
+/// Another release of Rust may hash otherwise; its programs are then loaded anew, as those of any
+/// other build.
 fn hash(value: impl Hash) -> u64 {
     let mut hasher = DefaultHasher::new();
     value.hash(&mut hasher);
@@ -145,8 +150,9 @@ pub(crate) fn pinned_maps<'n>(
 ) -> Result<BTreeMap<&'n str, MapInfo>, Anew> {
     names
         .map(|name| {
-            let info = open(&paths.map(name), name)
-                .and_then(|fd| map::map_info(fd.as_fd()).map_err(|e| Anew::Unreadable(name.to_owned(), e)));
+            let info = open(&paths.map(name), name).and_then(|fd| {
+                map::map_info(fd.as_fd()).map_err(|e| Anew::Unreadable(name.to_owned(), e))
+            });
             Ok((name, info?))
         })
         .collect()
@@ -159,7 +165,8 @@ fn open(path: &std::path::Path, name: &str) -> Result<OwnedFd, Anew> {
     })
 }
 
-/// The pinned programs with these names, if all of them are what a load with `fingerprint` over `maps` would bring.
+/// The pinned programs with these names, if all of them are what a load with `fingerprint` over
+/// `maps` would bring.
 ///
 /// # Errors
 /// Why they have to be loaded.
@@ -204,7 +211,10 @@ pub(crate) fn find(
         let program = open(&paths.program(name), name)?;
         let found = program::info(&program).map_err(unreadable(name))?;
         if found.name != name[..name.len().min(KERNEL_NAME)] {
-            return Err(Anew::Unexpected(format!("{} is pinned as {name}", found.name)));
+            return Err(Anew::Unexpected(format!(
+                "{} is pinned as {name}",
+                found.name
+            )));
         }
         if !found.maps.contains(&info.id) {
             return Err(Anew::Unexpected(format!("{name} comes from another load")));
@@ -217,8 +227,8 @@ pub(crate) fn find(
     Ok(programs)
 }
 
-/// Makes the map that says what `programs` were loaded from, and binds it to all of them. To be pinned after them.
-/// `private_maps`: ids of maps that they use and that are not pinned.
+/// Makes the map that says what `programs` were loaded from, and binds it to all of them. To be
+/// pinned after them. `private_maps`: ids of maps that they use and that are not pinned.
 ///
 /// # Errors
 /// The kernel's.
@@ -264,7 +274,10 @@ mod tests {
         fn new() -> Self {
             static NEXT: AtomicU32 = AtomicU32::new(0);
             let number = NEXT.fetch_add(1, Ordering::Relaxed);
-            let root = PathBuf::from(format!("/sys/fs/bpf/shunt-takeover-{}-{number}", std::process::id()));
+            let root = PathBuf::from(format!(
+                "/sys/fs/bpf/shunt-takeover-{}-{number}",
+                std::process::id()
+            ));
             let place = Self(root);
             for folder in [place.paths().maps(), place.paths().programs()] {
                 fs::create_dir_all(folder).expect("a bpf file system at /sys/fs/bpf and root");
@@ -306,7 +319,12 @@ mod tests {
             bpf::pin_over(build.as_fd(), &paths.build()).unwrap();
         }
 
-        fn look(&self, object: &[u8], globals: &[(&'static str, u32)], probes: &[(&'static str, bool)]) -> String {
+        fn look(
+            &self,
+            object: &[u8],
+            globals: &[(&'static str, u32)],
+            probes: &[(&'static str, bool)],
+        ) -> String {
             let found = self.maps().and_then(|maps| {
                 let fingerprint = Fingerprint::new(object, globals, probes, &maps);
                 find(&self.paths(), &fingerprint, &maps, &NAMES)

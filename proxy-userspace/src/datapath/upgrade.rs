@@ -2,22 +2,27 @@
 //!
 //! The other layout's programs run on until this agent attaches, with their own maps:
 //!
-//! 1. `Upgrade::share`: a map that is the same in both layouts is simply used by the programs of both.
-//! 2. `Upgrade::take_over`: entries of maps that have grown are copied into the new ones, then the links are moved into this
-//!    layout's folder. So what follows is a restart: the agent reads the maps back, and updates links instead of adding others.
-//! 3. [`Upgrade::before_switch`], when the agent knows everything and is about to attach: flows once more, for those that were
-//!    opened, or opened anew, while it waited; [`Upgrade::catch_up`] right before devices get their programs one by one.
-//! 4. [`Upgrade::finish`], when all programs are this layout's: flows that were opened meanwhile; then the other layout's folder goes.
+//! 1. `Upgrade::share`: a map that is the same in both layouts is simply used by the programs of
+//!    both.
+//! 2. `Upgrade::take_over`: entries of maps that have grown are copied into the new ones, then the
+//!    links are moved into this layout's folder. So what follows is a restart: the agent reads the
+//!    maps back, and updates links instead of adding others.
+//! 3. [`Upgrade::before_switch`], when the agent knows everything and is about to attach: flows
+//!    once more, for those that were opened, or opened anew, while it waited; [`Upgrade::catch_up`]
+//!    right before devices get their programs one by one.
+//! 4. [`Upgrade::finish`], when all programs are this layout's: flows that were opened meanwhile;
+//!    then the other layout's folder goes.
 //!
-//! While flows are in two maps, a connection in the middle of its first packets may be reset when the program that sees its answers
-//! is switched; while they are in one, nothing is lost.
+//! While flows are in two maps, a connection in the middle of its first packets may be reset when
+//! the program that sees its answers is switched; while they are in one, nothing is lost.
 //!
 //! An agent that is killed on the way leaves the folder, and the next one goes on where it stopped.
 //!
-//! A layout can be read when its keys are the same and its values are a beginning of this layout's: values grow at their end, and
-//! zero means in a new field what was so before there was the field. Who gives a value of the same size another meaning gives its
-//! map another name. If one map cannot be read none is taken over, for their entries name each other; flows then find their
-//! backends anew, as far as the hash tells.
+//! A layout can be read when its keys are the same and its values are a beginning of this layout's:
+//! values grow at their end, and zero means in a new field what was so before there was the field.
+//! Who gives a value of the same size another meaning gives its map another name. If one map cannot
+//! be read none is taken over, for their entries name each other; flows then find their backends
+//! anew, as far as the hash tells.
 
 use std::{
     collections::BTreeMap,
@@ -89,7 +94,10 @@ impl Map {
         loop {
             let batch = match map::lookup_batch_raw(old.fd.as_fd(), &old.info, &mut cursor, room) {
                 // One bucket's chain is longer than the room.
-                Err(error) if error.raw_os_error() == Some(libc::ENOSPC) && room < old.info.max_entries as usize => {
+                Err(error)
+                    if error.raw_os_error() == Some(libc::ENOSPC)
+                        && room < old.info.max_entries as usize =>
+                {
                     room *= 2;
                     continue;
                 }
@@ -104,7 +112,8 @@ impl Map {
                 value[..old_value.len()].copy_from_slice(old_value);
                 match map::update_raw(self.fd.as_fd(), &self.info, key, &value, flags) {
                     Ok(()) => copied += 1,
-                    Err(error) if flags == BPF_NOEXIST && error.raw_os_error() == Some(libc::EEXIST) => {}
+                    Err(error)
+                        if flags == BPF_NOEXIST && error.raw_os_error() == Some(libc::EEXIST) => {}
                     Err(error) => return Err(error),
                 }
             }
@@ -151,7 +160,8 @@ impl Upgrade {
         Ok(())
     }
 
-    /// Pins maps that are the same in both layouts here too, before this layout's are made: what `wanted` says, by name.
+    /// Pins maps that are the same in both layouts here too, before this layout's are made: what
+    /// `wanted` says, by name.
     ///
     /// # Errors
     /// The kernel's.
@@ -161,7 +171,9 @@ impl Upgrade {
         }
         let mut same = Vec::new();
         for name in self.names()? {
-            let Some(new) = wanted.get(&name) else { continue };
+            let Some(new) = wanted.get(&name) else {
+                continue;
+            };
             let old = Map::open(&self.old.join("maps"), &name)?;
             if COPIED.contains(&old.info.map_type) && !extends(new, &old.info) {
                 self.readable = false;
@@ -199,7 +211,10 @@ impl Upgrade {
                 entries += new.copy_from(&old, BPF_ANY)?;
             }
         }
-        info!("taking over from {}: {entries} entries copied", self.old.display());
+        info!(
+            "taking over from {}: {entries} entries copied",
+            self.old.display()
+        );
         for (from, to) in [("links", paths.links()), ("clsact", paths.clsact())] {
             let from = self.old.join(from);
             for entry in fs::read_dir(&from).into_iter().flatten() {
@@ -251,7 +266,11 @@ impl Upgrade {
         Ok(())
     }
 
-    fn copy_flows<'a>(&self, groups: impl Iterator<Item = &'a &'a [&'a str]>, flags: u64) -> io::Result<()> {
+    fn copy_flows<'a>(
+        &self,
+        groups: impl Iterator<Item = &'a &'a [&'a str]>,
+        flags: u64,
+    ) -> io::Result<()> {
         // First, for programs look for those flows only whose bits are set.
         for name in BITS {
             self.copy_bits(name)?;
@@ -297,7 +316,9 @@ impl Upgrade {
             return Ok(None);
         }
         let (old, new) = (Map::open(&folder, name)?, Map::open(&self.maps, name)?);
-        let both = old.info.id != new.info.id && COPIED.contains(&old.info.map_type) && extends(&new.info, &old.info);
+        let both = old.info.id != new.info.id
+            && COPIED.contains(&old.info.map_type)
+            && extends(&new.info, &old.info);
         Ok(both.then_some((old, new)))
     }
 }
@@ -327,9 +348,16 @@ mod tests {
             map::update(old.fd.as_fd(), &key, &u64::from(key), BPF_ANY).unwrap();
         }
         map::update(new.fd.as_fd(), &7u32, &[1u64, 2], BPF_ANY).unwrap();
-        assert_eq!(new.copy_from(&old, BPF_NOEXIST).unwrap(), 49, "what is there stays");
+        assert_eq!(
+            new.copy_from(&old, BPF_NOEXIST).unwrap(),
+            49,
+            "what is there stays"
+        );
         let value = |key: u32| map::lookup::<u32, [u64; 2]>(new.fd.as_fd(), &key).unwrap();
-        assert_eq!((value(7), value(8), value(50)), (Some([1, 2]), Some([8, 0]), None));
+        assert_eq!(
+            (value(7), value(8), value(50)),
+            (Some([1, 2]), Some([8, 0]), None)
+        );
         assert_eq!(new.copy_from(&old, BPF_ANY).unwrap(), 50);
         assert_eq!(value(7), Some([7, 0]));
     }

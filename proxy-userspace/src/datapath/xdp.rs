@@ -1,8 +1,10 @@
-//! Where XDP may do the work: what the kernel says of a device, and of what stands in the way that XDP leaves out.
+//! Where XDP may do the work: what the kernel says of a device, and of what stands in the way that
+//! XDP leaves out.
 //!
-//! XDP sends packets for other nodes on by itself, out of the device that they came in by. A device that takes no frames from
-//! XDP (`NETDEV_XDP_ACT_NDO_XMIT`) would lose them all without a word, so it gets none. And what XDP sends on passes no FORWARD chain: where one
-//! has rules, only `--xdp native` passes it by.
+//! XDP sends packets for other nodes on by itself, out of the device that they came in by. A device
+//! that takes no frames from XDP (`NETDEV_XDP_ACT_NDO_XMIT`) would lose them all without a word, so
+//! it gets none. And what XDP sends on passes no FORWARD chain: where one has rules, only `--xdp
+//! native` passes it by.
 
 use std::{collections::BTreeMap, fs, io, os::fd::OwnedFd};
 
@@ -76,8 +78,11 @@ pub fn refusal(mode: XdpMode, device: &Device, facts: &Facts) -> Option<String> 
     if mode == XdpMode::Generic {
         return None;
     }
-    // Many drivers take frames once they have a program, so theirs are looked at again then; a pair's depends on its other end.
-    let refuses = device.kind.as_deref() == Some("veth") && facts.features.is_some() && !facts.takes_frames(device);
+    // Many drivers take frames once they have a program, so theirs are looked at again then; a
+    // pair's depends on its other end.
+    let refuses = device.kind.as_deref() == Some("veth")
+        && facts.features.is_some()
+        && !facts.takes_frames(device);
     if mode == XdpMode::Native {
         // Before 6.3 it is the user who knows.
         return refuses.then(|| takes_no_frames(device));
@@ -116,7 +121,12 @@ fn family(socket: &Generic) -> io::Result<(u16, Option<u32>)> {
         false,
         &text_attribute(CTRL_FAMILY_NAME, "netdev"),
     )?;
-    let unreadable = || io::Error::new(io::ErrorKind::InvalidData, "generic netlink: an unreadable answer");
+    let unreadable = || {
+        io::Error::new(
+            io::ErrorKind::InvalidData,
+            "generic netlink: an unreadable answer",
+        )
+    };
     let attributes = answers.first().ok_or_else(unreadable)?.attributes();
     let id = attributes
         .get(CTRL_FAMILY_ID)
@@ -149,7 +159,8 @@ pub fn features() -> io::Result<BTreeMap<u32, u64>> {
         .collect())
 }
 
-/// A socket that becomes readable when the features of a device change; `None` where the kernel does not tell.
+/// A socket that becomes readable when the features of a device change; `None` where the kernel
+/// does not tell.
 pub(crate) fn changes() -> Option<OwnedFd> {
     const SOL_NETLINK: libc::c_int = 270;
     const NETLINK_ADD_MEMBERSHIP: libc::c_int = 1;
@@ -169,7 +180,8 @@ pub(crate) fn changes() -> Option<OwnedFd> {
     (joined == 0 && rustix::io::ioctl_fionbio(&socket, true).is_ok()).then_some(socket)
 }
 
-/// A chain at netfilter's FORWARD hook that has rules, or drops by default; `None` also where netfilter does not answer.
+/// A chain at netfilter's FORWARD hook that has rules, or drops by default; `None` also where
+/// netfilter does not answer.
 pub fn forward_rules() -> Option<String> {
     nftables_forward().ok().flatten().or_else(iptables_forward)
 }
@@ -199,7 +211,8 @@ fn nftables_forward() -> io::Result<Option<String>> {
         };
         let attributes = chain.attributes();
         let hook = Attributes::nested(attributes.get(CHAIN_HOOK)?);
-        let acts = attributes.be32(CHAIN_USE).unwrap_or(0) > 0 || attributes.be32(CHAIN_POLICY) == Some(DROP);
+        let acts = attributes.be32(CHAIN_USE).unwrap_or(0) > 0
+            || attributes.be32(CHAIN_POLICY) == Some(DROP);
         (hook.be32(HOOK_NUMBER) == Some(FORWARD) && acts).then(|| {
             format!(
                 "chain {} of table {family} {} (nftables)",
@@ -210,7 +223,8 @@ fn nftables_forward() -> io::Result<Option<String>> {
     }))
 }
 
-/// The same of the older `iptables`, whose tables are made by their first look: only those that are there are looked at.
+/// The same of the older `iptables`, whose tables are made by their first look: only those that are
+/// there are looked at.
 fn iptables_forward() -> Option<String> {
     /// `SO_GET_INFO` of linux/netfilter_ipv4/ip_tables.h and linux/netfilter_ipv6/ip6_tables.h.
     const GET_INFO: libc::c_int = 64;
@@ -225,7 +239,12 @@ fn iptables_forward() -> Option<String> {
         size: u32,
     }
     let families = [
-        ("ip_tables_names", AddressFamily::INET, libc::IPPROTO_IP, "iptables"),
+        (
+            "ip_tables_names",
+            AddressFamily::INET,
+            libc::IPPROTO_IP,
+            "iptables",
+        ),
         (
             "ip6_tables_names",
             AddressFamily::INET6,
@@ -234,9 +253,14 @@ fn iptables_forward() -> Option<String> {
         ),
     ];
     for (file, family, level, tool) in families {
-        let tables = fs::read_to_string(format!("/proc/thread-self/net/{file}")).unwrap_or_default();
-        for table in tables.lines().filter(|&table| matches!(table, "filter" | "mangle")) {
-            let Ok(socket) = socket(family, SocketType::RAW, Some(rustix::net::ipproto::RAW)) else {
+        let tables =
+            fs::read_to_string(format!("/proc/thread-self/net/{file}")).unwrap_or_default();
+        for table in tables
+            .lines()
+            .filter(|&table| matches!(table, "filter" | "mangle"))
+        {
+            let Ok(socket) = socket(family, SocketType::RAW, Some(rustix::net::ipproto::RAW))
+            else {
                 continue;
             };
             // SAFETY: all zeros are a value of every field.

@@ -17,7 +17,8 @@ const ENTRIES: NonZeroUsize = NonZeroUsize::new(8192).unwrap();
 const MAX_LEN: usize = 2048;
 /// An answer is kept so long at most, whatever it says.
 const MAX_AGE: Duration = Duration::from_secs(3600);
-/// The same when it says that there is nothing ([RFC 2308, 5](https://www.rfc-editor.org/rfc/rfc2308#section-5)).
+/// The same when it says that there is nothing ([RFC 2308,
+/// 5](https://www.rfc-editor.org/rfc/rfc2308#section-5)).
 const MAX_NEGATIVE_AGE: Duration = Duration::from_secs(1800);
 
 /// What was asked.
@@ -103,12 +104,17 @@ fn lifetime(message: &Message) -> Duration {
     let seconds = |seconds: u32| Duration::from_secs(seconds.into());
     let has_answer = message.answers.iter().any(|record| is_positive(&record)) || is_alias(message);
     match message.metadata.response_code {
-        ResponseCode::NoError if has_answer => seconds(shortest(&message.answers).unwrap_or(0)).min(MAX_AGE),
+        ResponseCode::NoError if has_answer => {
+            seconds(shortest(&message.answers).unwrap_or(0)).min(MAX_AGE)
+        }
         ResponseCode::NoError | ResponseCode::NXDomain => {
-            let soa = message.authorities.iter().find_map(|record| match &record.data {
-                RData::SOA(soa) => Some(record.ttl.min(soa.minimum)),
-                _ => None,
-            });
+            let soa = message
+                .authorities
+                .iter()
+                .find_map(|record| match &record.data {
+                    RData::SOA(soa) => Some(record.ttl.min(soa.minimum)),
+                    _ => None,
+                });
             let chain = shortest(&message.answers).unwrap_or(u32::MAX);
             seconds(soa.unwrap_or(0).min(chain)).min(MAX_NEGATIVE_AGE)
         }

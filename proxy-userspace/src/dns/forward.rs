@@ -1,11 +1,13 @@
 //! Names of others: asked of the node's own servers, kept for as long as they hold.
 //!
-//! A server is asked over UDP from a socket of its own each time, so that neither port nor number can be guessed, and over TCP
-//! when the answer was cut. One that does not answer is asked last for a while. The same question is asked once, however many
-//! want to know: that also ends a loop after one round.
+//! A server is asked over UDP from a socket of its own each time, so that neither port nor number
+//! can be guessed, and over TCP when the answer was cut. One that does not answer is asked last for
+//! a while. The same question is asked once, however many want to know: that also ends a loop after
+//! one round.
 //!
-//! **Loops.** A server that passes its questions on to us would be asked by us for ever. Each is now and then asked for a name
-//! that nobody knows; one whose question comes back here is told of and not asked until it does not.
+//! **Loops.** A server that passes its questions on to us would be asked by us for ever. Each is
+//! now and then asked for a name that nobody knows; one whose question comes back here is told of
+//! and not asked until it does not.
 
 use std::{
     cell::RefCell,
@@ -47,11 +49,13 @@ const AVOIDED: Duration = Duration::from_secs(10);
 const PROBES: Duration = Duration::from_secs(30);
 /// A question that comes back does so within.
 const PROBE_RETURNS: Duration = Duration::from_secs(2);
-/// Names below this one are asked for to find loops: nobody has it, and who knows nothing of `arpa` asks its servers.
+/// Names below this one are asked for to find loops: nobody has it, and who knows nothing of `arpa`
+/// asks its servers.
 const PROBE_DOMAIN: &str = "shunt-loop-check.arpa.";
 /// From one look at `resolv.conf` to the next.
 const LOOKS: Duration = Duration::from_secs(1);
-/// Servers that are taken of `resolv.conf` ([resolv.conf(5)](https://man7.org/linux/man-pages/man5/resolv.conf.5.html): three).
+/// Servers that are taken of `resolv.conf`
+/// ([resolv.conf(5)](https://man7.org/linux/man-pages/man5/resolv.conf.5.html): three).
 const MAX_SERVERS: usize = 3;
 
 /// Where servers are named.
@@ -133,7 +137,10 @@ impl Forwarder {
             return false;
         }
         let text = name.to_ascii().to_lowercase();
-        let Some(label) = text.strip_suffix(PROBE_DOMAIN).and_then(|text| text.strip_suffix('.')) else {
+        let Some(label) = text
+            .strip_suffix(PROBE_DOMAIN)
+            .and_then(|text| text.strip_suffix('.'))
+        else {
             return false;
         };
         match servers.probes.iter_mut().find(|(probe, ..)| probe == label) {
@@ -182,7 +189,9 @@ impl Forwarder {
         }
         self.metrics.cache_misses.inc();
         let (landed, flight) = watch::channel(None);
-        self.flights.borrow_mut().insert(key.clone(), flight.clone());
+        self.flights
+            .borrow_mut()
+            .insert(key.clone(), flight.clone());
         let question = Question {
             name: name.clone(),
             ..question.clone()
@@ -242,8 +251,16 @@ impl Forwarder {
     fn order(&self) -> Vec<SocketAddr> {
         let servers = self.servers.borrow();
         let now = Instant::now();
-        let usable = servers.all.iter().filter(|server| !servers.looping.contains(server));
-        let is_avoided = |server: &&SocketAddr| servers.avoided.get(*server).is_some_and(|until| *until > now);
+        let usable = servers
+            .all
+            .iter()
+            .filter(|server| !servers.looping.contains(server));
+        let is_avoided = |server: &&SocketAddr| {
+            servers
+                .avoided
+                .get(*server)
+                .is_some_and(|until| *until > now)
+        };
         let (last, first): (Vec<_>, Vec<_>) = usable.partition(is_avoided);
         first.into_iter().chain(last).copied().collect()
     }
@@ -251,13 +268,19 @@ impl Forwarder {
     async fn probe(&self) {
         let probes: Vec<(String, SocketAddr, bool)> = {
             let servers = self.servers.borrow();
-            servers.all.iter().map(|server| (nonce(), *server, false)).collect()
+            servers
+                .all
+                .iter()
+                .map(|server| (nonce(), *server, false))
+                .collect()
         };
         self.servers.borrow_mut().probes = probes.clone();
         let ask = |(label, server, _): &(String, SocketAddr, bool)| {
             let (name, server) = (format!("{label}.{PROBE_DOMAIN}"), *server);
             async move {
-                let Ok(name) = Name::from_ascii(name) else { return };
+                let Ok(name) = Name::from_ascii(name) else {
+                    return;
+                };
                 let question = Question {
                     metadata: Metadata::new(0, MessageType::Query, OpCode::Query),
                     name,
@@ -271,16 +294,25 @@ impl Forwarder {
         let mut servers = self.servers.borrow_mut();
         let returned = servers.probes.iter().filter(|(_, _, returned)| *returned);
         let looping: Vec<SocketAddr> = returned.map(|(_, server, _)| *server).collect();
-        for server in looping.iter().filter(|server| !servers.looping.contains(server)) {
+        for server in looping
+            .iter()
+            .filter(|server| !servers.looping.contains(server))
+        {
             warn!(
                 "--dns: the server {server} passes queries back to this one, in a circle; it is not asked while it does: name \
                  another with --dns-upstream"
             );
         }
-        for server in servers.looping.iter().filter(|server| !looping.contains(server)) {
+        for server in servers
+            .looping
+            .iter()
+            .filter(|server| !looping.contains(server))
+        {
             info!("--dns: the server {server} does not pass queries back any more");
         }
-        self.metrics.loops.set(i64::try_from(looping.len()).unwrap_or(i64::MAX));
+        self.metrics
+            .loops
+            .set(i64::try_from(looping.len()).unwrap_or(i64::MAX));
         servers.looping = looping;
     }
 
@@ -298,13 +330,19 @@ impl Forwarder {
                 }
             },
         };
-        let (own, all): (Vec<_>, Vec<_>) = given.into_iter().partition(|server| self.own.contains(server));
+        let (own, all): (Vec<_>, Vec<_>) = given
+            .into_iter()
+            .partition(|server| self.own.contains(server));
         for server in own {
-            warn!("--dns: {server} is this server itself, and is not asked; name another with --dns-upstream");
+            warn!(
+                "--dns: {server} is this server itself, and is not asked; name another with --dns-upstream"
+            );
         }
         let shown: Vec<String> = all.iter().map(ToString::to_string).collect();
         match shown.is_empty() {
-            true => warn!("--dns: no server for names outside of the cluster; name one with --dns-upstream"),
+            true => warn!(
+                "--dns: no server for names outside of the cluster; name one with --dns-upstream"
+            ),
             false => info!("--dns: other names are asked of {}", shown.join(", ")),
         }
         let mut servers = self.servers.borrow_mut();
@@ -314,7 +352,9 @@ impl Forwarder {
     }
 
     fn signature(&self) -> Option<(SystemTime, u64)> {
-        let Source::File(path) = &self.source else { return None };
+        let Source::File(path) = &self.source else {
+            return None;
+        };
         let metadata = fs::metadata(path).ok()?;
         Some((metadata.modified().ok()?, metadata.len()))
     }
@@ -340,7 +380,13 @@ fn is_final(message: &Message) -> bool {
 /// A label that nobody guesses.
 fn nonce() -> String {
     let number = || Message::query().metadata.id;
-    format!("{:04x}{:04x}{:04x}{:04x}", number(), number(), number(), number())
+    format!(
+        "{:04x}{:04x}{:04x}{:04x}",
+        number(),
+        number(),
+        number(),
+        number()
+    )
 }
 
 /// One question and its answer, over TCP when it is cut.
@@ -367,7 +413,9 @@ async fn exchange(server: SocketAddr, question: &Question) -> io::Result<Message
     }
     let mut stream = TcpStream::connect(server).await?;
     let length = u16::try_from(query.len()).map_err(io::Error::other)?;
-    stream.write_all(&[&length.to_be_bytes(), &*query].concat()).await?;
+    stream
+        .write_all(&[&length.to_be_bytes(), &*query].concat())
+        .await?;
     let length = stream.read_u16().await?;
     let mut buffer = vec![0; usize::from(length)];
     stream.read_exact(&mut buffer).await?;
@@ -377,10 +425,12 @@ async fn exchange(server: SocketAddr, question: &Question) -> io::Result<Message
 /// A message, if it answers this question.
 fn answer_to(bytes: &[u8], id: u16, question: &Question) -> Option<Message> {
     let message = Message::from_vec(bytes).ok()?;
-    let is_answer = message.metadata.message_type == MessageType::Response && message.metadata.id == id;
+    let is_answer =
+        message.metadata.message_type == MessageType::Response && message.metadata.id == id;
     let about = message.queries.first();
     // Some leave the question out when they refuse.
-    let is_about = about.is_none_or(|query| query.query_type() == question.kind && *query.name() == question.name);
+    let is_about = about
+        .is_none_or(|query| query.query_type() == question.kind && *query.name() == question.name);
     let needs_question = is_final(&message);
     (is_answer && is_about && (about.is_some() || !needs_question)).then_some(message)
 }

@@ -1,8 +1,10 @@
-//! What the cluster's Services are called: an index that is brought up to date Service by Service and read without a lock.
+//! What the cluster's Services are called: an index that is brought up to date Service by Service
+//! and read without a lock.
 //!
-//! The agent's main task is the only writer ([`Index::set`]); it calls it for each Service that an event touched, so that the
-//! next answer knows of the change, and what it costs is what that Service costs. Servers read while it writes: each Service
-//! is one immutable value that is exchanged whole.
+//! The agent's main task is the only writer ([`Index::set`]); it calls it for each Service that an
+//! event touched, so that the next answer knows of the change, and what it costs is what that
+//! Service costs. Servers read while it writes: each Service is one immutable value that is
+//! exchanged whole.
 
 use std::{
     collections::BTreeSet,
@@ -97,7 +99,9 @@ impl ServiceNames {
     /// Of a Service and all its slices.
     pub fn new<'s>(service: &Service, slices: impl IntoIterator<Item = &'s EndpointSlice>) -> Self {
         let target = match &service.exposure {
-            Exposure::Frontends | Exposure::OtherProxy => Target::ClusterIps(service.cluster_ips.as_slice().into()),
+            Exposure::Frontends | Exposure::OtherProxy => {
+                Target::ClusterIps(service.cluster_ips.as_slice().into())
+            }
             Exposure::Headless => Target::Endpoints,
             Exposure::ExternalName(name) => Target::Name(name.clone()),
         };
@@ -107,7 +111,8 @@ impl ServiceNames {
                 .endpoints
                 .iter()
                 .filter(|endpoint| endpoint.ready || service.publish_not_ready)
-                // Two slices may name an endpoint while the controller moves it from one to the other.
+                // Two slices may name an endpoint while the controller moves it from one to the
+                // other.
                 .filter(|endpoint| seen.insert((endpoint.address, slice.ports.as_slice())))
                 .map(|endpoint| EndpointNames {
                     address: endpoint.address,
@@ -148,9 +153,12 @@ impl ServiceNames {
 
     /// All endpoints, each with the ports of its slice.
     pub fn endpoints(&self) -> impl Iterator<Item = (&EndpointNames, &[EndpointPort])> {
-        self.groups
-            .iter()
-            .flat_map(|group| group.endpoints.iter().map(|endpoint| (endpoint, &*group.ports)))
+        self.groups.iter().flat_map(|group| {
+            group
+                .endpoints
+                .iter()
+                .map(|endpoint| (endpoint, &*group.ports))
+        })
     }
 
     /// Addresses that lead back to names of this Service.
@@ -165,7 +173,8 @@ impl ServiceNames {
         };
         let is_headless = self.target == Target::Endpoints;
         for (endpoint, _) in self.endpoints() {
-            // A pod behind a cluster IP is nobody's host name unless it says so: else each pod would have as many as Services.
+            // A pod behind a cluster IP is nobody's host name unless it says so: else each pod
+            // would have as many as Services.
             if is_headless || endpoint.hostname.is_some() {
                 let entry = (endpoint.address, pointer(Some(endpoint)));
                 if !all.contains(&entry) {
@@ -187,7 +196,10 @@ impl Index {
             return;
         }
         let old_pointers = old.as_ref().map(|old| old.pointers()).unwrap_or_default();
-        let new_pointers = names.as_ref().map(ServiceNames::pointers).unwrap_or_default();
+        let new_pointers = names
+            .as_ref()
+            .map(ServiceNames::pointers)
+            .unwrap_or_default();
         match (old.is_some(), names.is_some()) {
             (false, true) => self.count_namespace(&name.namespace, true),
             (true, false) => self.count_namespace(&name.namespace, false),
@@ -199,7 +211,9 @@ impl Index {
         }
         self.set_pointers(name, &old_pointers, new_pointers);
         // A serial number that grows with each change, as RFC 1982 wants it, also over a restart.
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
         self.serial.store(now.as_secs() as u32, Ordering::Relaxed);
     }
 
@@ -252,22 +266,40 @@ impl Index {
     fn count_namespace(&self, namespace: &str, grows: bool) {
         let namespaces = self.namespaces.pin();
         let count = namespaces.get(namespace.as_bytes()).copied().unwrap_or(0);
-        match if grows { count + 1 } else { count.saturating_sub(1) } {
+        match if grows {
+            count + 1
+        } else {
+            count.saturating_sub(1)
+        } {
             0 => drop(namespaces.remove(namespace.as_bytes())),
             count => drop(namespaces.insert(namespace.as_bytes().into(), count)),
         }
     }
 
-    fn set_pointers(&self, name: &ObjectName, old: &[(IpAddr, Pointer)], new: Vec<(IpAddr, Pointer)>) {
+    fn set_pointers(
+        &self,
+        name: &ObjectName,
+        old: &[(IpAddr, Pointer)],
+        new: Vec<(IpAddr, Pointer)>,
+    ) {
         let pointers = self.pointers.pin();
-        let touched: BTreeSet<IpAddr> = old.iter().chain(&new).map(|(address, _)| *address).collect();
+        let touched: BTreeSet<IpAddr> = old
+            .iter()
+            .chain(&new)
+            .map(|(address, _)| *address)
+            .collect();
         for address in touched {
             let before = pointers.get(&address).cloned();
             let others = before.iter().flat_map(|all| all.iter());
-            let mut all: Vec<Pointer> = others.filter(|pointer| pointer.service != *name).cloned().collect();
+            let mut all: Vec<Pointer> = others
+                .filter(|pointer| pointer.service != *name)
+                .cloned()
+                .collect();
             let own = new.iter().filter(|(other, _)| *other == address);
             all.extend(own.map(|(_, pointer)| pointer.clone()));
-            all.sort_by(|a, b| (a.endpoint.is_some(), &a.service).cmp(&(b.endpoint.is_some(), &b.service)));
+            all.sort_by(|a, b| {
+                (a.endpoint.is_some(), &a.service).cmp(&(b.endpoint.is_some(), &b.service))
+            });
             match all.is_empty() {
                 true => drop(pointers.remove(&address)),
                 false => drop(pointers.insert(address, all.into())),
@@ -278,5 +310,7 @@ impl Index {
 
 /// `name.namespace`.
 fn key(name: &ObjectName) -> Box<[u8]> {
-    format!("{}.{}", name.name, name.namespace).into_bytes().into()
+    format!("{}.{}", name.name, name.namespace)
+        .into_bytes()
+        .into()
 }

@@ -54,7 +54,10 @@ struct UpstreamLabels {
 
 /// What a question came in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
-#[expect(non_camel_case_types, reason = "values of a label as Prometheus has them")]
+#[expect(
+    non_camel_case_types,
+    reason = "values of a label as Prometheus has them"
+)]
 pub enum Transport {
     /// A datagram.
     udp,
@@ -95,7 +98,9 @@ impl Default for Metrics {
             cache_misses: Counter::default(),
             cache_entries: Gauge::default(),
             // From a quarter of a millisecond to 8 s.
-            upstream_duration: Family::new_with_constructor(|| Histogram::new(exponential_buckets(0.000_25, 2.0, 16))),
+            upstream_duration: Family::new_with_constructor(|| {
+                Histogram::new(exponential_buckets(0.000_25, 2.0, 16))
+            }),
             upstream_errors: Family::default(),
             loops: Gauge::default(),
             services: Gauge::default(),
@@ -106,7 +111,8 @@ impl Default for Metrics {
 impl Metrics {
     /// So many Services have names.
     pub fn set_services(&self, services: usize) {
-        self.services.set(i64::try_from(services).unwrap_or(i64::MAX));
+        self.services
+            .set(i64::try_from(services).unwrap_or(i64::MAX));
     }
 
     /// A question came in.
@@ -136,7 +142,9 @@ impl Metrics {
     /// An upstream did not answer, or with nothing that can be used.
     pub fn upstream_failed(&self, upstream: SocketAddr) {
         let upstream = upstream.to_string();
-        self.upstream_errors.get_or_create(&UpstreamLabels { upstream }).inc();
+        self.upstream_errors
+            .get_or_create(&UpstreamLabels { upstream })
+            .inc();
     }
 
     /// Adds them to a registry whose prefix is the agent's.
@@ -148,7 +156,11 @@ impl Metrics {
             "Answers, by type of the question and response code",
             self.answers.clone(),
         );
-        dns.register("unsent", "Answers that could not be sent", self.unsent.clone());
+        dns.register(
+            "unsent",
+            "Answers that could not be sent",
+            self.unsent.clone(),
+        );
         dns.register(
             "overload",
             "Questions refused since too many were being asked of others",
@@ -184,6 +196,10 @@ impl Metrics {
             "Upstreams that lead back to this server and are not asked",
             self.loops.clone(),
         );
-        dns.register("services", "Services that have names", self.services.clone());
+        dns.register(
+            "services",
+            "Services that have names",
+            self.services.clone(),
+        );
     }
 }

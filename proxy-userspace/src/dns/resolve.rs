@@ -58,7 +58,10 @@ impl Resolver {
     /// Answers a question, or says that others must be asked.
     pub fn resolve(&self, question: &Question) -> Response {
         Response::Now(match self.zone.answer(&question.name, question.kind) {
-            Answer::Records { answers, additionals } => Reply {
+            Answer::Records {
+                answers,
+                additionals,
+            } => Reply {
                 authoritative: true,
                 answers,
                 additionals,
@@ -67,7 +70,9 @@ impl Resolver {
             Answer::NoData(chain) => self.negative(ResponseCode::NoError, question, chain),
             Answer::NoName(chain) => self.negative(ResponseCode::NXDomain, question, chain),
             Answer::NotReady | Answer::Loop => self.reply(ResponseCode::ServFail),
-            Answer::Elsewhere(_, name) if self.forwarder.is_own(&name) => self.reply(ResponseCode::NXDomain),
+            Answer::Elsewhere(_, name) if self.forwarder.is_own(&name) => {
+                self.reply(ResponseCode::NXDomain)
+            }
             Answer::Elsewhere(chain, name) => match self.forwarder.cached(question, &name) {
                 Some(message) => self.passed_on(chain, &message),
                 // There is nobody to ask.
@@ -104,7 +109,10 @@ impl Resolver {
             // The first name is ours.
             authoritative: !chain.is_empty(),
             authentic_data: chain.is_empty() && message.metadata.authentic_data,
-            answers: chain.into_iter().chain(message.answers.iter().cloned()).collect(),
+            answers: chain
+                .into_iter()
+                .chain(message.answers.iter().cloned())
+                .collect(),
             authorities: message.authorities.clone(),
             ..self.reply(message.metadata.response_code)
         }

@@ -1,10 +1,12 @@
 //! Sockets: datagrams and connections in, answers out.
 //!
-//! Everything runs on one thread with a runtime of its own, so that neither a batch of changes nor a scrape of the agent delays
-//! an answer. What the zone knows is answered where it came in; what others know is asked for in a task of its own.
+//! Everything runs on one thread with a runtime of its own, so that neither a batch of changes nor
+//! a scrape of the agent delays an answer. What the zone knows is answered where it came in; what
+//! others know is asked for in a task of its own.
 //!
-//! An answer leaves from the address that was asked, also where the server listens on all addresses: a client that has connected
-//! its socket, and the datapath, take no other ([`quinn_udp`], which reads and sets it, takes many datagrams at once too).
+//! An answer leaves from the address that was asked, also where the server listens on all
+//! addresses: a client that has connected its socket, and the datapath, take no other
+//! ([`quinn_udp`], which reads and sets it, takes many datagrams at once too).
 
 use std::{
     io::{self, IoSliceMut},
@@ -34,7 +36,8 @@ use crate::{
     http::{ACCEPT_RETRY, lacks_room},
 };
 
-/// Bytes that are read of a datagram. The kernel may have joined many of one client (GRO), up to the longest datagram that there is.
+/// Bytes that are read of a datagram. The kernel may have joined many of one client (GRO), up to
+/// the longest datagram that there is.
 const STRIDE: usize = 1 << 16;
 /// Bytes of datagrams that may wait.
 const RECEIVE_BUFFER: usize = 4 << 20;
@@ -59,7 +62,8 @@ impl Listeners {
     /// Listens; on both families where the address is 0.0.0.0, as the agent's other servers do.
     ///
     /// # Errors
-    /// The kernel's: another has the port, no device has the address, or the right to listen below 1024 is missing.
+    /// The kernel's: another has the port, no device has the address, or the right to listen below
+    /// 1024 is missing.
     pub fn bind(address: SocketAddr) -> io::Result<Vec<Self>> {
         let mut all = vec![Self::bind_one(address)?];
         if address.ip() == IpAddr::V4(Ipv4Addr::UNSPECIFIED) {
@@ -75,7 +79,11 @@ impl Listeners {
 
     fn bind_one(address: SocketAddr) -> io::Result<Self> {
         let open = |kind: Type| {
-            let socket = Socket::new(Domain::for_address(address), kind.nonblocking().cloexec(), None)?;
+            let socket = Socket::new(
+                Domain::for_address(address),
+                kind.nonblocking().cloexec(),
+                None,
+            )?;
             if address.is_ipv6() {
                 socket.set_only_v6(true)?;
             }
@@ -187,7 +195,12 @@ async fn serve_udp(socket: UdpSocket, resolver: Rc<Resolver>) -> io::Result<()> 
     }
 }
 
-fn answer_datagram(datagrams: &Rc<Datagrams>, resolver: &Rc<Resolver>, meta: &RecvMeta, bytes: &[u8]) {
+fn answer_datagram(
+    datagrams: &Rc<Datagrams>,
+    resolver: &Rc<Resolver>,
+    meta: &RecvMeta,
+    bytes: &[u8],
+) {
     // Nobody can be answered there.
     if meta.addr.port() == 0 {
         return;
@@ -218,7 +231,11 @@ fn answer_datagram(datagrams: &Rc<Datagrams>, resolver: &Rc<Resolver>, meta: &Re
     }
 }
 
-async fn serve_tcp(listener: TcpListener, resolver: Rc<Resolver>, room: Connections) -> io::Result<()> {
+async fn serve_tcp(
+    listener: TcpListener,
+    resolver: Rc<Resolver>,
+    room: Connections,
+) -> io::Result<()> {
     // Ends the connections too when the listener goes.
     let mut connections = JoinSet::new();
     loop {

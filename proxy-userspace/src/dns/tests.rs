@@ -39,7 +39,10 @@ impl Dns {
     fn with_short_names(namespace: Option<&str>) -> Self {
         let index = Arc::<Index>::default();
         let origin = Name::from_ascii("Cluster.Local").unwrap();
-        let server = vec!["192.0.2.53".parse().unwrap(), "2001:db8::53".parse().unwrap()];
+        let server = vec![
+            "192.0.2.53".parse().unwrap(),
+            "2001:db8::53".parse().unwrap(),
+        ];
         let zone = Zone::new(origin, namespace, server, index.clone());
         index.set_complete();
         Self {
@@ -52,9 +55,17 @@ impl Dns {
     /// All fixtures.
     fn of_fixtures() -> Self {
         let mut dns = Self::new();
-        for file in ["kubia.yaml", "whoami.yaml", "external.yaml", "dns-and-edge.yaml"] {
+        for file in [
+            "kubia.yaml",
+            "whoami.yaml",
+            "external.yaml",
+            "dns-and-edge.yaml",
+        ] {
             let path = format!("{}/tests/fixtures/{file}", env!("CARGO_MANIFEST_DIR"));
-            assert_eq!(dns.write(file, &std::fs::read_to_string(path).unwrap()), NONE);
+            assert_eq!(
+                dns.write(file, &std::fs::read_to_string(path).unwrap()),
+                NONE
+            );
         }
         dns.write("names.yaml", NAMES);
         dns
@@ -81,7 +92,9 @@ impl Dns {
             Incoming::Nothing => None,
             Incoming::Refused(reply, _) => Some(reply),
             Incoming::Question(question) => match self.resolver.resolve(&question) {
-                Response::Now(reply) => Some(question.reply(&reply, limit.unwrap_or(question.udp_limit()))),
+                Response::Now(reply) => {
+                    Some(question.reply(&reply, limit.unwrap_or(question.udp_limit())))
+                }
                 Response::Later(_) => panic!("{} is asked of others", question.name),
             },
         }
@@ -94,7 +107,8 @@ impl Dns {
         Message::from_vec(&reply).unwrap()
     }
 
-    /// The code, and the records of an answer in order: `code`, `name TYPE data`, `+ name TYPE data` of what helps.
+    /// The code, and the records of an answer in order: `code`, `name TYPE data`, `+ name TYPE
+    /// data` of what helps.
     fn ask(&self, name: &str, kind: RecordType) -> Vec<String> {
         let message = self.message(name, kind);
         assert!(message.metadata.authoritative, "{name} {kind}");
@@ -106,7 +120,8 @@ impl Dns {
         for record in message.answers.iter().chain(&message.additionals) {
             assert_eq!((record.ttl, record.dns_class), (5, DNSClass::IN));
         }
-        let is_alias = |record: &Record| record.record_type() == CNAME && !matches!(kind, CNAME | ANY);
+        let is_alias =
+            |record: &Record| record.record_type() == CNAME && !matches!(kind, CNAME | ANY);
         let is_negative = message.answers.iter().all(is_alias);
         assert_eq!(
             message.authorities.len(),
@@ -138,7 +153,8 @@ impl Dns {
 
     /// Whether others are asked.
     fn is_elsewhere(&self, name: &str, kind: RecordType) -> bool {
-        let Incoming::Question(question) = wire::read(&question(name, kind).to_vec().unwrap()) else {
+        let Incoming::Question(question) = wire::read(&question(name, kind).to_vec().unwrap())
+        else {
             panic!()
         };
         matches!(self.resolver.resolve(&question), Response::Later(_))
@@ -159,7 +175,10 @@ fn absolute(name: &str) -> String {
 fn question(name: &str, kind: RecordType) -> Message {
     let mut message = Message::new(7, MessageType::Query, OpCode::Query);
     message.metadata.recursion_desired = true;
-    message.add_query(Query::query(Name::from_ascii(absolute(name)).unwrap(), kind));
+    message.add_query(Query::query(
+        Name::from_ascii(absolute(name)).unwrap(),
+        kind,
+    ));
     message
 }
 
@@ -169,7 +188,8 @@ fn line(record: &Record) -> String {
 
 use RecordType::{A, AAAA, ANY, CNAME, MX, NS, PTR, SOA, SRV, TXT};
 
-/// What the fixtures lack: both families, host names, all endpoints, several ports, ExternalNames that lead on.
+/// What the fixtures lack: both families, host names, all endpoints, several ports, ExternalNames
+/// that lead on.
 const NAMES: &str = "
 kind: Service
 metadata: { name: dual, namespace: web }
@@ -252,19 +272,34 @@ fn the_names_of_the_cluster() {
     let zone = "cluster.local";
     for (name, kind, expected) in [
         // A Service with a cluster IP (2.3).
-        ("kubia.default.svc", A, &["kubia.default.svc.Z. A 10.111.88.195"][..]),
+        (
+            "kubia.default.svc",
+            A,
+            &["kubia.default.svc.Z. A 10.111.88.195"][..],
+        ),
         ("kubia.default.svc", AAAA, &["NODATA"]),
         ("kubia.default.svc", MX, &["NODATA"]),
-        ("kubernetes.default.svc", A, &["kubernetes.default.svc.Z. A 10.96.0.1"]),
+        (
+            "kubernetes.default.svc",
+            A,
+            &["kubernetes.default.svc.Z. A 10.96.0.1"],
+        ),
         ("dual.web.svc", A, &["dual.web.svc.Z. A 10.96.5.5"]),
         ("dual.web.svc", AAAA, &["dual.web.svc.Z. AAAA fd00:96::5"]),
         (
             "dual.web.svc",
             ANY,
-            &["dual.web.svc.Z. A 10.96.5.5", "dual.web.svc.Z. AAAA fd00:96::5"],
+            &[
+                "dual.web.svc.Z. A 10.96.5.5",
+                "dual.web.svc.Z. AAAA fd00:96::5",
+            ],
         ),
         // Letters make no difference, and come back as they were written.
-        ("KUBIA.Default.sVc", A, &["KUBIA.Default.sVc.Z. A 10.111.88.195"]),
+        (
+            "KUBIA.Default.sVc",
+            A,
+            &["KUBIA.Default.sVc.Z. A 10.111.88.195"],
+        ),
         // Another proxy's has its name (F7).
         ("others.web.svc", A, &["others.web.svc.Z. A 10.96.5.6"]),
         (
@@ -321,10 +356,17 @@ fn the_names_of_the_cluster() {
         (
             "db.web.svc",
             AAAA,
-            &["db.web.svc.Z. AAAA fd00:44::1", "db.web.svc.Z. AAAA fd00:44::9"],
+            &[
+                "db.web.svc.Z. AAAA fd00:44::1",
+                "db.web.svc.Z. AAAA fd00:44::9",
+            ],
         ),
         ("db-0.db.web.svc", A, &["db-0.db.web.svc.Z. A 10.44.9.1"]),
-        ("db-0.db.web.svc", AAAA, &["db-0.db.web.svc.Z. AAAA fd00:44::1"]),
+        (
+            "db-0.db.web.svc",
+            AAAA,
+            &["db-0.db.web.svc.Z. AAAA fd00:44::1"],
+        ),
         ("db-1.db.web.svc", AAAA, &["NODATA"]),
         ("db-2.db.web.svc", A, &["NXDOMAIN"]),
         (
@@ -371,7 +413,11 @@ fn the_names_of_the_cluster() {
             &["all.web.svc.Z. A 10.44.9.7", "all.web.svc.Z. A 10.44.9.8"],
         ),
         // A pod's host name, below the Service of its subdomain.
-        ("one.named.web.svc", A, &["one.named.web.svc.Z. A 10.44.9.21"]),
+        (
+            "one.named.web.svc",
+            A,
+            &["one.named.web.svc.Z. A 10.44.9.21"],
+        ),
         ("two.named.web.svc", A, &["NXDOMAIN"]),
         (
             "10-44-9-22.named.web.svc",
@@ -382,10 +428,21 @@ fn the_names_of_the_cluster() {
         (
             "alias.web.svc",
             A,
-            &["alias.web.svc.Z. CNAME dual.web.svc.Z.", "dual.web.svc.Z. A 10.96.5.5"],
+            &[
+                "alias.web.svc.Z. CNAME dual.web.svc.Z.",
+                "dual.web.svc.Z. A 10.96.5.5",
+            ],
         ),
-        ("alias.web.svc", CNAME, &["alias.web.svc.Z. CNAME dual.web.svc.Z."]),
-        ("alias.web.svc", MX, &["alias.web.svc.Z. CNAME dual.web.svc.Z."]),
+        (
+            "alias.web.svc",
+            CNAME,
+            &["alias.web.svc.Z. CNAME dual.web.svc.Z."],
+        ),
+        (
+            "alias.web.svc",
+            MX,
+            &["alias.web.svc.Z. CNAME dual.web.svc.Z."],
+        ),
         ("x.alias.web.svc", A, &["NXDOMAIN"]),
         (
             "database.prod.svc",
@@ -393,9 +450,17 @@ fn the_names_of_the_cluster() {
             &["database.prod.svc.Z. CNAME db.example.com."],
         ),
         // Pods.
-        ("10-44-9-1.web.pod", A, &["10-44-9-1.web.pod.Z. A 10.44.9.1"]),
+        (
+            "10-44-9-1.web.pod",
+            A,
+            &["10-44-9-1.web.pod.Z. A 10.44.9.1"],
+        ),
         ("10-44-9-1.web.pod", AAAA, &["NODATA"]),
-        ("fd00-44--9.web.pod", AAAA, &["fd00-44--9.web.pod.Z. AAAA fd00:44::9"]),
+        (
+            "fd00-44--9.web.pod",
+            AAAA,
+            &["fd00-44--9.web.pod.Z. AAAA fd00:44::9"],
+        ),
         ("10-44-9-256.web.pod", A, &["NXDOMAIN"]),
         ("web.pod", A, &["NODATA"]),
         ("pod", A, &["NODATA"]),
@@ -420,7 +485,11 @@ fn the_names_of_the_cluster() {
             .iter()
             .map(|line| line.replace(".Z.", ".cluster.local."))
             .collect();
-        assert_eq!(dns.ask(&format!("{name}.{zone}"), kind), expected, "{name} {kind}");
+        assert_eq!(
+            dns.ask(&format!("{name}.{zone}"), kind),
+            expected,
+            "{name} {kind}"
+        );
     }
     assert_eq!(dns.ask("cluster.local", A), ["NODATA"]);
     assert_eq!(
@@ -433,7 +502,9 @@ fn the_names_of_the_cluster() {
     );
     let soa = dns.ask("cluster.local", SOA);
     assert!(
-        soa.len() == 1 && soa[0].starts_with("cluster.local. SOA ns.dns.cluster.local. hostmaster.cluster.local."),
+        soa.len() == 1
+            && soa[0]
+                .starts_with("cluster.local. SOA ns.dns.cluster.local. hostmaster.cluster.local."),
         "{soa:?}"
     );
     // A loop of names ends.
@@ -463,7 +534,10 @@ fn addresses_have_names() {
         assert_eq!(dns.ask(name, A), ["NODATA"]);
     }
     let v6 = format!("5.0.0.0{}.6.9.0.0.0.0.d.f.ip6.arpa", ".0".repeat(20));
-    assert_eq!(dns.ask(&v6, PTR), [format!("{v6}. PTR dual.web.svc.cluster.local.")]);
+    assert_eq!(
+        dns.ask(&v6, PTR),
+        [format!("{v6}. PTR dual.web.svc.cluster.local.")]
+    );
     let negative = dns.message(&v6, A);
     assert_eq!(negative.authorities[0].name.to_string(), "ip6.arpa.");
     for name in [
@@ -490,7 +564,10 @@ fn short_names_are_found_without_a_search_list() {
         ("kubia.default.svc", "10.111.88.195"),
         ("Dual.Web", "10.96.5.5"),
     ] {
-        assert_eq!(dns.ask(name, A), [format!("{} A {address}", absolute(name))]);
+        assert_eq!(
+            dns.ask(name, A),
+            [format!("{} A {address}", absolute(name))]
+        );
     }
     for name in [
         "dual",
@@ -539,8 +616,15 @@ fn a_change_is_in_the_next_answer() {
     dns.write("a.yaml", &service("None"));
     assert_eq!(dns.ask(name, A), ["NXDOMAIN"]);
     assert!(dns.is_elsewhere("2.7.96.10.in-addr.arpa", PTR));
-    for addresses in [&["10.44.0.1"][..], &["10.44.0.1", "10.44.0.2"], &["10.44.0.2"]] {
-        let endpoints: Vec<String> = addresses.iter().map(|ip| format!("{{ addresses: [{ip}] }}")).collect();
+    for addresses in [
+        &["10.44.0.1"][..],
+        &["10.44.0.1", "10.44.0.2"],
+        &["10.44.0.2"],
+    ] {
+        let endpoints: Vec<String> = addresses
+            .iter()
+            .map(|ip| format!("{{ addresses: [{ip}] }}"))
+            .collect();
         dns.write("a.yaml", &(service("None") + &slice(&endpoints.join(", "))));
         let expected: Vec<String> = addresses
             .iter()
@@ -571,7 +655,9 @@ fn nothing_is_denied_before_everything_is_known() {
     );
     let resolver = resolver(zone);
     let code = || {
-        let message = question("kubia.default.svc.cluster.local", A).to_vec().unwrap();
+        let message = question("kubia.default.svc.cluster.local", A)
+            .to_vec()
+            .unwrap();
         let Incoming::Question(question) = wire::read(&message) else {
             panic!()
         };
@@ -619,7 +705,11 @@ fn what_does_not_fit_is_cut_and_the_answer_says_so() {
     ] {
         let bytes = dns.exchange(&question, None).unwrap();
         let reply = Message::from_vec(&bytes).unwrap();
-        assert!(bytes.len() <= usize::from(limit), "{} of {limit}", bytes.len());
+        assert!(
+            bytes.len() <= usize::from(limit),
+            "{} of {limit}",
+            bytes.len()
+        );
         assert!(reply.metadata.truncation);
         // Some resolvers take what is there.
         assert!(
@@ -628,23 +718,37 @@ fn what_does_not_fit_is_cut_and_the_answer_says_so() {
             reply.answers.len()
         );
         let asked = Message::from_vec(&question).unwrap();
-        assert_eq!(reply.edns.is_some(), asked.edns.is_some(), "RFC 6891, 6.1.1");
+        assert_eq!(
+            reply.edns.is_some(),
+            asked.edns.is_some(),
+            "RFC 6891, 6.1.1"
+        );
         if let Some(edns) = reply.edns {
             assert_eq!((edns.max_payload(), edns.version()), (MAX_UDP, 0));
             assert!(edns.flags().dnssec_ok, "RFC 3225, 3");
         }
     }
     let whole = dns.message(name, A);
-    assert_eq!((whole.answers.len(), whole.metadata.truncation), (300, false));
+    assert_eq!(
+        (whole.answers.len(), whole.metadata.truncation),
+        (300, false)
+    );
     // What only helps is left out without a word (RFC 2181, 9).
-    let asked = question(&format!("_http._tcp.{name}"), SRV).to_vec().unwrap();
+    let asked = question(&format!("_http._tcp.{name}"), SRV)
+        .to_vec()
+        .unwrap();
     let all = Message::from_vec(&dns.exchange(&asked, Some(u16::MAX)).unwrap()).unwrap();
     assert_eq!(
-        (all.answers.len(), all.additionals.len(), all.metadata.truncation),
+        (
+            all.answers.len(),
+            all.additionals.len(),
+            all.metadata.truncation
+        ),
         (300, 300, false)
     );
     let room = all.to_vec().unwrap().len() - 100;
-    let without = Message::from_vec(&dns.exchange(&asked, u16::try_from(room).ok()).unwrap()).unwrap();
+    let without =
+        Message::from_vec(&dns.exchange(&asked, u16::try_from(room).ok()).unwrap()).unwrap();
     assert_eq!(
         (
             without.answers.len(),
@@ -660,7 +764,8 @@ fn what_does_not_fit_is_cut_and_the_answer_says_so() {
 fn addresses_take_turns() {
     let dns = Dns::of_fixtures();
     let first = || {
-        dns.message("kubia-headless.default.svc.cluster.local", A).answers[0]
+        dns.message("kubia-headless.default.svc.cluster.local", A)
+            .answers[0]
             .data
             .to_string()
     };
@@ -695,7 +800,9 @@ fn malformed_and_foreign_messages() {
         assert_eq!(code(&bytes[..end]), None, "{end}: nothing to answer to");
     }
     assert_eq!(
-        code(&with(|message| message.metadata.message_type = MessageType::Response)),
+        code(&with(
+            |message| message.metadata.message_type = MessageType::Response
+        )),
         None
     );
     let two = with(|message| {
@@ -728,7 +835,10 @@ fn malformed_and_foreign_messages() {
         message.set_edns(edns);
     });
     // One number, two names.
-    assert_eq!(code(&later).map(u16::from), Some(u16::from(ResponseCode::BADVERS)));
+    assert_eq!(
+        code(&later).map(u16::from),
+        Some(u16::from(ResponseCode::BADVERS))
+    );
     // A name of more than 255 bytes, and one that points to itself.
     let mut long = bytes[..12].to_vec();
     for _ in 0..5 {
@@ -747,7 +857,9 @@ fn malformed_and_foreign_messages() {
 fn noise_does_no_harm() {
     use proptest::prelude::*;
     let dns = Dns::of_fixtures();
-    let seed = question("_sql._tcp.db.web.svc.cluster.local", SRV).to_vec().unwrap();
+    let seed = question("_sql._tcp.db.web.svc.cluster.local", SRV)
+        .to_vec()
+        .unwrap();
     proptest!(|(noise in proptest::collection::vec((0..64_usize, any::<u8>()), 0..6), tail in proptest::collection::vec(any::<u8>(), 0..40))| {
         let mut bytes = seed.clone();
         bytes.extend(tail);
@@ -858,7 +970,11 @@ fn answers_of_others_are_kept_while_they_hold() {
                 assert_eq!(u64::from(kept.ttl), u64::from(given.ttl) - (lifetime - 1));
             }
             assert!(cache.get(&key("b."), late).is_none());
-            assert!(cache.get(&key("a."), begin + Duration::from_secs(lifetime)).is_none());
+            assert!(
+                cache
+                    .get(&key("a."), begin + Duration::from_secs(lifetime))
+                    .is_none()
+            );
         }
     }
     // However many are asked for, it has a bound; one that is asked for stays.

@@ -1,8 +1,11 @@
-//! Messages as they come and go ([RFC 1035](https://www.rfc-editor.org/rfc/rfc1035), EDNS0:
-//! [RFC 6891](https://www.rfc-editor.org/rfc/rfc6891)): what is asked, and what fits into an answer.
+//! Messages as they come and go ([RFC 1035](https://www.rfc-editor.org/rfc/rfc1035), EDNS0: [RFC
+//! 6891](https://www.rfc-editor.org/rfc/rfc6891)): what is asked, and what fits into an answer.
 
 use hickory_proto::{
-    op::{Edns, Header, Message, MessageType, Metadata, OpCode, Query, ResponseCode, emit_message_parts},
+    op::{
+        Edns, Header, Message, MessageType, Metadata, OpCode, Query, ResponseCode,
+        emit_message_parts,
+    },
     rr::{DNSClass, Name, Record, RecordType},
     serialize::binary::{BinDecodable, BinDecoder, BinEncoder},
 };
@@ -11,8 +14,8 @@ use hickory_proto::{
 pub const PORT: u16 = 53;
 /// Bytes of a UDP answer to a client that says nothing of more.
 pub const PLAIN_UDP: u16 = 512;
-/// Bytes of a UDP answer at most, and of what is asked for from others: what passes every path of IPv6 without fragments
-/// (<https://www.dnsflagday.net/2020/>).
+/// Bytes of a UDP answer at most, and of what is asked for from others: what passes every path of
+/// IPv6 without fragments (<https://www.dnsflagday.net/2020/>).
 pub const MAX_UDP: u16 = 1232;
 /// An OPT record without options: root, type, class, TTL, length.
 const OPT_LEN: u16 = 11;
@@ -54,7 +57,9 @@ pub enum Incoming {
 
 /// Reads a message.
 pub fn read(bytes: &[u8]) -> Incoming {
-    let Ok(header) = Header::read(&mut BinDecoder::new(bytes.get(..HEADER_LEN).unwrap_or_default())) else {
+    let Ok(header) = Header::read(&mut BinDecoder::new(
+        bytes.get(..HEADER_LEN).unwrap_or_default(),
+    )) else {
         return Incoming::Nothing;
     };
     // Two servers that answer each other's answers never end.
@@ -145,14 +150,19 @@ impl Question {
         self.edns.map_or(PLAIN_UDP, |edns| edns.size.min(MAX_UDP))
     }
 
-    /// An answer of at most so many bytes; what does not fit is left out, and the answer says so (TC).
+    /// An answer of at most so many bytes; what does not fit is left out, and the answer says so
+    /// (TC).
     pub fn reply(&self, reply: &Reply, limit: u16) -> Vec<u8> {
         let mut metadata = Metadata::response_from_request(&self.metadata);
         metadata.response_code = reply.code;
         metadata.authoritative = reply.authoritative;
         metadata.recursion_available = reply.recursion_available;
         metadata.authentic_data = reply.authentic_data;
-        let room = if self.edns.is_some() { limit - OPT_LEN } else { limit };
+        let room = if self.edns.is_some() {
+            limit - OPT_LEN
+        } else {
+            limit
+        };
         let mut bytes = encode(&metadata, Some(self), reply, room);
         if let Some(edns) = self.edns {
             add_opt(&mut bytes, reply.code, edns.dnssec_ok);
@@ -207,7 +217,10 @@ fn encode(metadata: &Metadata, question: Option<&Question>, reply: &Reply, room:
 
 /// Writes an OPT record behind everything.
 fn add_opt(bytes: &mut Vec<u8>, code: ResponseCode, dnssec_ok: bool) {
-    let Some(count) = bytes.get(10..12).map(|count| u16::from_be_bytes([count[0], count[1]])) else {
+    let Some(count) = bytes
+        .get(10..12)
+        .map(|count| u16::from_be_bytes([count[0], count[1]]))
+    else {
         return;
     };
     bytes[10..12].copy_from_slice(&(count + 1).to_be_bytes());

@@ -1,5 +1,6 @@
-//! From a question to records: the names of the cluster, as the DNS specification for Kubernetes 1.1.0 has them
-//! (<https://github.com/kubernetes/dns/blob/master/docs/specification.md>), and as CoreDNS answers where that is silent.
+//! From a question to records: the names of the cluster, as the DNS specification for Kubernetes
+//! 1.1.0 has them (<https://github.com/kubernetes/dns/blob/master/docs/specification.md>), and as
+//! CoreDNS answers where that is silent.
 //!
 //! Below `<zone>` (`cluster.local`):
 //!
@@ -12,8 +13,9 @@
 //! | `dns-version` | TXT `1.1.0` |
 //! | the zone itself | SOA, NS |
 //!
-//! Cluster IPs and endpoints have PTR records. A name that only has names below it exists (NODATA); all others do not
-//! (NXDOMAIN). Names outside of the zone are not ours, save short ones (`Zone::short_names`).
+//! Cluster IPs and endpoints have PTR records. A name that only has names below it exists (NODATA);
+//! all others do not (NXDOMAIN). Names outside of the zone are not ours, save short ones
+//! (`Zone::short_names`).
 
 use std::{
     collections::BTreeSet,
@@ -131,8 +133,14 @@ enum Found {
 }
 
 impl Zone {
-    /// A zone over an index. `short_names`: the namespace of bare names, if names without the zone are looked up at all.
-    pub fn new(origin: Name, short_names: Option<&str>, server: Vec<IpAddr>, index: Arc<Index>) -> Self {
+    /// A zone over an index. `short_names`: the namespace of bare names, if names without the zone
+    /// are looked up at all.
+    pub fn new(
+        origin: Name,
+        short_names: Option<&str>,
+        server: Vec<IpAddr>,
+        index: Arc<Index>,
+    ) -> Self {
         let mut origin = origin.to_lowercase();
         origin.set_fqdn(true);
         Self {
@@ -167,7 +175,10 @@ impl Zone {
                         chain.append(&mut answers);
                         answers = chain;
                     }
-                    return Answer::Records { answers, additionals };
+                    return Answer::Records {
+                        answers,
+                        additionals,
+                    };
                 }
                 Found::NoData => return Answer::NoData(chain),
                 Found::NoName => return Answer::NoName(chain),
@@ -240,7 +251,10 @@ impl Zone {
     /// The labels before the zone's.
     fn inside<'l, 'b>(&self, all: &'l [&'b [u8]]) -> Option<&'l [&'b [u8]]> {
         let (rest, zone) = all.split_at_checked(all.len().checked_sub(self.labels.len())?)?;
-        zone.iter().zip(&self.labels).all(|(a, b)| *a == &**b).then_some(rest)
+        zone.iter()
+            .zip(&self.labels)
+            .all(|(a, b)| *a == &**b)
+            .then_some(rest)
     }
 
     fn find_inside(&self, rest: &[&[u8]], name: &Name, kind: RecordType) -> Found {
@@ -273,10 +287,12 @@ impl Zone {
                 Some(service) => self.below_service(below, &service, name, kind),
                 None => Found::NoName,
             },
-            [port, protocol, service, namespace, b"svc"] => match self.index.service(service, namespace) {
-                Some(service) => self.of_port(port, protocol, &service, name, kind),
-                None => Found::NoName,
-            },
+            [port, protocol, service, namespace, b"svc"] => {
+                match self.index.service(service, namespace) {
+                    Some(service) => self.of_port(port, protocol, &service, name, kind),
+                    None => Found::NoName,
+                }
+            }
             _ => Found::NoName,
         }
     }
@@ -286,8 +302,15 @@ impl Zone {
             RecordType::SOA | RecordType::ANY => Found::Records(vec![self.soa(name)], Vec::new()),
             RecordType::NS => {
                 let server = self.name([&b"ns"[..], b"dns"], true);
-                let additionals = self.server.iter().map(|ip| address(server.clone(), *ip)).collect();
-                Found::Records(vec![record(name.clone(), RData::NS(NS(server)))], additionals)
+                let additionals = self
+                    .server
+                    .iter()
+                    .map(|ip| address(server.clone(), *ip))
+                    .collect();
+                Found::Records(
+                    vec![record(name.clone(), RData::NS(NS(server)))],
+                    additionals,
+                )
             }
             _ => Found::NoData,
         }
@@ -296,18 +319,30 @@ impl Zone {
     fn of_service(&self, service: &ServiceNames, name: &Name, kind: RecordType) -> Found {
         match &service.target {
             Target::Name(alias) => Found::Alias(alias.clone()),
-            // "If there are no ready endpoints for the headless Service, the answer should be NXDOMAIN" (2.4.1).
+            // "If there are no ready endpoints for the headless Service, the answer should be
+            // NXDOMAIN" (2.4.1).
             Target::Endpoints if service.groups.is_empty() => Found::NoName,
             Target::ClusterIps(ips) if ips.is_empty() => Found::NoData,
-            // A name for each of them; asked for by those that look for peers (`SRV` of the bare name), and answered by CoreDNS.
+            // A name for each of them; asked for by those that look for peers (`SRV` of the bare
+            // name), and answered by CoreDNS.
             _ if kind == RecordType::SRV => self.servers(service, name, |_, _| true),
-            Target::Endpoints => self.addresses(name, service.endpoints().map(|(endpoint, _)| endpoint.address), kind),
+            Target::Endpoints => self.addresses(
+                name,
+                service.endpoints().map(|(endpoint, _)| endpoint.address),
+                kind,
+            ),
             Target::ClusterIps(ips) => self.addresses(name, ips.iter().copied(), kind),
         }
     }
 
     /// An endpoint, or the protocol of named ports.
-    fn below_service(&self, below: &[u8], service: &ServiceNames, name: &Name, kind: RecordType) -> Found {
+    fn below_service(
+        &self,
+        below: &[u8],
+        service: &ServiceNames,
+        name: &Name,
+        kind: RecordType,
+    ) -> Found {
         if let Some(protocol) = protocol_of(below) {
             let is_of = |port: &str, other: Protocol| other == protocol && !port.is_empty();
             return match has_port(service, is_of) {
@@ -335,11 +370,20 @@ impl Zone {
         finish(answers, additionals)
     }
 
-    fn of_port(&self, port: &[u8], protocol: &[u8], service: &ServiceNames, name: &Name, kind: RecordType) -> Found {
+    fn of_port(
+        &self,
+        port: &[u8],
+        protocol: &[u8],
+        service: &ServiceNames,
+        name: &Name,
+        kind: RecordType,
+    ) -> Found {
         let (Some(port), Some(protocol)) = (port.strip_prefix(b"_"), protocol_of(protocol)) else {
             return Found::NoName;
         };
-        let is_it = |name: &str, other: Protocol| other == protocol && !name.is_empty() && name.as_bytes() == port;
+        let is_it = |name: &str, other: Protocol| {
+            other == protocol && !name.is_empty() && name.as_bytes() == port
+        };
         if !has_port(service, is_it) {
             return Found::NoName;
         }
@@ -350,11 +394,20 @@ impl Zone {
     }
 
     /// SRV records of the ports that `is_it` says yes to, with the addresses of their targets.
-    fn servers(&self, service: &ServiceNames, owner: &Name, is_it: impl Fn(&str, Protocol) -> bool) -> Found {
+    fn servers(
+        &self,
+        service: &ServiceNames,
+        owner: &Name,
+        is_it: impl Fn(&str, Protocol) -> bool,
+    ) -> Found {
         let (mut answers, mut additionals) = (Vec::new(), Vec::new());
         if let Target::ClusterIps(ips) = &service.target {
             let target = self.service_name(&service.name);
-            for port in service.ports.iter().filter(|port| is_it(&port.name, port.protocol)) {
+            for port in service
+                .ports
+                .iter()
+                .filter(|port| is_it(&port.name, port.protocol))
+            {
                 answers.push(server(owner.clone(), port.number, target.clone()));
             }
             if !answers.is_empty() {
@@ -383,8 +436,15 @@ impl Zone {
             return Some(Found::NoData);
         }
         // A cluster IP's own name is the only one.
-        let own: Vec<_> = pointers.iter().filter(|pointer| pointer.endpoint.is_none()).collect();
-        let shown = if own.is_empty() { pointers.iter().collect() } else { own };
+        let own: Vec<_> = pointers
+            .iter()
+            .filter(|pointer| pointer.endpoint.is_none())
+            .collect();
+        let shown = if own.is_empty() {
+            pointers.iter().collect()
+        } else {
+            own
+        };
         let to_record = |pointer: &super::index::Pointer| {
             let target = match &pointer.endpoint {
                 Some(endpoint) => self.endpoint_name(endpoint, &pointer.service),
@@ -392,11 +452,19 @@ impl Zone {
             };
             record(name.clone(), RData::PTR(PTR(target)))
         };
-        Some(finish(shown.into_iter().map(to_record).collect(), Vec::new()))
+        Some(finish(
+            shown.into_iter().map(to_record).collect(),
+            Vec::new(),
+        ))
     }
 
     /// Those of the family that is asked for, each once, from another one on each time.
-    fn addresses(&self, name: &Name, all: impl IntoIterator<Item = IpAddr>, kind: RecordType) -> Found {
+    fn addresses(
+        &self,
+        name: &Name,
+        all: impl IntoIterator<Item = IpAddr>,
+        kind: RecordType,
+    ) -> Found {
         let wanted = |ip: &IpAddr| match kind {
             RecordType::A => ip.is_ipv4(),
             RecordType::AAAA => ip.is_ipv6(),
@@ -411,13 +479,22 @@ impl Zone {
             ips.rotate_left(turn);
         }
         finish(
-            ips.into_iter().map(|ip| address(name.clone(), ip)).collect(),
+            ips.into_iter()
+                .map(|ip| address(name.clone(), ip))
+                .collect(),
             Vec::new(),
         )
     }
 
     fn service_name(&self, service: &ObjectName) -> Name {
-        self.name([service.name.as_bytes(), service.namespace.as_bytes(), b"svc"], true)
+        self.name(
+            [
+                service.name.as_bytes(),
+                service.namespace.as_bytes(),
+                b"svc",
+            ],
+            true,
+        )
     }
 
     fn endpoint_name(&self, endpoint: &EndpointNames, service: &ObjectName) -> Name {
@@ -430,26 +507,35 @@ impl Zone {
             }
         };
         self.name(
-            [label, service.name.as_bytes(), service.namespace.as_bytes(), b"svc"],
+            [
+                label,
+                service.name.as_bytes(),
+                service.namespace.as_bytes(),
+                b"svc",
+            ],
             true,
         )
     }
 
-    /// A name of these labels, in the zone or at the root. Those that come here are Kubernetes's own, and none is too long for
-    /// a label; where one is too long for a name, what is left is the zone.
+    /// A name of these labels, in the zone or at the root. Those that come here are Kubernetes's
+    /// own, and none is too long for a label; where one is too long for a name, what is left is the
+    /// zone.
     fn name<'l>(&'l self, labels: impl IntoIterator<Item = &'l [u8]>, in_zone: bool) -> Name {
-        let zone = self
-            .labels
-            .iter()
-            .map(|label| &**label)
-            .take(if in_zone { usize::MAX } else { 0 });
+        let zone =
+            self.labels
+                .iter()
+                .map(|label| &**label)
+                .take(if in_zone { usize::MAX } else { 0 });
         Name::from_labels(labels.into_iter().chain(zone)).unwrap_or_else(|_| self.origin.clone())
     }
 }
 
 /// Whether a Service, or one of its endpoints, has a port that `is_it` says yes to.
 fn has_port(service: &ServiceNames, is_it: impl Fn(&str, Protocol) -> bool) -> bool {
-    service.ports.iter().any(|port| is_it(&port.name, port.protocol))
+    service
+        .ports
+        .iter()
+        .any(|port| is_it(&port.name, port.protocol))
         || service.target == Target::Endpoints
             && service
                 .groups

@@ -1,7 +1,9 @@
-//! What Services got, summed over their backends, from counters in the kernel that come and go with these.
+//! What Services got, summed over their backends, from counters in the kernel that come and go with
+//! these.
 //!
-//! A backend's counters begin at zero when its id is given to another, so sums are kept here and grow by differences: they
-//! never go back while the agent runs. Only backends that were sent something are looked at, of which a node has few.
+//! A backend's counters begin at zero when its id is given to another, so sums are kept here and
+//! grow by differences: they never go back while the agent runs. Only backends that were sent
+//! something are looked at, of which a node has few.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -53,10 +55,28 @@ impl Counts {
             from_packets,
             from_bytes,
         } = self.traffic;
-        [socket, tc, xdp, to_packets, to_bytes, from_packets, from_bytes]
+        [
+            socket,
+            tc,
+            xdp,
+            to_packets,
+            to_bytes,
+            from_packets,
+            from_bytes,
+        ]
     }
 
-    fn from_numbers([socket, tc, xdp, to_packets, to_bytes, from_packets, from_bytes]: [u64; 7]) -> Self {
+    fn from_numbers(
+        [
+            socket,
+            tc,
+            xdp,
+            to_packets,
+            to_bytes,
+            from_packets,
+            from_bytes,
+        ]: [u64; 7],
+    ) -> Self {
         Self {
             flows: [socket, tc, xdp],
             traffic: Traffic {
@@ -131,8 +151,13 @@ impl Totals {
         let mut counted = HashMap::with_capacity(seen.len());
         for (id, now) in seen {
             let before = self.counted.remove(&id);
-            // A backend that was taken out has no frontend any more, and may still get what was on its way.
-            let Some(port) = owners.get(&id).or(before.as_ref().map(|(port, _)| port)).cloned() else {
+            // A backend that was taken out has no frontend any more, and may still get what was on
+            // its way.
+            let Some(port) = owners
+                .get(&id)
+                .or(before.as_ref().map(|(port, _)| port))
+                .cloned()
+            else {
                 continue;
             };
             let more = match before {
@@ -149,7 +174,11 @@ impl Totals {
 }
 
 /// Whose the backends are that `wanted` names.
-fn owners(maps: &Maps, names: &HashMap<u32, ObjectName>, wanted: &HashSet<u32>) -> Result<HashMap<u32, ServicePort>> {
+fn owners(
+    maps: &Maps,
+    names: &HashMap<u32, ObjectName>,
+    wanted: &HashSet<u32>,
+) -> Result<HashMap<u32, ServicePort>> {
     let mut owners = HashMap::new();
     for family in FamilyIndex::ALL {
         let table = maps.table(family);

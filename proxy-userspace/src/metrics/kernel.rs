@@ -83,8 +83,15 @@ impl Kernel {
     }
 
     fn encode_maps(&self, encoder: &mut DescriptorEncoder, usage: &[Usage]) -> fmt::Result {
-        let entries = usage.iter().map(|usage| ([("map", usage.map)], usage.entries));
-        gauges(encoder, "shunt_map_entries", "Entries of a BPF map in use.", entries)?;
+        let entries = usage
+            .iter()
+            .map(|usage| ([("map", usage.map)], usage.entries));
+        gauges(
+            encoder,
+            "shunt_map_entries",
+            "Entries of a BPF map in use.",
+            entries,
+        )?;
         let capacities = usage
             .iter()
             .map(|usage| ([("map", usage.map)], u64::from(usage.capacity)));
@@ -96,10 +103,13 @@ impl Kernel {
         )?;
         let tables = [("unanswered", names::NEW_FLOWS), ("answered", names::FLOWS)];
         let flows = tables.iter().flat_map(|&(table, maps)| {
-            ["IPv4", "IPv6"].into_iter().zip(maps).filter_map(move |(family, map)| {
-                let usage = usage.iter().find(|usage| usage.map == map)?;
-                Some(([("family", family), ("table", table)], usage.entries))
-            })
+            ["IPv4", "IPv6"]
+                .into_iter()
+                .zip(maps)
+                .filter_map(move |(family, map)| {
+                    let usage = usage.iter().find(|usage| usage.map == map)?;
+                    Some(([("family", family), ("table", table)], usage.entries))
+                })
         });
         gauges(
             encoder,
@@ -130,7 +140,11 @@ impl Kernel {
             flows,
         )?;
         // Without --count-traffic there are no samples: zeros would be lies.
-        let carried = || totals.iter().filter(|(_, counts)| counts.traffic != Traffic::default());
+        let carried = || {
+            totals
+                .iter()
+                .filter(|(_, counts)| counts.traffic != Traffic::default())
+        };
         let packets = carried().flat_map(|(port, counts)| {
             let Traffic {
                 to_packets,
@@ -147,7 +161,9 @@ impl Kernel {
         )?;
         let bytes = carried().flat_map(|(port, counts)| {
             let Traffic {
-                to_bytes, from_bytes, ..
+                to_bytes,
+                from_bytes,
+                ..
             } = counts.traffic;
             directions(port, to_bytes, from_bytes)
         });
@@ -188,7 +204,9 @@ impl Collector for Kernel {
         }
         match self.maps.events() {
             Ok(events) => {
-                let events = events.iter().map(|(event, n)| ([("event", event.name())], *n));
+                let events = events
+                    .iter()
+                    .map(|(event, n)| ([("event", event.name())], *n));
                 let help = "What the datapath counts, drops and refusals by their reason.";
                 counters(&mut encoder, "shunt_events", help, events)?;
             }

@@ -1,9 +1,12 @@
-//! What Prometheus scrapes: kube-proxy's metrics where the meaning is the same, and the datapath's own.
+//! What Prometheus scrapes: kube-proxy's metrics where the meaning is the same, and the datapath's
+//! own.
 //!
-//! The agent counts and times its own work in [`Metrics`], which costs it a few atomic additions. All else is read when somebody
-//! asks: the maps ([`kernel`]), what Services got ([`flows`]), and the process ([`process`]).
+//! The agent counts and times its own work in [`Metrics`], which costs it a few atomic additions.
+//! All else is read when somebody asks: the maps ([`kernel`]), what Services got ([`flows`]), and
+//! the process ([`process`]).
 //!
-//! kube-proxy's names: `pkg/proxy/metrics/metrics.go`. It calls a gauge `…_total` once, and so does this.
+//! kube-proxy's names: `pkg/proxy/metrics/metrics.go`. It calls a gauge `…_total` once, and so does
+//! this.
 
 pub mod flows;
 pub mod kernel;
@@ -194,7 +197,9 @@ impl Default for Metrics {
 
 fn observe(histogram: &ByFamily, seconds: f64) {
     for ip_family in FAMILIES {
-        histogram.get_or_create(&IpFamily { ip_family }).observe(seconds);
+        histogram
+            .get_or_create(&IpFamily { ip_family })
+            .observe(seconds);
     }
 }
 
@@ -231,8 +236,8 @@ impl Metrics {
         observe(&self.programming_duration, seconds);
     }
 
-    /// So many Services with `internalTrafficPolicy` and with `externalTrafficPolicy: Local` have endpoints, and none here; of IPv4
-    /// and of IPv6.
+    /// So many Services with `internalTrafficPolicy` and with `externalTrafficPolicy: Local` have
+    /// endpoints, and none here; of IPv4 and of IPv6.
     pub fn set_no_local_endpoints(&self, [internal, external]: [[usize; 2]; 2]) {
         for (traffic_policy, counts) in [("internal", internal), ("external", external)] {
             for (ip_family, count) in FAMILIES.into_iter().zip(counts) {
@@ -256,7 +261,8 @@ impl Metrics {
         self.livez.get_or_create(&Code { code }).inc();
     }
 
-    /// The API server has answered a request; `<error>` in place of a code when it has not, as client-go has it.
+    /// The API server has answered a request; `<error>` in place of a code when it has not, as
+    /// client-go has it.
     pub fn requested(&self, method: &str, host: &str, code: Option<u16>) {
         let labels = Request {
             code: code.map_or_else(|| "<error>".to_owned(), |code| code.to_string()),
@@ -274,18 +280,21 @@ impl Metrics {
 
     /// So many Services are not wholly in the maps.
     pub fn set_unprogrammed(&self, services: usize) {
-        self.unprogrammed.set(i64::try_from(services).unwrap_or(i64::MAX));
+        self.unprogrammed
+            .set(i64::try_from(services).unwrap_or(i64::MAX));
     }
 
     /// The file of `--config` has changed.
     pub fn reloaded(&self, outcome: Reload) {
         self.reloads.get_or_create(&outcome.label()).inc();
-        self.last_reload_successful.set(i64::from(outcome == Reload::Applied));
+        self.last_reload_successful
+            .set(i64::from(outcome == Reload::Applied));
     }
 
     /// So many settings of the file take effect when the agent starts again.
     pub fn set_waits_for_restart(&self, settings: usize) {
-        self.waits_for_restart.set(i64::try_from(settings).unwrap_or(i64::MAX));
+        self.waits_for_restart
+            .set(i64::try_from(settings).unwrap_or(i64::MAX));
     }
 
     /// What the DNS server counts.
@@ -303,7 +312,10 @@ impl Metrics {
         self.set_no_local_endpoints([[0; 2]; 2]);
         for ip_family in FAMILIES {
             drop(self.sync_duration.get_or_create(&IpFamily { ip_family }));
-            drop(self.programming_duration.get_or_create(&IpFamily { ip_family }));
+            drop(
+                self.programming_duration
+                    .get_or_create(&IpFamily { ip_family }),
+            );
         }
         for code in [200, 503] {
             drop(self.healthz.get_or_create(&Code { code }));
@@ -417,7 +429,12 @@ struct Renderings {
 
 impl Exporter {
     /// Of an agent that counts in `metrics` and programs `maps`.
-    pub fn new(metrics: &Metrics, health: Health, maps: Arc<Maps>, connections: Connections) -> Self {
+    pub fn new(
+        metrics: &Metrics,
+        health: Health,
+        maps: Arc<Maps>,
+        connections: Connections,
+    ) -> Self {
         let mut registry = Registry::default();
         metrics.register(&mut registry);
         registry.register_collector(Box::new(kernel::Kernel::new(maps, health)));
@@ -436,9 +453,10 @@ impl Exporter {
         }
     }
 
-    /// Everything, as OpenMetrics has it ([`CONTENT_TYPE`]); `None` if that has failed. Reads all maps, which takes a while where they
-    /// have millions of entries: whoever asks meanwhile gets the same text, and from one rendering to the next passes as much time
-    /// as it takes, so that no number of scrapes costs more than half a CPU.
+    /// Everything, as OpenMetrics has it ([`CONTENT_TYPE`]); `None` if that has failed. Reads all
+    /// maps, which takes a while where they have millions of entries: whoever asks meanwhile gets
+    /// the same text, and from one rendering to the next passes as much time as it takes, so that
+    /// no number of scrapes costs more than half a CPU.
     pub async fn scrape(&self) -> Option<Bytes> {
         let mut rendering = self.current();
         rendering.wait_for(Option::is_some).await.ok()?.clone()
@@ -446,7 +464,10 @@ impl Exporter {
 
     /// The rendering that is being made, or a new one.
     fn current(&self) -> watch::Receiver<Option<Bytes>> {
-        let mut renderings = self.renderings.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut renderings = self
+            .renderings
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         // One that has failed is over too.
         let goes_on = |rendering: &&watch::Receiver<Option<Bytes>>| {
             rendering.has_changed().is_ok() && rendering.borrow().is_none()
@@ -473,7 +494,10 @@ impl Exporter {
         let written = text::encode(&mut text, &registry);
         debug_assert!(written.is_ok());
         let end = Instant::now();
-        let mut renderings = self.renderings.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut renderings = self
+            .renderings
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         renderings.not_before = end + (end - begin).min(MAX_PAUSE);
         text.into()
     }
@@ -509,7 +533,9 @@ mod tests {
         let scrapes = (0..50).map(|_| exporter.scrape());
         let texts = futures::future::join_all(scrapes).await;
         assert!(
-            texts.iter().all(|text| text.as_deref() == Some(&b"# EOF\n"[..])),
+            texts
+                .iter()
+                .all(|text| text.as_deref() == Some(&b"# EOF\n"[..])),
             "{texts:?}"
         );
         assert_eq!(count.load(Ordering::Relaxed), 1);

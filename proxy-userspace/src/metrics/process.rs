@@ -1,5 +1,6 @@
 //! `process_*`, as all Prometheus clients have them
-//! (<https://prometheus.io/docs/instrumenting/writing_clientlibs/#process-metrics>). Lengths and units: `proc_pid_stat(5)`.
+//! (<https://prometheus.io/docs/instrumenting/writing_clientlibs/#process-metrics>). Lengths and
+//! units: `proc_pid_stat(5)`.
 
 use std::fs;
 
@@ -49,7 +50,8 @@ impl Stat {
 /// When the machine was booted, seconds since 1970.
 fn boot_time() -> Option<u64> {
     let text = fs::read_to_string("/proc/stat").ok()?;
-    text.lines().find_map(|line| line.strip_prefix("btime ")?.parse().ok())
+    text.lines()
+        .find_map(|line| line.strip_prefix("btime ")?.parse().ok())
 }
 
 impl Collector for Process {
@@ -59,7 +61,12 @@ impl Collector for Process {
         if let Some(stat) = stat.and_then(|text| Stat::parse(&text)) {
             let cpu = ConstCounter::new(stat.cpu as f64 / ticks);
             let help = "User and system time of the agent.";
-            cpu.encode(encoder.encode_descriptor("process_cpu_seconds", help, None, MetricType::Counter)?)?;
+            cpu.encode(encoder.encode_descriptor(
+                "process_cpu_seconds",
+                help,
+                None,
+                MetricType::Counter,
+            )?)?;
             let resident = stat.resident.saturating_mul(page_size() as u64);
             gauge(
                 &mut encoder,
@@ -91,7 +98,12 @@ impl Collector for Process {
     }
 }
 
-fn gauge(encoder: &mut DescriptorEncoder, name: &str, help: &str, value: f64) -> Result<(), std::fmt::Error> {
+fn gauge(
+    encoder: &mut DescriptorEncoder,
+    name: &str,
+    help: &str,
+    value: f64,
+) -> Result<(), std::fmt::Error> {
     ConstGauge::new(value).encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)
 }
 
@@ -101,8 +113,7 @@ mod tests {
 
     #[test]
     fn names_with_parentheses_do_not_move_the_fields() {
-        let line =
-            "7 (a) b) (c) S 1 7 7 0 -1 4194560 100 0 0 0 20 30 0 0 20 0 3 0 5000 4096000 250 18446744073709551615";
+        let line = "7 (a) b) (c) S 1 7 7 0 -1 4194560 100 0 0 0 20 30 0 0 20 0 3 0 5000 4096000 250 18446744073709551615";
         let stat = Stat {
             cpu: 50,
             start: 5000,

@@ -1,4 +1,5 @@
-//! Who has what when several ask for it, what an event touches, and that the order of events does not matter.
+//! Who has what when several ask for it, what an event touches, and that the order of events does
+//! not matter.
 
 use std::sync::Arc;
 
@@ -77,7 +78,11 @@ fn complete() -> Model {
 }
 
 fn apply(model: &mut Model, event: Event) -> Vec<String> {
-    model.apply(event).iter().map(|name| name.name.to_string()).collect()
+    model
+        .apply(event)
+        .iter()
+        .map(|name| name.name.to_string())
+        .collect()
 }
 
 fn gone(name: &str) -> Event {
@@ -85,11 +90,18 @@ fn gone(name: &str) -> Event {
 }
 
 fn frontends(model: &Model, name: &str) -> usize {
-    model.plan(&ObjectName::new("default", name)).frontends.len()
+    model
+        .plan(&ObjectName::new("default", name))
+        .frontends
+        .len()
 }
 
 fn told(model: &mut Model) -> Vec<String> {
-    model.take_problems().iter().map(ToString::to_string).collect()
+    model
+        .take_problems()
+        .iter()
+        .map(ToString::to_string)
+        .collect()
 }
 
 #[test]
@@ -100,8 +112,14 @@ fn an_event_touches_the_services_it_concerns() {
         [""; 0],
         "no such Service yet"
     );
-    assert_eq!(apply(&mut model, Event::Service(with_ip("a", "10.96.0.1"))), ["a"]);
-    assert_eq!(apply(&mut model, Event::Service(with_ip("b", "10.96.0.2"))), ["b"]);
+    assert_eq!(
+        apply(&mut model, Event::Service(with_ip("a", "10.96.0.1"))),
+        ["a"]
+    );
+    assert_eq!(
+        apply(&mut model, Event::Service(with_ip("b", "10.96.0.2"))),
+        ["b"]
+    );
     assert_eq!(
         apply(&mut model, Event::Service(with_ip("b", "10.96.0.2"))),
         [""; 0],
@@ -112,18 +130,27 @@ fn an_event_touches_the_services_it_concerns() {
         [""; 0],
         "the same again"
     );
-    assert_eq!(apply(&mut model, Event::Slice(slice("a-1", "a", &["10.0.0.2"]))), ["a"]);
+    assert_eq!(
+        apply(&mut model, Event::Slice(slice("a-1", "a", &["10.0.0.2"]))),
+        ["a"]
+    );
     // A slice that changes hands.
     assert_eq!(
         apply(&mut model, Event::Slice(slice("a-1", "b", &["10.0.0.2"]))),
         ["a", "b"]
     );
     assert_eq!(
-        apply(&mut model, Event::SliceGone(ObjectName::new("default", "a-1"))),
+        apply(
+            &mut model,
+            Event::SliceGone(ObjectName::new("default", "a-1"))
+        ),
         ["b"]
     );
     assert_eq!(
-        apply(&mut model, Event::SliceGone(ObjectName::new("default", "a-1"))),
+        apply(
+            &mut model,
+            Event::SliceGone(ObjectName::new("default", "a-1"))
+        ),
         [""; 0]
     );
     let facts = NodeFacts {
@@ -133,7 +160,10 @@ fn an_event_touches_the_services_it_concerns() {
     assert_eq!(apply(&mut model, Event::Node(facts.clone())), ["a", "b"]);
     assert_eq!(apply(&mut model, Event::Node(facts.clone())), [""; 0]);
     // A Node that is on its way out serves as before.
-    let leaving = NodeFacts { leaves: true, ..facts };
+    let leaving = NodeFacts {
+        leaves: true,
+        ..facts
+    };
     assert_eq!(apply(&mut model, Event::Node(leaving)), [""; 0]);
     assert!(model.node().leaves);
     assert_eq!(apply(&mut model, Event::NodeGone), [""; 0]);
@@ -147,7 +177,10 @@ fn an_event_touches_the_services_it_concerns() {
 fn who_has_a_node_port_keeps_it_and_the_other_takes_over() {
     let mut model = complete();
     apply(&mut model, Event::Service(with_node_port("b", 30_080)));
-    assert_eq!(apply(&mut model, Event::Service(with_node_port("a", 30_080))), ["a"]);
+    assert_eq!(
+        apply(&mut model, Event::Service(with_node_port("a", 30_080))),
+        ["a"]
+    );
     assert_eq!(
         told(&mut model),
         [
@@ -187,7 +220,11 @@ fn who_has_a_node_port_keeps_it_and_the_other_takes_over() {
     assert_eq!((frontends(&model, "a"), frontends(&model, "b")), (4, 0));
     assert_eq!(told(&mut model), [""; 0]);
     apply(&mut model, Event::Service(with_node_port("b", 30_080)));
-    assert_eq!(told(&mut model).len(), 1, "told again: now it is the other one");
+    assert_eq!(
+        told(&mut model).len(),
+        1,
+        "told again: now it is the other one"
+    );
     assert_eq!((frontends(&model, "a"), frontends(&model, "b")), (4, 0));
     // The holder asks for another one.
     assert_eq!(
@@ -241,15 +278,22 @@ fn external_addresses_are_shared_by_port_but_never_taken_from_a_cluster_ip() {
           (spec.externalIPs) and is not served here; choose another"
         ]
     );
-    // Any user can write an external IP: it does not stand against a cluster IP, even one that comes later.
+    // Any user can write an external IP: it does not stand against a cluster IP, even one that
+    // comes later.
     assert_eq!(
         apply(&mut model, Event::Service(with_ip("d", "192.0.2.1"))),
         ["a", "b", "c", "d"]
     );
-    assert_eq!(["a", "b", "c", "d"].map(|name| frontends(&model, name)), [0, 0, 0, 2]);
+    assert_eq!(
+        ["a", "b", "c", "d"].map(|name| frontends(&model, name)),
+        [0, 0, 0, 2]
+    );
     assert_eq!(told(&mut model).len(), 3);
     assert_eq!(apply(&mut model, gone("d")), ["a", "b", "c", "d"]);
-    assert_eq!(["a", "b", "c", "d"].map(|name| frontends(&model, name)), [2, 2, 0, 0]);
+    assert_eq!(
+        ["a", "b", "c", "d"].map(|name| frontends(&model, name)),
+        [2, 2, 0, 0]
+    );
 }
 
 #[test]
@@ -279,12 +323,22 @@ fn among_the_first_the_oldest_has_it() {
 
 #[test]
 fn an_endpoint_that_is_a_cluster_ip_is_skipped_as_long_as_it_is_one() {
-    let backends = |model: &Model| model.plan(&ObjectName::new("default", "a")).frontends[0].backends.len();
+    let backends = |model: &Model| {
+        model.plan(&ObjectName::new("default", "a")).frontends[0]
+            .backends
+            .len()
+    };
     let mut model = complete();
     apply(&mut model, Event::Service(with_ip("a", "10.96.0.1")));
-    apply(&mut model, Event::Slice(slice("a-1", "a", &["10.0.0.1", "10.96.0.2"])));
+    apply(
+        &mut model,
+        Event::Slice(slice("a-1", "a", &["10.0.0.1", "10.96.0.2"])),
+    );
     assert_eq!((backends(&model), told(&mut model).len()), (2, 0));
-    assert_eq!(apply(&mut model, Event::Service(with_ip("b", "10.96.0.2"))), ["a", "b"]);
+    assert_eq!(
+        apply(&mut model, Event::Service(with_ip("b", "10.96.0.2"))),
+        ["a", "b"]
+    );
     assert_eq!(backends(&model), 1);
     assert_eq!(
         told(&mut model),
@@ -297,7 +351,11 @@ fn an_endpoint_that_is_a_cluster_ip_is_skipped_as_long_as_it_is_one() {
         &mut model,
         Event::Slice(slice("a-1", "a", &["10.0.0.1", "10.0.0.3", "10.96.0.2"])),
     );
-    assert_eq!((backends(&model), told(&mut model).len()), (2, 0), "told once");
+    assert_eq!(
+        (backends(&model), told(&mut model).len()),
+        (2, 0),
+        "told once"
+    );
     assert_eq!(apply(&mut model, gone("b")), ["a", "b"]);
     assert_eq!(backends(&model), 3);
 }
@@ -321,7 +379,10 @@ fn a_node_object_adds_to_what_was_configured() {
         (Some("z"), 2)
     );
     model.apply(Event::Node(NodeFacts::default()));
-    assert_eq!((model.node().zone.as_deref(), model.node().addresses.len()), (None, 1));
+    assert_eq!(
+        (model.node().zone.as_deref(), model.node().addresses.len()),
+        (None, 1)
+    );
     assert_eq!(&*model.node().name, "node-a");
 }
 
@@ -330,25 +391,31 @@ fn any_service() -> impl Strategy<Value = Service> {
     let address = (0_u8..4).prop_map(|i| IpAddr::from([10, 96, 0, i]));
     let ips = || proptest::collection::vec(address.clone(), 0..2);
     let port = (0_u16..2, proptest::option::of(30_000_u16..30_002));
-    (0..5_usize, ips(), ips(), proptest::collection::vec(port, 1..3)).prop_map(|(name, cluster, external, ports)| {
-        let name = ["a", "b", "c", "d", "e"][name];
-        let mut service = service(name);
-        service.created = Some(name.len() as i64);
-        service.cluster_ips = cluster;
-        service.external_ips = external;
-        service.ports = ports
-            .into_iter()
-            .enumerate()
-            .map(|(i, (port, node_port))| ServicePort {
-                name: i.to_string().into(),
-                protocol: Protocol::Tcp,
-                port: 80 + port,
-                node_port,
-            })
-            .collect();
-        service.ports.dedup_by_key(|port| port.port);
-        service
-    })
+    (
+        0..5_usize,
+        ips(),
+        ips(),
+        proptest::collection::vec(port, 1..3),
+    )
+        .prop_map(|(name, cluster, external, ports)| {
+            let name = ["a", "b", "c", "d", "e"][name];
+            let mut service = service(name);
+            service.created = Some(name.len() as i64);
+            service.cluster_ips = cluster;
+            service.external_ips = external;
+            service.ports = ports
+                .into_iter()
+                .enumerate()
+                .map(|(i, (port, node_port))| ServicePort {
+                    name: i.to_string().into(),
+                    protocol: Protocol::Tcp,
+                    port: 80 + port,
+                    node_port,
+                })
+                .collect();
+            service.ports.dedup_by_key(|port| port.port);
+            service
+        })
 }
 
 fn any_event() -> impl Strategy<Value = Event> {
@@ -375,7 +442,8 @@ fn plans(model: &Model) -> BTreeMap<ObjectName, ServicePlan> {
 }
 
 proptest! {
-    /// What came before the list was complete, in any order and with any detours, gives the plans of what is left.
+    /// What came before the list was complete, in any order and with any detours, gives the plans
+    /// of what is left.
     #[test]
     fn the_order_of_the_first_events_does_not_matter(
         detours in proptest::collection::vec(any_event(), 0..40),

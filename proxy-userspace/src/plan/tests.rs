@@ -1,6 +1,7 @@
 //! Which backends a frontend has, row by row: the Service and its endpoints in, frontends out.
 //!
-//! The node is `node-a` in `zone-a`. An endpoint is written `address condition node`, with hints behind it.
+//! The node is `node-a` in `zone-a`. An endpoint is written `address condition node`, with hints
+//! behind it.
 
 use super::*;
 use crate::source::manifests::tests::Cluster;
@@ -29,7 +30,11 @@ fn service_text(spec: &str, endpoints: &[&str]) -> String {
     );
     for (i, endpoint) in endpoints.iter().enumerate() {
         let mut words = endpoint.split(' ');
-        let (address, condition, node) = (words.next().unwrap(), words.next().unwrap(), words.next().unwrap());
+        let (address, condition, node) = (
+            words.next().unwrap(),
+            words.next().unwrap(),
+            words.next().unwrap(),
+        );
         let conditions = match condition {
             "ready" => "ready: true, serving: true, terminating: false",
             "default" => "",
@@ -71,8 +76,14 @@ fn backends(spec: &str, endpoints: &[&str]) -> String {
 #[test]
 fn only_ready_endpoints_get_new_flows_and_else_those_that_still_serve() {
     for (endpoints, want) in [
-        (&["10.0.0.1 ready node-b", "10.0.0.2 starting node-b"][..], "10.0.0.1"),
-        (&["10.0.0.1 default node-b", "10.0.0.2 leaving node-b"], "10.0.0.1"),
+        (
+            &["10.0.0.1 ready node-b", "10.0.0.2 starting node-b"][..],
+            "10.0.0.1",
+        ),
+        (
+            &["10.0.0.1 default node-b", "10.0.0.2 leaving node-b"],
+            "10.0.0.1",
+        ),
         (
             &[
                 "10.0.0.1 leaving node-b",
@@ -82,10 +93,20 @@ fn only_ready_endpoints_get_new_flows_and_else_those_that_still_serve() {
             "10.0.0.1",
         ),
         (&["10.0.0.1 dying node-b", "10.0.0.2 starting node-b"], ""),
-        // What is left out of `serving` is true: an endpoint that goes is the last resort, one that is not ready is not.
-        (&["10.0.0.1 going node-b", "10.0.0.2 ready node-b"], "10.0.0.2"),
-        (&["10.0.0.1 going node-b", "10.0.0.2 starting node-b"], "10.0.0.1"),
-        (&["10.0.0.1 unready node-b", "10.0.0.2 going node-b"], "10.0.0.2"),
+        // What is left out of `serving` is true: an endpoint that goes is the last resort, one that
+        // is not ready is not.
+        (
+            &["10.0.0.1 going node-b", "10.0.0.2 ready node-b"],
+            "10.0.0.2",
+        ),
+        (
+            &["10.0.0.1 going node-b", "10.0.0.2 starting node-b"],
+            "10.0.0.1",
+        ),
+        (
+            &["10.0.0.1 unready node-b", "10.0.0.2 going node-b"],
+            "10.0.0.2",
+        ),
         (&["10.0.0.1 unready node-b"], ""),
         (&[], ""),
     ] {
@@ -100,7 +121,8 @@ fn only_ready_endpoints_get_new_flows_and_else_those_that_still_serve() {
     );
 }
 
-/// SPEC B8: of those with one address the one that serves best counts, with all that is said of it and nothing of the others.
+/// SPEC B8: of those with one address the one that serves best counts, with all that is said of it
+/// and nothing of the others.
 #[test]
 fn one_address_in_several_endpoints_is_the_one_that_serves() {
     let other = "10.0.0.9 ready node-b zone-b";
@@ -144,17 +166,26 @@ fn one_address_in_several_endpoints_is_the_one_that_serves() {
         ),
         // Hints of the one that does not serve are not united either.
         (
-            ["10.0.0.1 dying node-b zone-a", "10.0.0.1 ready node-b zone-b"],
+            [
+                "10.0.0.1 dying node-b zone-a",
+                "10.0.0.1 ready node-b zone-b",
+            ],
             "",
             "10.0.0.1 10.0.0.9",
         ),
         (
-            ["10.0.0.1 dying node-b zone-b", "10.0.0.1 ready node-b zone-a"],
+            [
+                "10.0.0.1 dying node-b zone-b",
+                "10.0.0.1 ready node-b zone-a",
+            ],
             "",
             "10.0.0.1",
         ),
         (
-            ["10.0.0.1 dying node-b node-a zone-b", "10.0.0.1 ready node-b zone-b"],
+            [
+                "10.0.0.1 dying node-b node-a zone-b",
+                "10.0.0.1 ready node-b zone-b",
+            ],
             "",
             "10.0.0.1 10.0.0.9",
         ),
@@ -171,7 +202,8 @@ fn one_address_in_several_endpoints_is_the_one_that_serves() {
         assert_eq!(backends("", &order), "10.0.0.1", "{order:?}");
     }
     // Policy Local goes by the node of the one that serves.
-    let local = |twins: &[&str]| plan("type: NodePort, externalTrafficPolicy: Local", twins)[2].clone();
+    let local =
+        |twins: &[&str]| plan("type: NodePort, externalTrafficPolicy: Local", twins)[2].clone();
     assert_eq!(
         local(&["10.0.0.1 dying node-a", "10.0.0.1 ready node-b"]),
         "External 0.0.0.0:30080/TCP NodePort keep-source drop ->"
@@ -244,7 +276,10 @@ fn internal_policy_local() {
 fn hints_keep_flows_near_when_all_endpoints_have_them() {
     for (endpoints, want) in [
         (
-            &["10.0.0.1 ready node-a zone-a", "10.0.0.2 ready node-b zone-b"][..],
+            &[
+                "10.0.0.1 ready node-a zone-a",
+                "10.0.0.2 ready node-b zone-b",
+            ][..],
             "10.0.0.1*",
         ),
         (
@@ -252,11 +287,17 @@ fn hints_keep_flows_near_when_all_endpoints_have_them() {
             "10.0.0.1* 10.0.0.2",
         ),
         (
-            &["10.0.0.1 ready node-b zone-b", "10.0.0.2 ready node-b zone-c"],
+            &[
+                "10.0.0.1 ready node-b zone-b",
+                "10.0.0.2 ready node-b zone-c",
+            ],
             "10.0.0.1 10.0.0.2",
         ),
         (
-            &["10.0.0.1 ready node-b zone-b zone-a", "10.0.0.2 ready node-b zone-b"],
+            &[
+                "10.0.0.1 ready node-b zone-b zone-a",
+                "10.0.0.2 ready node-b zone-b",
+            ],
             "10.0.0.1",
         ),
         // What is not ready has no say.
@@ -281,7 +322,10 @@ fn hints_keep_flows_near_when_all_endpoints_have_them() {
         ),
         // Nobody is ready: hints do not count.
         (
-            &["10.0.0.1 leaving node-b zone-a", "10.0.0.2 leaving node-b zone-b"],
+            &[
+                "10.0.0.1 leaving node-b zone-a",
+                "10.0.0.2 leaving node-b zone-b",
+            ],
             "10.0.0.1 10.0.0.2",
         ),
     ] {
@@ -296,7 +340,10 @@ fn hints_keep_flows_near_when_all_endpoints_have_them() {
     // Policy Local goes before hints, for those whom it concerns.
     let lines = plan(
         "type: NodePort, externalTrafficPolicy: Local",
-        &["10.0.0.1 ready node-b zone-a", "10.0.0.2 ready node-a zone-b"],
+        &[
+            "10.0.0.1 ready node-b zone-a",
+            "10.0.0.2 ready node-a zone-b",
+        ],
     );
     assert_eq!(
         lines[1..],
@@ -307,7 +354,8 @@ fn hints_keep_flows_near_when_all_endpoints_have_them() {
     );
 }
 
-/// SPEC B5: nodes of one zone choose alike for a client from outside, whatever the order in which they learned of endpoints.
+/// SPEC B5: nodes of one zone choose alike for a client from outside, whatever the order in which
+/// they learned of endpoints.
 #[test]
 fn nodes_of_a_zone_have_the_same_table_for_clients_from_outside() {
     let endpoints = [
@@ -324,7 +372,9 @@ fn nodes_of_a_zone_have_the_same_table_for_clients_from_outside() {
         let external = plan
             .frontends
             .iter()
-            .find(|frontend| frontend.kind == FrontendKind::NodePort && frontend.id.scope == Scope::External)
+            .find(|frontend| {
+                frontend.kind == FrontendKind::NodePort && frontend.id.scope == Scope::External
+            })
             .unwrap();
         assert_eq!(external.table, Table::Maglev);
         external
@@ -337,8 +387,8 @@ fn nodes_of_a_zone_have_the_same_table_for_clients_from_outside() {
     assert_eq!(choice("node-b"), choice("node-a"));
 }
 
-/// A table of addresses and ranges by family: which load balancer frontends there are and which of them are limited, and what
-/// the user is told.
+/// A table of addresses and ranges by family: which load balancer frontends there are and which of
+/// them are limited, and what the user is told.
 #[test]
 fn addresses_and_source_ranges_go_by_family() {
     const V4: &str = "10.96.1.1";
@@ -356,11 +406,31 @@ fn addresses_and_source_ranges_go_by_family() {
         (&both, "0.0.0.0/0", "198.51.100.1 2001:db8::9", &[]),
         (&both, "'::/0'", "198.51.100.1 2001:db8::9", &[]),
         (&both, "0.0.0.0/0, '::/0'", "198.51.100.1 2001:db8::9", &[]),
-        (&both, "0.0.0.0/0, 10.0.0.0/8", "198.51.100.1 2001:db8::9", &[]),
+        (
+            &both,
+            "0.0.0.0/0, 10.0.0.0/8",
+            "198.51.100.1 2001:db8::9",
+            &[],
+        ),
         // Each family by itself.
-        (&both, "10.0.0.0/8, 'fd00::/8'", "198.51.100.1! 2001:db8::9!", &[]),
-        (&both, "0.0.0.0/0, 'fd00::/8'", "198.51.100.1 2001:db8::9!", &[]),
-        (&both, "10.0.0.0/8, '::/0'", "198.51.100.1! 2001:db8::9", &[]),
+        (
+            &both,
+            "10.0.0.0/8, 'fd00::/8'",
+            "198.51.100.1! 2001:db8::9!",
+            &[],
+        ),
+        (
+            &both,
+            "0.0.0.0/0, 'fd00::/8'",
+            "198.51.100.1 2001:db8::9!",
+            &[],
+        ),
+        (
+            &both,
+            "10.0.0.0/8, '::/0'",
+            "198.51.100.1! 2001:db8::9",
+            &[],
+        ),
         (&both, "10.0.0.0/8", "198.51.100.1! 2001:db8::9", &[NO_IPV6]),
         (&both, "'fd00::/8'", "198.51.100.1 2001:db8::9!", &[NO_IPV4]),
         (V4, "10.0.0.0/8", "198.51.100.1!", &[]),
@@ -389,7 +459,12 @@ fn addresses_and_source_ranges_go_by_family() {
             "198.51.100.1 2001:db8::9!",
             &["\"nobody\" is no CIDR", "no IPv6 client is let in"],
         ),
-        (V4, "10.0.0.0/8, nobody", "198.51.100.1!", &["\"nobody\" is no CIDR"]),
+        (
+            V4,
+            "10.0.0.0/8, nobody",
+            "198.51.100.1!",
+            &["\"nobody\" is no CIDR"],
+        ),
         // Leading zeros.
         (
             V4,
@@ -412,16 +487,24 @@ fn addresses_and_source_ranges_go_by_family() {
         let messages = cluster.write("web.yaml", &text);
         assert_eq!(messages.len(), told.len(), "{ranges}: {messages:?}");
         for part in told {
-            let is_said =
-                |message: &String| message.contains("spec.loadBalancerSourceRanges") && message.contains(part);
-            assert!(messages.iter().any(is_said), "{ranges}: {part}: {messages:?}");
+            let is_said = |message: &String| {
+                message.contains("spec.loadBalancerSourceRanges") && message.contains(part)
+            };
+            assert!(
+                messages.iter().any(is_said),
+                "{ranges}: {part}: {messages:?}"
+            );
         }
         let lines = cluster.plan("web");
         let served: Vec<String> = lines
             .iter()
             .filter(|line| line.contains("LoadBalancer"))
             .map(|line| {
-                let limited = if line.contains("source-ranges") { "!" } else { "" };
+                let limited = if line.contains("source-ranges") {
+                    "!"
+                } else {
+                    ""
+                };
                 let address = line.split_once(":80/").unwrap().0.trim_matches(['[', ']']);
                 format!("{address}{limited}")
             })
@@ -442,11 +525,17 @@ spec: { clusterIP: 'fd00:96::1', externalIPs: ['2001:db8::1', 192.0.2.1], ports:
     assert_eq!(cluster.write("all.yaml", text), [""; 0]);
     assert_eq!(
         cluster.plan("a"),
-        ["10.96.1.1:80/TCP ClusterIp ->", "192.0.2.1:80/TCP ExternalIp ->"]
+        [
+            "10.96.1.1:80/TCP ClusterIp ->",
+            "192.0.2.1:80/TCP ExternalIp ->"
+        ]
     );
     assert_eq!(
         cluster.plan("b"),
-        ["[2001:db8::1]:80/TCP ExternalIp ->", "[fd00:96::1]:80/TCP ClusterIp ->"]
+        [
+            "[2001:db8::1]:80/TCP ExternalIp ->",
+            "[fd00:96::1]:80/TCP ClusterIp ->"
+        ]
     );
 }
 
@@ -469,12 +558,22 @@ fn special_addresses_and_leading_zeros() {
         (lines.join(" "), told.len())
     };
     for (cluster_ip, external, balancer, want) in [
-        ("10.96.1.1", "", "{ ip: 169.254.7.7 }", ("10.96.1.1 169.254.7.7", 0)),
+        (
+            "10.96.1.1",
+            "",
+            "{ ip: 169.254.7.7 }",
+            ("10.96.1.1 169.254.7.7", 0),
+        ),
         ("10.96.1.1", "169.254.7.7", "", ("10.96.1.1", 1)),
         ("10.96.1.1", "", "{ ip: 127.0.0.1 }", ("10.96.1.1", 1)),
         ("10.96.1.1", "", "{ ip: 0.0.0.0 }", ("10.96.1.1", 1)),
         ("10.96.1.1", "", "{ ip: 224.0.0.1 }", ("10.96.1.1", 1)),
-        ("fd00:96::1", "", "{ ip: 'fe80::7' }", ("[fd00:96::1] [fe80::7]", 0)),
+        (
+            "fd00:96::1",
+            "",
+            "{ ip: 'fe80::7' }",
+            ("[fd00:96::1] [fe80::7]", 0),
+        ),
         ("fd00:96::1", "'fe80::7'", "", ("[fd00:96::1]", 1)),
         (
             "10.96.1.1",
@@ -482,8 +581,18 @@ fn special_addresses_and_leading_zeros() {
             "{ ip: 198.51.100.1, ipMode: VIP }",
             ("10.96.1.1 198.51.100.1", 0),
         ),
-        ("10.96.1.1", "", "{ ip: 198.51.100.1, ipMode: Proxy }", ("10.96.1.1", 0)),
-        ("10.96.1.1", "", "{ ip: 198.51.100.1, ipMode: Later }", ("10.96.1.1", 1)),
+        (
+            "10.96.1.1",
+            "",
+            "{ ip: 198.51.100.1, ipMode: Proxy }",
+            ("10.96.1.1", 0),
+        ),
+        (
+            "10.96.1.1",
+            "",
+            "{ ip: 198.51.100.1, ipMode: Later }",
+            ("10.96.1.1", 1),
+        ),
         (
             "10.096.001.01",
             "192.0.2.07",
@@ -492,7 +601,11 @@ fn special_addresses_and_leading_zeros() {
         ),
     ] {
         let got = served(cluster_ip, external, balancer);
-        assert_eq!((got.0.as_str(), got.1), want, "{cluster_ip} {external} {balancer}");
+        assert_eq!(
+            (got.0.as_str(), got.1),
+            want,
+            "{cluster_ip} {external} {balancer}"
+        );
     }
 }
 
@@ -505,7 +618,11 @@ spec: { type: NodePort, clusterIP: 10.96.1.1, externalIPs: [192.0.2.1], ports: [
 ";
     let mut cluster = Cluster::new();
     cluster.write("web.yaml", text);
-    for frontend in cluster.model.plan(&ObjectName::new("default", "web")).frontends {
+    for frontend in cluster
+        .model
+        .plan(&ObjectName::new("default", "web"))
+        .frontends
+    {
         let want = match frontend.kind {
             FrontendKind::ClusterIp => Table::Direct,
             _ => Table::Maglev,

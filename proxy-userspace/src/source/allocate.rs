@@ -1,8 +1,9 @@
 //! Addresses and node ports for Services that name none, as an API server would give them.
 //!
-//! Every agent that reads the same manifests must come to the same result without asking another: the search starts at
-//! a hash of the Service's name, what manifests ask for by number is never given away, and Services are taken in order
-//! of their names. What was given stays given while the agent runs.
+//! Every agent that reads the same manifests must come to the same result without asking another:
+//! the search starts at a hash of the Service's name, what manifests ask for by number is never
+//! given away, and Services are taken in order of their names. What was given stays given while the
+//! agent runs.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -21,7 +22,9 @@ pub(super) struct Pool<K> {
 
 impl<K> Default for Pool<K> {
     fn default() -> Self {
-        Self { given: HashMap::new() }
+        Self {
+            given: HashMap::new(),
+        }
     }
 }
 
@@ -33,8 +36,9 @@ pub(super) struct Range {
 }
 
 impl Range {
-    /// The addresses of a network that a Service can have: not the network's and the broadcast address of IPv4, not the
-    /// subnet-router anycast address of IPv6 ([RFC 4291, 2.6.1](https://www.rfc-editor.org/rfc/rfc4291#section-2.6.1)).
+    /// The addresses of a network that a Service can have: not the network's and the broadcast
+    /// address of IPv4, not the subnet-router anycast address of IPv6 ([RFC 4291,
+    /// 2.6.1](https://www.rfc-editor.org/rfc/rfc4291#section-2.6.1)).
     pub(super) fn of_net(net: &IpNet) -> Self {
         let host_bits = u32::from(net.max_prefix_len() - net.prefix_len());
         let first = to_number(net.network());
@@ -82,8 +86,9 @@ pub(super) fn to_ip(number: u128, is_v6: bool) -> IpAddr {
 }
 
 impl<K: Clone + Eq + Hash + Ord> Pool<K> {
-    /// Gives every owner a number that nobody else has and that is not `taken`; the owners that got none are missing
-    /// from the result. What owners of before do not ask for any more is free again.
+    /// Gives every owner a number that nobody else has and that is not `taken`; the owners that got
+    /// none are missing from the result. What owners of before do not ask for any more is free
+    /// again.
     ///
     /// `owners`: by key, with the text whose hash the search begins at.
     pub(super) fn give(
@@ -93,7 +98,9 @@ impl<K: Clone + Eq + Hash + Ord> Pool<K> {
         taken: &HashSet<u128>,
     ) -> BTreeMap<K, u128> {
         self.given.retain(|owner, number| {
-            owners.contains_key(owner) && !taken.contains(number) && ranges.iter().any(|range| range.contains(*number))
+            owners.contains_key(owner)
+                && !taken.contains(number)
+                && ranges.iter().any(|range| range.contains(*number))
         });
         let mut used: HashSet<u128> = self.given.values().copied().collect();
         for (owner, seed) in owners {
@@ -120,7 +127,8 @@ impl<K: Clone + Eq + Hash + Ord> Pool<K> {
     }
 }
 
-/// 64-bit FNV-1a: the same on every node and in every release, which `std`'s hasher does not promise.
+/// 64-bit FNV-1a: the same on every node and in every release, which `std`'s hasher does not
+/// promise.
 fn fnv1a(text: &str) -> u64 {
     text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
@@ -155,7 +163,10 @@ mod tests {
 
     #[test]
     fn single_addresses_and_whole_families_are_ranges_too() {
-        for (text, first) in [("192.0.2.7/32", "192.0.2.7"), ("2001:db8::7/128", "2001:db8::7")] {
+        for (text, first) in [
+            ("192.0.2.7/32", "192.0.2.7"),
+            ("2001:db8::7/128", "2001:db8::7"),
+        ] {
             let given = Pool::default().give(&owners(&["a"]), &net(text), &HashSet::new());
             assert_eq!(given["a"], to_number(first.parse().unwrap()));
         }
@@ -183,7 +194,10 @@ mod tests {
         let ranges = [Range::of_ports(&(30_000..=30_001))];
         let first = pool.give(&owners(&["a"]), &ranges, &HashSet::new())["a"];
         let moved = pool.give(&owners(&["a"]), &ranges, &HashSet::from([first]))["a"];
-        assert_eq!(HashSet::from([first, moved]), HashSet::from([30_000, 30_001]));
+        assert_eq!(
+            HashSet::from([first, moved]),
+            HashSet::from([30_000, 30_001])
+        );
         let full = pool.give(&owners(&["a", "b"]), &ranges, &HashSet::from([30_000]));
         assert_eq!(full.len(), 1, "a full range gives nothing twice");
     }

@@ -1,7 +1,8 @@
 //! From Kubernetes objects to the slim types of [`crate::object`], with everything checked.
 //!
-//! A manifest has no API server in front of it, and an API server may be older or newer than this code, so nothing is
-//! taken on trust. What cannot be served becomes a [`Problem`]; the rest of the object goes on.
+//! A manifest has no API server in front of it, and an API server may be older or newer than this
+//! code, so nothing is taken on trust. What cannot be served becomes a [`Problem`]; the rest of the
+//! object goes on.
 //!
 //! Rules: <https://kubernetes.io/docs/reference/kubernetes-api/service-resources/>.
 
@@ -24,14 +25,18 @@ pub use self::{
 pub const LABEL_SERVICE_PROXY: &str = "service.kubernetes.io/service-proxy-name";
 /// Label of headless Services and their slices.
 pub const LABEL_HEADLESS: &str = "service.kubernetes.io/headless";
-/// `namespace/name` of an object; `default` where it names no namespace. `None` and a problem without a name.
+/// `namespace/name` of an object; `default` where it names no namespace. `None` and a problem
+/// without a name.
 pub fn name(kind: &str, meta: &Meta, problems: &mut Vec<Problem>) -> Option<ObjectName> {
     let namespace = match meta.namespace.as_deref() {
         None | Some("") => "default",
         Some(namespace) => namespace,
     };
     let name = ObjectName::new(namespace, meta.name.as_deref().unwrap_or_default());
-    for (field, value) in [("metadata.namespace", &name.namespace), ("metadata.name", &name.name)] {
+    for (field, value) in [
+        ("metadata.namespace", &name.namespace),
+        ("metadata.name", &name.name),
+    ] {
         let message = match &**value {
             "" => "is missing; every object needs one".to_owned(),
             value if !is_dns_name(value) => {
@@ -51,7 +56,9 @@ pub fn name(kind: &str, meta: &Meta, problems: &mut Vec<Problem>) -> Option<Obje
 
 /// Whether a name is a DNS subdomain as RFC 1123 has it: what the API demands of names.
 fn is_dns_name(name: &str) -> bool {
-    let ends = |byte: Option<u8>| byte.is_some_and(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit());
+    let ends = |byte: Option<u8>| {
+        byte.is_some_and(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit())
+    };
     name.len() <= 253
         && ends(name.bytes().next())
         && ends(name.bytes().last())
@@ -67,11 +74,14 @@ fn left_alone(meta: &Meta) -> bool {
         .any(|label| meta.labels.get(label).is_some())
 }
 
-/// Turns the label [`LABEL_SERVICE_PROXY`] into what [`service`] and [`slice()`] look at, when this proxy has a name itself: its
-/// own objects lose the label, and all others are left alone.
+/// Turns the label [`LABEL_SERVICE_PROXY`] into what [`service`] and [`slice()`] look at, when this
+/// proxy has a name itself: its own objects lose the label, and all others are left alone.
 pub fn claim(meta: &mut Meta, proxy_name: &str) {
     let labels = &mut meta.labels.0;
-    if labels.get(LABEL_SERVICE_PROXY).is_some_and(|name| name == proxy_name) {
+    if labels
+        .get(LABEL_SERVICE_PROXY)
+        .is_some_and(|name| name == proxy_name)
+    {
         labels.remove(LABEL_SERVICE_PROXY);
     } else {
         labels.insert(LABEL_SERVICE_PROXY.to_owned(), String::new());

@@ -13,8 +13,8 @@ use notify::{
 };
 use tokio::sync::mpsc;
 
-/// Folders are looked through so often when the kernel tells of changes: it does not for network file systems, and not
-/// for the targets of symbolic links.
+/// Folders are looked through so often when the kernel tells of changes: it does not for network
+/// file systems, and not for the targets of symbolic links.
 pub(crate) const POLL: Duration = Duration::from_secs(5);
 /// The same where the kernel cannot tell.
 pub(crate) const POLL_ALONE: Duration = Duration::from_millis(500);
@@ -22,7 +22,10 @@ pub(crate) const POLL_ALONE: Duration = Duration::from_millis(500);
 const MOST_DEPTH: usize = 16;
 
 /// A watcher that sends a word for every change; `None` where the kernel has none to give.
-pub(crate) fn watch(paths: &[PathBuf], wake: &mpsc::Sender<()>) -> Option<notify::RecommendedWatcher> {
+pub(crate) fn watch(
+    paths: &[PathBuf],
+    wake: &mpsc::Sender<()>,
+) -> Option<notify::RecommendedWatcher> {
     let wake = wake.clone();
     // Events name absolute paths.
     let paths: Vec<PathBuf> = paths
@@ -34,7 +37,9 @@ pub(crate) fn watch(paths: &[PathBuf], wake: &mpsc::Sender<()>) -> Option<notify
         let matters = match event {
             // Reading is an event too: answering it by reading would never end.
             Ok(event) => match event.kind {
-                EventKind::Access(AccessKind::Close(AccessMode::Write)) => concerns(&ours, &event.paths),
+                EventKind::Access(AccessKind::Close(AccessMode::Write)) => {
+                    concerns(&ours, &event.paths)
+                }
                 EventKind::Access(_) => false,
                 _ => concerns(&ours, &event.paths),
             },
@@ -52,8 +57,13 @@ pub(crate) fn watch(paths: &[PathBuf], wake: &mpsc::Sender<()>) -> Option<notify
                 watcher.watch(path, RecursiveMode::Recursive)?;
             } else {
                 // Editors replace files: the folder outlives them.
-                let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-                watcher.watch(folder.unwrap_or(Path::new(".")), RecursiveMode::NonRecursive)?;
+                let folder = path
+                    .parent()
+                    .filter(|folder| !folder.as_os_str().is_empty());
+                watcher.watch(
+                    folder.unwrap_or(Path::new(".")),
+                    RecursiveMode::NonRecursive,
+                )?;
             }
         }
         Ok(watcher)
@@ -69,14 +79,17 @@ pub(crate) fn watch(paths: &[PathBuf], wake: &mpsc::Sender<()>) -> Option<notify
     }
 }
 
-/// Whether a change at `changed` is one of our files; other files of a watched file's folder are not.
+/// Whether a change at `changed` is one of our files; other files of a watched file's folder are
+/// not.
 fn concerns(ours: &[PathBuf], changed: &[PathBuf]) -> bool {
     // A mounted ConfigMap changes by its hidden link `..data`.
     let swapped = |path: &PathBuf| {
         path.file_name()
             .is_some_and(|name| name.to_string_lossy().starts_with(".."))
     };
-    let ends = |path: &PathBuf, our: &PathBuf| path.starts_with(our) || path.file_name() == our.file_name();
+    let ends = |path: &PathBuf, our: &PathBuf| {
+        path.starts_with(our) || path.file_name() == our.file_name()
+    };
     changed.is_empty()
         || changed
             .iter()
@@ -104,8 +117,9 @@ pub(super) async fn read(paths: &[PathBuf]) -> Files {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => found.files.push((file, Err(error))),
                 Ok(bytes) => {
-                    let text = String::from_utf8(bytes)
-                        .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "is not UTF-8 text"));
+                    let text = String::from_utf8(bytes).map_err(|_| {
+                        io::Error::new(io::ErrorKind::InvalidData, "is not UTF-8 text")
+                    });
                     found.files.push((file, text));
                 }
             }
@@ -131,7 +145,12 @@ pub(super) fn list(paths: &[PathBuf]) -> (Vec<PathBuf>, Vec<(PathBuf, io::Error)
     (files, unreadable)
 }
 
-fn walk(folder: &Path, depth: usize, files: &mut Vec<PathBuf>, unreadable: &mut Vec<(PathBuf, io::Error)>) {
+fn walk(
+    folder: &Path,
+    depth: usize,
+    files: &mut Vec<PathBuf>,
+    unreadable: &mut Vec<(PathBuf, io::Error)>,
+) {
     let entries = fs::read_dir(folder).and_then(|entries| entries.collect::<io::Result<Vec<_>>>());
     let entries = match entries {
         Ok(entries) => entries,
@@ -153,7 +172,9 @@ fn walk(folder: &Path, depth: usize, files: &mut Vec<PathBuf>, unreadable: &mut 
                 .any(|known| extension.eq_ignore_ascii_case(known))
         });
         match fs::metadata(&path) {
-            Ok(meta) if meta.is_dir() && depth < MOST_DEPTH => walk(&path, depth + 1, files, unreadable),
+            Ok(meta) if meta.is_dir() && depth < MOST_DEPTH => {
+                walk(&path, depth + 1, files, unreadable)
+            }
             Ok(meta) if meta.is_file() && wanted => files.push(path),
             _ => {}
         }

@@ -1,9 +1,10 @@
 //! Kubernetes objects, as far as they are read.
 //!
-//! An API server stores what was valid when it was written and serves it for ever, so a field that is not used here must not
-//! make an object unreadable (SPEC S3): such fields are skipped without being looked at, which is also what makes long
-//! `managedFields` cheap. Fields that are used are checked by [`convert`](super::convert); here they only have the type that
-//! the API gives them, and `null` is an absent field, as in Go.
+//! An API server stores what was valid when it was written and serves it for ever, so a field that
+//! is not used here must not make an object unreadable (SPEC S3): such fields are skipped without
+//! being looked at, which is also what makes long `managedFields` cheap. Fields that are used are
+//! checked by [`convert`](super::convert); here they only have the type that the API gives them,
+//! and `null` is an absent field, as in Go.
 //!
 //! Fields are named and explained as in <https://kubernetes.io/docs/reference/kubernetes-api/>.
 
@@ -47,7 +48,8 @@ kind!(Service, "/api/v1/services");
 kind!(EndpointSlice, "/apis/discovery.k8s.io/v1/endpointslices");
 kind!(Node, "/api/v1/nodes");
 
-/// Declares objects and their parts: every field may be absent or `null`, and every other field is skipped.
+/// Declares objects and their parts: every field may be absent or `null`, and every other field is
+/// skipped.
 macro_rules! parts {
     ($($(#[$attribute:meta])* $name:ident { $($(#[$of_field:meta])* $field:ident: $type:ty,)* })*) => {$(
         $(#[$attribute])*
@@ -367,11 +369,13 @@ impl Visitor<'_> for IntOrStringVisitor {
     }
 
     fn visit_i64<E: serde::de::Error>(self, number: i64) -> Result<IntOrString, E> {
-        let int = i32::try_from(number).map_err(|_| E::invalid_value(Unexpected::Signed(number), &self))?;
+        let int = i32::try_from(number)
+            .map_err(|_| E::invalid_value(Unexpected::Signed(number), &self))?;
         Ok(IntOrString::Int(int))
     }
     fn visit_u64<E: serde::de::Error>(self, number: u64) -> Result<IntOrString, E> {
-        let int = i32::try_from(number).map_err(|_| E::invalid_value(Unexpected::Unsigned(number), &self))?;
+        let int = i32::try_from(number)
+            .map_err(|_| E::invalid_value(Unexpected::Unsigned(number), &self))?;
         Ok(IntOrString::Int(int))
     }
     fn visit_str<E>(self, name: &str) -> Result<IntOrString, E> {

@@ -1,9 +1,11 @@
-//! A Kubernetes API server as source: Services, EndpointSlices and the own Node, listed and watched.
+//! A Kubernetes API server as source: Services, EndpointSlices and the own Node, listed and
+//! watched.
 //!
-//! What the server excludes by label never comes over the wire, and of what comes only the slim objects' hashes and
-//! names are kept, to tell a difference from a repetition. A list that is read again after a gap yields differences
-//! only, deletions last: nothing is taken away before a complete list says that it is gone. Lists of several kinds that are
-//! read again at the same time, as after an absence of the server, are yielded together.
+//! What the server excludes by label never comes over the wire, and of what comes only the slim
+//! objects' hashes and names are kept, to tell a difference from a repetition. A list that is read
+//! again after a gap yields differences only, deletions last: nothing is taken away before a
+//! complete list says that it is gone. Lists of several kinds that are read again at the same time,
+//! as after an absence of the server, are yielded together.
 
 use std::{
     collections::{HashMap, HashSet, hash_map::DefaultHasher},
@@ -57,9 +59,11 @@ pub struct Config {
     pub kubeconfig: Option<PathBuf>,
     /// The own Node's `metadata.name`.
     pub node_name: String,
-    /// Only objects whose label `service.kubernetes.io/service-proxy-name` has this value; `None`: those without the label.
+    /// Only objects whose label `service.kubernetes.io/service-proxy-name` has this value; `None`:
+    /// those without the label.
     pub proxy_name: Option<String>,
-    /// Whether names of Services are asked for: then those that others serve, and those without addresses, are followed too.
+    /// Whether names of Services are asked for: then those that others serve, and those without
+    /// addresses, are followed too.
     pub names: bool,
 }
 
@@ -75,8 +79,8 @@ impl Kubernetes {
         Self { config }
     }
 
-    /// Lists, sends everything and [`Event::Complete`], then what changes, until the receiver is gone. A server that is
-    /// away is waited for.
+    /// Lists, sends everything and [`Event::Complete`], then what changes, until the receiver is
+    /// gone. A server that is away is waited for.
     ///
     /// # Errors
     /// A configuration that cannot be used: no such kubeconfig, not in a cluster, no node name.
@@ -92,10 +96,19 @@ impl Kubernetes {
             !node_name.is_empty(),
             "the own Node has no name: give --node-name (in a pod: from spec.nodeName)"
         );
-        let connection = Arc::new(Connection::new(kubeconfig.as_deref(), tx.reports().metrics().clone()).await?);
+        let connection =
+            Arc::new(Connection::new(kubeconfig.as_deref(), tx.reports().metrics().clone()).await?);
         let ours = match &proxy_name {
-            None => format!("!{},!{}", convert::LABEL_HEADLESS, convert::LABEL_SERVICE_PROXY),
-            Some(name) => format!("!{},{}={name}", convert::LABEL_HEADLESS, convert::LABEL_SERVICE_PROXY),
+            None => format!(
+                "!{},!{}",
+                convert::LABEL_HEADLESS,
+                convert::LABEL_SERVICE_PROXY
+            ),
+            Some(name) => format!(
+                "!{},{}={name}",
+                convert::LABEL_HEADLESS,
+                convert::LABEL_SERVICE_PROXY
+            ),
         };
         let by_label = Selection {
             labels: (!names).then_some(ours),
@@ -113,7 +126,9 @@ impl Kubernetes {
         let service = move |raw: Service| slim(raw, claim.as_deref(), convert::service);
         let slice = move |raw: EndpointSlice| slim(raw, proxy_name.as_deref(), convert::slice);
         let node = |raw: Node| slim(raw, None, |raw, _| Some(convert::node(raw)));
-        followers.spawn(Follower::new(connection.clone(), by_label.clone(), service, told.clone()).run());
+        followers.spawn(
+            Follower::new(connection.clone(), by_label.clone(), service, told.clone()).run(),
+        );
         followers.spawn(Follower::new(connection.clone(), by_label, slice, told.clone()).run());
         followers.spawn(Follower::new(connection.clone(), by_name, node, told).run());
         followers.spawn(events::tell(
@@ -143,7 +158,9 @@ impl Kubernetes {
             if std::mem::take(&mut state.node_is_missing) {
                 // Not here: the lists go on meanwhile.
                 let (client, node_name) = (connection.client(), node_name.clone());
-                followers.spawn(async move { tracing::warn!("{}", missing_node(&client, &node_name).await) });
+                followers.spawn(async move {
+                    tracing::warn!("{}", missing_node(&client, &node_name).await)
+                });
             }
             let events = state.take_events();
             if let Some(name) = server.and_then(|address| served_as(address, &events)) {
@@ -177,9 +194,16 @@ fn waits_for_itself(name: &ObjectName) -> String {
 /// Says what Nodes there are when the own one is not.
 async fn missing_node(client: &Client, node_name: &str) -> String {
     let nodes = Api::<api::Node>::all(client.clone());
-    let known = match nodes.list_metadata(&ListParams::default().limit(LISTED_NODES)).await {
+    let known = match nodes
+        .list_metadata(&ListParams::default().limit(LISTED_NODES))
+        .await
+    {
         Ok(list) => {
-            let names: Vec<String> = list.items.into_iter().filter_map(|node| node.metadata.name).collect();
+            let names: Vec<String> = list
+                .items
+                .into_iter()
+                .filter_map(|node| node.metadata.name)
+                .collect();
             match list.metadata.continue_ {
                 Some(more) if !more.is_empty() => format!("{}, …", names.join(", ")),
                 _ if names.is_empty() => "none".to_owned(),
@@ -289,7 +313,11 @@ struct Slim<T> {
     triggered: Option<SystemTime>,
 }
 
-fn slim<K, T>(mut raw: K, proxy_name: Option<&str>, convert: impl FnOnce(&K, &mut Vec<Problem>) -> Option<T>) -> Slim<T>
+fn slim<K, T>(
+    mut raw: K,
+    proxy_name: Option<&str>,
+    convert: impl FnOnce(&K, &mut Vec<Problem>) -> Option<T>,
+) -> Slim<T>
 where
     K: Kind,
 {
@@ -313,18 +341,26 @@ where
 impl State {
     fn apply(&mut self, change: Change) {
         let (problems, events) = (&mut self.problems, &mut self.events);
-        if self.complete && matches!(change, Change::Service(Told::Begin) | Change::Slice(Told::Begin)) {
+        if self.complete
+            && matches!(
+                change,
+                Change::Service(Told::Begin) | Change::Slice(Told::Begin)
+            )
+        {
             self.held.get_or_insert_with(Instant::now);
         }
         match change {
             Change::Service(told) => {
-                let yields =
-                    |service: Result<_, _>| events.push(service.map_or_else(Event::ServiceGone, Event::Service));
+                let yields = |service: Result<_, _>| {
+                    events.push(service.map_or_else(Event::ServiceGone, Event::Service))
+                };
                 self.services.apply(told, yields, problems);
             }
             Change::Slice(told) => {
                 let before = events.len();
-                let yields = |slice: Result<_, _>| events.push(slice.map_or_else(Event::SliceGone, Event::Slice));
+                let yields = |slice: Result<_, _>| {
+                    events.push(slice.map_or_else(Event::SliceGone, Event::Slice))
+                };
                 // Of a list nobody knows how long its objects were there.
                 let triggered = match &told {
                     Told::Changed(slice) if self.complete => slice.triggered,
@@ -336,7 +372,9 @@ impl State {
                 }
             }
             Change::Node(told) => {
-                let yields = |node: Result<_, ObjectName>| events.push(node.map_or(Event::NodeGone, Event::Node));
+                let yields = |node: Result<_, ObjectName>| {
+                    events.push(node.map_or(Event::NodeGone, Event::Node))
+                };
                 self.nodes.apply(told, yields, problems);
             }
         }
@@ -355,13 +393,19 @@ impl State {
         self.held.map(|since| since + TOGETHER)
     }
 
-    /// What there is to be sent now. While lists are being read again that is nothing, so that Services and their slices
-    /// change together; a kind that cannot be read does not hold up the others for long.
+    /// What there is to be sent now. While lists are being read again that is nothing, so that
+    /// Services and their slices change together; a kind that cannot be read does not hold up the
+    /// others for long.
     fn take_events(&mut self) -> Vec<Event> {
         let all_current = [&self.services, &self.slices, &self.nodes]
             .iter()
             .all(|known| known.current);
-        if self.held.is_some() && !all_current && self.deadline().is_some_and(|deadline| Instant::now() < deadline) {
+        if self.held.is_some()
+            && !all_current
+            && self
+                .deadline()
+                .is_some_and(|deadline| Instant::now() < deadline)
+        {
             return Vec::new();
         }
         self.held = None;
@@ -384,7 +428,8 @@ impl Known {
         }
     }
 
-    /// Takes in what was told; `yields` gets objects that are new or different, and names of those gone.
+    /// Takes in what was told; `yields` gets objects that are new or different, and names of those
+    /// gone.
     fn apply<T: Hash>(
         &mut self,
         told: Told<Slim<T>>,
@@ -420,7 +465,8 @@ impl Known {
             }
             Told::Watching => self.works(),
             Told::Unreadable(name, cause) => {
-                // What it was before stays: the server has the object, though not in a form that is understood here.
+                // What it was before stays: the server has the object, though not in a form that is
+                // understood here.
                 if let Some((namespace, name)) = name.split_once('/')
                     && let Some(listed) = &mut self.listed
                 {
@@ -428,8 +474,14 @@ impl Known {
                 }
                 if self.unreadable.insert(name.clone(), cause.clone()).as_ref() != Some(&cause) {
                     let (namespace, name) = name.split_once('/').unwrap_or_default();
-                    let message = format!("cannot be read: {cause}; what was known of it goes on serving");
-                    problems.push(Problem::new(self.kind, &ObjectName::new(namespace, name), "", message));
+                    let message =
+                        format!("cannot be read: {cause}; what was known of it goes on serving");
+                    problems.push(Problem::new(
+                        self.kind,
+                        &ObjectName::new(namespace, name),
+                        "",
+                        message,
+                    ));
                 }
             }
             Told::Failed(failure) => self.failed(&failure),
@@ -451,7 +503,8 @@ impl Known {
         problems: &mut Vec<Problem>,
     ) {
         let reported = self.objects.get(&object.name).map(|entry| &entry.problems);
-        let is_new = |problem: &&Problem| !reported.is_some_and(|reported| reported.contains(problem));
+        let is_new =
+            |problem: &&Problem| !reported.is_some_and(|reported| reported.contains(problem));
         problems.extend(object.problems.iter().filter(is_new).cloned());
         let mut hasher = DefaultHasher::new();
         object.value.hash(&mut hasher);

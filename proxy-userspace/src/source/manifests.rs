@@ -1,11 +1,12 @@
 //! Kubernetes manifests as a source: files and folders of YAML, watched.
 //!
-//! Every read computes the complete set of objects and yields the difference to what was yielded before. Beside the
-//! objects an API server would have, manifests may hold `Pod` and `Endpoints`: what the endpoint controllers of a cluster
-//! do with them is done here, and what an API server would allocate is allocated ([`Config`]).
+//! Every read computes the complete set of objects and yields the difference to what was yielded
+//! before. Beside the objects an API server would have, manifests may hold `Pod` and `Endpoints`:
+//! what the endpoint controllers of a cluster do with them is done here, and what an API server
+//! would allocate is allocated ([`Config`]).
 //!
-//! A mistake costs only the object that has it. Where an earlier reading of that object was good, it goes on serving:
-//! as with `kubectl apply`, a change that cannot be accepted changes nothing.
+//! A mistake costs only the object that has it. Where an earlier reading of that object was good,
+//! it goes on serving: as with `kubectl apply`, a change that cannot be accepted changes nothing.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -41,26 +42,30 @@ mod snapshot;
 #[cfg(test)]
 pub(crate) mod tests;
 
-/// A change is read when nothing has changed for so long: editors and `git` write several files one after the other.
+/// A change is read when nothing has changed for so long: editors and `git` write several files one
+/// after the other.
 const QUIET: Duration = Duration::from_millis(50);
 /// A change is read after so long even when others follow.
 const MOST_QUIET: Duration = Duration::from_secs(1);
-/// A file of no bytes is most often one that is being written: it is looked at once more after so long.
+/// A file of no bytes is most often one that is being written: it is looked at once more after so
+/// long.
 const EMPTY_FILE: Duration = Duration::from_millis(200);
 
 /// Where manifests are and what missing numbers are allocated from.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Files and folders; of folders all `*.yaml`, `*.yml` and `*.json` below, hidden ones left out. Where an object stands
-    /// twice the first in this order counts.
+    /// Files and folders; of folders all `*.yaml`, `*.yml` and `*.json` below, hidden ones left
+    /// out. Where an object stands twice the first in this order counts.
     pub paths: Vec<PathBuf>,
     /// Where missing cluster IPs come from; the first decides the default family.
     pub service_cidrs: Vec<IpNet>,
     /// Where missing node ports come from.
     pub node_ports: RangeInclusive<u16>,
-    /// Where missing load balancer IPs come from; without one of its family a Service stays `<pending>`.
+    /// Where missing load balancer IPs come from; without one of its family a Service stays
+    /// `<pending>`.
     pub load_balancer_cidrs: Vec<IpNet>,
-    /// The own Node: a manifest of kind `Node` with this name tells its zone and addresses; others tell their Pods' zones.
+    /// The own Node: a manifest of kind `Node` with this name tells its zone and addresses; others
+    /// tell their Pods' zones.
     pub node_name: String,
 }
 
@@ -76,7 +81,8 @@ impl Manifests {
         Self { config }
     }
 
-    /// Reads, sends everything and [`Event::Complete`], then differences, until the receiver is gone.
+    /// Reads, sends everything and [`Event::Complete`], then differences, until the receiver is
+    /// gone.
     ///
     /// # Errors
     /// A path that does not exist or cannot be read at the start. Later on that is a warning.
@@ -113,14 +119,17 @@ impl Manifests {
                 };
                 if told {
                     let end = tokio::time::Instant::now() + MOST_QUIET;
-                    while tokio::time::Instant::now() < end && tokio::time::timeout(QUIET, woken.recv()).await.is_ok() {
+                    while tokio::time::Instant::now() < end
+                        && tokio::time::timeout(QUIET, woken.recv()).await.is_ok()
+                    {
                     }
                 }
                 let now = files::signature(&self.config.paths);
                 let changed = now != seen;
                 seen = now;
                 if changed && !told {
-                    // Something changed that the watcher did not tell: a path was replaced, or links lead elsewhere.
+                    // Something changed that the watcher did not tell: a path was replaced, or
+                    // links lead elsewhere.
                     watcher = files::watch(&self.config.paths, &wake);
                 }
                 if told || changed {
@@ -134,8 +143,12 @@ impl Manifests {
 /// Whether what was given is there.
 fn check_paths(paths: &[PathBuf]) -> anyhow::Result<()> {
     for path in paths {
-        std::fs::metadata(path)
-            .with_context(|| format!("--manifests {}: give a file or folder that can be read", path.display()))?;
+        std::fs::metadata(path).with_context(|| {
+            format!(
+                "--manifests {}: give a file or folder that can be read",
+                path.display()
+            )
+        })?;
     }
     Ok(())
 }
@@ -290,28 +303,46 @@ impl State {
                 first.insert(&known.key, (path, known.line));
                 let name = &known.key.1;
                 if let Content::Node(NodeFacts {
-                    name, zone: Some(zone), ..
+                    name,
+                    zone: Some(zone),
+                    ..
                 }) = &known.content
                 {
                     zones.insert(name.clone(), zone.clone());
                 }
                 match &known.content {
-                    Content::Service(manifest) => drop(manifests.insert(name.clone(), manifest.clone())),
-                    Content::Slice(slice) => drop(slices.insert(name.clone(), EndpointSlice::clone(slice))),
+                    Content::Service(manifest) => {
+                        drop(manifests.insert(name.clone(), manifest.clone()))
+                    }
+                    Content::Slice(slice) => {
+                        drop(slices.insert(name.clone(), EndpointSlice::clone(slice)))
+                    }
                     Content::Endpoints(of) => endpoints.push((name.clone(), of.clone())),
-                    Content::Pod(pod) => pods.entry(name.namespace.clone()).or_default().push(pod.clone()),
-                    Content::Node(facts) if *facts.name == *self.config.node_name => node = Some(facts.clone()),
+                    Content::Pod(pod) => pods
+                        .entry(name.namespace.clone())
+                        .or_default()
+                        .push(pod.clone()),
+                    Content::Node(facts) if *facts.name == *self.config.node_name => {
+                        node = Some(facts.clone())
+                    }
                     Content::Node(_) => {}
                 }
             }
         }
         // A dump of a cluster holds both, and the Endpoints are the coarser ones.
-        let sliced: HashSet<ObjectName> = slices.values().map(|slice| slice.service.clone()).collect();
+        let sliced: HashSet<ObjectName> =
+            slices.values().map(|slice| slice.service.clone()).collect();
         for (_, of) in endpoints.iter().filter(|(name, _)| !sliced.contains(name)) {
             slices.extend(of.iter().map(|slice| (slice.name.clone(), slice.clone())));
         }
-        for (name, manifest) in manifests.iter().filter(|(_, manifest)| !manifest.selector.is_empty()) {
-            let pods = pods.get(&name.namespace).map(Vec::as_slice).unwrap_or_default();
+        for (name, manifest) in manifests
+            .iter()
+            .filter(|(_, manifest)| !manifest.selector.is_empty())
+        {
+            let pods = pods
+                .get(&name.namespace)
+                .map(Vec::as_slice)
+                .unwrap_or_default();
             slices.extend(
                 select(manifest, pods, &zones)
                     .into_iter()
@@ -328,7 +359,11 @@ fn difference<V: Clone + PartialEq>(
     old: &BTreeMap<ObjectName, V>,
     new: &BTreeMap<ObjectName, V>,
 ) -> (Vec<ObjectName>, Vec<V>) {
-    let gone = old.keys().filter(|name| !new.contains_key(name)).cloned().collect();
+    let gone = old
+        .keys()
+        .filter(|name| !new.contains_key(name))
+        .cloned()
+        .collect();
     let changed = new
         .iter()
         .filter(|(name, value)| old.get(name) != Some(value))

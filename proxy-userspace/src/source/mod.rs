@@ -1,7 +1,8 @@
 //! Where objects come from: Kubernetes manifests, or a Kubernetes API server.
 //!
-//! Both sources turn what they read into the slim types of [`crate::object`] by the same rules ([`convert`]) and send
-//! only differences. What cannot be served is logged once, as one line, for as long as it stays so.
+//! Both sources turn what they read into the slim types of [`crate::object`] by the same rules
+//! ([`convert`]) and send only differences. What cannot be served is logged once, as one line, for
+//! as long as it stays so.
 
 mod allocate;
 pub mod convert;

@@ -13,7 +13,8 @@ pub struct Queue {
 }
 
 impl Queue {
-    /// Sends to the channel's receiver, which says [`Health::programmed`] and [`Metrics::programmed`](crate::metrics::Metrics::programmed) after every batch.
+    /// Sends to the channel's receiver, which says [`Health::programmed`] and
+    /// [`Metrics::programmed`](crate::metrics::Metrics::programmed) after every batch.
     pub fn new(sender: mpsc::Sender<Vec<Event>>, health: Health, reports: Reports) -> Self {
         Self {
             sender,

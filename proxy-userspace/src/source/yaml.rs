@@ -1,7 +1,8 @@
 //! Files of Kubernetes YAML: documents apart from each other, objects with the lines they stand on.
 //!
-//! Every document is parsed by itself, so that a mistake in one takes nothing from the others. A `List` counts as so
-//! many documents. Types are the schema: `version: 1.2` is a string where Kubernetes wants one.
+//! Every document is parsed by itself, so that a mistake in one takes nothing from the others. A
+//! `List` counts as so many documents. Types are the schema: `version: 1.2` is a string where
+//! Kubernetes wants one.
 
 use std::{cell::Cell, fmt};
 
@@ -43,10 +44,16 @@ pub(super) struct Parsed<'a> {
 }
 
 impl<'a> Parsed<'a> {
-    fn new(document: Document<'a>, head: Option<&Spanned<Head>>, object: Result<Object, Mistake>) -> Self {
+    fn new(
+        document: Document<'a>,
+        head: Option<&Spanned<Head>>,
+        object: Result<Object, Mistake>,
+    ) -> Self {
         Self {
             object,
-            kind: head.and_then(|head| head.value.kind.clone()).unwrap_or_default(),
+            kind: head
+                .and_then(|head| head.value.kind.clone())
+                .unwrap_or_default(),
             name: head.and_then(|head| head.value.name()),
             line: head.map(|head| head.referenced.line() + document.lines_before),
             document,
@@ -62,7 +69,10 @@ impl<'a> Parsed<'a> {
 
 /// All objects of a file.
 pub(super) fn parse(text: &str) -> Vec<Parsed<'_>> {
-    documents(text).into_iter().flat_map(parse_document).collect()
+    documents(text)
+        .into_iter()
+        .flat_map(parse_document)
+        .collect()
 }
 
 /// The head of every object.
@@ -90,10 +100,19 @@ struct ListHeads {
 }
 
 fn parse_document(document: Document<'_>) -> Vec<Parsed<'_>> {
-    let head = match serde_saphyr::from_str_with_options::<Option<Spanned<Head>>>(document.text, options()) {
+    let head = match serde_saphyr::from_str_with_options::<Option<Spanned<Head>>>(
+        document.text,
+        options(),
+    ) {
         Ok(None) => return Vec::new(),
         Ok(Some(head)) => head,
-        Err(error) => return vec![Parsed::new(document, None, Err(mistake(&error, document, "")))],
+        Err(error) => {
+            return vec![Parsed::new(
+                document,
+                None,
+                Err(mistake(&error, document, "")),
+            )];
+        }
     };
     let kind = head.value.kind.as_deref().unwrap_or_default();
     if kind.is_empty() {
@@ -104,14 +123,25 @@ fn parse_document(document: Document<'_>) -> Vec<Parsed<'_>> {
         };
         return vec![Parsed::new(document, Some(&head), Err(missing))];
     }
-    let known = |of: &&str| matches!(*of, "" | "Service" | "EndpointSlice" | "Endpoints" | "Pod" | "Node");
+    let known = |of: &&str| {
+        matches!(
+            *of,
+            "" | "Service" | "EndpointSlice" | "Endpoints" | "Pod" | "Node"
+        )
+    };
     let Some(list_of) = kind.strip_suffix("List").filter(known) else {
         let object = parse_object(document, kind).map_err(|error| mistake(&error, document, ""));
         return vec![Parsed::new(document, Some(&head), object)];
     };
     let heads = match serde_saphyr::from_str_with_options::<ListHeads>(document.text, options()) {
         Ok(heads) => heads.items.unwrap_or_default(),
-        Err(error) => return vec![Parsed::new(document, Some(&head), Err(mistake(&error, document, "")))],
+        Err(error) => {
+            return vec![Parsed::new(
+                document,
+                Some(&head),
+                Err(mistake(&error, document, "")),
+            )];
+        }
     };
     let item = |(i, mut head): (usize, Spanned<Head>)| {
         head.value.kind.get_or_insert_with(|| list_of.to_owned());
@@ -143,7 +173,9 @@ fn parse_document(document: Document<'_>) -> Vec<Parsed<'_>> {
             Err(error) => {
                 let Some(i) = at.get().filter(|i| !broken[*i]) else {
                     let found = mistake(&error, document, "");
-                    items.iter_mut().for_each(|item| item.object = Err(found.clone()));
+                    items
+                        .iter_mut()
+                        .for_each(|item| item.object = Err(found.clone()));
                     return items;
                 };
                 broken[i] = true;
@@ -156,8 +188,14 @@ fn parse_document(document: Document<'_>) -> Vec<Parsed<'_>> {
 impl Head {
     fn name(&self) -> Option<(String, String)> {
         let meta = self.metadata.as_ref()?;
-        let namespace = meta.namespace.clone().filter(|namespace| !namespace.is_empty());
-        Some((namespace.unwrap_or_else(|| "default".to_owned()), meta.name.clone()?))
+        let namespace = meta
+            .namespace
+            .clone()
+            .filter(|namespace| !namespace.is_empty());
+        Some((
+            namespace.unwrap_or_else(|| "default".to_owned()),
+            meta.name.clone()?,
+        ))
     }
 }
 
@@ -170,15 +208,22 @@ struct Items<'a> {
 }
 
 fn parse_object(document: Document<'_>, kind: &str) -> Result<Object, serde_saphyr::Error> {
-    serde_saphyr::with_deserializer_from_str_with_options(document.text, options(), |deserializer| {
-        ObjectSeed(kind).deserialize(deserializer)
-    })
+    serde_saphyr::with_deserializer_from_str_with_options(
+        document.text,
+        options(),
+        |deserializer| ObjectSeed(kind).deserialize(deserializer),
+    )
 }
 
-fn parse_items(document: Document<'_>, items: Items<'_>) -> Result<Vec<Option<Object>>, serde_saphyr::Error> {
-    serde_saphyr::with_deserializer_from_str_with_options(document.text, options(), |deserializer| {
-        ListSeed(items).deserialize(deserializer)
-    })
+fn parse_items(
+    document: Document<'_>,
+    items: Items<'_>,
+) -> Result<Vec<Option<Object>>, serde_saphyr::Error> {
+    serde_saphyr::with_deserializer_from_str_with_options(
+        document.text,
+        options(),
+        |deserializer| ListSeed(items).deserialize(deserializer),
+    )
 }
 
 /// Reads an object of a kind that is known.

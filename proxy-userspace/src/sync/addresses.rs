@@ -1,9 +1,9 @@
-//! The addresses of Services, whatever the port: who answers pings, and where an unknown port is refused
-//! (see [`shunt_common::address`]).
+//! The addresses of Services, whatever the port: who answers pings, and where an unknown port is
+//! refused (see [`shunt_common::address`]).
 //!
-//! Several Services may share an address (external IPs, some load balancers), so each one's part is remembered, and the entry
-//! is what they make together. The smallest network around all cluster IPs goes into the configuration, where the programs ask
-//! for it before they look an address up.
+//! Several Services may share an address (external IPs, some load balancers), so each one's part is
+//! remembered, and the entry is what they make together. The smallest network around all cluster
+//! IPs goes into the configuration, where the programs ask for it before they look an address up.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -33,9 +33,16 @@ pub(super) struct Addresses {
 impl Addresses {
     /// Reads the maps back.
     pub(super) fn new(maps: &Maps) -> Result<Self, MapError> {
-        fn family<F: MapFamily>(maps: &PerFamily<F>, there: &mut HashMap<IpAddr, u32>) -> Result<(), MapError> {
+        fn family<F: MapFamily>(
+            maps: &PerFamily<F>,
+            there: &mut HashMap<IpAddr, u32>,
+        ) -> Result<(), MapError> {
             let entries = maps.addresses.entries()?;
-            there.extend(entries.iter().map(|(addr, flags)| (F::address(*addr), *flags)));
+            there.extend(
+                entries
+                    .iter()
+                    .map(|(addr, flags)| (F::address(*addr), *flags)),
+            );
             Ok(())
         }
         let mut there = HashMap::new();
@@ -47,7 +54,8 @@ impl Addresses {
         })
     }
 
-    /// Takes in which addresses a Service has by its plan; returns those that must be [written](Self::write).
+    /// Takes in which addresses a Service has by its plan; returns those that must be
+    /// [written](Self::write).
     pub(super) fn take(&mut self, plan: &ServicePlan) -> HashSet<IpAddr> {
         let mut parts: BTreeMap<IpAddr, u32> = BTreeMap::new();
         for frontend in &plan.frontends {
@@ -89,7 +97,8 @@ impl Addresses {
             .filter(|address| !self.parts.contains_key(address))
             .copied()
             .collect();
-        gone.into_iter().try_for_each(|address| self.write(maps, address))
+        gone.into_iter()
+            .try_for_each(|address| self.write(maps, address))
     }
 
     /// Makes the entry what the address's Services make of it.
@@ -128,7 +137,11 @@ impl Addresses {
     }
 }
 
-fn write<F: MapFamily>(maps: &PerFamily<F>, address: IpAddr, wanted: Option<u32>) -> Result<(), MapError> {
+fn write<F: MapFamily>(
+    maps: &PerFamily<F>,
+    address: IpAddr,
+    wanted: Option<u32>,
+) -> Result<(), MapError> {
     let Some(octets) = F::octets(address) else {
         return Ok(());
     };
@@ -219,7 +232,12 @@ mod tests {
         let one = config(&["10.96.0.7/32", "fd96::7/128"]);
         assert!(matches(&one, "10.96.0.7") && matches(&one, "fd96::7"));
         assert!(!matches(&one, "10.96.0.6") && !matches(&one, "fd96::6"));
-        let some = config(&["10.96.0.7/32", "10.96.3.1/32", "fd96::/112", "fd96::1:0/128"]);
+        let some = config(&[
+            "10.96.0.7/32",
+            "10.96.3.1/32",
+            "fd96::/112",
+            "fd96::1:0/128",
+        ]);
         for (address, inside) in [
             ("10.96.0.7", true),
             ("10.96.3.1", true),

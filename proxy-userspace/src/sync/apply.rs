@@ -46,8 +46,13 @@ impl Change {
 }
 
 impl Syncer {
-    /// Brings one Service to its plan as far as nothing is taken away by it. `None`: there is nothing to do.
-    pub(super) fn begin(&mut self, plan: &ServicePlan, applied: &mut Applied) -> Result<Option<Change>, Cause> {
+    /// Brings one Service to its plan as far as nothing is taken away by it. `None`: there is
+    /// nothing to do.
+    pub(super) fn begin(
+        &mut self,
+        plan: &ServicePlan,
+        applied: &mut Applied,
+    ) -> Result<Option<Change>, Cause> {
         let mut state = match self.services.remove(&plan.service) {
             Some(state) => state,
             None if plan.frontends.is_empty() => return Ok(None),
@@ -85,7 +90,8 @@ impl Syncer {
                 change.refused.push((id, value));
             }
         }
-        let names: HashSet<&FrontendId> = plan.frontends.iter().map(|frontend| &frontend.id).collect();
+        let names: HashSet<&FrontendId> =
+            plan.frontends.iter().map(|frontend| &frontend.id).collect();
         change.gone = state
             .frontends
             .keys()
@@ -131,7 +137,8 @@ impl Syncer {
         }
     }
 
-    /// Filter bits, backends and slots: nothing that a packet sees yet. Returns the entries that name them.
+    /// Filter bits, backends and slots: nothing that a packet sees yet. Returns the entries that
+    /// name them.
     fn prepare(
         &mut self,
         plan: &ServicePlan,
@@ -141,10 +148,14 @@ impl Syncer {
     ) -> Vec<(FrontendId, layout::Frontend)> {
         let mut entries = Vec::with_capacity(plan.frontends.len());
         for group in group(&plan.frontends) {
-            let range = match self.slots_for(&group, state, &change.before, &mut change.fresh, applied) {
-                Ok(range) => self.ensure_members(&group, range).map(|()| range).map_err(Cause::from),
-                Err(cause) => Err(cause),
-            };
+            let range =
+                match self.slots_for(&group, state, &change.before, &mut change.fresh, applied) {
+                    Ok(range) => self
+                        .ensure_members(&group, range)
+                        .map(|()| range)
+                        .map_err(Cause::from),
+                    Err(cause) => Err(cause),
+                };
             let range = match range {
                 Ok(range) => range,
                 Err(cause) => {
@@ -176,7 +187,8 @@ impl Syncer {
         entries
     }
 
-    /// Deletes the entries that nobody else has taken meanwhile; what did not fit is tried again once they have made room.
+    /// Deletes the entries that nobody else has taken meanwhile; what did not fit is tried again
+    /// once they have made room.
     fn delete_gone(
         &mut self,
         plan: &ServicePlan,
@@ -235,8 +247,13 @@ impl Syncer {
         }
     }
 
-    /// Writes which backends serve, and lets those go that are neither named nor endpoints any more.
-    fn settle_backends(&mut self, plan: &ServicePlan, state: &mut ServiceState) -> Result<(), Cause> {
+    /// Writes which backends serve, and lets those go that are neither named nor endpoints any
+    /// more.
+    fn settle_backends(
+        &mut self,
+        plan: &ServicePlan,
+        state: &mut ServiceState,
+    ) -> Result<(), Cause> {
         let needed: HashSet<BackendKey> = plan
             .frontends
             .iter()
@@ -252,7 +269,8 @@ impl Syncer {
             let flags = match (needed.contains(key), plan.endpoints.get(key)) {
                 (true, _) | (_, Some(true)) => BACKEND_SERVING,
                 (false, Some(false)) => 0,
-                // Of a Service that was deleted nobody tells what became of its pods: connections are left alone.
+                // Of a Service that was deleted nobody tells what became of its pods: connections
+                // are left alone.
                 (false, None) if plan.frontends.is_empty() => 0,
                 (false, None) => BACKEND_GONE,
             };
@@ -267,16 +285,21 @@ impl Syncer {
         }
         let now = Instant::now();
         let released: Vec<_> = state.backends.extract_if(|key, _| !stays(key)).collect();
-        // A program that still reads old slots may store a flow with this id until the grace period is over.
-        for id in released.iter().map(|&(_, id)| id).chain(state.unclaimed.drain()) {
+        // A program that still reads old slots may store a flow with this id until the grace period
+        // is over.
+        for id in released
+            .iter()
+            .map(|&(_, id)| id)
+            .chain(state.unclaimed.drain())
+        {
             self.ids.release(id, now + self.grace);
         }
         state.gone.extend(released);
         Ok(())
     }
 
-    /// Writes a frontend's entry if it differs, and takes note of who has it. Another Service's is taken over: the model says
-    /// whose it is, and whoever had it has no claim to it any more.
+    /// Writes a frontend's entry if it differs, and takes note of who has it. Another Service's is
+    /// taken over: the model says whose it is, and whoever had it has no claim to it any more.
     fn put(
         &mut self,
         service: &ObjectName,
@@ -305,13 +328,15 @@ impl Syncer {
             && !other.ranges().contains(&(family, range))
         {
             self.slots[family as usize].release(range, Instant::now());
-            self.members.release((family, range.base), Instant::now() + self.grace);
+            self.members
+                .release((family, range.base), Instant::now() + self.grace);
         }
         Ok(())
     }
 }
 
-/// Writes a backend's flags if they differ. A flow that is counted in between may be lost to the count.
+/// Writes a backend's flags if they differ. A flow that is counted in between may be lost to the
+/// count.
 pub(super) fn set_flags(maps: &Maps, id: u32, flags: u16) -> Result<(), MapError> {
     let state = maps.backends.get(&id)?.unwrap_or_default();
     if state.flags != flags {

@@ -19,7 +19,10 @@ pub struct SyncError {
 impl SyncError {
     /// The same, for those who keep problems by object.
     pub fn problem(&self) -> Problem {
-        let message = format!("{}; what it had before goes on, the rest is tried again", self.cause);
+        let message = format!(
+            "{}; what it had before goes on, the rest is tried again",
+            self.cause
+        );
         Problem::new("Service", &self.service, "", message)
     }
 }

@@ -1,4 +1,5 @@
-//! Backend ids: indices into `backends`, never given to another backend while a flow may still name them.
+//! Backend ids: indices into `backends`, never given to another backend while a flow may still name
+//! them.
 
 use std::{
     collections::{HashSet, VecDeque},
@@ -31,7 +32,8 @@ impl IdSet {
 
 /// Free, used and resting backend ids. Id 0 stays unused, so that zeroed memory names no backend.
 ///
-/// An id is used again as late as possible: first all that were never used, then the one longest free.
+/// An id is used again as late as possible: first all that were never used, then the one longest
+/// free.
 #[derive(Debug)]
 pub struct BackendIds {
     capacity: u32,
@@ -44,7 +46,8 @@ pub struct BackendIds {
 }
 
 impl BackendIds {
-    /// Of an array of `capacity` backends, `used` are named by slots, and `resting` were removed by an earlier agent.
+    /// Of an array of `capacity` backends, `used` are named by slots, and `resting` were removed by
+    /// an earlier agent.
     pub fn new(capacity: u32, used: HashSet<u32>, resting: HashSet<u32>, now: Instant) -> Self {
         let fresh = used.iter().chain(&resting).max().map_or(1, |id| id + 1);
         let free = (1..fresh)
@@ -71,7 +74,8 @@ impl BackendIds {
         Some(id)
     }
 
-    /// No frontend's slots name this id from `now` on; it rests until [`Self::reclaim`] finds no flow that does.
+    /// No frontend's slots name this id from `now` on; it rests until [`Self::reclaim`] finds no
+    /// flow that does.
     pub fn release(&mut self, id: u32, now: Instant) {
         if self.used.remove(&id) {
             self.resting.push((now, id));
@@ -87,8 +91,8 @@ impl BackendIds {
         self.used.insert(id)
     }
 
-    /// After a walk over all flows that began at `started` and found `referenced`: the ids released before it that no
-    /// flow names are free again, and returned.
+    /// After a walk over all flows that began at `started` and found `referenced`: the ids released
+    /// before it that no flow names are free again, and returned.
     pub fn reclaim(&mut self, started: Instant, referenced: &IdSet) -> Vec<u32> {
         let mut reclaimed = Vec::new();
         self.resting.retain(|&(released, id)| {
@@ -130,7 +134,10 @@ mod tests {
         );
         let mut referenced = IdSet::default();
         referenced.insert(2);
-        assert!(ids.reclaim(t0 + 2 * second, &referenced).is_empty(), "a flow names it");
+        assert!(
+            ids.reclaim(t0 + 2 * second, &referenced).is_empty(),
+            "a flow names it"
+        );
         assert_eq!(ids.reclaim(t0 + 3 * second, &IdSet::default()), [2]);
         assert_eq!(ids.allocate(), Some(2));
     }
@@ -139,8 +146,14 @@ mod tests {
     fn after_a_restart_used_and_once_used_ids_are_not_given_out() {
         let now = Instant::now();
         let mut ids = BackendIds::new(7, [1, 4].into(), [2, 4].into(), now);
-        assert_eq!(std::iter::from_fn(|| ids.allocate()).collect::<Vec<_>>(), [5, 6, 3]);
-        assert_eq!(ids.reclaim(now + Duration::from_secs(1), &IdSet::default()), [2]);
+        assert_eq!(
+            std::iter::from_fn(|| ids.allocate()).collect::<Vec<_>>(),
+            [5, 6, 3]
+        );
+        assert_eq!(
+            ids.reclaim(now + Duration::from_secs(1), &IdSet::default()),
+            [2]
+        );
         assert_eq!(ids.used(), 5);
     }
 
@@ -152,7 +165,10 @@ mod tests {
         ids.release(id, now);
         assert!(ids.take_back(id));
         assert!(!ids.take_back(id));
-        assert!(ids.reclaim(now + Duration::from_secs(1), &IdSet::default()).is_empty());
+        assert!(
+            ids.reclaim(now + Duration::from_secs(1), &IdSet::default())
+                .is_empty()
+        );
     }
 
     #[test]
@@ -162,6 +178,9 @@ mod tests {
         let id = ids.allocate().unwrap();
         ids.release(id, now);
         ids.release(id, now);
-        assert_eq!(ids.reclaim(now + Duration::from_secs(1), &IdSet::default()), [id]);
+        assert_eq!(
+            ids.reclaim(now + Duration::from_secs(1), &IdSet::default()),
+            [id]
+        );
     }
 }

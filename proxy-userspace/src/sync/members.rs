@@ -1,8 +1,8 @@
-//! Which backends stand among a frontend's slots: what session affinity asks before it keeps a client's backend
-//! (`members*`, see [`shunt_common::affinity`]).
+//! Which backends stand among a frontend's slots: what session affinity asks before it keeps a
+//! client's backend (`members*`, see [`shunt_common::affinity`]).
 //!
-//! The entries of a range of slots are written before a frontend names it. They rest as long as the slots do when it no
-//! longer is: a program that has just read the frontend still asks for them.
+//! The entries of a range of slots are written before a frontend names it. They rest as long as the
+//! slots do when it no longer is: a program that has just read the frontend still asks for them.
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
@@ -59,7 +59,12 @@ impl Members {
     ///
     /// # Errors
     /// The map is full, or the kernel's.
-    pub fn ensure(&mut self, table: &dyn FrontendTable, family: FamilyIndex, range: SlotRange) -> Result<()> {
+    pub fn ensure(
+        &mut self,
+        table: &dyn FrontendTable,
+        family: FamilyIndex,
+        range: SlotRange,
+    ) -> Result<()> {
         let base = (family, range.base);
         self.resting.retain(|(_, resting)| *resting != base);
         let mut wanted = BTreeMap::new();
@@ -72,7 +77,9 @@ impl Members {
         let slot_base = range.base;
         for (&backend, &index) in &wanted {
             if known.get(&backend) != Some(&index) {
-                table.members().set(&MemberKey { slot_base, backend }, &index)?;
+                table
+                    .members()
+                    .set(&MemberKey { slot_base, backend }, &index)?;
                 known.insert(backend, index);
             }
         }
@@ -85,7 +92,9 @@ impl Members {
 
     /// No frontend with affinity names this range from now on; its members may go at `when`.
     pub fn release(&mut self, base: Base, when: Instant) {
-        if self.known.contains_key(&base) && !self.resting.iter().any(|(_, resting)| *resting == base) {
+        if self.known.contains_key(&base)
+            && !self.resting.iter().any(|(_, resting)| *resting == base)
+        {
             self.resting.push_back((when, base));
         }
     }
@@ -101,7 +110,9 @@ impl Members {
             self.resting.pop_front();
             let (family, slot_base) = base;
             for backend in self.known.remove(&base).unwrap_or_default().into_keys() {
-                maps.table(family).members().delete(&MemberKey { slot_base, backend })?;
+                maps.table(family)
+                    .members()
+                    .delete(&MemberKey { slot_base, backend })?;
             }
         }
         Ok(())

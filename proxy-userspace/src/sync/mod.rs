@@ -1,14 +1,17 @@
-//! Brings the pinned maps to the plan, writing only differences, in an order that never leaves a packet between two states.
+//! Brings the pinned maps to the plan, writing only differences, in an order that never leaves a
+//! packet between two states.
 //!
-//! For one Service, in this order: source ranges, filter bits, backend states, new slots in a range that no frontend names,
-//! their members, and then one update per frontend entry, which switches it from the old range to the new. What is gone is
-//! deleted last. Several Services that change together are each brought so far that only deletions are left, and then those
-//! are done: what one of them gives up and another takes is one update of the entry, in whichever order they come (SPEC L9).
-//! Old ranges rest for a grace period ([`slots`]), backend ids until no flow names them ([`ids`]).
+//! For one Service, in this order: source ranges, filter bits, backend states, new slots in a range
+//! that no frontend names, their members, and then one update per frontend entry, which switches it
+//! from the old range to the new. What is gone is deleted last. Several Services that change
+//! together are each brought so far that only deletions are left, and then those are done: what one
+//! of them gives up and another takes is one update of the entry, in whichever order they come
+//! (SPEC L9). Old ranges rest for a grace period ([`slots`]), backend ids until no flow names them
+//! ([`ids`]).
 //!
-//! The maps themselves are the base of the difference: slots are compared where they are mapped, frontends are looked up.
-//! So a restarted agent that finds the maps as they should be writes nothing, and an agent that was killed between two
-//! writes finishes what is missing.
+//! The maps themselves are the base of the difference: slots are compared where they are mapped,
+//! frontends are looked up. So a restarted agent that finds the maps as they should be writes
+//! nothing, and an agent that was killed between two writes finishes what is missing.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -93,23 +96,25 @@ impl Syncer {
         self.addresses.cover(config);
     }
 
-    /// Number of Services that have entries, and of live backends (one per Service port and endpoint).
+    /// Number of Services that have entries, and of live backends (one per Service port and
+    /// endpoint).
     pub fn counts(&self) -> (usize, usize) {
         (self.services.len(), self.ids.used())
     }
 
-    /// Services whose last [`Self::apply`] failed: to be planned and applied again when something was freed, and after
-    /// [`slots::GRACE`].
+    /// Services whose last [`Self::apply`] failed: to be planned and applied again when something
+    /// was freed, and after [`slots::GRACE`].
     pub fn failed(&self) -> &BTreeSet<ObjectName> {
         &self.failed
     }
 
-    /// Brings one Service's entries to its plan. A plan without frontends removes the Service. Writes nothing when the
-    /// maps are as they should be. Costs what the Service has, whatever else is in the maps.
+    /// Brings one Service's entries to its plan. A plan without frontends removes the Service.
+    /// Writes nothing when the maps are as they should be. Costs what the Service has, whatever
+    /// else is in the maps.
     ///
     /// # Errors
-    /// The first thing that did not fit. Every frontend then either is as planned or stays as it was, and the Service is
-    /// in [`Self::failed`].
+    /// The first thing that did not fit. Every frontend then either is as planned or stays as it
+    /// was, and the Service is in [`Self::failed`].
     pub fn apply(&mut self, plan: &ServicePlan) -> Result<Applied, SyncError> {
         let mut applied = Applied::default();
         let mut result = match self.begin(plan, &mut applied) {
@@ -122,8 +127,9 @@ impl Syncer {
         self.conclude(&plan.service, result).map(|()| applied)
     }
 
-    /// Brings several Services to their plans, of which no two have a frontend in common. A frontend that one of them had and
-    /// another has now changes its owner in one update. Returns what became of each, in their order.
+    /// Brings several Services to their plans, of which no two have a frontend in common. A
+    /// frontend that one of them had and another has now changes its owner in one update. Returns
+    /// what became of each, in their order.
     pub fn apply_all(
         &mut self,
         plans: impl IntoIterator<Item = ServicePlan>,
@@ -167,13 +173,19 @@ impl Syncer {
             .into_iter()
             .map(|outcome| {
                 let result = outcome.result.and(self.write_addresses(outcome.touched));
-                let result = self.conclude(&outcome.service, result).map(|()| outcome.applied);
+                let result = self
+                    .conclude(&outcome.service, result)
+                    .map(|()| outcome.applied);
                 (outcome.service, result)
             })
             .collect()
     }
 
-    fn conclude(&mut self, service: &ObjectName, result: Result<(), Cause>) -> Result<(), SyncError> {
+    fn conclude(
+        &mut self,
+        service: &ObjectName,
+        result: Result<(), Cause>,
+    ) -> Result<(), SyncError> {
         match result {
             Ok(()) => {
                 self.failed.remove(service);
@@ -189,7 +201,8 @@ impl Syncer {
         }
     }
 
-    /// To be called after the frontends are in the maps: an address that is known refuses the ports that are not there yet.
+    /// To be called after the frontends are in the maps: an address that is known refuses the ports
+    /// that are not there yet.
     fn write_addresses(&mut self, touched: HashSet<IpAddr>) -> Result<(), Cause> {
         let mut result = Ok(());
         // One that does not fit must not keep the others out.
@@ -207,13 +220,19 @@ impl Syncer {
         self.apply(&ServicePlan::empty(service.clone()))
     }
 
-    /// Removes every Service that `keep` says no to. To be called only when the source has told everything there is
-    /// ([`Event::Complete`](crate::object::Event::Complete)): what was not named yet is not gone.
+    /// Removes every Service that `keep` says no to. To be called only when the source has told
+    /// everything there is ([`Event::Complete`](crate::object::Event::Complete)): what was not
+    /// named yet is not gone.
     ///
     /// # Errors
     /// The kernel's; the others are removed nevertheless.
     pub fn prune(&mut self, keep: impl Fn(&ObjectName) -> bool) -> Result<Applied, SyncError> {
-        let gone: Vec<_> = self.services.keys().filter(|name| !keep(name)).cloned().collect();
+        let gone: Vec<_> = self
+            .services
+            .keys()
+            .filter(|name| !keep(name))
+            .cloned()
+            .collect();
         let mut total = Applied::default();
         let mut first_error = None;
         for name in gone {
@@ -232,8 +251,8 @@ impl Syncer {
         first_error.map_or(Ok(total), Err)
     }
 
-    /// Tells which backend ids a complete walk over all flows found; those of removed backends that it did not find, and
-    /// that were removed before it began, are used again.
+    /// Tells which backend ids a complete walk over all flows found; those of removed backends that
+    /// it did not find, and that were removed before it began, are used again.
     ///
     /// # Errors
     /// The kernel's.
@@ -254,7 +273,8 @@ impl Syncer {
             name: name_bytes(&name.name),
         };
         self.maps.services.set(&number, &info)?;
-        // After four thousand million Services the numbers begin again; those of the first are long gone.
+        // After four thousand million Services the numbers begin again; those of the first are long
+        // gone.
         self.next_number = number.wrapping_add(1).max(1);
         Ok(ServiceState::new(number))
     }

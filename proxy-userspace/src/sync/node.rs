@@ -4,19 +4,20 @@ use std::{collections::BTreeSet, net::IpAddr, ops::RangeInclusive, time::Duratio
 
 use ipnet::IpNet;
 use shunt_common::layout::{
-    AFFINITY_TICK_NS, CONFIG_ANSWER_PING, CONFIG_NODEPORT_LOOPBACK4, CONFIG_NODEPORT_LOOPBACK6, Config,
-    MAX_CLUSTER_CIDRS, MAX_SERVICE_CIDRS, Octets, Prefix, Timeouts,
+    AFFINITY_TICK_NS, CONFIG_ANSWER_PING, CONFIG_NODEPORT_LOOPBACK4, CONFIG_NODEPORT_LOOPBACK6,
+    Config, MAX_CLUSTER_CIDRS, MAX_SERVICE_CIDRS, Octets, Prefix, Timeouts,
 };
 
 use super::addresses;
 
 use crate::datapath::maps::{MapError, MapFamily, Maps, PerFamily, settings};
 
-/// The SNAT range where the user names none: apart from node ports (30000–32767) and from Linux's own choice of source
-/// ports (`ip_local_port_range`, 32768–60999).
+/// The SNAT range where the user names none: apart from node ports (30000–32767) and from Linux's
+/// own choice of source ports (`ip_local_port_range`, 32768–60999).
 pub const SNAT_PORTS: RangeInclusive<u16> = 10_240..=29_999;
 
-/// Longest time that a backend which does not answer gets no new connections: its trial may come so late after its recovery.
+/// Longest time that a backend which does not answer gets no new connections: its trial may come so
+/// late after its recovery.
 pub const RETRY_SILENCE_MOST: Duration = Duration::from_secs(60);
 
 /// What [`Config`] is made of.
@@ -36,7 +37,8 @@ pub struct NodeSettings {
     pub snat_ports: RangeInclusive<u16>,
     /// When flows are over.
     pub timeouts: Timeouts,
-    /// Whether node ports answer on loopback addresses, to processes in the node's own namespace: IPv4's, IPv6's.
+    /// Whether node ports answer on loopback addresses, to processes in the node's own namespace:
+    /// IPv4's, IPv6's.
     pub loopback: [bool; 2],
     /// `SO_NETNS_COOKIE` of the node's network namespace.
     pub host_netns: u64,
@@ -46,7 +48,9 @@ pub struct NodeSettings {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum NodeError {
     /// Too many for the array in [`Config`].
-    #[error("{setting}: {count} networks of one family, at most {most} are supported: give larger ones")]
+    #[error(
+        "{setting}: {count} networks of one family, at most {most} are supported: give larger ones"
+    )]
     TooManyCidrs {
         /// The setting.
         setting: &'static str,
@@ -56,7 +60,9 @@ pub enum NodeError {
         most: usize,
     },
     /// Nothing in it, or port 0.
-    #[error("--snat-ports {first}-{last}: give a first port from 1 on and a last port that is not below it")]
+    #[error(
+        "--snat-ports {first}-{last}: give a first port from 1 on and a last port that is not below it"
+    )]
     EmptyRange {
         /// As given.
         first: u16,
@@ -119,7 +125,10 @@ fn flags(settings: &NodeSettings) -> u32 {
         (settings.answer_ping, CONFIG_ANSWER_PING),
     ]
     .iter()
-    .fold(0, |flags, (is_set, flag)| if *is_set { flags | flag } else { flags })
+    .fold(
+        0,
+        |flags, (is_set, flag)| if *is_set { flags | flag } else { flags },
+    )
 }
 
 /// A time in [`AFFINITY_TICK_NS`].
@@ -129,7 +138,11 @@ fn ticks(time: Duration) -> u32 {
 
 fn family<F: MapFamily>(settings: &NodeSettings, config: &mut Config) -> Result<(), NodeError> {
     let part = F::config_mut(config);
-    if let Some(node) = settings.addresses.iter().find_map(|&address| F::octets(address)) {
+    if let Some(node) = settings
+        .addresses
+        .iter()
+        .find_map(|&address| F::octets(address))
+    {
         part.node = node;
     }
     let cluster = prefixes::<F>("--cluster-cidr", &settings.cluster_cidrs, MAX_CLUSTER_CIDRS)?;
@@ -171,16 +184,23 @@ fn prefixes<F: MapFamily>(
     Ok(prefixes)
 }
 
-/// Brings `node_addrs*` to the addresses that node ports answer on, writing only differences. Returns how many it wrote.
+/// Brings `node_addrs*` to the addresses that node ports answer on, writing only differences.
+/// Returns how many it wrote.
 ///
 /// # Errors
 /// The map is full (it holds 1024 addresses), or the kernel's.
 pub fn set_addresses(maps: &Maps, admitted: &BTreeSet<IpAddr>) -> Result<usize, MapError> {
-    fn family<F: MapFamily>(maps: &PerFamily<F>, admitted: &BTreeSet<IpAddr>) -> Result<usize, MapError>
+    fn family<F: MapFamily>(
+        maps: &PerFamily<F>,
+        admitted: &BTreeSet<IpAddr>,
+    ) -> Result<usize, MapError>
     where
         F::Addr: Octets,
     {
-        let wanted: BTreeSet<F::Addr> = admitted.iter().filter_map(|&address| F::octets(address)).collect();
+        let wanted: BTreeSet<F::Addr> = admitted
+            .iter()
+            .filter_map(|&address| F::octets(address))
+            .collect();
         let there: BTreeSet<F::Addr> = maps
             .node_addrs
             .entries()?
@@ -208,8 +228,12 @@ mod tests {
             addresses: ["192.0.2.1", "192.0.2.9", "2001:db8::1"]
                 .map(|a| a.parse().unwrap())
                 .into(),
-            cluster_cidrs: ["10.244.3.7/16", "fd00:10::/48"].map(|c| c.parse().unwrap()).into(),
-            service_cidrs: ["10.96.0.0/12", "fd96::/112"].map(|c| c.parse().unwrap()).into(),
+            cluster_cidrs: ["10.244.3.7/16", "fd00:10::/48"]
+                .map(|c| c.parse().unwrap())
+                .into(),
+            service_cidrs: ["10.96.0.0/12", "fd96::/112"]
+                .map(|c| c.parse().unwrap())
+                .into(),
             answer_ping: true,
             retry_silence: Duration::from_secs(1),
             snat_ports: SNAT_PORTS,
@@ -227,17 +251,30 @@ mod tests {
             (10_240, 19_760, 13)
         );
         assert!(shunt_common::snat::entries(&config) <= 262_144);
-        assert_eq!((config.silence, config.silence_most), (59, 3576), "17 ms each");
+        assert_eq!(
+            (config.silence, config.silence_most),
+            (59, 3576),
+            "17 ms each"
+        );
         assert_eq!(
             (config.host_netns, config.flags),
             (7, CONFIG_NODEPORT_LOOPBACK6 | CONFIG_ANSWER_PING)
         );
-        assert_eq!((config.v4.node, config.v4.cluster_cidr_count), ([192, 0, 2, 1], 1));
+        assert_eq!(
+            (config.v4.node, config.v4.cluster_cidr_count),
+            ([192, 0, 2, 1], 1)
+        );
         // Host bits of a CIDR are dropped: the programs compare masked addresses.
         let prefix = config.v4.cluster_cidrs[0];
-        assert_eq!((prefix.addr, prefix.mask), ([10, 244, 0, 0], [255, 255, 0, 0]));
+        assert_eq!(
+            (prefix.addr, prefix.mask),
+            ([10, 244, 0, 0], [255, 255, 0, 0])
+        );
         assert_eq!(config.v6.node[..4], [0x20, 0x01, 0x0d, 0xb8]);
-        assert_eq!(config.v6.cluster_cidrs[0].mask[..7], [255, 255, 255, 255, 255, 255, 0]);
+        assert_eq!(
+            config.v6.cluster_cidrs[0].mask[..7],
+            [255, 255, 255, 255, 255, 255, 0]
+        );
     }
 
     #[test]
@@ -254,9 +291,14 @@ mod tests {
         assert!(with(|s| s.snat_ports = 0..=10).contains("--snat-ports"));
         let message = with(|s| {
             s.snat_ports = 100..=200;
-            s.cluster_cidrs = (0..5).map(|n| format!("10.{n}.0.0/16").parse().unwrap()).collect();
+            s.cluster_cidrs = (0..5)
+                .map(|n| format!("10.{n}.0.0/16").parse().unwrap())
+                .collect();
         });
-        assert!(message.starts_with("--cluster-cidr: 5 networks"), "{message}");
+        assert!(
+            message.starts_with("--cluster-cidr: 5 networks"),
+            "{message}"
+        );
     }
 
     #[test]
@@ -277,7 +319,10 @@ mod tests {
             set_addresses(&maps, &set(&["192.0.2.1", "192.0.2.2", "2001:db8::1"])).unwrap(),
             0
         );
-        assert_eq!(set_addresses(&maps, &set(&["192.0.2.2", "192.0.2.3"])).unwrap(), 3);
+        assert_eq!(
+            set_addresses(&maps, &set(&["192.0.2.2", "192.0.2.3"])).unwrap(),
+            3
+        );
         let left: BTreeSet<_> = maps
             .v4
             .node_addrs

@@ -32,7 +32,8 @@ pub(super) struct Group<'a> {
 }
 
 impl Syncer {
-    /// The slots of a group: the range that holds them already, or a fresh one. `None` for a group without backends.
+    /// The slots of a group: the range that holds them already, or a fresh one. `None` for a group
+    /// without backends.
     pub(super) fn slots_for(
         &mut self,
         group: &Group<'_>,
@@ -75,7 +76,9 @@ impl Syncer {
             if let Some((_, range)) = of_family.into_iter().find(|(_, range)| holds(range)) {
                 return Ok(Some(*range));
             }
-            let Some(range) = self.slots[group.family as usize].allocate(content.len() as u32, Instant::now()) else {
+            let Some(range) =
+                self.slots[group.family as usize].allocate(content.len() as u32, Instant::now())
+            else {
                 continue;
             };
             for (choice, index) in content.iter().zip(range.base..) {
@@ -104,7 +107,11 @@ impl Syncer {
     }
 
     /// Writes down which backends a range holds, if a frontend of the group has affinity.
-    pub(super) fn ensure_members(&mut self, group: &Group<'_>, range: Option<SlotRange>) -> Result<(), MapError> {
+    pub(super) fn ensure_members(
+        &mut self,
+        group: &Group<'_>,
+        range: Option<SlotRange>,
+    ) -> Result<(), MapError> {
         let is_affine = |frontend: &&Frontend| frontend.flags & FRONTEND_AFFINITY != 0;
         match range {
             Some(range) if group.frontends.iter().any(is_affine) => {
@@ -116,12 +123,22 @@ impl Syncer {
     }
 
     /// The group's backends with their ids, allocated where they have none yet.
-    fn choices(&mut self, group: &Group<'_>, state: &mut ServiceState) -> Result<Vec<Choice>, Cause> {
-        let choice = |&Backend { address, port, local }: &Backend| {
+    fn choices(
+        &mut self,
+        group: &Group<'_>,
+        state: &mut ServiceState,
+    ) -> Result<Vec<Choice>, Cause> {
+        let choice = |&Backend {
+                          address,
+                          port,
+                          local,
+                      }: &Backend| {
             let key = (group.port_index, address, port);
             let id = match state.backends.get(&key) {
                 Some(&id) => id,
-                None if let Some(id) = state.gone.remove(&key).filter(|&id| self.ids.take_back(id)) => {
+                None if let Some(id) =
+                    state.gone.remove(&key).filter(|&id| self.ids.take_back(id)) =>
+                {
                     set_flags(&self.maps, id, BACKEND_SERVING)?;
                     state.backends.insert(key, id);
                     id
@@ -157,7 +174,12 @@ pub(super) fn group(frontends: &[Frontend]) -> Vec<Group<'_>> {
     let mut groups: Vec<Group<'_>> = Vec::new();
     for frontend in frontends {
         let family = FamilyIndex::of(&frontend.id);
-        let key = (family, frontend.port_index, frontend.table, &frontend.backends);
+        let key = (
+            family,
+            frontend.port_index,
+            frontend.table,
+            &frontend.backends,
+        );
         let at = *index.entry(key).or_insert(groups.len());
         if at == groups.len() {
             groups.push(Group {
@@ -173,7 +195,8 @@ pub(super) fn group(frontends: &[Frontend]) -> Vec<Group<'_>> {
     groups
 }
 
-/// How many slots to ask for, best first: Maglev does with a smaller table, and in the end without one.
+/// How many slots to ask for, best first: Maglev does with a smaller table, and in the end without
+/// one.
 fn table_lens(table: Table, backends: usize) -> Vec<u32> {
     let mut lens = Vec::new();
     if table == Table::Maglev {
@@ -194,7 +217,12 @@ fn table_lens(table: Table, backends: usize) -> Vec<u32> {
 }
 
 /// The content of a range of `len` slots: the backends themselves, or a Maglev table of them.
-fn fill(table: &dyn FrontendTable, group: &Group<'_>, backends: &[Choice], len: u32) -> Vec<Choice> {
+fn fill(
+    table: &dyn FrontendTable,
+    group: &Group<'_>,
+    backends: &[Choice],
+    len: u32,
+) -> Vec<Choice> {
     if len as usize == backends.len() {
         return backends.to_vec();
     }

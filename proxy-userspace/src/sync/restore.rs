@@ -30,7 +30,9 @@ impl Syncer {
         let mut names: HashMap<u32, ObjectName> = HashMap::new();
         let mut known = maps.services.entries()?;
         known.sort_by_key(|&(number, _)| number);
-        let mut next_number = known.last().map_or(1, |&(number, _)| number.wrapping_add(1));
+        let mut next_number = known
+            .last()
+            .map_or(1, |&(number, _)| number.wrapping_add(1));
         for (number, info) in known {
             let name = ObjectName::new(&name_str(&info.namespace), &name_str(&info.name));
             if services.contains_key(&name) {
@@ -41,7 +43,8 @@ impl Syncer {
             names.insert(number, name);
         }
 
-        let mut slots = FamilyIndex::ALL.map(|family| SlotAllocator::new(maps.table(family).slots(), grace));
+        let mut slots =
+            FamilyIndex::ALL.map(|family| SlotAllocator::new(maps.table(family).slots(), grace));
         let mut owners = HashMap::new();
         let mut affine = HashSet::new();
         let mut used_ids = HashSet::new();
@@ -53,7 +56,8 @@ impl Syncer {
                     affine.insert((family, entry.slot_base));
                 }
                 next_number = next_number.max(entry.service.wrapping_add(1));
-                // A number without a name: only an agent of another making leaves that. Pruned like any unknown Service.
+                // A number without a name: only an agent of another making leaves that. Pruned like
+                // any unknown Service.
                 let name = names
                     .entry(entry.service)
                     .or_insert_with(|| ObjectName::new("", &format!("#{}", entry.service)));
@@ -83,14 +87,20 @@ impl Syncer {
             }
         }
 
-        // Members of ranges that no frontend with affinity names, and source ranges of nobody: an agent was killed.
+        // Members of ranges that no frontend with affinity names, and source ranges of nobody: an
+        // agent was killed.
         let mut members = Members::new(&maps)?;
-        let begun: Vec<_> = members.bases().filter(|base| !affine.contains(base)).collect();
+        let begun: Vec<_> = members
+            .bases()
+            .filter(|base| !affine.contains(base))
+            .collect();
         for base in begun {
             members.release(base, Instant::now() + grace);
         }
-        let mut by_number: HashMap<u32, &mut ServiceState> =
-            services.values_mut().map(|state| (state.number, state)).collect();
+        let mut by_number: HashMap<u32, &mut ServiceState> = services
+            .values_mut()
+            .map(|state| (state.number, state))
+            .collect();
         for family in FamilyIndex::ALL {
             for (number, range) in maps.table(family).source_ranges()? {
                 match by_number.get_mut(&number) {
@@ -100,14 +110,19 @@ impl Syncer {
             }
         }
 
-        // A state that is not all zero and that no slot names belonged to a backend that flows may still name.
+        // A state that is not all zero and that no slot names belonged to a backend that flows may
+        // still name.
         let mut resting = HashSet::new();
         maps.backends.for_each_batch(|ids, states| {
             let once_used = ids
                 .iter()
                 .zip(states)
                 .filter(|&(_, state)| *state != BackendState::default());
-            resting.extend(once_used.map(|(&id, _)| id).filter(|id| !used_ids.contains(id)));
+            resting.extend(
+                once_used
+                    .map(|(&id, _)| id)
+                    .filter(|id| !used_ids.contains(id)),
+            );
             Ok(())
         })?;
         let ids = BackendIds::new(maps.backends.capacity(), used_ids, resting, Instant::now());
@@ -127,8 +142,13 @@ impl Syncer {
     }
 }
 
-/// After a restart: gives the ids in a Service's slots back to its backends, so that counters and flows keep their meaning.
-pub(super) fn claim_ids(maps: &Maps, state: &mut ServiceState, wanted: &[Frontend]) -> Result<(), MapError> {
+/// After a restart: gives the ids in a Service's slots back to its backends, so that counters and
+/// flows keep their meaning.
+pub(super) fn claim_ids(
+    maps: &Maps,
+    state: &mut ServiceState,
+    wanted: &[Frontend],
+) -> Result<(), MapError> {
     for frontend in wanted {
         let Some(Some(range)) = state.frontends.get(&frontend.id) else {
             continue;
@@ -146,7 +166,8 @@ pub(super) fn claim_ids(maps: &Maps, state: &mut ServiceState, wanted: &[Fronten
                 let now = maps.backends.get(&choice.id)?.unwrap_or_default();
                 if now.flags != BACKEND_SERVING {
                     let flags = BACKEND_SERVING;
-                    maps.backends.set(&choice.id, &BackendState { flags, ..now })?;
+                    maps.backends
+                        .set(&choice.id, &BackendState { flags, ..now })?;
                 }
             }
         }

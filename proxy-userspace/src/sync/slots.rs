@@ -1,14 +1,16 @@
 //! Which ranges of the `slots` array are free.
 //!
-//! A frontend's slots are consecutive, so this allocates ranges, best fit first. A released range rests for a grace
-//! period: a program that looked the frontend up just before it was switched still reads the old slots.
+//! A frontend's slots are consecutive, so this allocates ranges, best fit first. A released range
+//! rests for a grace period: a program that looked the frontend up just before it was switched
+//! still reads the old slots.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     time::{Duration, Instant},
 };
 
-/// How long a released range rests. A program runs for microseconds; the rest is for a preempted virtual CPU.
+/// How long a released range rests. A program runs for microseconds; the rest is for a preempted
+/// virtual CPU.
 pub const GRACE: Duration = Duration::from_secs(1);
 
 /// Consecutive slots.
@@ -42,12 +44,16 @@ impl SlotAllocator {
             resting: VecDeque::new(),
         };
         if capacity > 0 {
-            this.insert(SlotRange { base: 0, len: capacity });
+            this.insert(SlotRange {
+                base: 0,
+                len: capacity,
+            });
         }
         this
     }
 
-    /// Takes a range that is in use already (read back from the maps). False when not all of it is free.
+    /// Takes a range that is in use already (read back from the maps). False when not all of it is
+    /// free.
     pub fn reserve(&mut self, range: SlotRange) -> bool {
         let Some((&base, &len)) = self.by_base.range(..=range.base).next_back() else {
             return false;
@@ -77,9 +83,14 @@ impl SlotAllocator {
     /// Takes `len` free slots; `None` when there is no such range now.
     pub fn allocate(&mut self, len: u32, now: Instant) -> Option<SlotRange> {
         self.wake(now);
-        let &(free_len, base) = (len > 0).then(|| self.by_len.range((len, 0)..).next()).flatten()?;
+        let &(free_len, base) = (len > 0)
+            .then(|| self.by_len.range((len, 0)..).next())
+            .flatten()?;
         let range = SlotRange { base, len };
-        self.remove(SlotRange { base, len: free_len });
+        self.remove(SlotRange {
+            base,
+            len: free_len,
+        });
         if free_len > len {
             self.insert(SlotRange {
                 base: base + len,
@@ -101,7 +112,8 @@ impl SlotAllocator {
 
     /// Slots that are free or will be after the grace period.
     pub fn free(&self) -> u32 {
-        self.by_base.values().sum::<u32>() + self.resting.iter().map(|(_, range)| range.len).sum::<u32>()
+        self.by_base.values().sum::<u32>()
+            + self.resting.iter().map(|(_, range)| range.len).sum::<u32>()
     }
 
     /// Whether ranges are resting: an allocation that fails now may succeed after the grace period.
@@ -168,8 +180,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever happens: no slot has two owners or is used again within the grace period, none is lost, and what
-        /// is all given back is one range again.
+        /// Whatever happens: no slot has two owners or is used again within the grace period, none
+        /// is lost, and what is all given back is one range again.
         #[test]
         fn ranges_never_overlap_and_none_is_lost(steps in proptest::collection::vec(step(), 1..200)) {
             const CAPACITY: u32 = 500;
@@ -246,17 +258,25 @@ mod tests {
     fn the_smallest_range_that_fits_is_taken() {
         let now = Instant::now();
         let mut allocator = SlotAllocator::new(100, GRACE);
-        let ranges: Vec<_> = [10, 1, 5, 1].map(|len| allocator.allocate(len, now).unwrap()).into();
+        let ranges: Vec<_> = [10, 1, 5, 1]
+            .map(|len| allocator.allocate(len, now).unwrap())
+            .into();
         allocator.give_back(ranges[0]);
         allocator.give_back(ranges[2]);
-        assert_eq!(allocator.allocate(4, now), Some(SlotRange { base: 11, len: 4 }));
+        assert_eq!(
+            allocator.allocate(4, now),
+            Some(SlotRange { base: 11, len: 4 })
+        );
     }
 
     #[test]
     fn a_range_beyond_the_end_is_not_reserved() {
         let mut allocator = SlotAllocator::new(100, GRACE);
         assert!(!allocator.reserve(SlotRange { base: 90, len: 11 }));
-        assert!(!allocator.reserve(SlotRange { base: u32::MAX, len: 2 }));
+        assert!(!allocator.reserve(SlotRange {
+            base: u32::MAX,
+            len: 2
+        }));
         assert!(!allocator.reserve(SlotRange { base: 5, len: 0 }));
         assert_eq!(allocator.free(), 100);
     }

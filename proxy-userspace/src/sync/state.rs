@@ -15,7 +15,8 @@ use crate::plan::FrontendId;
 pub(super) struct ServiceState {
     /// [`Frontend::service`](shunt_common::layout::Frontend::service).
     pub(super) number: u32,
-    /// Whether the source has named it since this agent started; else it is known from the maps only.
+    /// Whether the source has named it since this agent started; else it is known from the maps
+    /// only.
     pub(super) live: bool,
     /// Whether its change has begun and is not finished.
     pub(super) is_unfinished: bool,

@@ -1,4 +1,5 @@
-//! The frontends and slots of one family in terms of the plan: addresses instead of octets, ids instead of keys.
+//! The frontends and slots of one family in terms of the plan: addresses instead of octets, ids
+//! instead of keys.
 
 use std::net::IpAddr;
 
@@ -169,9 +170,13 @@ pub fn kind_name(number: u16) -> &'static str {
     }
 }
 
-/// An address as octets of the family; the unspecified address for one of the other family, which no plan contains.
+/// An address as octets of the family; the unspecified address for one of the other family, which
+/// no plan contains.
 fn octets<F: MapFamily>(address: IpAddr) -> F::Addr {
-    debug_assert!(F::octets(address).is_some(), "{address} is of the other family");
+    debug_assert!(
+        F::octets(address).is_some(),
+        "{address} is of the other family"
+    );
     F::octets(address).unwrap_or(F::bytes(F::UNSPECIFIED))
 }
 
@@ -286,7 +291,8 @@ impl<F: MapFamily> FrontendTable for PerFamily<F> {
     }
 
     fn add_source_range(&self, service: u32, range: IpNet) -> Result<()> {
-        self.source_ranges.set(&source_range_key::<F>(service, range), &1)
+        self.source_ranges
+            .set(&source_range_key::<F>(service, range), &1)
     }
 
     fn remove_source_range(&self, service: u32, range: IpNet) -> Result<()> {
@@ -299,10 +305,15 @@ impl<F: MapFamily> FrontendTable for PerFamily<F> {
         match id.address {
             FrontendAddress::Ip(address) => {
                 let address = F::words(octets::<F>(address));
-                admit(filter, filter::frontend::<F>(address, id.port, id.protocol as u8));
+                admit(
+                    filter,
+                    filter::frontend::<F>(address, id.port, id.protocol as u8),
+                );
                 admit(filter, filter::service::<F>(address));
             }
-            FrontendAddress::NodePortV4 | FrontendAddress::NodePortV6 => admit(filter, filter::node_port(id.port)),
+            FrontendAddress::NodePortV4 | FrontendAddress::NodePortV6 => {
+                admit(filter, filter::node_port(id.port))
+            }
         }
     }
 

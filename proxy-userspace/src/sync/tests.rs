@@ -56,7 +56,12 @@ fn id(address: FrontendAddress, port: u16, scope: Scope) -> FrontendId {
 }
 
 /// Both scopes of a frontend.
-fn frontend(address: FrontendAddress, port: u16, backends: &BackendSet, table: Table) -> [Frontend; 2] {
+fn frontend(
+    address: FrontendAddress,
+    port: u16,
+    backends: &BackendSet,
+    table: Table,
+) -> [Frontend; 2] {
     [Scope::Internal, Scope::External].map(|scope| Frontend {
         id: id(address, port, scope),
         kind: FrontendKind::ClusterIp,
@@ -81,7 +86,12 @@ fn plan(service: &str, frontends: impl IntoIterator<Item = [Frontend; 2]>) -> Se
 fn simple(service: &str, address: &str, addresses: &[&str]) -> ServicePlan {
     plan(
         service,
-        [frontend(ip(address), 80, &backends(addresses, 8080), Table::Direct)],
+        [frontend(
+            ip(address),
+            80,
+            &backends(addresses, 8080),
+            Table::Direct,
+        )],
     )
 }
 
@@ -107,7 +117,10 @@ fn reach_slowly(maps: &Maps, id: &FrontendId, pause: Duration) -> Option<Vec<(Ip
 }
 
 fn set(addresses: &[&str], port: u16) -> Vec<(IpAddr, u16)> {
-    let mut set: Vec<_> = addresses.iter().map(|a| (a.parse().unwrap(), port)).collect();
+    let mut set: Vec<_> = addresses
+        .iter()
+        .map(|a| (a.parse().unwrap(), port))
+        .collect();
     set.sort();
     set
 }
@@ -136,17 +149,31 @@ fn a_service_is_created_changed_and_removed_in_both_families() {
         let both = |pods: &[&str]| {
             let set = backends(pods, 8080);
             let mut external = frontend(node_port, 30080, &set, Table::Maglev);
-            external.iter_mut().for_each(|f| f.kind = FrontendKind::NodePort);
-            plan("web", [frontend(ip(address), 80, &set, Table::Direct), external])
+            external
+                .iter_mut()
+                .for_each(|f| f.kind = FrontendKind::NodePort);
+            plan(
+                "web",
+                [frontend(ip(address), 80, &set, Table::Direct), external],
+            )
         };
         let applied = syncer.apply(&both(&pods[..2])).unwrap();
         assert_eq!(applied.frontends, 4);
         for scope in [Scope::Internal, Scope::External] {
-            assert_eq!(reach(&maps, &id(ip(address), 80, scope)), Some(set(&pods[..2], 8080)));
-            assert_eq!(reach(&maps, &id(node_port, 30080, scope)), Some(set(&pods[..2], 8080)));
+            assert_eq!(
+                reach(&maps, &id(ip(address), 80, scope)),
+                Some(set(&pods[..2], 8080))
+            );
+            assert_eq!(
+                reach(&maps, &id(node_port, 30080, scope)),
+                Some(set(&pods[..2], 8080))
+            );
         }
         let table = maps.table(FamilyIndex::of(&id(node_port, 30080, Scope::External)));
-        let entry = table.get(&id(node_port, 30080, Scope::External)).unwrap().unwrap();
+        let entry = table
+            .get(&id(node_port, 30080, Scope::External))
+            .unwrap()
+            .unwrap();
         assert_eq!(
             (entry.slot_count, entry.kind),
             (maglev::table_size(2), layout::KIND_NODE_PORT)
@@ -159,7 +186,10 @@ fn a_service_is_created_changed_and_removed_in_both_families() {
         );
         let empty = both(&[]);
         syncer.apply(&empty).unwrap();
-        assert_eq!(reach(&maps, &id(ip(address), 80, Scope::Internal)), Some(vec![]));
+        assert_eq!(
+            reach(&maps, &id(ip(address), 80, Scope::Internal)),
+            Some(vec![])
+        );
 
         syncer.remove(&name("web")).unwrap();
         assert_eq!(reach(&maps, &id(ip(address), 80, Scope::Internal)), None);
@@ -185,7 +215,9 @@ fn packets_pass_the_filter_before_the_entry_appears_and_names_are_kept() {
         maps.filter.get(word).unwrap() & mask != 0
     };
     assert!(bits.iter().all(|&bit| !is_set(bit)));
-    syncer.apply(&simple("web", "10.96.0.1", &["10.0.0.2"])).unwrap();
+    syncer
+        .apply(&simple("web", "10.96.0.1", &["10.0.0.2"]))
+        .unwrap();
     assert!(bits.iter().all(|&bit| is_set(bit)));
 
     let entry = maps
@@ -212,7 +244,10 @@ fn equal_backends_share_slots_and_ids_and_scopes_may_differ() {
     syncer
         .apply(&plan(
             "web",
-            [frontend(ip("10.96.0.1"), 80, &all, Table::Direct), node_port],
+            [
+                frontend(ip("10.96.0.1"), 80, &all, Table::Direct),
+                node_port,
+            ],
         ))
         .unwrap();
 
@@ -220,7 +255,10 @@ fn equal_backends_share_slots_and_ids_and_scopes_may_differ() {
     let cluster = entry(id(ip("10.96.0.1"), 80, Scope::Internal));
     let internal = entry(id(FrontendAddress::NodePortV4, 30080, Scope::Internal));
     let external = entry(id(FrontendAddress::NodePortV4, 30080, Scope::External));
-    assert_eq!((cluster.slot_base, cluster.slot_count), (internal.slot_base, 2));
+    assert_eq!(
+        (cluster.slot_base, cluster.slot_count),
+        (internal.slot_base, 2)
+    );
     assert_eq!(external.slot_count, 1);
     let table = maps.table(FamilyIndex::V4);
     let ids: HashSet<u32> = (cluster.slot_base..cluster.slot_base + 2)
@@ -256,7 +294,12 @@ fn an_unchanged_plan_writes_nothing_even_after_a_restart() {
         ),
         plan(
             "none",
-            [frontend(ip("10.96.0.3"), 80, &backends(&[], 1), Table::Direct)],
+            [frontend(
+                ip("10.96.0.3"),
+                80,
+                &backends(&[], 1),
+                Table::Direct,
+            )],
         ),
     ];
     let mut first = syncer(&root);
@@ -270,7 +313,10 @@ fn an_unchanged_plan_writes_nothing_even_after_a_restart() {
     assert_eq!(first.maps().writes(), writes);
     let id_of = |syncer: &Syncer| {
         let table = syncer.maps().table(FamilyIndex::V4);
-        let entry = table.get(&id(ip("10.96.0.1"), 80, Scope::Internal)).unwrap().unwrap();
+        let entry = table
+            .get(&id(ip("10.96.0.1"), 80, Scope::Internal))
+            .unwrap()
+            .unwrap();
         (table.slot(entry.slot_base).unwrap().id, entry.service)
     };
     let ids = id_of(&first);
@@ -290,10 +336,14 @@ fn an_unchanged_plan_writes_nothing_even_after_a_restart() {
     );
     assert_eq!(id_of(&second), ids);
 
-    // One more backend in one Service: its slots and its two entries, one id, one filter bit, nothing else.
+    // One more backend in one Service: its slots and its two entries, one id, one filter bit,
+    // nothing else.
     let more = simple("web", "10.96.0.1", &["10.0.0.1", "10.0.0.2", "10.0.0.7"]);
     let applied = second.apply(&more).unwrap();
-    assert_eq!((applied.frontends, applied.slots, applied.deleted), (2, 3, 0));
+    assert_eq!(
+        (applied.frontends, applied.slots, applied.deleted),
+        (2, 3, 0)
+    );
     assert_eq!(second.maps().writes(), 2 + 3 + 1 + 1);
     assert_eq!(id_of(&second), ids, "old backends keep their ids");
 }
@@ -309,7 +359,9 @@ fn a_restart_never_gives_a_used_range_or_id_away() {
         .apply(&simple("b", "10.96.0.2", &["10.0.0.3", "10.0.0.4"]))
         .unwrap();
     // Gone when the agent is killed, but flows may name its id still.
-    first.apply(&simple("b", "10.96.0.2", &["10.0.0.3"])).unwrap();
+    first
+        .apply(&simple("b", "10.96.0.2", &["10.0.0.3"]))
+        .unwrap();
     drop(first);
 
     let mut second = syncer(&root);
@@ -328,9 +380,14 @@ fn a_restart_never_gives_a_used_range_or_id_away() {
         );
     }
     let entries = maps.table(FamilyIndex::V4).entries().unwrap();
-    let c = maps.v4.table_entry(id(ip("10.96.0.3"), 80, Scope::Internal));
+    let c = maps
+        .v4
+        .table_entry(id(ip("10.96.0.3"), 80, Scope::Internal));
     assert_eq!(
-        entries.iter().filter(|(_, entry)| entry.service == c.service).count(),
+        entries
+            .iter()
+            .filter(|(_, entry)| entry.service == c.service)
+            .count(),
         2,
         "a number of its own"
     );
@@ -339,9 +396,18 @@ fn a_restart_never_gives_a_used_range_or_id_away() {
         .collect();
     assert_eq!(ids, [5, 6], "1 to 3 are in use, 4 rests");
 
-    assert_eq!(second.reclaim(Instant::now(), &IdSet::default()).unwrap(), 1);
-    assert_eq!(maps.backends.get(&4).unwrap(), Some(BackendState::default()));
-    assert_ne!(maps.backends.get(&3).unwrap(), Some(BackendState::default()));
+    assert_eq!(
+        second.reclaim(Instant::now(), &IdSet::default()).unwrap(),
+        1
+    );
+    assert_eq!(
+        maps.backends.get(&4).unwrap(),
+        Some(BackendState::default())
+    );
+    assert_ne!(
+        maps.backends.get(&3).unwrap(),
+        Some(BackendState::default())
+    );
 }
 
 #[test]
@@ -349,21 +415,30 @@ fn nothing_is_pruned_before_the_source_is_complete_and_then_only_what_it_never_n
     let root = Root::new(Capacities::default());
     let mut first = syncer(&root);
     for (service, address) in [("a", "10.96.0.1"), ("b", "10.96.0.2"), ("c", "10.96.0.3")] {
-        first.apply(&simple(service, address, &["10.0.0.1"])).unwrap();
+        first
+            .apply(&simple(service, address, &["10.0.0.1"]))
+            .unwrap();
     }
     drop(first);
 
     let mut second = syncer(&root);
     let maps = second.maps().clone();
-    second.apply(&simple("a", "10.96.0.1", &["10.0.0.2"])).unwrap();
+    second
+        .apply(&simple("a", "10.96.0.1", &["10.0.0.2"]))
+        .unwrap();
     assert_eq!(
         reach(&maps, &id(ip("10.96.0.2"), 80, Scope::Internal)),
         Some(set(&["10.0.0.1"], 8080))
     );
-    second.apply(&simple("c", "10.96.0.3", &["10.0.0.1"])).unwrap();
+    second
+        .apply(&simple("c", "10.96.0.3", &["10.0.0.1"]))
+        .unwrap();
     let pruned = second.prune(|service| *service != name("b")).unwrap();
     assert_eq!(pruned.deleted, 2);
-    assert_eq!(reach(&maps, &id(ip("10.96.0.2"), 80, Scope::Internal)), None);
+    assert_eq!(
+        reach(&maps, &id(ip("10.96.0.2"), 80, Scope::Internal)),
+        None
+    );
     assert_eq!(
         reach(&maps, &id(ip("10.96.0.3"), 80, Scope::Internal)),
         Some(set(&["10.0.0.1"], 8080))
@@ -375,21 +450,28 @@ fn nothing_is_pruned_before_the_source_is_complete_and_then_only_what_it_never_n
 fn an_address_goes_from_one_service_to_another_in_one_update() {
     let root = Root::new(Capacities::default());
     let mut first = syncer(&root);
-    first.apply(&simple("old", "10.96.0.1", &["10.0.0.1"])).unwrap();
+    first
+        .apply(&simple("old", "10.96.0.1", &["10.0.0.1"]))
+        .unwrap();
     drop(first);
 
     // While no agent ran, `old` was deleted and `new` was given its address.
     let mut second = syncer(&root);
     let maps = second.maps().clone();
-    second.apply(&simple("new", "10.96.0.1", &["10.0.0.2"])).unwrap();
+    second
+        .apply(&simple("new", "10.96.0.1", &["10.0.0.2"]))
+        .unwrap();
     second.prune(|service| *service == name("new")).unwrap();
     assert_eq!(
         reach(&maps, &id(ip("10.96.0.1"), 80, Scope::External)),
         Some(set(&["10.0.0.2"], 8080))
     );
 
-    // Between living ones, one at a time: the model says whose it is. Whoever had it takes nothing away afterwards.
-    second.apply(&simple("third", "10.96.0.1", &["10.0.0.3"])).unwrap();
+    // Between living ones, one at a time: the model says whose it is. Whoever had it takes nothing
+    // away afterwards.
+    second
+        .apply(&simple("third", "10.96.0.1", &["10.0.0.3"]))
+        .unwrap();
     second.remove(&name("new")).unwrap();
     assert_eq!(
         reach(&maps, &id(ip("10.96.0.1"), 80, Scope::External)),
@@ -398,8 +480,8 @@ fn an_address_goes_from_one_service_to_another_in_one_update() {
     assert_eq!(second.counts(), (1, 1));
 }
 
-/// SPEC L9: swapped, renamed, or one after the other, whatever the names: at every moment one of the two has the frontend, and
-/// no slot or id is lost by it.
+/// SPEC L9: swapped, renamed, or one after the other, whatever the names: at every moment one of
+/// the two has the frontend, and no slot or id is lost by it.
 #[test]
 fn frontends_that_change_their_service_are_never_without_one() {
     for (giver, taker) in [("a", "b"), ("b", "a")] {
@@ -416,7 +498,11 @@ fn frontends_that_change_their_service_are_never_without_one() {
             }
         };
         let with = |service: &str, external: &[&str]| {
-            let own = if service == "a" { "10.96.0.1" } else { "10.96.0.2" };
+            let own = if service == "a" {
+                "10.96.0.1"
+            } else {
+                "10.96.0.2"
+            };
             let of = |address: &&str| {
                 let pod = pods(service)[usize::from(address.contains(':'))];
                 frontend(ip(address), 80, &backends(&[pod], 8080), Table::Maglev)
@@ -443,7 +529,10 @@ fn frontends_that_change_their_service_are_never_without_one() {
                 while !done.load(Ordering::Relaxed) {
                     for id in &watched {
                         let entry = maps.table(FamilyIndex::of(id)).get(id).unwrap();
-                        assert!(entry.is_some_and(|entry| entry.slot_count > 0), "{id} is nobody's");
+                        assert!(
+                            entry.is_some_and(|entry| entry.slot_count > 0),
+                            "{id} is nobody's"
+                        );
                     }
                     looks += 1;
                 }
@@ -463,8 +552,14 @@ fn frontends_that_change_their_service_are_never_without_one() {
                 }
                 // Renamed: one is gone altogether.
                 let both = [moving, swapped].concat();
-                syncer.apply_all(in_order([with(giver, &both), ServicePlan::empty(name(taker))]));
-                syncer.apply_all(in_order([ServicePlan::empty(name(giver)), with(taker, &both)]));
+                syncer.apply_all(in_order([
+                    with(giver, &both),
+                    ServicePlan::empty(name(taker)),
+                ]));
+                syncer.apply_all(in_order([
+                    ServicePlan::empty(name(giver)),
+                    with(taker, &both),
+                ]));
                 assert_eq!(syncer.counts().0, 1);
                 syncer.apply_all(begin.clone());
             }
@@ -496,10 +591,16 @@ fn a_full_frontend_map_names_its_setting_and_what_was_there_goes_on() {
     let maps = syncer.maps().clone();
     for n in 1..=3 {
         syncer
-            .apply(&simple(&format!("s{n}"), &format!("10.96.0.{n}"), &["10.0.0.1"]))
+            .apply(&simple(
+                &format!("s{n}"),
+                &format!("10.96.0.{n}"),
+                &["10.0.0.1"],
+            ))
             .unwrap();
     }
-    let error = syncer.apply(&simple("s4", "10.96.0.4", &["10.0.0.1"])).unwrap_err();
+    let error = syncer
+        .apply(&simple("s4", "10.96.0.4", &["10.0.0.1"]))
+        .unwrap_err();
     assert!(error.to_string().contains("--max-frontends"), "{error}");
     assert!(
         error
@@ -508,11 +609,14 @@ fn a_full_frontend_map_names_its_setting_and_what_was_there_goes_on() {
         "{error}"
     );
 
-    // Changes of what is there still get through, one that needs a new entry in exchange for an old one included.
+    // Changes of what is there still get through, one that needs a new entry in exchange for an old
+    // one included.
     syncer
         .apply(&simple("s1", "10.96.0.1", &["10.0.0.1", "10.0.0.2"]))
         .unwrap();
-    syncer.apply(&simple("s2", "10.96.0.22", &["10.0.0.1"])).unwrap();
+    syncer
+        .apply(&simple("s2", "10.96.0.22", &["10.0.0.1"]))
+        .unwrap();
     assert_eq!(
         reach(&maps, &id(ip("10.96.0.1"), 80, Scope::Internal)),
         Some(set(&["10.0.0.1", "10.0.0.2"], 8080))
@@ -536,7 +640,9 @@ fn a_full_frontend_map_names_its_setting_and_what_was_there_goes_on() {
 
     // Room appears: what failed fits.
     syncer.remove(&name("s1")).unwrap();
-    syncer.apply(&simple("s4", "10.96.0.4", &["10.0.0.1"])).unwrap();
+    syncer
+        .apply(&simple("s4", "10.96.0.4", &["10.0.0.1"]))
+        .unwrap();
     assert_eq!(syncer.failed().iter().collect::<Vec<_>>(), [&name("s3")]);
 }
 
@@ -549,7 +655,11 @@ fn exhausted_slots_name_their_setting_and_come_back_after_the_grace_period() {
     let mut syncer = Syncer::with_grace(Arc::new(root.maps()), Duration::from_millis(50)).unwrap();
     let maps = syncer.maps().clone();
     syncer
-        .apply(&simple("a", "10.96.0.1", &["10.0.0.1", "10.0.0.2", "10.0.0.3"]))
+        .apply(&simple(
+            "a",
+            "10.96.0.1",
+            &["10.0.0.1", "10.0.0.2", "10.0.0.3"],
+        ))
         .unwrap();
     let error = syncer
         .apply(&simple("a", "10.96.0.1", &["10.0.0.4", "10.0.0.5"]))
@@ -565,7 +675,9 @@ fn exhausted_slots_name_their_setting_and_come_back_after_the_grace_period() {
         reach(&maps, &id(ip("10.96.0.1"), 80, Scope::Internal)),
         Some(set(&["10.0.0.1", "10.0.0.2", "10.0.0.3"], 8080))
     );
-    syncer.apply(&simple("a", "10.96.0.1", &["10.0.0.4"])).unwrap();
+    syncer
+        .apply(&simple("a", "10.96.0.1", &["10.0.0.4"]))
+        .unwrap();
     syncer
         .apply(&simple("a", "10.96.0.1", &["10.0.0.5", "10.0.0.6"]))
         .unwrap_err();
@@ -584,9 +696,15 @@ fn exhausted_backend_ids_name_their_setting() {
     });
     let mut syncer = syncer(&root);
     syncer
-        .apply(&simple("a", "10.96.0.1", &["10.0.0.1", "10.0.0.2", "10.0.0.3"]))
+        .apply(&simple(
+            "a",
+            "10.96.0.1",
+            &["10.0.0.1", "10.0.0.2", "10.0.0.3"],
+        ))
         .unwrap();
-    let error = syncer.apply(&simple("b", "10.96.0.2", &["10.0.0.4"])).unwrap_err();
+    let error = syncer
+        .apply(&simple("b", "10.96.0.2", &["10.0.0.4"]))
+        .unwrap_err();
     assert!(error.to_string().contains("--max-backends"), "{error}");
 }
 
@@ -598,13 +716,19 @@ fn a_maglev_table_that_does_not_fit_becomes_smaller_and_stays_so_without_writes(
     });
     let mut syncer = syncer(&root);
     let maps = syncer.maps().clone();
-    // Twelve backends want 1021 slots; 509 fit. Then 91 are left: no table fits, the backends themselves do.
+    // Twelve backends want 1021 slots; 509 fit. Then 91 are left: no table fits, the backends
+    // themselves do.
     let pods: Vec<String> = (1..=12).map(|n| format!("10.0.0.{n}")).collect();
     let pods: Vec<&str> = pods.iter().map(String::as_str).collect();
     let plans = ["10.1.0.1", "10.1.0.2"].map(|address| {
         plan(
             address,
-            [frontend(ip(address), 80, &backends(&pods, 8080), Table::Maglev)],
+            [frontend(
+                ip(address),
+                80,
+                &backends(&pods, 8080),
+                Table::Maglev,
+            )],
         )
     });
     for (plan, len) in plans.iter().zip([509, 12]) {
@@ -632,7 +756,9 @@ fn what_another_broke_in_the_maps_is_mended_by_the_next_apply() {
     let maps = syncer.maps().clone();
     let plan = simple("web", "10.96.0.1", &["10.0.0.1"]);
     syncer.apply(&plan).unwrap();
-    maps.table(FamilyIndex::V4).delete(&plan.frontends[0].id).unwrap();
+    maps.table(FamilyIndex::V4)
+        .delete(&plan.frontends[0].id)
+        .unwrap();
     let base = maps.v4.table_entry(plan.frontends[1].id).slot_base;
     let wrong = Choice {
         address: "10.0.0.66".parse().unwrap(),
@@ -647,9 +773,10 @@ fn what_another_broke_in_the_maps_is_mended_by_the_next_apply() {
     }
 }
 
-/// Readers do what a program does (look the frontend up, then read its slots, one of them as if its CPU were taken away in
-/// between) while the Service changes between three disjoint backend sets: each must see one set, whole. The sizes differ, so that
-/// a range used again too early would lie across an old one.
+/// Readers do what a program does (look the frontend up, then read its slots, one of them as if its
+/// CPU were taken away in between) while the Service changes between three disjoint backend sets:
+/// each must see one set, whole. The sizes differ, so that a range used again too early would lie
+/// across an old one.
 #[test]
 fn a_packet_never_sees_a_state_in_between() {
     const FLIPS: usize = 5000;
@@ -687,7 +814,8 @@ fn a_packet_never_sees_a_state_in_between() {
                         let reached = reach_slowly(maps, &id(ip("10.96.0.1"), 80, client), pause)
                             .expect("never without an entry");
                         let which = whole.iter().position(|set| *set == reached);
-                        seen[which.unwrap_or_else(|| panic!("a state in between: {reached:?}"))] += 1;
+                        seen[which.unwrap_or_else(|| panic!("a state in between: {reached:?}"))] +=
+                            1;
                     }
                     seen
                 })
@@ -738,8 +866,8 @@ fn affine(pods: &[&str]) -> ServicePlan {
     plan
 }
 
-/// Asserts that every frontend with affinity finds all of its backends among the members, where they stand, and says how
-/// many entries there are.
+/// Asserts that every frontend with affinity finds all of its backends among the members, where
+/// they stand, and says how many entries there are.
 fn check_members(maps: &Maps) -> usize {
     let table = maps.table(FamilyIndex::V4);
     let members: HashMap<_, _> = table.members().entries().unwrap().into_iter().collect();
@@ -747,7 +875,9 @@ fn check_members(maps: &Maps) -> usize {
         for index in entry.slot_base..entry.slot_base + entry.slot_count {
             let backend = table.slot(index).unwrap().id;
             let slot_base = entry.slot_base;
-            let member = members.get(&layout::MemberKey { slot_base, backend }).copied();
+            let member = members
+                .get(&layout::MemberKey { slot_base, backend })
+                .copied();
             if entry.flags & FRONTEND_AFFINITY != 0 {
                 let at = member.unwrap_or_else(|| panic!("{id}: backend {backend} is no member"));
                 assert_eq!(table.slot(at).unwrap().id, backend, "{id}");
@@ -770,14 +900,22 @@ fn members_follow_the_backends_of_frontends_with_affinity() {
         .apply(&simple("plain", "10.96.0.9", &["10.0.0.1", "10.0.0.2"]))
         .unwrap();
     assert_eq!(check_members(&maps), 0, "nobody asks for them");
-    syncer.apply(&affine(&["10.0.0.1", "10.0.0.2", "10.0.0.3"])).unwrap();
+    syncer
+        .apply(&affine(&["10.0.0.1", "10.0.0.2", "10.0.0.3"]))
+        .unwrap();
     assert_eq!(check_members(&maps), 6);
     let writes = maps.writes();
-    syncer.apply(&affine(&["10.0.0.1", "10.0.0.2", "10.0.0.3"])).unwrap();
+    syncer
+        .apply(&affine(&["10.0.0.1", "10.0.0.2", "10.0.0.3"]))
+        .unwrap();
     assert_eq!(maps.writes(), writes, "nothing changed, nothing is written");
 
     syncer.apply(&affine(&["10.0.0.2", "10.0.0.4"])).unwrap();
-    assert_eq!(check_members(&maps), 6 + 4, "the old ones rest with their slots");
+    assert_eq!(
+        check_members(&maps),
+        6 + 4,
+        "the old ones rest with their slots"
+    );
     // An agent that is killed now leaves them to the next one.
     drop(syncer);
     let mut syncer = Syncer::with_grace(maps.clone(), grace).unwrap();
@@ -787,7 +925,9 @@ fn members_follow_the_backends_of_frontends_with_affinity() {
 
     // For a hundred changes, within the grace period and after it.
     for n in 0..100u8 {
-        let pods: Vec<String> = (0..=n % 5).map(|i| format!("10.0.0.{}", 1 + (i * 7 + n) % 9)).collect();
+        let pods: Vec<String> = (0..=n % 5)
+            .map(|i| format!("10.0.0.{}", 1 + (i * 7 + n) % 9))
+            .collect();
         let pods: Vec<&str> = pods.iter().map(String::as_str).collect();
         syncer.apply(&affine(&pods)).unwrap();
         check_members(&maps);
@@ -796,7 +936,10 @@ fn members_follow_the_backends_of_frontends_with_affinity() {
         }
     }
     let mut without = affine(&["10.0.0.1"]);
-    without.frontends.iter_mut().for_each(|frontend| frontend.flags = 0);
+    without
+        .frontends
+        .iter_mut()
+        .for_each(|frontend| frontend.flags = 0);
     syncer.apply(&without).unwrap();
     thread::sleep(2 * grace);
     syncer.apply(&without).unwrap();
@@ -810,7 +953,11 @@ fn source_ranges_follow_their_service() {
     let mut syncer = Syncer::new(maps.clone()).unwrap();
     let in_maps = || {
         let tables = FamilyIndex::ALL.map(|family| maps.table(family).source_ranges().unwrap());
-        let mut all: Vec<_> = tables.concat().iter().map(|(_, range)| range.to_string()).collect();
+        let mut all: Vec<_> = tables
+            .concat()
+            .iter()
+            .map(|(_, range)| range.to_string())
+            .collect();
         all.sort();
         all
     };
@@ -822,12 +969,16 @@ fn source_ranges_follow_their_service() {
         .apply(&with(&["203.0.113.0/24", "0.0.0.0/0", "2001:db8::/32"]))
         .unwrap();
     assert_eq!(in_maps(), ["0.0.0.0/0", "2001:db8::/32", "203.0.113.0/24"]);
-    syncer.apply(&with(&["203.0.113.0/25", "2001:db8::/32"])).unwrap();
+    syncer
+        .apply(&with(&["203.0.113.0/25", "2001:db8::/32"]))
+        .unwrap();
     assert_eq!(in_maps(), ["2001:db8::/32", "203.0.113.0/25"]);
     // The next agent knows whose they are.
     let mut syncer = Syncer::new(maps.clone()).unwrap();
     let writes = maps.writes();
-    syncer.apply(&with(&["203.0.113.0/25", "2001:db8::/32"])).unwrap();
+    syncer
+        .apply(&with(&["203.0.113.0/25", "2001:db8::/32"]))
+        .unwrap();
     assert_eq!(maps.writes(), writes, "nothing changed, nothing is written");
     syncer.remove(&name("web")).unwrap();
     assert!(in_maps().is_empty());

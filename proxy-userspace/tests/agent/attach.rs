@@ -1,5 +1,5 @@
-//! Loading, attaching and cleaning up with real kernel objects: every test in a network namespace, a cgroup and a
-//! `--bpf-root` of its own.
+//! Loading, attaching and cleaning up with real kernel objects: every test in a network namespace,
+//! a cgroup and a `--bpf-root` of its own.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -30,7 +30,8 @@ use shunt::{
 use shunt_common::layout::{Frontend, FrontendKey, SCOPE_INTERNAL, TCP};
 use shunt_lab::UniqueName;
 
-/// A bpf-root and a cgroup that nobody else has, removed with everything in them when the test ends in whatever way.
+/// A bpf-root and a cgroup that nobody else has, removed with everything in them when the test ends
+/// in whatever way.
 struct Place {
     bpf_root: PathBuf,
     cgroup: PathBuf,
@@ -42,12 +43,13 @@ impl Place {
         let unique = UniqueName::take().unwrap();
         let name = unique.prefix();
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-        let cgroup_root = mounts
-            .lines()
-            .find_map(|line| match line.split(' ').collect::<Vec<_>>()[..] {
-                [_, path, "cgroup2", ..] => Some(PathBuf::from(path)),
-                _ => None,
-            });
+        let cgroup_root =
+            mounts
+                .lines()
+                .find_map(|line| match line.split(' ').collect::<Vec<_>>()[..] {
+                    [_, path, "cgroup2", ..] => Some(PathBuf::from(path)),
+                    _ => None,
+                });
         let cgroup = cgroup_root.expect("cgroup2 is mounted").join(&name);
         fs::create_dir(&cgroup).unwrap();
         Self {
@@ -92,7 +94,12 @@ impl Place {
     fn ids(&self) -> BTreeMap<String, (u32, u32)> {
         self.links()
             .into_iter()
-            .map(|l| (format!("{}-{}", l.target, l.program), (l.link, l.program_id)))
+            .map(|l| {
+                (
+                    format!("{}-{}", l.target, l.program),
+                    (l.link, l.program_id),
+                )
+            })
             .collect()
     }
 
@@ -148,8 +155,13 @@ fn ip(arguments: &str) {
 /// Sets whether the other end of a pair, both of which are up, takes frames from XDP.
 fn takes_frames(other_end: &str, on: bool) {
     let gro = if on { "on" } else { "off" };
-    let status = Command::new("ethtool").args(["-K", other_end, "gro", gro]).status();
-    assert!(status.unwrap().success(), "ethtool -K {other_end} gro {gro}");
+    let status = Command::new("ethtool")
+        .args(["-K", other_end, "gro", gro])
+        .status();
+    assert!(
+        status.unwrap().success(),
+        "ethtool -K {other_end} gro {gro}"
+    );
 }
 
 fn tc(arguments: &str) -> String {
@@ -275,11 +287,17 @@ fn a_restart_keeps_links_and_maps() {
         for (pin, (link, program)) in &before {
             let (link_now, program_now) = after[pin];
             assert_eq!(link_now, *link, "{pin}: the same link, so there was no gap");
-            assert_ne!(program_now, *program, "{pin}: runs the program of the new agent");
+            assert_ne!(
+                program_now, *program,
+                "{pin}: runs the program of the new agent"
+            );
         }
         assert_eq!(after.len(), before.len());
         assert_eq!(
-            frontends(&second).get(&frontend_key(), 0).unwrap().slot_count,
+            frontends(&second)
+                .get(&frontend_key(), 0)
+                .unwrap()
+                .slot_count,
             7,
             "maps are used again"
         );
@@ -362,7 +380,10 @@ fn programs_follow_devices() {
 
             // Out of the patterns' sight, though the device is still there.
             ip("link set pod2.5 name away");
-            until("a device that is shunt's no more", || place.pins().is_empty()).await;
+            until("a device that is shunt's no more", || {
+                place.pins().is_empty()
+            })
+            .await;
             ip("link set away name node7");
             until("a device of another role", || {
                 place.pins() == set(&["node7-tc_node_in", "node7-tc_node_out"])
@@ -388,7 +409,10 @@ fn a_device_that_vanished_before_it_got_its_programs_is_no_problem() {
                 ..Device::default()
             };
             let status = attacher
-                .reconcile(&[(ghost(4711, "node0"), Role::Node), (ghost(4712, "pod0"), Role::Pod)])
+                .reconcile(&[
+                    (ghost(4711, "node0"), Role::Node),
+                    (ghost(4712, "pod0"), Role::Pod),
+                ])
                 .unwrap();
             for device in status {
                 assert!(
@@ -476,7 +500,10 @@ fn stale_pins_are_removed_and_a_device_of_the_same_name_gets_new_links() {
         ip("link set other1 up");
         run();
         let after = place.ids();
-        assert_eq!(after.keys().collect::<Vec<_>>(), before.keys().collect::<Vec<_>>());
+        assert_eq!(
+            after.keys().collect::<Vec<_>>(),
+            before.keys().collect::<Vec<_>>()
+        );
         assert!(before.iter().all(|(pin, (link, _))| after[pin].0 != *link));
         ip("link del node1");
         run();
@@ -555,7 +582,11 @@ fn clsact_filters_are_replaced_not_stacked_and_cleaned_up() {
         assert!(tc("filter show dev pod0 egress").contains("tc_pod_out"));
         assert_eq!(place.pins(), set(&[]));
         run(TcMode::Clsact);
-        assert_eq!(program(), first, "the filter runs the program that was taken over");
+        assert_eq!(
+            program(),
+            first,
+            "the filter runs the program that was taken over"
+        );
         run_with(TcMode::Clsact, true);
         assert_ne!(program(), first, "the filter runs the new program");
 
@@ -564,7 +595,10 @@ fn clsact_filters_are_replaced_not_stacked_and_cleaned_up() {
         assert!(!tc("qdisc show dev node0").contains("clsact"));
         assert!(tc("qdisc show dev pod0").contains("clsact"));
         let left = tc("filter show dev pod0 ingress");
-        assert!(left.contains("handle 0x9") && !left.contains("tc_pod_in"), "{left}");
+        assert!(
+            left.contains("handle 0x9") && !left.contains("tc_pod_in"),
+            "{left}"
+        );
 
         // A kernel with TCX takes over from one without.
         run(TcMode::Clsact);
@@ -581,17 +615,27 @@ fn a_second_agent_and_cleanup_beside_one_are_refused() {
         let first = place.load().unwrap();
         let pid = std::process::id();
         match place.load().unwrap_err() {
-            LoadError::Lock(error @ LockError::Held { pid: Some(holder), .. }) if holder == pid => {
+            LoadError::Lock(
+                error @ LockError::Held {
+                    pid: Some(holder), ..
+                },
+            ) if holder == pid => {
                 assert!(error.to_string().contains("--bpf-root"), "{error}");
             }
             other => panic!("{other}"),
         }
-        assert!(matches!(cleanup(&place.bpf_root), Err(CleanupError::Running(_))));
+        assert!(matches!(
+            cleanup(&place.bpf_root),
+            Err(CleanupError::Running(_))
+        ));
         drop(first);
         assert!(!cleanup(&place.bpf_root).unwrap().maps.is_empty());
         assert!(!place.bpf_root.exists());
         let again = cleanup(&place.bpf_root).unwrap();
-        assert!(again.maps.is_empty() && again.folders.is_empty(), "{again:?}");
+        assert!(
+            again.maps.is_empty() && again.folders.is_empty(),
+            "{again:?}"
+        );
     });
 }
 
@@ -615,8 +659,18 @@ fn cleanup_leaves_what_is_not_shunts() {
 fn sizes_change_only_while_nothing_is_attached() {
     let place = Place::new();
     in_namespace(move || {
-        let entries = |datapath: &Datapath| datapath.map("flows4").unwrap().info().unwrap().max_entries();
-        let larger = Capacities { flows: 256, ..small() };
+        let entries = |datapath: &Datapath| {
+            datapath
+                .map("flows4")
+                .unwrap()
+                .info()
+                .unwrap()
+                .max_entries()
+        };
+        let larger = Capacities {
+            flows: 256,
+            ..small()
+        };
         let first = place.load().unwrap();
         assert_eq!(entries(&first), 128);
         frontends(&first)
@@ -642,7 +696,11 @@ fn sizes_change_only_while_nothing_is_attached() {
 
         let third = place.load().unwrap();
         assert_eq!(entries(&third), 256);
-        assert_eq!(third.capacities(), larger, "the result says what the maps really have");
+        assert_eq!(
+            third.capacities(),
+            larger,
+            "the result says what the maps really have"
+        );
         frontends(&third).get(&frontend_key(), 0).unwrap();
     });
 }
@@ -691,12 +749,21 @@ fn hooks_that_are_off_leave_nothing_behind() {
         run(true, XdpMode::Generic);
         assert_eq!(place.pins().len(), CGROUP.len() + 3);
         run(false, XdpMode::Off);
-        assert_eq!(place.pins(), set(&["node0-tc_node_in", "node0-tc_node_out"]));
+        assert_eq!(
+            place.pins(),
+            set(&["node0-tc_node_in", "node0-tc_node_out"])
+        );
         let programs = fs::read_dir(place.paths().programs()).unwrap();
         let programs: BTreeSet<String> = programs
             .map(|e| e.unwrap().file_name().into_string().unwrap())
             .collect();
-        let left = ["build", "tc_node_in", "tc_node_out", "tc_pod_in", "tc_pod_out"];
+        let left = [
+            "build",
+            "tc_node_in",
+            "tc_node_out",
+            "tc_pod_in",
+            "tc_pod_out",
+        ];
         assert_eq!(programs, set(&left));
     });
 }
@@ -707,7 +774,10 @@ fn a_cgroup_root_that_is_none_is_named() {
     in_namespace(move || {
         let datapath = place.load().unwrap();
         let mut attacher = Attacher::new(&datapath, XdpMode::Off).unwrap();
-        let error = attacher.attach_cgroup(Path::new("/proc")).unwrap_err().to_string();
+        let error = attacher
+            .attach_cgroup(Path::new("/proc"))
+            .unwrap_err()
+            .to_string();
         assert!(
             error.contains("--cgroup-root /proc") && error.contains("cgroup2"),
             "{error}"
@@ -780,11 +850,15 @@ fn devices_are_found_without_patterns() {
         let (end, ended) = std::sync::mpsc::channel::<()>();
         let pod = std::thread::spawn(move || {
             // SAFETY: as in `in_namespace`.
-            unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }.unwrap();
+            unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }
+                .unwrap();
             tid_sender.send(rustix::thread::gettid()).unwrap();
             let _ = ended.recv();
         });
-        ip(&format!("link set in1 netns {}", tid.recv().unwrap().as_raw_pid()));
+        ip(&format!(
+            "link set in1 netns {}",
+            tid.recv().unwrap().as_raw_pid()
+        ));
         let patterns = DevicePatterns {
             node_ips: ["198.51.100.1".parse().unwrap()].into(),
             ..DevicePatterns::default()
@@ -792,8 +866,13 @@ fn devices_are_found_without_patterns() {
         let (taken, left_out) = patterns.select(shunt::datapath::devices::list().unwrap());
         drop(end);
         pod.join().unwrap();
-        let roles: BTreeMap<&str, Role> = taken.iter().map(|(d, role)| (d.name.as_str(), *role)).collect();
-        let node = ["eth0", "eth1", "eth2", "wan", "wan1", "wan2", "mac0", "vx0", "tun0"];
+        let roles: BTreeMap<&str, Role> = taken
+            .iter()
+            .map(|(d, role)| (d.name.as_str(), *role))
+            .collect();
+        let node = [
+            "eth0", "eth1", "eth2", "wan", "wan1", "wan2", "mac0", "vx0", "tun0",
+        ];
         let expected = node
             .map(|name| (name, Role::Node))
             .into_iter()
@@ -801,7 +880,10 @@ fn devices_are_found_without_patterns() {
         assert_eq!(roles, expected.collect());
         let left_out: Vec<&str> = left_out.iter().map(|device| device.name.as_str()).collect();
         assert_eq!(left_out, ["br0"]);
-        let tun = taken.iter().find(|(device, _)| device.name == "tun0").unwrap();
+        let tun = taken
+            .iter()
+            .find(|(device, _)| device.name == "tun0")
+            .unwrap();
         assert_eq!(tun.0.header, LinkHeader::None);
     });
 }
@@ -842,7 +924,11 @@ fn rules_in_forward_are_found() {
         nft(
             "table inet fw {\nchain onward {\ntype filter hook forward priority 0;\n}\nchain arriving {\ntype filter hook input priority 0;\ntcp dport 1 drop\n}\n}\n",
         );
-        assert_eq!(xdp::forward_rules(), None, "a chain without rules, and one elsewhere");
+        assert_eq!(
+            xdp::forward_rules(),
+            None,
+            "a chain without rules, and one elsewhere"
+        );
         nft("add rule inet fw onward tcp dport 80 drop");
         assert_eq!(
             xdp::forward_rules().unwrap(),
@@ -866,11 +952,14 @@ fn a_pattern_waits_for_its_device() {
             let _watcher = DeviceWatcher::spawn(attacher, patterns()).unwrap();
             assert!(place.pins().iter().all(|pin| !pin.starts_with("node")));
             ip("tuntap add mode tun name node7");
-            until("a device without a link-layer header, with programs for such", || {
-                place
-                    .pins()
-                    .is_superset(&set(&["node7-tc_node_in_l3", "node7-tc_node_out_l3"]))
-            })
+            until(
+                "a device without a link-layer header, with programs for such",
+                || {
+                    place
+                        .pins()
+                        .is_superset(&set(&["node7-tc_node_in_l3", "node7-tc_node_out_l3"]))
+                },
+            )
             .await;
         });
     });
@@ -885,7 +974,9 @@ fn node_addresses_are_followed() {
         ip("addr add 192.0.2.1/24 dev eth0");
         runtime().block_on(async {
             let (addresses, _task) = netns::watch_addresses(NodePortAddresses::default()).unwrap();
-            let expect = |texts: &[&str]| -> BTreeSet<IpAddr> { texts.iter().map(|t| t.parse().unwrap()).collect() };
+            let expect = |texts: &[&str]| -> BTreeSet<IpAddr> {
+                texts.iter().map(|t| t.parse().unwrap()).collect()
+            };
             assert_eq!(*addresses.borrow(), expect(&["192.0.2.1"]));
             ip("addr add 2001:db8::1/64 dev eth0 nodad");
             until("a new address", || {
@@ -893,13 +984,17 @@ fn node_addresses_are_followed() {
             })
             .await;
             ip("addr del 192.0.2.1/24 dev eth0");
-            until("an address less", || *addresses.borrow() == expect(&["2001:db8::1"])).await;
+            until("an address less", || {
+                *addresses.borrow() == expect(&["2001:db8::1"])
+            })
+            .await;
         });
         let here = netns::cookie();
         assert_ne!(here, 0);
         let elsewhere = std::thread::spawn(|| {
             // SAFETY: as in `in_namespace`.
-            unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }.unwrap();
+            unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }
+                .unwrap();
             netns::cookie()
         });
         assert_ne!(elsewhere.join().unwrap(), here);
@@ -921,16 +1016,31 @@ fn check_finds_what_the_other_tests_use() {
             let row = report.rows.iter().find(|r| r.what == what).unwrap();
             assert!(row.ok, "{row:?}");
         }
-        let tcx = report.rows.iter().find(|r| r.what == "links to tc (TCX)").unwrap();
+        let tcx = report
+            .rows
+            .iter()
+            .find(|r| r.what == "links to tc (TCX)")
+            .unwrap();
         assert_eq!(tcx.ok, TcMode::probe() == TcMode::Tcx);
         let _taken = std::net::TcpListener::bind("0.0.0.0:10256").unwrap();
         let report = check::check(&place.bpf_root, Path::new("/proc"));
-        let bad: Vec<&str> = report.rows.iter().filter(|r| !r.ok).map(|r| r.what.as_str()).collect();
+        let bad: Vec<&str> = report
+            .rows
+            .iter()
+            .filter(|r| !r.ok)
+            .map(|r| r.what.as_str())
+            .collect();
         assert!(
             bad.contains(&"cgroup2 root") && bad.contains(&"nobody at kube-proxy's healthz port"),
             "{bad:?}"
         );
-        assert!(report.rows.iter().filter(|r| !r.ok).all(|r| !r.advice.is_empty()));
+        assert!(
+            report
+                .rows
+                .iter()
+                .filter(|r| !r.ok)
+                .all(|r| !r.advice.is_empty())
+        );
         assert!(report.ok(), "both are optional");
     });
 }

@@ -7,13 +7,21 @@ use serde_json::Value;
 
 use super::process::{Agent, FRONTENDS, Node, SERVICE, SHUNT, pod};
 
-/// Which of [`FRONTENDS`]' node ports answer: on the node's IPv4 address, its IPv6 address, 127.0.0.1, ::1.
+/// Which of [`FRONTENDS`]' node ports answer: on the node's IPv4 address, its IPv6 address,
+/// 127.0.0.1, ::1.
 fn node_ports(node: &Node) -> String {
-    let answers = |(address, port): &(&str, u16)| if node.dial(address, *port).is_some() { "y" } else { "-" };
+    let answers = |(address, port): &(&str, u16)| {
+        if node.dial(address, *port).is_some() {
+            "y"
+        } else {
+            "-"
+        }
+    };
     FRONTENDS[2..].iter().map(answers).collect()
 }
 
-/// A1: a kube-proxy pod's command line under kube-proxy's name, with a configuration that has an odd value in it.
+/// A1: a kube-proxy pod's command line under kube-proxy's name, with a configuration that has an
+/// odd value in it.
 #[test]
 fn what_starts_kube_proxy_starts_shunt() {
     let node = Node::new();
@@ -34,7 +42,9 @@ mode: nftables
 ";
     fs::write(&config, text).unwrap();
     let mut command = Command::new("nsenter");
-    command.arg(format!("--net=/run/netns/{}", node.name)).arg(&program);
+    command
+        .arg(format!("--net=/run/netns/{}", node.name))
+        .arg(&program);
     command.arg(format!("--config={}", config.display()));
     command.args([
         "--hostname-override=node-a",
@@ -46,7 +56,11 @@ mode: nftables
     command.arg("--manifests").arg(node.manifests.path());
     command.arg("--bpf-root").arg(&node.bpf_root);
     command.arg("--cgroup-root").arg(&node.cgroup);
-    command.args(["--max-flows=1024", "--max-new-flows=1024", "--max-snat=20000"]);
+    command.args([
+        "--max-flows=1024",
+        "--max-new-flows=1024",
+        "--max-snat=20000",
+    ]);
     let agent = Agent::spawn(&mut command);
     agent.ready();
 
@@ -65,14 +79,25 @@ mode: nftables
     // N10: netfilter's table is as kube-proxy has it, with the value as it was given.
     let netfilter = |name: &str| {
         let path = format!("/proc/sys/net/netfilter/nf_conntrack_{name}");
-        let cat = ["nsenter", &format!("--net=/run/netns/{}", node.name), "cat", &path].map(str::to_owned);
+        let cat = [
+            "nsenter",
+            &format!("--net=/run/netns/{}", node.name),
+            "cat",
+            &path,
+        ]
+        .map(str::to_owned);
         let output = Command::new(&cat[0]).args(&cat[1..]).output().unwrap();
         String::from_utf8(output.stdout).unwrap().trim().to_owned()
     };
     if netfilter("count").is_empty() {
         eprintln!("skipped in part: this kernel has no nf_conntrack");
     } else {
-        let found = ["tcp_timeout_established", "tcp_timeout_close_wait", "udp_timeout"].map(netfilter);
+        let found = [
+            "tcp_timeout_established",
+            "tcp_timeout_close_wait",
+            "udp_timeout",
+        ]
+        .map(netfilter);
         assert_eq!(found, ["86400", "3600", "1"]);
     }
 
@@ -83,10 +108,15 @@ mode: nftables
         .map(|line| serde_json::from_str(line).expect(line))
         .collect();
     assert!(
-        lines.iter().all(|line| line["ts"].is_f64() && line["msg"].is_string()),
+        lines
+            .iter()
+            .all(|line| line["ts"].is_f64() && line["msg"].is_string()),
         "{log}"
     );
-    let warnings: Vec<_> = lines.iter().filter(|line| line["severity"] == "warning").collect();
+    let warnings: Vec<_> = lines
+        .iter()
+        .filter(|line| line["severity"] == "warning")
+        .collect();
     for said in [
         "bindAddress: `0.0.0.00`: leading zeros",
         "conntrack.udpTimeout (--conntrack-udp-timeout) 1s: shunt's flows last from 5s",

@@ -1,5 +1,6 @@
-//! The agent as a process: a network namespace and cgroup of its own, manifests, real connections from both families, the
-//! command line beside it, and what becomes of all that when it is stopped, killed and started again.
+//! The agent as a process: a network namespace and cgroup of its own, manifests, real connections
+//! from both families, the command line beside it, and what becomes of all that when it is stopped,
+//! killed and started again.
 //!
 //! Needs root, a bpf file system at /sys/fs/bpf, cgroup2 and `ip`, `nsenter` and `bash`.
 
@@ -19,12 +20,14 @@ use serde_json::Value;
 use shunt_lab::UniqueName;
 
 pub(super) const SHUNT: &str = env!("CARGO_BIN_EXE_shunt");
-/// Longest wait for an agent's programs to be verified, which takes seconds on a machine with nothing else to do.
+/// Longest wait for an agent's programs to be verified, which takes seconds on a machine with
+/// nothing else to do.
 const READY: Duration = Duration::from_secs(90);
 /// Longest wait for anything that takes milliseconds.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A namespace with the addresses of a node and its pods, a cgroup, a bpf root and a folder of manifests.
+/// A namespace with the addresses of a node and its pods, a cgroup, a bpf root and a folder of
+/// manifests.
 pub(super) struct Node {
     pub(super) name: String,
     pub(super) cgroup: PathBuf,
@@ -35,7 +38,10 @@ pub(super) struct Node {
 }
 
 fn sh(script: &str) {
-    let output = Command::new("bash").args(["-ec", script]).output().expect("bash");
+    let output = Command::new("bash")
+        .args(["-ec", script])
+        .output()
+        .expect("bash");
     assert!(
         output.status.success(),
         "{script}: {}",
@@ -76,7 +82,8 @@ impl Node {
         node
     }
 
-    /// A server in the namespace that tells everybody its name. Its thread ends with the test process.
+    /// A server in the namespace that tells everybody its name. Its thread ends with the test
+    /// process.
     fn serve(&self, address: &str, answer: &str) {
         let (ready, wait) = std::sync::mpsc::channel();
         let namespace = fs::File::open(Path::new("/run/netns").join(&self.name)).unwrap();
@@ -104,16 +111,25 @@ impl Node {
 
     fn command(&self) -> Command {
         let mut command = Command::new("nsenter");
-        command.arg(format!("--net=/run/netns/{}", self.name)).arg(SHUNT);
+        command
+            .arg(format!("--net=/run/netns/{}", self.name))
+            .arg(SHUNT);
         command
     }
 
     pub(super) fn start(&self, more: &[&str]) -> Agent {
-        let [manifests, bpf_root, cgroup] =
-            [self.manifests.path(), &self.bpf_root, &self.cgroup].map(|path| path.display().to_string());
+        let [manifests, bpf_root, cgroup] = [self.manifests.path(), &self.bpf_root, &self.cgroup]
+            .map(|path| path.display().to_string());
         let source = ["--node-name", "node-a", "--manifests", &manifests];
         let places = ["--bpf-root", &bpf_root, "--cgroup-root", &cgroup];
-        let small = ["--max-flows", "1024", "--max-new-flows", "1024", "--max-snat", "20000"];
+        let small = [
+            "--max-flows",
+            "1024",
+            "--max-new-flows",
+            "1024",
+            "--max-snat",
+            "20000",
+        ];
         self.start_with(&[&source[..], &places, &small, more].concat())
     }
 
@@ -134,13 +150,18 @@ impl Node {
         let output = self.shunt(&[args, &["-o", "json"]].concat());
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "shunt {args:?}: {stderr}");
-        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("shunt {args:?}: {error}"))
+        serde_json::from_slice(&output.stdout)
+            .unwrap_or_else(|error| panic!("shunt {args:?}: {error}"))
     }
 
     /// Asserts that one pod answers at all of [`FRONTENDS`].
     fn is_answered_by(&self, pod: &str) {
         for (address, port) in FRONTENDS {
-            assert_eq!(self.dial(address, port).as_deref(), Some(pod), "{address} port {port}");
+            assert_eq!(
+                self.dial(address, port).as_deref(),
+                Some(pod),
+                "{address} port {port}"
+            );
         }
     }
 
@@ -151,7 +172,10 @@ impl Node {
             self.cgroup.display(),
             self.name
         );
-        let output = Command::new("bash").args(["-c", &script]).output().expect("bash");
+        let output = Command::new("bash")
+            .args(["-c", &script])
+            .output()
+            .expect("bash");
         let stderr = String::from_utf8_lossy(&output.stderr);
         match output.status.success() {
             true => Some(String::from_utf8_lossy(&output.stdout).trim().to_owned()),
@@ -173,7 +197,9 @@ impl Node {
 impl Drop for Node {
     fn drop(&mut self) {
         let _ = self.shunt(&["cleanup"]);
-        let _ = Command::new("ip").args(["netns", "del", &self.name]).status();
+        let _ = Command::new("ip")
+            .args(["netns", "del", &self.name])
+            .status();
         // Processes that have ended leave the cgroup with a delay.
         for _ in 0..50 {
             if fs::remove_dir(&self.cgroup).is_ok() {
@@ -234,7 +260,8 @@ impl Agent {
         self.log.lock().unwrap().clone()
     }
 
-    /// Sends a signal; returns the exit code, which a signal's death has not, and all that was logged.
+    /// Sends a signal; returns the exit code, which a signal's death has not, and all that was
+    /// logged.
     pub(super) fn end(mut self, signal: Signal) -> (Option<i32>, String) {
         let pid = Pid::from_child(&self.child);
         kill_process(pid, signal).unwrap();
@@ -300,7 +327,10 @@ fn manifests_become_connections_and_the_command_line_shows_them() {
     node.manifest("pod1.yaml", &pod(1));
     let agent = node.start(&[]);
     let ready = agent.ready();
-    assert!(ready.starts_with("ready: 1 services, 2 backends, took "), "{ready}");
+    assert!(
+        ready.starts_with("ready: 1 services, 2 backends, took "),
+        "{ready}"
+    );
 
     node.is_answered_by("pod1");
     let services = node.json(&["services", "-n", "shop"]);
@@ -326,7 +356,11 @@ fn manifests_become_connections_and_the_command_line_shows_them() {
         .sum();
     assert_eq!(flows, 6, "{backends}");
     assert!(
-        backends.as_array().unwrap().iter().all(|row| row["local"] == true),
+        backends
+            .as_array()
+            .unwrap()
+            .iter()
+            .all(|row| row["local"] == true),
         "{backends}"
     );
     let status = node.json(&["status"]);
@@ -334,9 +368,9 @@ fn manifests_become_connections_and_the_command_line_shows_them() {
     assert!(status["agentPid"].is_u64(), "{status}");
     let links = status["links"].as_array().unwrap();
     let attached = |target: &str, program: &str| {
-        links
-            .iter()
-            .any(|link| link["target"] == target && link["program"] == program && link["attached"] == true)
+        links.iter().any(|link| {
+            link["target"] == target && link["program"] == program && link["attached"] == true
+        })
     };
     assert!(
         attached("cgroup", "sock_connect6") && attached("eth0", "tc_node_in"),
@@ -355,7 +389,9 @@ fn manifests_become_connections_and_the_command_line_shows_them() {
         (0..8).all(|_| node.dial("fd00:10:96::10", 80).as_deref() == Some("pod2"))
     });
     fs::remove_file(node.manifests.path().join("pod2.yaml")).unwrap();
-    node.until("connections are refused", || node.dial("10.96.0.10", 80).is_none());
+    node.until("connections are refused", || {
+        node.dial("10.96.0.10", 80).is_none()
+    });
 
     // A mistake is told, and what else is there goes on.
     node.manifest("pod1.yaml", &pod(1));
@@ -363,7 +399,9 @@ fn manifests_become_connections_and_the_command_line_shows_them() {
         "broken.yaml",
         "apiVersion: v1\nkind: Service\nmetadata: {name: x}\nspec: {ports: [{port: 70000}]}\n",
     );
-    node.until("the mistake is told", || agent.log().contains("spec.ports[0].port"));
+    node.until("the mistake is told", || {
+        agent.log().contains("spec.ports[0].port")
+    });
     node.until("pod1 answers", || {
         node.dial("127.0.0.1", 30080).as_deref() == Some("pod1")
     });
@@ -418,7 +456,10 @@ fn the_datapath_goes_on_without_the_agent_and_a_restart_changes_nothing() {
 
     // While no agent runs a Service is deleted and another one made.
     fs::remove_file(node.manifests.path().join("web.yaml")).unwrap();
-    node.manifest("web.yaml", &SERVICE.replace("'fd00:10:96::10'", "'fd00:10:96::11'"));
+    node.manifest(
+        "web.yaml",
+        &SERVICE.replace("'fd00:10:96::10'", "'fd00:10:96::11'"),
+    );
     node.manifest(
         "other.yaml",
         &SERVICE
@@ -441,7 +482,10 @@ fn the_datapath_goes_on_without_the_agent_and_a_restart_changes_nothing() {
         .iter()
         .map(|row| row["address"].clone())
         .collect();
-    assert!(!addresses.contains(&"fd00:10:96::10".into()), "{addresses:?}");
+    assert!(
+        !addresses.contains(&"fd00:10:96::10".into()),
+        "{addresses:?}"
+    );
     assert!(flows(&node).as_u64() >= before.as_u64(), "counters go on");
 
     let (code, log) = second.end(Signal::INT);
@@ -464,7 +508,9 @@ fn a_full_map_is_told_by_its_setting_and_the_rest_serves() {
             .replace("0.10,", "0.12,")
             .replace("30080", "30081"),
     );
-    node.until("the full map is told", || agent.log().contains("--max-frontends"));
+    node.until("the full map is told", || {
+        agent.log().contains("--max-frontends")
+    });
     let line = agent
         .log()
         .lines()
@@ -592,18 +638,21 @@ fn a_configuration_file_is_all_that_an_agent_needs() {
         None,
         "nodePortAddresses has no such address"
     );
-    let healthz =
-        "exec 3<>/dev/tcp/192.0.2.1/11256; printf 'GET /healthz HTTP/1.0\\r\\n\\r\\n' >&3; grep -q '200 OK' <&3";
+    let healthz = "exec 3<>/dev/tcp/192.0.2.1/11256; printf 'GET /healthz HTTP/1.0\\r\\n\\r\\n' >&3; grep -q '200 OK' <&3";
     sh(&format!(
         "nsenter --net=/run/netns/{} timeout 5 bash -ec \"{healthz}\"",
         node.name
     ));
     let status = node.json(&["status"]);
     let links = status["links"].as_array().unwrap();
-    assert!(links.iter().all(|link| link["program"] != "xdp_node"), "{status}");
+    assert!(
+        links.iter().all(|link| link["program"] != "xdp_node"),
+        "{status}"
+    );
 }
 
-/// What cannot be ends the agent with one line that names it; what can heal is told once and tried again.
+/// What cannot be ends the agent with one line that names it; what can heal is told once and tried
+/// again.
 #[test]
 fn a_configuration_that_cannot_be_is_told_in_one_line() {
     let node = Node::new();
@@ -627,11 +676,15 @@ fn a_configuration_that_cannot_be_is_told_in_one_line() {
         ),
         (
             Some(format!("{theirs}nodePortAddresses: [primary, none]\n")),
-            format!("{file}:3: KubeProxyConfiguration: nodePortAddresses[1]: `none`: give networks"),
+            format!(
+                "{file}:3: KubeProxyConfiguration: nodePortAddresses[1]: `none`: give networks"
+            ),
         ),
         (
             Some(format!("{theirs}conntrack: {{udpTimeout: -5m}}\n")),
-            format!("{file}:3: KubeProxyConfiguration: conntrack.udpTimeout: `-5m`: give a duration"),
+            format!(
+                "{file}:3: KubeProxyConfiguration: conntrack.udpTimeout: `-5m`: give a duration"
+            ),
         ),
         (
             Some(format!("{ours}capacities: {{snat: 100}}\n")),
@@ -661,7 +714,10 @@ fn a_configuration_that_cannot_be_is_told_in_one_line() {
         }
         let output = command.output().expect("shunt");
         let stderr = String::from_utf8_lossy(&output.stderr);
-        let errors: Vec<_> = stderr.lines().filter(|line| !line.contains(" INFO ")).collect();
+        let errors: Vec<_> = stderr
+            .lines()
+            .filter(|line| !line.contains(" INFO "))
+            .collect();
         assert_eq!(output.status.code(), Some(1), "{wanted}: {stderr}");
         assert_eq!(errors.len(), 1, "{wanted}: {stderr}");
         assert!(
@@ -671,21 +727,32 @@ fn a_configuration_that_cannot_be_is_told_in_one_line() {
     }
 }
 
-/// `bindAddressHardFail`: whoever would rather have the agent restarted than without its health check gets that.
+/// `bindAddressHardFail`: whoever would rather have the agent restarted than without its health
+/// check gets that.
 #[test]
 fn a_port_in_use_ends_an_agent_that_is_told_so() {
     let node = Node::new();
     let folder = tempfile::tempdir().unwrap();
     let config = folder.path().join("config.yaml");
-    let head =
-        "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nbindAddressHardFail: true\n";
+    let head = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nbindAddressHardFail: true\n";
     // A pod's server has the port.
     for setting in ["healthz", "metrics"] {
-        fs::write(&config, format!("{head}{setting}BindAddress: 10.244.0.1:8080\n")).unwrap();
-        let (code, log) = node.start(&["--config", &config.display().to_string()]).wait();
-        let lines: Vec<_> = log.lines().filter(|line| line.starts_with("shunt: ")).collect();
+        fs::write(
+            &config,
+            format!("{head}{setting}BindAddress: 10.244.0.1:8080\n"),
+        )
+        .unwrap();
+        let (code, log) = node
+            .start(&["--config", &config.display().to_string()])
+            .wait();
+        let lines: Vec<_> = log
+            .lines()
+            .filter(|line| line.starts_with("shunt: "))
+            .collect();
         assert_eq!((code, lines.len()), (Some(1), 1), "{log}");
-        let told = format!("shunt: --{setting}-bind-address: cannot listen on 10.244.0.1:8080: Address already in use");
+        let told = format!(
+            "shunt: --{setting}-bind-address: cannot listen on 10.244.0.1:8080: Address already in use"
+        );
         assert!(lines[0].starts_with(&told), "{log}");
     }
 }
@@ -709,14 +776,27 @@ fn an_unknown_field_and_a_port_in_use_are_told_and_the_agent_serves() {
         (None, None),
         "localhostNodePorts"
     );
-    let told = |words: &str| agent.log().lines().filter(|line| line.contains(words)).count();
+    let told = |words: &str| {
+        agent
+            .log()
+            .lines()
+            .filter(|line| line.contains(words))
+            .count()
+    };
     assert_eq!(
         told(":3: KubeProxyConfiguration: healthzBindAdress: no such field"),
         1,
         "{}",
         agent.log()
     );
-    node.until("the port is told", || told("cannot listen on 10.244.0.1:8080") > 0);
+    node.until("the port is told", || {
+        told("cannot listen on 10.244.0.1:8080") > 0
+    });
     thread::sleep(Duration::from_secs(2));
-    assert_eq!(told("cannot listen on 10.244.0.1:8080"), 1, "{}", agent.log());
+    assert_eq!(
+        told("cannot listen on 10.244.0.1:8080"),
+        1,
+        "{}",
+        agent.log()
+    );
 }

@@ -33,8 +33,8 @@ spec: { nodeName: node-a, containers: [{ name: web }] }
 status: { podIPs: [{ ip: 10.44.0.11 }], conditions: [{ type: Ready, status: "True" }] }
 "#;
 
-/// A folder as the kubelet mounts a ConfigMap: `config.yaml` → `..data/config.yaml`, `..data` → a folder of its own for each
-/// version (`AtomicWriter` of Kubernetes' volume utilities).
+/// A folder as the kubelet mounts a ConfigMap: `config.yaml` → `..data/config.yaml`, `..data` → a
+/// folder of its own for each version (`AtomicWriter` of Kubernetes' volume utilities).
 struct ConfigMap(tempfile::TempDir);
 
 impl ConfigMap {
@@ -82,10 +82,20 @@ fn until(what: &str, mut condition: impl FnMut() -> bool) {
 }
 
 fn metric(lab: &Lab, name: &str) -> f64 {
-    let ask = "exec 3<>/dev/tcp/127.0.0.1/10249; printf 'GET /metrics HTTP/1.0\\r\\n\\r\\n' >&3; cat <&3";
-    let text = lab.ns("node-a").unwrap().output("bash", &["-ec", ask]).unwrap();
-    let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-    value.unwrap_or_else(|| panic!("no {name}: {text}")).parse().unwrap()
+    let ask =
+        "exec 3<>/dev/tcp/127.0.0.1/10249; printf 'GET /metrics HTTP/1.0\\r\\n\\r\\n' >&3; cat <&3";
+    let text = lab
+        .ns("node-a")
+        .unwrap()
+        .output("bash", &["-ec", ask])
+        .unwrap();
+    let value = text
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    value
+        .unwrap_or_else(|| panic!("no {name}: {text}"))
+        .parse()
+        .unwrap()
 }
 
 fn answers_ping(agent: &Agent) -> bool {
@@ -137,7 +147,10 @@ fn a_swapped_config_map_is_taken_over_as_far_as_it_can_be() {
         });
         let changes = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             // What can change live: node ports elsewhere, and no answers to pings.
-            map.swap(&config("nodePortAddresses: [172.16.0.0/12]", "answerPing: false"));
+            map.swap(&config(
+                "nodePortAddresses: [172.16.0.0/12]",
+                "answerPing: false",
+            ));
             until("node ports are closed", || outside.tcp(node_port).is_err());
             assert!(!answers_ping(&agent));
             agent
@@ -147,11 +160,20 @@ fn a_swapped_config_map_is_taken_over_as_far_as_it_can_be() {
 
             // What is broken changes nothing and says where.
             for (broken, names) in [
-                (config("nodePortAddresses: [172.16.0.0/12]", "xdp: sideways"), "xdp"),
-                (config("nodePortAddresses: [everywhere]", ""), "nodePortAddresses"),
+                (
+                    config("nodePortAddresses: [172.16.0.0/12]", "xdp: sideways"),
+                    "xdp",
+                ),
+                (
+                    config("nodePortAddresses: [everywhere]", ""),
+                    "nodePortAddresses",
+                ),
                 ("kind: [".to_owned(), "config.yaml:1"),
                 (String::new(), "is empty"),
-                ("apiVersion: v1\nkind: ConfigMap\n".to_owned(), "no configuration"),
+                (
+                    "apiVersion: v1\nkind: ConfigMap\n".to_owned(),
+                    "no configuration",
+                ),
             ] {
                 let before = metric(&lab, "shunt_config_reloads_total{outcome=\"refused\"}");
                 map.swap(&broken);
@@ -160,7 +182,10 @@ fn a_swapped_config_map_is_taken_over_as_far_as_it_can_be() {
                 });
                 assert_eq!(metric(&lab, "shunt_config_last_reload_successful"), 0.0);
                 let log = agent.output();
-                let line = log.lines().rfind(|line| line.contains("is not taken over")).unwrap();
+                let line = log
+                    .lines()
+                    .rfind(|line| line.contains("is not taken over"))
+                    .unwrap();
                 assert!(
                     line.contains("Node node-a: --config: ") && line.contains(names),
                     "{names}: {line}"

@@ -1,4 +1,5 @@
-//! The agent's HTTP servers under thousands of connections that ask for nothing, or ask slowly (SPEC H3).
+//! The agent's HTTP servers under thousands of connections that ask for nothing, or ask slowly
+//! (SPEC H3).
 
 use std::{
     fs,
@@ -24,7 +25,8 @@ const LATE: usize = 3;
 /// A Service with policy Local and one endpoint on `node-a`, whose agent runs.
 fn start() -> (Lab, Agent, TempDir) {
     let lab = Lab::builder().nodes(&["node-a"]).build().unwrap();
-    lab.add_pod(&PodSpec::new("web", "node-a", &[Port::tcp(8080)])).unwrap();
+    lab.add_pod(&PodSpec::new("web", "node-a", &[Port::tcp(8080)]))
+        .unwrap();
     let [pod, ..] = lab.ips("web").unwrap()[..] else {
         panic!()
     };
@@ -78,12 +80,20 @@ fn ask(mut stream: TcpStream, path: &str) -> io::Result<String> {
 /// Probes that are not answered within [`AT_ONCE`], of a hundred to each server.
 fn late_probes() -> Vec<String> {
     let mut late = Vec::new();
-    for (port, path) in [(HEALTHZ, "/livez"), (HEALTHZ, "/healthz"), (HEALTH_CHECK, "/")] {
+    for (port, path) in [
+        (HEALTHZ, "/livez"),
+        (HEALTHZ, "/healthz"),
+        (HEALTH_CHECK, "/"),
+    ] {
         for n in 0..100 {
             let begin = Instant::now();
             let status = connect(60_000, port).and_then(|stream| ask(stream, path));
             let took = begin.elapsed();
-            assert_eq!(status.as_deref().ok(), Some("200"), "{path} of {port}, {n}: {status:?}");
+            assert_eq!(
+                status.as_deref().ok(),
+                Some("200"),
+                "{path} of {port}, {n}: {status:?}"
+            );
             if took > AT_ONCE {
                 late.push(format!("{path} of {port}, {n}: {took:?}"));
             }
@@ -102,15 +112,19 @@ fn raise_file_limit() {
     setrlimit(Resource::Nofile, raised).unwrap();
 }
 
-/// H3: ten thousand connections of one source, and of ten thousand sources, hold no probe up; neither do those who send a byte now and
-/// then, nor those who read nothing.
+/// H3: ten thousand connections of one source, and of ten thousand sources, hold no probe up;
+/// neither do those who send a byte now and then, nor those who read nothing.
 #[test]
 fn idle_and_slow_connections_hold_no_probe_up() {
     raise_file_limit();
     let (lab, agent, _manifests) = start();
     lab.ns("node-a").unwrap().run(|| {
         let until = Instant::now() + Duration::from_secs(5);
-        while connect(0, HEALTH_CHECK).and_then(|stream| ask(stream, "/")).is_err() && Instant::now() < until {
+        while connect(0, HEALTH_CHECK)
+            .and_then(|stream| ask(stream, "/"))
+            .is_err()
+            && Instant::now() < until
+        {
             thread::sleep(Duration::from_millis(50));
         }
         assert_eq!(late_probes().len(), 0, "with nobody else");
@@ -125,7 +139,11 @@ fn idle_and_slow_connections_hold_no_probe_up() {
                     // A header that never ends.
                     1 => drop(stream.write_all(b"GET /livez HTTP/1.1\r\nX-Slow: ")),
                     // An answer that nobody takes.
-                    _ => drop(stream.write_all(b"POST /metrics HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n")),
+                    _ => {
+                        drop(stream.write_all(
+                            b"POST /metrics HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n",
+                        ))
+                    }
                 }
                 held.push(stream);
             }
@@ -156,7 +174,8 @@ fn idle_and_slow_connections_hold_no_probe_up() {
     drop(agent);
 }
 
-/// H3: a load balancer that keeps a connection open for its next request loses it to nobody who holds more.
+/// H3: a load balancer that keeps a connection open for its next request loses it to nobody who
+/// holds more.
 #[test]
 fn one_source_takes_the_place_of_no_other() {
     raise_file_limit();
@@ -177,7 +196,9 @@ fn who_says_nothing_is_hung_up_on() {
     lab.ns("node-a").unwrap().run(|| {
         for (port, half) in [(HEALTHZ, ""), (METRICS, "GET /metrics HTTP/1.1\r\nA: b")] {
             let mut stream = connect(1, port).unwrap();
-            stream.set_read_timeout(Some(Duration::from_secs(9))).unwrap();
+            stream
+                .set_read_timeout(Some(Duration::from_secs(9)))
+                .unwrap();
             stream.write_all(half.as_bytes()).unwrap();
             let begin = Instant::now();
             let mut text = Vec::new();

@@ -1,5 +1,5 @@
-//! The agent with exactly the capabilities that the DaemonSet gives its container: all of it works, and with one fewer it
-//! says what is missing. Needs root.
+//! The agent with exactly the capabilities that the DaemonSet gives its container: all of it works,
+//! and with one fewer it says what is missing. Needs root.
 
 use std::{
     fs,
@@ -36,7 +36,14 @@ fn options(manifests: &Path, capabilities: &[String]) -> AgentOptions {
     let names: Vec<&str> = capabilities.iter().map(String::as_str).collect();
     AgentOptions::manifests(manifests)
         .shunt(env!("CARGO_BIN_EXE_shunt"))
-        .args(&["--max-flows", "8192", "--max-new-flows", "4096", "--max-snat", "32768"])
+        .args(&[
+            "--max-flows",
+            "8192",
+            "--max-new-flows",
+            "4096",
+            "--max-snat",
+            "32768",
+        ])
         .capabilities(&names)
 }
 
@@ -75,18 +82,22 @@ fn answer(client: &Client, ip: IpAddr, port: u16) -> String {
 
 fn effective(agent: &Agent) -> u64 {
     let status = fs::read_to_string(format!("/proc/{}/status", agent.pid().unwrap())).unwrap();
-    let hex = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap();
+    let hex = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .unwrap();
     u64::from_str_radix(hex.trim(), 16).unwrap()
 }
 
-/// SPEC F1 and F2 with the container's capabilities: start, load, attach (cgroup, tc, XDP), serve, change, restart, look
-/// inside, clean up.
+/// SPEC F1 and F2 with the container's capabilities: start, load, attach (cgroup, tc, XDP), serve,
+/// change, restart, look inside, clean up.
 #[test]
 fn the_daemonsets_capabilities_are_enough() {
     let capabilities = granted();
     let lab = Lab::new().unwrap();
     for (pod, node) in [("web-1", "node-b"), ("web-2", "node-b")] {
-        lab.add_pod(&PodSpec::new(pod, node, &[Port::tcp(APP)])).unwrap();
+        lab.add_pod(&PodSpec::new(pod, node, &[Port::tcp(APP)]))
+            .unwrap();
     }
     for pod in ["hooked", "packets"] {
         lab.add_pod(&PodSpec::new(pod, "node-a", &[])).unwrap();
@@ -120,7 +131,10 @@ fn the_daemonsets_capabilities_are_enough() {
     write(&lab, manifests.path(), &["web-2"]);
     let began = Instant::now();
     while answer(&hooked, "10.96.0.1".parse().unwrap(), 80) != "web-2" {
-        assert!(began.elapsed() < Duration::from_secs(10), "the change does not come");
+        assert!(
+            began.elapsed() < Duration::from_secs(10),
+            "the change does not come"
+        );
     }
     agents[0].restart().unwrap();
     serves("web-2");
@@ -142,7 +156,8 @@ fn the_daemonsets_capabilities_are_enough() {
     assert!(!agents[0].bpf_root().join("v3").exists());
 }
 
-/// None of the DaemonSet's capabilities is there for nothing, and an agent that lacks one ends with one line about it.
+/// None of the DaemonSet's capabilities is there for nothing, and an agent that lacks one ends with
+/// one line about it.
 #[test]
 fn each_of_the_daemonsets_capabilities_is_needed() {
     let capabilities = granted();
@@ -150,12 +165,19 @@ fn each_of_the_daemonsets_capabilities_is_needed() {
     let manifests = TempDir::new().unwrap();
     write(&lab, manifests.path(), &[]);
     for missing in &capabilities {
-        let others: Vec<String> = capabilities.iter().filter(|name| *name != missing).cloned().collect();
+        let others: Vec<String> = capabilities
+            .iter()
+            .filter(|name| *name != missing)
+            .cloned()
+            .collect();
         let error = lab
             .start_agent("node-a", &options(manifests.path(), &others))
             .expect_err(&format!("the agent runs without {missing}"));
         let text = format!("{error:#}");
-        assert!(text.contains("ended (exit status: 1)"), "without {missing}: {text}");
+        assert!(
+            text.contains("ended (exit status: 1)"),
+            "without {missing}: {text}"
+        );
         let line = text.lines().last().unwrap();
         assert!(
             line.contains("shunt: ") && line.contains(missing),
@@ -180,11 +202,13 @@ fn write_udp(lab: &Lab, manifests: &Path, pod: Option<&str>) {
     fs::rename(hidden, manifests.join("dns.yaml")).unwrap();
 }
 
-/// B7: without SYS_ADMIN stale sockets of the node are closed, and what is missing for those of pods is said; with it, theirs too.
+/// B7: without SYS_ADMIN stale sockets of the node are closed, and what is missing for those of
+/// pods is said; with it, theirs too.
 #[test]
 fn with_one_capability_more_stale_sockets_of_pods_are_closed() {
     let lab = Lab::builder().nodes(&["node-a"]).build().unwrap();
-    lab.add_pod(&PodSpec::new("dns", "node-a", &[Port::udp(APP)])).unwrap();
+    lab.add_pod(&PodSpec::new("dns", "node-a", &[Port::udp(APP)]))
+        .unwrap();
     lab.add_pod(&PodSpec::new("hooked", "node-a", &[])).unwrap();
     let manifests = TempDir::new().unwrap();
     write_udp(&lab, manifests.path(), Some("dns"));
@@ -206,7 +230,10 @@ fn with_one_capability_more_stale_sockets_of_pods_are_closed() {
     let closes = |conn: &Conn| {
         let began = Instant::now();
         while conn.ask("still there?").is_ok() {
-            assert!(began.elapsed() < Duration::from_secs(10), "the socket stays");
+            assert!(
+                began.elapsed() < Duration::from_secs(10),
+                "the socket stays"
+            );
         }
     };
     write_udp(&lab, manifests.path(), None);
@@ -217,7 +244,12 @@ fn with_one_capability_more_stale_sockets_of_pods_are_closed() {
     pod.ask("nobody closed it").unwrap();
     agent.stop().unwrap();
 
-    let more: Vec<String> = granted().into_iter().chain(["SYS_ADMIN".to_owned()]).collect();
-    let _agent = lab.start_agent("node-a", &options(manifests.path(), &more)).unwrap();
+    let more: Vec<String> = granted()
+        .into_iter()
+        .chain(["SYS_ADMIN".to_owned()])
+        .collect();
+    let _agent = lab
+        .start_agent("node-a", &options(manifests.path(), &more))
+        .unwrap();
     closes(&pod);
 }

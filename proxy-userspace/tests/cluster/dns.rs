@@ -1,5 +1,6 @@
-//! Names (SPEC D1, D2): the built-in DNS, asked over its own addresses and behind `kube-dns`, by sockets as resolvers have them
-//! and by glibc's; and any DNS behind `kube-dns` whose pods come and go.
+//! Names (SPEC D1, D2): the built-in DNS, asked over its own addresses and behind `kube-dns`, by
+//! sockets as resolvers have them and by glibc's; and any DNS behind `kube-dns` whose pods come and
+//! go.
 
 use std::{
     fs,
@@ -77,7 +78,11 @@ fn over_tcp(ns: &NetNs, server: SocketAddr, name: &str, kind: RecordType) -> io:
 
 /// Code and data of an answer, sorted.
 fn told(message: &Message) -> Vec<String> {
-    let mut lines: Vec<String> = message.answers.iter().map(|record| record.data.to_string()).collect();
+    let mut lines: Vec<String> = message
+        .answers
+        .iter()
+        .map(|record| record.data.to_string())
+        .collect();
     lines.sort();
     match message.metadata.response_code {
         ResponseCode::NoError => lines,
@@ -85,8 +90,9 @@ fn told(message: &Message) -> Vec<String> {
     }
 }
 
-/// A DNS server of its own kind in a namespace: every name below `test` has one address that names the server, `big.test` has
-/// many texts; all else is refused. Dropped, it is gone, as a process that was killed is.
+/// A DNS server of its own kind in a namespace: every name below `test` has one address that names
+/// the server, `big.test` has many texts; all else is refused. Dropped, it is gone, as a process
+/// that was killed is.
 struct Server {
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
@@ -105,7 +111,8 @@ impl Server {
                     TcpListener::bind((ip, DNS)).unwrap(),
                 )
             });
-            udp.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+            udp.set_read_timeout(Some(Duration::from_millis(20)))
+                .unwrap();
             tcp.set_nonblocking(true).unwrap();
             let (stopped, counter) = (stop.clone(), asked.clone());
             threads.push(thread::spawn(move || {
@@ -135,13 +142,22 @@ impl Server {
                     let mut buffer = vec![0; usize::from(u16::from_be_bytes(length))];
                     if stream.read_exact(&mut buffer).is_ok() {
                         let reply = Self::answer(&buffer, number, false);
-                        let _ = stream
-                            .write_all(&[&u16::try_from(reply.len()).unwrap().to_be_bytes()[..], &reply].concat());
+                        let _ = stream.write_all(
+                            &[
+                                &u16::try_from(reply.len()).unwrap().to_be_bytes()[..],
+                                &reply,
+                            ]
+                            .concat(),
+                        );
                     }
                 }
             }));
         }
-        Self { stop, threads, asked }
+        Self {
+            stop,
+            threads,
+            asked,
+        }
     }
 
     fn answer(bytes: &[u8], number: u8, udp: bool) -> Vec<u8> {
@@ -159,7 +175,9 @@ impl Server {
             }
             RecordType::TXT => {
                 for n in 0..20 {
-                    let text = TXT::new(vec![format!("{n:03} of twenty lines of text, each with 50 bytes..")]);
+                    let text = TXT::new(vec![format!(
+                        "{n:03} of twenty lines of text, each with 50 bytes.."
+                    )]);
                     message.add_answer(record(RData::TXT(text)));
                 }
             }
@@ -219,7 +237,10 @@ fn write(folder: &TempDir, file: &str, text: &str) {
 /// A program whose resolver has this `resolv.conf`, with its sockets hooked.
 fn resolving(lab: &Lab, pod: &str, resolv_conf: &std::path::Path, script: &str) -> Command {
     let mut command = lab.command(pod, Sockets::Hooked, "unshare").unwrap();
-    let script = format!("mount --bind {} /etc/resolv.conf && {script}", resolv_conf.display());
+    let script = format!(
+        "mount --bind {} /etc/resolv.conf && {script}",
+        resolv_conf.display()
+    );
     command.args(["--mount", "--propagation", "private", "sh", "-c", &script]);
     command
 }
@@ -249,15 +270,19 @@ fn metric(lab: &Lab, agent: &Agent, name: &str) -> Option<String> {
     Some(line.rsplit(' ').next()?.to_owned())
 }
 
-/// D2: its own addresses and `kube-dns`; both families, UDP and TCP, pods on its node and on another, glibc with a search list;
-/// other names; a change; what is in the metrics.
+/// D2: its own addresses and `kube-dns`; both families, UDP and TCP, pods on its node and on
+/// another, glibc with a search list; other names; a change; what is in the metrics.
 #[test]
 fn the_built_in_dns_answers_pods() {
     let lab = Lab::new().unwrap();
     let ports = [Port::tcp(8080)];
     for (pod, node) in [("web-a", "node-a"), ("shell", "node-a"), ("far", "node-b")] {
-        lab.add_pod(&PodSpec::new(pod, node, if pod == "web-a" { &ports } else { &[] }))
-            .unwrap();
+        lab.add_pod(&PodSpec::new(
+            pod,
+            node,
+            if pod == "web-a" { &ports } else { &[] },
+        ))
+        .unwrap();
     }
     let upstream_ip: IpAddr = "192.0.2.200".parse().unwrap();
     lab.add_outside("upstream", &[upstream_ip], &[]).unwrap();
@@ -284,7 +309,12 @@ fn the_built_in_dns_answers_pods() {
     write(&folder, "web.yaml", &pods(true));
     let options = AgentOptions::manifests(folder.path())
         .shunt(env!("CARGO_BIN_EXE_shunt"))
-        .args(&["--dns", "0.0.0.0", "--dns-upstream", &upstream_ip.to_string()]);
+        .args(&[
+            "--dns",
+            "0.0.0.0",
+            "--dns-upstream",
+            &upstream_ip.to_string(),
+        ]);
     let agent = lab.start_agent("node-a", &options).unwrap();
     let far_options = AgentOptions::manifests(folder.path()).shunt(env!("CARGO_BIN_EXE_shunt"));
     let _far_agent = lab.start_agent("node-b", &far_options).unwrap();
@@ -297,14 +327,20 @@ fn the_built_in_dns_answers_pods() {
         for server in servers.concat() {
             for ask in [over_udp, over_tcp] {
                 let answer = |name: &str, kind| {
-                    told(&ask(&ns, server, name, kind).unwrap_or_else(|error| panic!("{pod} {server} {name}: {error}")))
+                    told(
+                        &ask(&ns, server, name, kind)
+                            .unwrap_or_else(|error| panic!("{pod} {server} {name}: {error}")),
+                    )
                 };
                 assert_eq!(
                     answer("web.default.svc.cluster.local.", RecordType::A),
                     ["10.96.0.80"],
                     "{pod} {server}"
                 );
-                assert_eq!(answer("web.default.svc.cluster.local.", RecordType::AAAA), ["fd96::50"]);
+                assert_eq!(
+                    answer("web.default.svc.cluster.local.", RecordType::AAAA),
+                    ["fd96::50"]
+                );
                 assert_eq!(
                     answer("pods.team.svc.cluster.local.", RecordType::A),
                     [web[0].to_string()]
@@ -313,8 +349,15 @@ fn the_built_in_dns_answers_pods() {
                     answer("pods.team.svc.cluster.local.", RecordType::AAAA),
                     [web[1].to_string()]
                 );
-                assert_eq!(answer("nobody.team.svc.cluster.local.", RecordType::A), ["NXDomain"]);
-                assert_eq!(answer("www.example.com.", RecordType::A), ["192.0.2.1"], "of others");
+                assert_eq!(
+                    answer("nobody.team.svc.cluster.local.", RecordType::A),
+                    ["NXDomain"]
+                );
+                assert_eq!(
+                    answer("www.example.com.", RecordType::A),
+                    ["192.0.2.1"],
+                    "of others"
+                );
                 assert_eq!(
                     answer("outside.team.svc.cluster.local.", RecordType::A),
                     ["192.0.2.1", "www.example.com."],
@@ -325,16 +368,21 @@ fn the_built_in_dns_answers_pods() {
     }
     // One question, however often it came.
     let asked = upstream.asked.load(Ordering::Relaxed);
-    assert!((2..6).contains(&asked), "{asked}: one is to find a loop, now and then");
+    assert!(
+        (2..6).contains(&asked),
+        "{asked}: one is to find a loop, now and then"
+    );
 
     // glibc, as a pod has it.
     let conf = folder.path().join("resolv.conf");
-    let search =
-        "search team.svc.cluster.local svc.cluster.local cluster.local\noptions ndots:5 timeout:2 attempts:2\n";
+    let search = "search team.svc.cluster.local svc.cluster.local cluster.local\noptions ndots:5 timeout:2 attempts:2\n";
     fs::write(&conf, format!("nameserver {}\n{search}", CLUSTER_IPS[0])).unwrap();
     for (name, expected) in [
         ("pods", &[web[0].to_string(), web[1].to_string()][..]),
-        ("web.default", &["10.96.0.80".to_owned(), "fd96::50".to_owned()]),
+        (
+            "web.default",
+            &["10.96.0.80".to_owned(), "fd96::50".to_owned()],
+        ),
         (
             "web.default.svc.cluster.local.",
             &["10.96.0.80".to_owned(), "fd96::50".to_owned()],
@@ -342,19 +390,35 @@ fn the_built_in_dns_answers_pods() {
         ("www.example.com", &["192.0.2.1".to_owned()]),
         ("outside", &["192.0.2.1".to_owned()]),
     ] {
-        let text = output(resolving(&lab, "shell", &conf, &format!("getent ahosts {name}")));
-        let found: std::collections::BTreeSet<&str> =
-            text.lines().filter_map(|line| line.split_whitespace().next()).collect();
-        assert_eq!(found, expected.iter().map(String::as_str).collect(), "{name}: {text}");
+        let text = output(resolving(
+            &lab,
+            "shell",
+            &conf,
+            &format!("getent ahosts {name}"),
+        ));
+        let found: std::collections::BTreeSet<&str> = text
+            .lines()
+            .filter_map(|line| line.split_whitespace().next())
+            .collect();
+        assert_eq!(
+            found,
+            expected.iter().map(String::as_str).collect(),
+            "{name}: {text}"
+        );
     }
     let reverse = output(resolving(&lab, "shell", &conf, "getent hosts 10.96.0.80"));
-    assert!(reverse.ends_with("web.default.svc.cluster.local"), "{reverse}");
+    assert!(
+        reverse.ends_with("web.default.svc.cluster.local"),
+        "{reverse}"
+    );
 
     // A pod that is no longer ready is in no answer from the change on.
     write(&folder, "web.yaml", &pods(false));
     let ns = lab.ns("shell").unwrap();
     let begin = Instant::now();
-    while told(&over_udp(&ns, own[0], "pods.team.svc.cluster.local.", RecordType::A).unwrap()) != ["NXDomain"] {
+    while told(&over_udp(&ns, own[0], "pods.team.svc.cluster.local.", RecordType::A).unwrap())
+        != ["NXDomain"]
+    {
         assert!(begin.elapsed() < SOON, "the change is not in the answers");
     }
 
@@ -363,21 +427,32 @@ fn the_built_in_dns_answers_pods() {
     let begin = Instant::now();
     let failed = over_udp(&ns, behind[0], "other.example.com.", RecordType::A).unwrap();
     assert_eq!(told(&failed), ["ServFail"]);
-    assert!(begin.elapsed() < Duration::from_secs(1), "{:?}", begin.elapsed());
+    assert!(
+        begin.elapsed() < Duration::from_secs(1),
+        "{:?}",
+        begin.elapsed()
+    );
     assert_eq!(
         told(&over_udp(&ns, behind[0], "www.example.com.", RecordType::A).unwrap()),
         ["192.0.2.1"],
         "kept"
     );
-    assert_eq!(metric(&lab, &agent, "shunt_dns_services").as_deref(), Some("4"));
+    assert_eq!(
+        metric(&lab, &agent, "shunt_dns_services").as_deref(),
+        Some("4")
+    );
     let status = agent.json(&["status"]).unwrap();
     assert_eq!(status["dns"], serde_json::json!(["0.0.0.0:53", "[::]:53"]));
-    assert_eq!(metric(&lab, &agent, "shunt_dns_loops").as_deref(), Some("0"));
+    assert_eq!(
+        metric(&lab, &agent, "shunt_dns_loops").as_deref(),
+        Some("0")
+    );
     let errors = metric(&lab, &agent, "shunt_dns_upstream_errors_total").unwrap();
     assert!(errors.parse::<f64>().unwrap() >= 1.0, "{errors}");
 }
 
-/// A server that passes questions back is found, told of, and not asked; a port that is taken is told of, and the rest serves.
+/// A server that passes questions back is found, told of, and not asked; a port that is taken is
+/// told of, and the rest serves.
 #[test]
 fn loops_and_taken_ports_are_told() {
     let lab = Lab::new().unwrap();
@@ -402,7 +477,10 @@ fn loops_and_taken_ports_are_told() {
         .unwrap();
     drop(taken);
     agent
-        .wait_for("answering for cluster.local on 0.0.0.0:53 and [::]:53", SOON)
+        .wait_for(
+            "answering for cluster.local on 0.0.0.0:53 and [::]:53",
+            SOON,
+        )
         .unwrap();
     agent
         .wait_for(
@@ -417,18 +495,37 @@ fn loops_and_taken_ports_are_told() {
         told(&over_udp(&ns, server, "www.example.com.", RecordType::A).unwrap()),
         ["ServFail"]
     );
-    assert!(begin.elapsed() < Duration::from_secs(1), "{:?}", begin.elapsed());
+    assert!(
+        begin.elapsed() < Duration::from_secs(1),
+        "{:?}",
+        begin.elapsed()
+    );
     assert_eq!(
-        told(&over_udp(&ns, server, "kube-dns.kube-system.svc.cluster.local.", RecordType::A).unwrap()),
+        told(
+            &over_udp(
+                &ns,
+                server,
+                "kube-dns.kube-system.svc.cluster.local.",
+                RecordType::A
+            )
+            .unwrap()
+        ),
         [CLUSTER_IPS[0]]
     );
-    assert_eq!(metric(&lab, &agent, "shunt_dns_loops").as_deref(), Some("1"));
+    assert_eq!(
+        metric(&lab, &agent, "shunt_dns_loops").as_deref(),
+        Some("1")
+    );
 }
 
-/// What a lookup came to: attempts that it took, or nothing. As musl does: both questions from one socket that is not connected, and
-/// once more from the same one when a second has brought nothing.
+/// What a lookup came to: attempts that it took, or nothing. As musl does: both questions from one
+/// socket that is not connected, and once more from the same one when a second has brought nothing.
 fn lookup(ns: &NetNs, server: SocketAddr, n: u32) -> Option<u32> {
-    let any = if server.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+    let any = if server.is_ipv4() {
+        "0.0.0.0:0"
+    } else {
+        "[::]:0"
+    };
     let socket = ns.run(|| UdpSocket::bind(any)).ok()?;
     let name = format!("n{n}.test.");
     let mut seen = std::collections::BTreeSet::new();
@@ -457,7 +554,8 @@ fn lookup(ns: &NetNs, server: SocketAddr, n: u32) -> Option<u32> {
     None
 }
 
-/// D1: any DNS behind `kube-dns`: as resolvers ask, short and long answers, and a pod that dies among a thousand lookups a second.
+/// D1: any DNS behind `kube-dns`: as resolvers ask, short and long answers, and a pod that dies
+/// among a thousand lookups a second.
 #[test]
 fn any_dns_behind_kube_dns() {
     let lab = Lab::new().unwrap();
@@ -478,13 +576,22 @@ fn any_dns_behind_kube_dns() {
     let _agents = ["node-a", "node-b"].map(|node| lab.start_agent(node, &options).unwrap());
     let ns = lab.ns("shell").unwrap();
     for server in CLUSTER_IPS.map(|ip| SocketAddr::new(ip.parse().unwrap(), DNS)) {
-        // musl: one socket for both questions, not connected, and only what comes from the server counts.
+        // musl: one socket for both questions, not connected, and only what comes from the server
+        // counts.
         let socket = ns
-            .run(|| UdpSocket::bind(if server.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }))
+            .run(|| {
+                UdpSocket::bind(if server.is_ipv4() {
+                    "0.0.0.0:0"
+                } else {
+                    "[::]:0"
+                })
+            })
             .unwrap();
         socket.set_read_timeout(Some(SOON)).unwrap();
         for (id, kind) in [(1, RecordType::A), (2, RecordType::AAAA)] {
-            socket.send_to(&question(id, "a.test.", kind, None), server).unwrap();
+            socket
+                .send_to(&question(id, "a.test.", kind, None), server)
+                .unwrap();
         }
         let mut buffer = [0; 4096];
         let mut ids: Vec<u16> = (0..2)
@@ -499,7 +606,9 @@ fn any_dns_behind_kube_dns() {
         // 512 bytes, more with EDNS, all of it over TCP.
         let texts = |edns: Option<u16>| {
             let socket = connected(&ns, server, SOON).unwrap();
-            socket.send(&question(3, "big.test.", RecordType::TXT, edns)).unwrap();
+            socket
+                .send(&question(3, "big.test.", RecordType::TXT, edns))
+                .unwrap();
             let mut buffer = [0; 4096];
             let length = socket.recv(&mut buffer).unwrap();
             let message = Message::from_vec(&buffer[..length]).unwrap();
@@ -509,7 +618,10 @@ fn any_dns_behind_kube_dns() {
         assert_eq!(texts(Some(1232)), (true, 19), "{server}");
         assert_eq!(texts(Some(4096)), (false, 20), "{server}");
         let whole = over_tcp(&ns, server, "big.test.", RecordType::TXT).unwrap();
-        assert_eq!((whole.metadata.truncation, whole.answers.len()), (false, 20));
+        assert_eq!(
+            (whole.metadata.truncation, whole.answers.len()),
+            (false, 20)
+        );
         for _ in 0..20 {
             assert_eq!(lookup(&ns, server, 0), Some(1));
         }
@@ -519,20 +631,28 @@ fn any_dns_behind_kube_dns() {
         "both are asked"
     );
 
-    // Four clients ask 1,000 a second; after two seconds the first server dies, and a second later its endpoint goes.
-    // Pods of their own: where one makes both kinds, a port that a packet's flow has may be a hooked socket's next.
+    // Four clients ask 1,000 a second; after two seconds the first server dies, and a second later
+    // its endpoint goes. Pods of their own: where one makes both kinds, a port that a packet's flow
+    // has may be a hooked socket's next.
     let conf = folder.path().join("resolv.conf");
     fs::write(
         &conf,
-        format!("nameserver {}\noptions timeout:1 attempts:4\n", CLUSTER_IPS[0]),
+        format!(
+            "nameserver {}\noptions timeout:1 attempts:4\n",
+            CLUSTER_IPS[0]
+        ),
     )
     .unwrap();
-    // glibc is told of an address that nobody has (IP_RECVERR) and uses up its attempts at once, so it is not asked in the second in
-    // which the dead server is still an endpoint.
+    // glibc is told of an address that nobody has (IP_RECVERR) and uses up its attempts at once, so
+    // it is not asked in the second in which the dead server is still an endpoint.
     let glibc = || {
         let script = "for n in $(seq 60); do getent ahosts g$n.test >/dev/null && echo found || echo lost; done";
         let text = output(resolving(&lab, "glibc", &conf, script));
-        assert_eq!(text.lines().filter(|line| *line == "found").count(), 60, "{text}");
+        assert_eq!(
+            text.lines().filter(|line| *line == "found").count(),
+            60,
+            "{text}"
+        );
     };
     glibc();
     let began = Instant::now();
@@ -548,7 +668,9 @@ fn any_dns_behind_kube_dns() {
                     let due = began + Duration::from_micros(u64::from(n) * 4000);
                     thread::sleep(due.saturating_duration_since(Instant::now()));
                     let ns = ns.clone();
-                    workers.push(thread::spawn(move || lookup(&ns, server, client * 10_000 + n)));
+                    workers.push(thread::spawn(move || {
+                        lookup(&ns, server, client * 10_000 + n)
+                    }));
                     if workers.len() > 200 {
                         attempts.push(workers.remove(0).join().unwrap());
                     }
@@ -563,15 +685,25 @@ fn any_dns_behind_kube_dns() {
     drop(first);
     thread::sleep(Duration::from_secs(1));
     write(&folder, "kube-dns.yaml", &kube_dns(&b));
-    let attempts: Vec<Option<u32>> = clients.into_iter().flat_map(|client| client.join().unwrap()).collect();
-    let again = attempts.iter().flatten().filter(|attempts| **attempts > 1).count();
+    let attempts: Vec<Option<u32>> = clients
+        .into_iter()
+        .flat_map(|client| client.join().unwrap())
+        .collect();
+    let again = attempts
+        .iter()
+        .flatten()
+        .filter(|attempts| **attempts > 1)
+        .count();
     eprintln!(
         "{} lookups within {:?}, {again} took more than one attempt",
         attempts.len(),
         began.elapsed()
     );
     assert_eq!(
-        attempts.iter().filter(|attempts| attempts.is_none()).count(),
+        attempts
+            .iter()
+            .filter(|attempts| attempts.is_none())
+            .count(),
         0,
         "lookups lost"
     );

@@ -1,10 +1,12 @@
-//! Two agents as two nodes that follow a Kubernetes API server, with real traffic (SPEC S1, L5). Needs root.
+//! Two agents as two nodes that follow a Kubernetes API server, with real traffic (SPEC S1, L5).
+//! Needs root.
 //!
-//! The server is the one of `xtask/apiserver`, which misbehaves on demand. When `KUBECONFIG` is set, it is the server that
-//! this file names instead (`KUBECONFIG=… cargo test -p proxy-userspace --test cluster kubernetes::`), and what needs
-//! misbehaviour is skipped. It should be a cluster to play with: Nodes `node-a` and `node-b` and a Service
-//! `default/shunt-test-web` are made there, and deleted at the end. A cluster that is just there with nothing in it is
-//! `cargo run -p shunt-apiserver`.
+//! The server is the one of `xtask/apiserver`, which misbehaves on demand. When `KUBECONFIG` is
+//! set, it is the server that this file names instead (`KUBECONFIG=… cargo test -p shunt --test
+//! cluster kubernetes::`), and what needs misbehaviour is skipped. It should be a cluster to play
+//! with: Nodes `node-a` and `node-b` and a Service `default/shunt-test-web` are made there, and
+//! deleted at the end. A cluster that is just there with nothing in it is `cargo run -p
+//! shunt-apiserver`.
 
 use std::{
     collections::BTreeMap,
@@ -29,18 +31,22 @@ const WEB: &str = "shunt-test-web";
 const SERVER: &str = "192.168.50.1:6443";
 /// Longest wait for something that should come at once, or after some attempts.
 const PATIENCE: Duration = Duration::from_secs(45);
-/// What an endpoint gets between being taken out and going away, as a preStop hook or a slow end gives it.
+/// What an endpoint gets between being taken out and going away, as a preStop hook or a slow end
+/// gives it.
 const LEAVE: Duration = Duration::from_millis(700);
 /// Between dials: the agents and the server need some of the machine too.
 const PACE: Duration = Duration::from_millis(3);
-/// How long the server is away for the long test; longer than the longest pause between two attempts.
+/// How long the server is away for the long test; longer than the longest pause between two
+/// attempts.
 const MINUTE: Duration = Duration::from_secs(60);
 
 /// One at a time: they share the machine's two cores, and a real server.
 static ALONE: Mutex<()> = Mutex::new(());
 
 fn alone() -> MutexGuard<'static, ()> {
-    ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    ALONE
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 /// The API server: ours, or a real one.
@@ -58,7 +64,8 @@ impl Api {
         let address: SocketAddr = SERVER.parse().unwrap();
         let fabric = lab.ns("fabric").unwrap();
         let bind = move || fabric.run(|| TcpListener::bind(address));
-        let Some(kubeconfig) = std::env::var_os("KUBECONFIG").filter(|path| !path.is_empty()) else {
+        let Some(kubeconfig) = std::env::var_os("KUBECONFIG").filter(|path| !path.is_empty())
+        else {
             return Self::Ours(ApiServer::start_with(address, bind).unwrap());
         };
         let kubeconfig = PathBuf::from(kubeconfig);
@@ -66,7 +73,9 @@ impl Api {
         let client = runtime.block_on(async {
             let config = kube::config::Kubeconfig::read_from(&kubeconfig).unwrap();
             let current = kube::config::KubeConfigOptions::default();
-            let config = kube::Config::from_custom_kubeconfig(config, &current).await.unwrap();
+            let config = kube::Config::from_custom_kubeconfig(config, &current)
+                .await
+                .unwrap();
             kube::Client::try_from(config).unwrap()
         });
         Self::Real {
@@ -114,7 +123,10 @@ impl Api {
     }
 
     fn request(&self, method: &str, path: &str, body: &Value) -> Value {
-        let Self::Real { runtime, client, .. } = self else {
+        let Self::Real {
+            runtime, client, ..
+        } = self
+        else {
             unreachable!("ours is changed directly")
         };
         let request = http::Request::builder()
@@ -149,9 +161,15 @@ impl Api {
     fn get(&self, object: &Value) -> Value {
         match self {
             Self::Ours(server) => {
-                let namespace = if object["kind"] == "Node" { "" } else { "default" };
+                let namespace = if object["kind"] == "Node" {
+                    ""
+                } else {
+                    "default"
+                };
                 let name = object["metadata"]["name"].as_str().unwrap();
-                server.get(Kind::of(object).unwrap(), namespace, name).unwrap()
+                server
+                    .get(Kind::of(object).unwrap(), namespace, name)
+                    .unwrap()
             }
             Self::Real { .. } => self.request("GET", &Self::path(object), &Value::Null),
         }
@@ -234,16 +252,23 @@ impl Cluster {
             _alone: alone,
         };
         for name in ["node-a", "node-b"] {
-            cluster.api.apply(node(name, &cluster.lab.node_ips(name).unwrap()));
+            cluster
+                .api
+                .apply(node(name, &cluster.lab.node_ips(name).unwrap()));
         }
         cluster.api.apply(web());
         let service = cluster.api.get(&web());
         let ips = service["spec"]["clusterIPs"].as_array().unwrap().iter();
-        cluster.cluster_ips = ips.map(|ip| ip.as_str().unwrap().parse().unwrap()).collect();
+        cluster.cluster_ips = ips
+            .map(|ip| ip.as_str().unwrap().parse().unwrap())
+            .collect();
         cluster.add("web-1", "node-a");
         cluster.add("web-2", "node-b");
         for node in ["node-a", "node-b"] {
-            let agent = cluster.lab.start_agent(node, &cluster.options(extra)).unwrap();
+            let agent = cluster
+                .lab
+                .start_agent(node, &cluster.options(extra))
+                .unwrap();
             cluster.agents.push(agent);
         }
         cluster.wait_for_backends(2);
@@ -316,12 +341,14 @@ impl Cluster {
         self.wait_for_backends(2);
         thread::sleep(LEAVE);
         self.set(old, None);
-        // A datagram from a port that was used before goes where the one before it went, while the endpoint serves (SPEC B7).
+        // A datagram from a port that was used before goes where the one before it went, while the
+        // endpoint serves (SPEC B7).
         thread::sleep(LEAVE);
         self.lab.remove(old).unwrap();
     }
 
-    /// What the maps of each agent have for the Service: address, port, protocol and backends of every frontend.
+    /// What the maps of each agent have for the Service: address, port, protocol and backends of
+    /// every frontend.
     fn frontends(&self) -> Vec<Vec<Value>> {
         let of = |agent: &Agent| {
             let rows = agent.json(&["services"]).unwrap();
@@ -333,9 +360,9 @@ impl Cluster {
     fn have_backends(&self, count: usize) -> bool {
         // Cluster IPs and node ports of two protocols.
         let frontends = (self.cluster_ips.len() + 2) * 2;
-        self.frontends()
-            .iter()
-            .all(|rows| rows.len() == frontends && rows.iter().all(|row| row["internal"]["backends"] == count))
+        self.frontends().iter().all(|rows| {
+            rows.len() == frontends && rows.iter().all(|row| row["internal"]["backends"] == count)
+        })
     }
 
     /// Waits until both agents' maps lead to so many backends for all frontends.
@@ -357,14 +384,23 @@ impl Cluster {
     fn stays(&self, backends: usize, time: Duration) {
         let began = Instant::now();
         while began.elapsed() < time {
-            assert!(self.have_backends(backends), "a flap: {:#?}", self.frontends());
+            assert!(
+                self.have_backends(backends),
+                "a flap: {:#?}",
+                self.frontends()
+            );
             thread::sleep(Duration::from_millis(50));
         }
     }
 
-    /// Clients that connect without a pause: by their sockets, by packets, and from outside; all frontends, both protocols.
+    /// Clients that connect without a pause: by their sockets, by packets, and from outside; all
+    /// frontends, both protocols.
     fn traffic(&self) -> Traffic {
-        let inside: Vec<SocketAddr> = self.cluster_ips.iter().map(|&ip| SocketAddr::new(ip, 80)).collect();
+        let inside: Vec<SocketAddr> = self
+            .cluster_ips
+            .iter()
+            .map(|&ip| SocketAddr::new(ip, 80))
+            .collect();
         let [a4, a6] = self.lab.node_ips("node-a").unwrap();
         let [b4, b6] = self.lab.node_ips("node-b").unwrap();
         let outside = [a4, b6].map(|ip| SocketAddr::new(ip, NODE_PORT));
@@ -372,8 +408,14 @@ impl Cluster {
         let packets: Vec<SocketAddr> = inside.iter().copied().chain(node_ports).collect();
         Traffic::start([
             (self.lab.client("hooked", Sockets::Hooked).unwrap(), inside),
-            (self.lab.client("packets", Sockets::Unhooked).unwrap(), packets),
-            (self.lab.client("client", Sockets::Unhooked).unwrap(), outside.into()),
+            (
+                self.lab.client("packets", Sockets::Unhooked).unwrap(),
+                packets,
+            ),
+            (
+                self.lab.client("client", Sockets::Unhooked).unwrap(),
+                outside.into(),
+            ),
         ])
     }
 }
@@ -398,7 +440,10 @@ impl Traffic {
                         count += many.servers.values().sum::<u64>();
                         if !many.errors.is_empty() {
                             let (name, time) = (client.name(), began.elapsed());
-                            errors.push(format!("{proto} {to} from {name} before {time:.1?}: {:?}", many.errors));
+                            errors.push(format!(
+                                "{proto} {to} from {name} before {time:.1?}: {:?}",
+                                many.errors
+                            ));
                         }
                     }
                 }
@@ -432,7 +477,8 @@ impl Traffic {
     }
 }
 
-/// SPEC S1, L1, B3: pods are replaced one after the other while clients connect, and no connection fails.
+/// SPEC S1, L1, B3: pods are replaced one after the other while clients connect, and no connection
+/// fails.
 #[test]
 fn pods_roll_without_a_failed_connection() {
     let cluster = Cluster::start(&[]);
@@ -445,8 +491,8 @@ fn pods_roll_without_a_failed_connection() {
     eprintln!("{count} connections and datagrams");
 }
 
-/// SPEC L5: however the server misbehaves, what is known goes on serving, nothing is taken away for a moment, and afterwards
-/// changes come through again.
+/// SPEC L5: however the server misbehaves, what is known goes on serving, nothing is taken away for
+/// a moment, and afterwards changes come through again.
 #[test]
 fn misbehaviour_is_not_felt() {
     let mut cluster = Cluster::start(&[]);
@@ -454,7 +500,8 @@ fn misbehaviour_is_not_felt() {
         shunt_lab::skip!("KUBECONFIG names a real server, which does not misbehave on demand");
     };
     let traffic = cluster.traffic();
-    /// What happens to the server, while a change is made that agents cannot see yet (or can, where it does not matter).
+    /// What happens to the server, while a change is made that agents cannot see yet (or can, where
+    /// it does not matter).
     type Misbehave = fn(&ApiServer);
     let everyday: [(&str, Misbehave); 8] = [
         ("watches end", ApiServer::drop_watches),
@@ -551,8 +598,8 @@ fn misbehaviour_is_not_felt() {
     }
 }
 
-/// SPEC L4, L5: agents that start while the server is away leave the datapath as it is, and take up what they missed when it
-/// is back.
+/// SPEC L4, L5: agents that start while the server is away leave the datapath as it is, and take up
+/// what they missed when it is back.
 #[test]
 fn agents_restart_while_the_server_is_away() {
     let mut cluster = Cluster::start(&[]);
@@ -569,7 +616,10 @@ fn agents_restart_while_the_server_is_away() {
     }
     cluster.stays(2, Duration::from_secs(2));
     assert!(
-        cluster.agents.iter().all(|agent| agent.ready_line().is_empty()),
+        cluster
+            .agents
+            .iter()
+            .all(|agent| agent.ready_line().is_empty()),
         "nothing to be ready with"
     );
     if matches!(cluster.api, Api::Ours(_)) {
@@ -588,8 +638,9 @@ fn agents_restart_while_the_server_is_away() {
     traffic.none_failed();
 }
 
-/// SPEC L4, L5: for a minute nobody answers, longer than agents wait between two attempts; one of them is killed meanwhile. What
-/// has changed by then is in the maps soon after, and nobody has noticed anything. Asked for: `cargo xtask test --long`.
+/// SPEC L4, L5: for a minute nobody answers, longer than agents wait between two attempts; one of
+/// them is killed meanwhile. What has changed by then is in the maps soon after, and nobody has
+/// noticed anything. Asked for: `cargo xtask test --long`.
 #[test]
 #[ignore = "takes a minute and a half: cargo xtask test --long"]
 fn the_server_is_away_for_a_minute() {
@@ -611,13 +662,17 @@ fn the_server_is_away_for_a_minute() {
         cluster.add("web-3", "node-a");
     }
     cluster.wait_for_backends(3);
-    eprintln!("both agents know what has changed after {:?}", began.elapsed());
+    eprintln!(
+        "both agents know what has changed after {:?}",
+        began.elapsed()
+    );
     let count = traffic.none_failed();
     eprintln!("{count} connections and datagrams");
     assert!(cluster.agents.iter_mut().all(Agent::is_running));
 }
 
-/// SPEC F2, S1: node ports answer on the addresses that the Node has at the moment, without a restart.
+/// SPEC F2, S1: node ports answer on the addresses that the Node has at the moment, without a
+/// restart.
 #[test]
 fn node_ports_follow_the_nodes_addresses() {
     let cluster = Cluster::start(&["--nodeport-addresses", "primary"]);
@@ -643,21 +698,34 @@ fn node_ports_follow_the_nodes_addresses() {
         timeout: Duration::from_millis(300),
         ..Dial::default()
     };
-    let answers = |ip: IpAddr, proto: Proto| client.once(proto, SocketAddr::new(ip, NODE_PORT), &dial).is_ok();
+    let answers = |ip: IpAddr, proto: Proto| {
+        client
+            .once(proto, SocketAddr::new(ip, NODE_PORT), &dial)
+            .is_ok()
+    };
     for proto in [Proto::Tcp, Proto::Udp] {
         assert!(
             old.iter().all(|&ip| answers(ip, proto)),
             "{proto} on the Node's addresses"
         );
-        assert!(!new.iter().any(|&ip| answers(ip, proto)), "{proto}: not the Node's yet");
+        assert!(
+            !new.iter().any(|&ip| answers(ip, proto)),
+            "{proto}: not the Node's yet"
+        );
     }
     let traffic = Traffic::start([(
         cluster.lab.client("hooked", Sockets::Hooked).unwrap(),
-        cluster.cluster_ips.iter().map(|&ip| SocketAddr::new(ip, 80)).collect(),
+        cluster
+            .cluster_ips
+            .iter()
+            .map(|&ip| SocketAddr::new(ip, 80))
+            .collect(),
     )]);
     cluster.api.apply(node("node-a", &new));
     let began = Instant::now();
-    while !new.iter().all(|&ip| answers(ip, Proto::Tcp)) || old.iter().any(|&ip| answers(ip, Proto::Tcp)) {
+    while !new.iter().all(|&ip| answers(ip, Proto::Tcp))
+        || old.iter().any(|&ip| answers(ip, Proto::Tcp))
+    {
         assert!(began.elapsed() < PATIENCE, "{}", cluster.agents[0].output());
     }
     for ip in new {
@@ -677,12 +745,15 @@ fn node_ports_follow_the_nodes_addresses() {
     }
 }
 
-/// What bad input gets: what cannot heal ends the agent, with one line; what can is one line in the log, and waited for.
+/// What bad input gets: what cannot heal ends the agent, with one line; what can is one line in the
+/// log, and waited for.
 #[test]
 fn bad_input_is_one_line_that_says_what_to_do() {
     let _alone = alone();
     let lab = Lab::builder().nodes(&["node-a"]).build().unwrap();
-    let Api::Ours(server) = Api::start(&lab) else { return };
+    let Api::Ours(server) = Api::start(&lab) else {
+        return;
+    };
     let kubeconfig = server.kubeconfig();
     let agent = |path: &std::path::Path| {
         let options = AgentOptions::kubeconfig(path).shunt(env!("CARGO_BIN_EXE_shunt"));
@@ -695,7 +766,12 @@ fn bad_input_is_one_line_that_says_what_to_do() {
     let error = missing.wait_ready().unwrap_err().to_string();
     assert!(error.contains("exit status: 1"), "{error}");
     let said = "--kubeconfig /no/such/kubeconfig: cannot be used";
-    assert_eq!(missing.output().matches(said).count(), 1, "{}", missing.output());
+    assert_eq!(
+        missing.output().matches(said).count(),
+        1,
+        "{}",
+        missing.output()
+    );
 
     // Can.
     let heals = |what: &str, expected: &str| {
@@ -742,14 +818,16 @@ fn bad_input_is_one_line_that_says_what_to_do() {
     unauthorized.wait_ready().unwrap();
 }
 
-/// S3: objects as API servers store them, for years and through releases: nulls, odd values and long texts in fields that shunt
-/// has no use for take nothing away, in a list and in a watch.
+/// S3: objects as API servers store them, for years and through releases: nulls, odd values and
+/// long texts in fields that shunt has no use for take nothing away, in a list and in a watch.
 #[test]
 fn objects_are_served_as_they_are_stored() {
     const OTHER: u16 = 30_090;
     let mut cluster = Cluster::start(&[]);
     let Some(server) = cluster.api.ours() else {
-        shunt_lab::skip!("KUBECONFIG names a real server, where objects are checked before they are stored");
+        shunt_lab::skip!(
+            "KUBECONFIG names a real server, where objects are checked before they are stored"
+        );
     };
     let odd_meta = |object: &mut Value| {
         object["metadata"]["managedFields"] =

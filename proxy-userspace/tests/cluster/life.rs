@@ -8,7 +8,9 @@ use std::{
 use crate::forged::Forger;
 use crate::web::{self, APP, NODE_PORT};
 use etherparse::PacketBuilderStep;
-use shunt_lab::{Agent, AgentOptions, Client, Conn, Dial, DialError, Lab, NetNs, PodSpec, Port, Proto, Sockets};
+use shunt_lab::{
+    Agent, AgentOptions, Client, Conn, Dial, DialError, Lab, NetNs, PodSpec, Port, Proto, Sockets,
+};
 use tempfile::TempDir;
 
 const PODS: [(&str, &str); 2] = [("web-a", "node-a"), ("web-b", "node-b")];
@@ -110,13 +112,16 @@ fn open_with(client: &Client, proto: Proto, to: SocketAddr, pod: &str, dial: &Di
 fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     let began = Instant::now();
     while !done() {
-        assert!(began.elapsed() < Duration::from_secs(10), "{what}: not within 10 s");
+        assert!(
+            began.elapsed() < Duration::from_secs(10),
+            "{what}: not within 10 s"
+        );
         std::thread::sleep(Duration::from_millis(20));
     }
 }
 
-/// B7: while an endpoint serves its flows stay; when it does not, datagrams move on and connections stay; when it is gone,
-/// connections are reset.
+/// B7: while an endpoint serves its flows stay; when it does not, datagrams move on and connections
+/// stay; when it is gone, connections are reset.
 fn flows_of_a_backend_that_goes(xdp: &str) {
     let cluster = Cluster::start(xdp);
     let ways = cluster.ways();
@@ -135,12 +140,17 @@ fn flows_of_a_backend_that_goes(xdp: &str) {
         let server = |conn: &Conn| conn.ask("again").unwrap().server;
 
         // Terminating, and serving still: no flow moves.
-        cluster.endpoints(&[(leaving, "ready: false, serving: true, terminating: true"), (other, "")]);
+        cluster.endpoints(&[
+            (leaving, "ready: false, serving: true, terminating: true"),
+            (other, ""),
+        ]);
         let new_only_to_other = |(client, to): &(Client, SocketAddr)| {
             let counts = client.tcp_many(*to, 16).unwrap();
             counts.len() == 1 && counts.contains_key(other)
         };
-        wait_until("new flows go elsewhere", || ways.iter().all(new_only_to_other));
+        wait_until("new flows go elsewhere", || {
+            ways.iter().all(new_only_to_other)
+        });
         for (tcp, udp, to) in &open {
             assert_eq!(server(tcp), leaving, "{to}");
             assert_eq!(server(udp), leaving, "{to}");
@@ -172,7 +182,9 @@ fn flows_of_a_backend_that_goes(xdp: &str) {
         std::thread::scope(|scope| {
             for (tcp, _, to) in &open {
                 scope.spawn(move || {
-                    let error = tcp.ask_within("still there?", Duration::from_secs(30)).unwrap_err();
+                    let error = tcp
+                        .ask_within("still there?", Duration::from_secs(30))
+                        .unwrap_err();
                     assert!(error.is_reset(), "{to}: {error}");
                 });
             }
@@ -182,11 +194,17 @@ fn flows_of_a_backend_that_goes(xdp: &str) {
             cluster.lab.remove(leaving).unwrap();
             let node = PODS.iter().find(|(name, _)| *name == leaving).unwrap().1;
             let ports = [Port::tcp(APP), Port::udp(APP)];
-            cluster.lab.add_pod(&PodSpec::new(leaving, node, &ports)).unwrap();
+            cluster
+                .lab
+                .add_pod(&PodSpec::new(leaving, node, &ports))
+                .unwrap();
             cluster.endpoints(&[("web-a", ""), ("web-b", "")]);
             wait_until("both are back", || {
-                ways.iter()
-                    .all(|(client, to)| client.tcp_many(*to, 64).is_ok_and(|counts| counts.len() == 2))
+                ways.iter().all(|(client, to)| {
+                    client
+                        .tcp_many(*to, 64)
+                        .is_ok_and(|counts| counts.len() == 2)
+                })
             });
         } else {
             // From some to none: the datagram is refused, not lost.
@@ -210,13 +228,15 @@ fn flows_of_a_backend_that_goes_without_xdp() {
     flows_of_a_backend_that_goes("off");
 }
 
-/// Sends an RST that the receiver does not believe: almost every sequence number is out of its window.
+/// Sends an RST that the receiver does not believe: almost every sequence number is out of its
+/// window.
 fn stray_reset(ns: &NetNs, from: SocketAddr, to: SocketAddr) {
     let send = || Forger::new()?.send(from, to, 0x1234_5678, PacketBuilderStep::rst);
     ns.run(send).unwrap();
 }
 
-/// L1: a connection that a stranger tries to reset, in the name of either side, is not forgotten while it lives on.
+/// L1: a connection that a stranger tries to reset, in the name of either side, is not forgotten
+/// while it lives on.
 fn stray_resets(xdp: &str) {
     let cluster = Cluster::start(xdp);
     let ways = cluster.ways();
@@ -242,7 +262,10 @@ fn stray_resets(xdp: &str) {
     for ((pod, _), conns) in PODS.iter().zip(&open) {
         // Forgotten, it would be taken for a new one, which goes elsewhere now.
         let other = PODS.iter().find(|(other, _)| other != pod).unwrap().0;
-        cluster.endpoints(&[(other, ""), (pod, "ready: false, serving: true, terminating: true")]);
+        cluster.endpoints(&[
+            (other, ""),
+            (pod, "ready: false, serving: true, terminating: true"),
+        ]);
         let moved = |(client, to): &(Client, SocketAddr)| {
             let counts = client.tcp_many(*to, 16).unwrap();
             counts.len() == 1 && counts.contains_key(other)
@@ -267,8 +290,9 @@ fn a_stray_reset_breaks_no_connection_without_xdp() {
     stray_resets("off");
 }
 
-/// B7 for sockets that are connected to nobody, where the hook sees each datagram: it goes where the one before went while that
-/// endpoint serves, to another when it does not, and is refused when there is none. In pods and on nodes, by every kind of frontend.
+/// B7 for sockets that are connected to nobody, where the hook sees each datagram: it goes where
+/// the one before went while that endpoint serves, to another when it does not, and is refused when
+/// there is none. In pods and on nodes, by every kind of frontend.
 #[test]
 fn datagrams_of_a_socket_leave_a_backend_that_goes() {
     let cluster = Cluster::start("off");
@@ -302,7 +326,10 @@ fn datagrams_of_a_socket_leave_a_backend_that_goes() {
                 counts.len() == 1 && counts.contains_key(other)
             })
         };
-        cluster.endpoints(&[(leaving, "ready: false, serving: true, terminating: true"), (other, "")]);
+        cluster.endpoints(&[
+            (leaving, "ready: false, serving: true, terminating: true"),
+            (other, ""),
+        ]);
         wait_until("new flows go elsewhere", new_only_to_other);
         for conn in &open {
             assert_eq!(server(conn), leaving, "{}", conn.peer);
@@ -312,7 +339,9 @@ fn datagrams_of_a_socket_leave_a_backend_that_goes() {
             (other, ""),
         ]);
         for conn in &open {
-            wait_until(&format!("{}: datagrams move on", conn.peer), || server(conn) == other);
+            wait_until(&format!("{}: datagrams move on", conn.peer), || {
+                server(conn) == other
+            });
         }
         cluster.endpoints(&[(leaving, "")]);
         for (conn, (_, to)) in open.iter().zip(&ways) {
@@ -340,7 +369,8 @@ fn error_within(conn: &Conn, time: Duration) -> DialError {
     }
 }
 
-/// What a closed UDP socket says at once: `ECONNABORTED` to who waits for a datagram, `EDESTADDRREQ` to who sends one.
+/// What a closed UDP socket says at once: `ECONNABORTED` to who waits for a datagram,
+/// `EDESTADDRREQ` to who sends one.
 fn is_closed(error: &DialError) -> bool {
     matches!(
         error,
@@ -351,8 +381,9 @@ fn is_closed(error: &DialError) -> bool {
     )
 }
 
-/// B7 for sockets that the hook connected, in a pod and on the node: a connected UDP socket is closed when its endpoint does not
-/// serve any more, a TCP one when its pod is gone and does not answer. Nobody touches a socket that dialled the pod itself.
+/// B7 for sockets that the hook connected, in a pod and on the node: a connected UDP socket is
+/// closed when its endpoint does not serve any more, a TCP one when its pod is gone and does not
+/// answer. Nobody touches a socket that dialled the pod itself.
 #[test]
 fn sockets_connected_to_a_backend_that_goes_are_closed() {
     let cluster = Cluster::start("off");
@@ -360,12 +391,17 @@ fn sockets_connected_to_a_backend_that_goes_are_closed() {
         connected: true,
         ..Dial::default()
     };
-    let clients = ["hooked", "node-a"].map(|name| cluster.lab.client(name, Sockets::Hooked).unwrap());
+    let clients =
+        ["hooked", "node-a"].map(|name| cluster.lab.client(name, Sockets::Hooked).unwrap());
     let ways: Vec<(&Client, SocketAddr, bool)> = clients
         .iter()
         .flat_map(|client| {
-            [("10.96.0.1", false), ("fd96::1", true), ("::ffff:10.96.0.1", false)]
-                .map(|(ip, v6)| (client, SocketAddr::new(ip.parse().unwrap(), 80), v6))
+            [
+                ("10.96.0.1", false),
+                ("fd96::1", true),
+                ("::ffff:10.96.0.1", false),
+            ]
+            .map(|(ip, v6)| (client, SocketAddr::new(ip.parse().unwrap(), 80), v6))
         })
         .collect();
     let server = |conn: &Conn| conn.ask("again").unwrap().server;
@@ -417,7 +453,8 @@ fn sockets_connected_to_a_backend_that_goes_are_closed() {
     // No endpoint any more, but the pod answers.
     cluster.endpoints(&[("web-a", "")]);
     std::thread::sleep(Duration::from_secs(2));
-    open.iter().for_each(|(tcp, _)| assert_eq!(server(tcp), "web-b"));
+    open.iter()
+        .for_each(|(tcp, _)| assert_eq!(server(tcp), "web-b"));
     direct_ones_live();
 
     // From one to none.
@@ -437,7 +474,9 @@ fn sockets_connected_to_a_backend_that_goes_are_closed() {
     std::thread::scope(|scope| {
         for (tcp, _) in open.iter().chain(&last) {
             scope.spawn(|| {
-                let error = tcp.ask_within("still there?", Duration::from_secs(60)).unwrap_err();
+                let error = tcp
+                    .ask_within("still there?", Duration::from_secs(60))
+                    .unwrap_err();
                 assert!(
                     matches!(
                         error,

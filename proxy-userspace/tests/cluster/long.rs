@@ -1,5 +1,5 @@
-//! Two minutes of everything at once (SPEC L1–L4): clients, churn of endpoints, agents that are killed, a SYN flood. Needs root,
-//! and is asked for: `cargo xtask test --long`.
+//! Two minutes of everything at once (SPEC L1–L4): clients, churn of endpoints, agents that are
+//! killed, a SYN flood. Needs root, and is asked for: `cargo xtask test --long`.
 
 use std::{
     collections::BTreeMap,
@@ -25,7 +25,8 @@ const PODS: [(&str, &str); 4] = [
     ("web-c", "node-b"),
     ("web-d", "node-b"),
 ];
-/// A Service of the flood's own: behind [`CLUSTER_IPS`] it would use up the listeners' queues, which is the servers' affair.
+/// A Service of the flood's own: behind [`CLUSTER_IPS`] it would use up the listeners' queues,
+/// which is the servers' affair.
 const FLOODED: [&str; 2] = ["10.96.0.2", "fd96::2"];
 /// Between two connections of a client: agents and the flood need some of the machine too.
 const PACE: Duration = Duration::from_millis(3);
@@ -124,7 +125,8 @@ impl Cluster {
         self.write("endpoints.yaml", &endpoints(&self.lab, pods));
     }
 
-    /// Who dials what: a hooked pod, one whose packets are seen, a host outside, and a process on the node.
+    /// Who dials what: a hooked pod, one whose packets are seen, a host outside, and a process on
+    /// the node.
     fn ways(&self) -> Vec<(Client, SocketAddr)> {
         let mut ways = Vec::new();
         for (i, cluster_ip) in CLUSTER_IPS.iter().enumerate() {
@@ -144,7 +146,10 @@ impl Cluster {
 }
 
 fn endpoints(lab: &Lab, pods: &[usize]) -> String {
-    let pods: Vec<_> = pods.iter().map(|&pod| (PODS[pod].0, PODS[pod].1, "")).collect();
+    let pods: Vec<_> = pods
+        .iter()
+        .map(|&pod| (PODS[pod].0, PODS[pod].1, ""))
+        .collect();
     web::slices(lab, &pods)
 }
 
@@ -183,7 +188,10 @@ fn flood(counts: &Counts, mut random: Random) -> io::Result<()> {
             };
             let from = SocketAddr::new(from, 1024 + (number >> 48) as u16 % 60_000);
             // A full queue is nothing to wait for.
-            if forger.send(from, to, number as u32, PacketBuilderStep::syn).is_ok() {
+            if forger
+                .send(from, to, number as u32, PacketBuilderStep::syn)
+                .is_ok()
+            {
                 counts.flood.fetch_add(1, Ordering::Relaxed);
             }
         }
@@ -214,7 +222,8 @@ fn nothing_is_lost_in_two_minutes_of_everything() {
                 let mut answered = 0;
                 while counts_of.goes_on() {
                     for proto in [Proto::Tcp, Proto::Udp] {
-                        // A datagram may be lost on its way, where the queue of a veth with XDP is full; three in a row are not.
+                        // A datagram may be lost on its way, where the queue of a veth with XDP is
+                        // full; three in a row are not.
                         let result = match proto {
                             Proto::Udp => client
                                 .udp(*to)
@@ -224,7 +233,9 @@ fn nothing_is_lost_in_two_minutes_of_everything() {
                         };
                         match result {
                             Ok(_) => answered += 1,
-                            Err(error) => counts_of.fail(begun, &format!("{proto} {name}: {error}")),
+                            Err(error) => {
+                                counts_of.fail(begun, &format!("{proto} {name}: {error}"))
+                            }
                         }
                         thread::sleep(PACE);
                     }
@@ -234,7 +245,10 @@ fn nothing_is_lost_in_two_minutes_of_everything() {
             // Connections that stay open.
             scope.spawn(move || {
                 let open: Vec<Conn> = (0..8).map(|_| client.open_tcp(*to).unwrap()).collect();
-                let servers: Vec<String> = open.iter().map(|conn| conn.ask("first").unwrap().server).collect();
+                let servers: Vec<String> = open
+                    .iter()
+                    .map(|conn| conn.ask("first").unwrap().server)
+                    .collect();
                 while counts_of.goes_on() {
                     for (conn, server) in open.iter().zip(&servers) {
                         match conn.ask("again") {
@@ -242,11 +256,17 @@ fn nothing_is_lost_in_two_minutes_of_everything() {
                                 counts_of.asked.fetch_add(1, Ordering::Relaxed);
                             }
                             Ok(answer) => {
-                                let text = format!("open to {to}: {} answered for {server}", answer.server);
+                                let text = format!(
+                                    "open to {to}: {} answered for {server}",
+                                    answer.server
+                                );
                                 counts_of.fail(begun, &text);
                             }
                             Err(error) => {
-                                counts_of.fail(begun, &format!("open from {} to {to}: {error}", client.name()));
+                                counts_of.fail(
+                                    begun,
+                                    &format!("open from {} to {to}: {error}", client.name()),
+                                );
                                 return;
                             }
                         }
@@ -309,5 +329,8 @@ fn nothing_is_lost_in_two_minutes_of_everything() {
         failures.len(),
         failures.join("\n")
     );
-    assert!(answered.values().all(|&count| count > 10 * seconds), "{answered:?}");
+    assert!(
+        answered.values().all(|&count| count > 10 * seconds),
+        "{answered:?}"
+    );
 }

@@ -1,4 +1,5 @@
-//! shunt in clusters of network namespaces: agents on nodes, pods and clients with real sockets and packets. Needs root.
+//! shunt in clusters of network namespaces: agents on nodes, pods and clients with real sockets and
+//! packets. Needs root.
 
 mod capabilities;
 mod dns;

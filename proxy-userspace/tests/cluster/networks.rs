@@ -1,7 +1,9 @@
-//! Every frontend from everywhere, on every network that a cluster has: `shunt_lab::NETWORKS`. Needs root.
+//! Every frontend from everywhere, on every network that a cluster has: `shunt_lab::NETWORKS`.
+//! Needs root.
 //!
-//! One cell is a frontend, a client's place, a protocol, a family and the backend's place: 64 KiB both ways, a second
-//! connection, and the source that the backend saw. A run goes through all cells of its network, and says which failed.
+//! One cell is a frontend, a client's place, a protocol, a family and the backend's place: 64 KiB
+//! both ways, a second connection, and the source that the backend saw. A run goes through all
+//! cells of its network, and says which failed.
 
 use std::{
     fs,
@@ -10,7 +12,8 @@ use std::{
 };
 
 use shunt_lab::{
-    Agent, AgentOptions, Answer, Client, Dial, Lab, Network, Overlay, PodLink, PodSpec, Port, Proto, Sockets,
+    Agent, AgentOptions, Answer, Client, Dial, Lab, Network, Overlay, PodLink, PodSpec, Port,
+    Proto, Sockets,
 };
 use tempfile::TempDir;
 
@@ -123,7 +126,8 @@ fn manifest(lab: &Lab, service: &Service) -> String {
 
 impl Cluster {
     fn start(network: Network, xdp: &str) -> Self {
-        // In XDP tests senders fill in their checksums, as a wire would have it; otherwise packets look as veths have them.
+        // In XDP tests senders fill in their checksums, as a wire would have it; otherwise packets
+        // look as veths have them.
         let builder = Lab::builder().network(network);
         let builder = if xdp == "off" {
             builder.checksum_offload()
@@ -142,7 +146,11 @@ impl Cluster {
             let path = manifests.path().join(format!("{}.yaml", service.name));
             fs::write(path, manifest(&lab, service)).unwrap();
         }
-        for (pod, node) in [("hooked", "node-a"), ("packets", "node-a"), ("other", "node-b")] {
+        for (pod, node) in [
+            ("hooked", "node-a"),
+            ("packets", "node-a"),
+            ("other", "node-b"),
+        ] {
             lab.add_pod(&PodSpec::new(pod, node, &[])).unwrap();
         }
         let options = AgentOptions::manifests(manifests.path())
@@ -178,12 +186,21 @@ impl Cluster {
         let family = usize::from(v6);
         match frontend {
             Frontend::ClusterIp => SocketAddr::new(service.cluster[family].parse().unwrap(), 80),
-            Frontend::LoadBalancer => SocketAddr::new(service.load_balancer[family].parse().unwrap(), 80),
-            Frontend::NodePort => SocketAddr::new(self.lab.node_ips("node-a").unwrap()[family], service.node_port),
-            Frontend::OtherNodePort => SocketAddr::new(self.lab.node_ips("node-b").unwrap()[family], service.node_port),
-            Frontend::SecondNic => {
-                SocketAddr::new(self.lab.second_node_ips("node-a").unwrap()[family], service.node_port)
+            Frontend::LoadBalancer => {
+                SocketAddr::new(service.load_balancer[family].parse().unwrap(), 80)
             }
+            Frontend::NodePort => SocketAddr::new(
+                self.lab.node_ips("node-a").unwrap()[family],
+                service.node_port,
+            ),
+            Frontend::OtherNodePort => SocketAddr::new(
+                self.lab.node_ips("node-b").unwrap()[family],
+                service.node_port,
+            ),
+            Frontend::SecondNic => SocketAddr::new(
+                self.lab.second_node_ips("node-a").unwrap()[family],
+                service.node_port,
+            ),
         }
     }
 
@@ -192,7 +209,9 @@ impl Cluster {
         let outside = matches!(place, Place::Outside | Place::Vpn);
         match frontend {
             // The fabric drops answers that bear a Service's address.
-            Frontend::ClusterIp | Frontend::LoadBalancer => !(self.network.guarded && place == Place::Outside),
+            Frontend::ClusterIp | Frontend::LoadBalancer => {
+                !(self.network.guarded && place == Place::Outside)
+            }
             Frontend::NodePort => true,
             // What comes to node-b from a VPN of node-a has no way back there.
             Frontend::OtherNodePort => place != Place::Vpn,
@@ -222,8 +241,11 @@ impl Cluster {
         }
         let is_node = matches!(place, Place::Node | Place::OtherNode);
         match client_node {
-            // A process on a node has no address until it has dialled; and what a pod sends to a node, its CNI masquerades.
-            Some(node) if is_node || self.network.masquerade && node != translates => self.all_addresses(node),
+            // A process on a node has no address until it has dialled; and what a pod sends to a
+            // node, its CNI masquerades.
+            Some(node) if is_node || self.network.masquerade && node != translates => {
+                self.all_addresses(node)
+            }
             _ => self.lab.ips(client).unwrap(),
         }
     }
@@ -231,7 +253,12 @@ impl Cluster {
     /// P10: the address of the device by which a node reaches another's pods.
     fn way_out(&self, node: &str, to: &str) -> Vec<IpAddr> {
         if node != to && self.network.overlay != Overlay::None {
-            let index = self.lab.nodes().iter().position(|name| name == node).unwrap();
+            let index = self
+                .lab
+                .nodes()
+                .iter()
+                .position(|name| name == node)
+                .unwrap();
             let [v4, v6] = shunt_lab::pod_cidrs(index);
             return [v4, v6]
                 .map(|cidr| cidr.split('/').next().unwrap().parse().unwrap())
@@ -255,9 +282,19 @@ impl Cluster {
 }
 
 /// One cell; what is wrong.
-fn cell(cluster: &Cluster, client: &Client, service: &Service, proto: Proto, cell: Cell) -> Result<(), String> {
+fn cell(
+    cluster: &Cluster,
+    client: &Client,
+    service: &Service,
+    proto: Proto,
+    cell: Cell,
+) -> Result<(), String> {
     let to = cluster.address(service, cell.frontend, cell.v6);
-    let padding = if proto == Proto::Tcp { STREAM } else { DATAGRAM };
+    let padding = if proto == Proto::Tcp {
+        STREAM
+    } else {
+        DATAGRAM
+    };
     let sources = cluster.sources(service, cell.place, cell.frontend);
     for which in ["first", "second"] {
         let dial = Dial {
@@ -271,14 +308,19 @@ fn cell(cluster: &Cluster, client: &Client, service: &Service, proto: Proto, cel
             return Err(format!("{} answered", answer.server));
         }
         if answer.echo.len() < padding {
-            return Err(format!("{which}: {} of {padding} bytes came back", answer.echo.len()));
+            return Err(format!(
+                "{which}: {} of {padding} bytes came back",
+                answer.echo.len()
+            ));
         }
         if answer.peer.ip() != to.ip() {
             return Err(format!("{which}: the answer bears {}", answer.peer));
         }
         let seen = answer.seen_peer.ip();
         if !sources.contains(&seen) {
-            return Err(format!("{which}: the backend saw {seen}, not one of {sources:?}"));
+            return Err(format!(
+                "{which}: the backend saw {seen}, not one of {sources:?}"
+            ));
         }
     }
     Ok(())
@@ -333,7 +375,11 @@ fn run(name: &str, xdp: &str) {
         }
     }
     // L7, once per network and family.
-    let outside = &places.iter().find(|(place, _)| *place == Place::Outside).unwrap().1;
+    let outside = &places
+        .iter()
+        .find(|(place, _)| *place == Place::Outside)
+        .unwrap()
+        .1;
     for v6 in [false, true] {
         let to = cluster.address(&SERVICES[1], Frontend::NodePort, v6);
         let dial = Dial {
@@ -359,7 +405,12 @@ fn run(name: &str, xdp: &str) {
         cluster.agents[0].output()
     );
     assert!(
-        cells >= if network.pods == PodLink::Tun { 150 } else { 100 },
+        cells
+            >= if network.pods == PodLink::Tun {
+                150
+            } else {
+                100
+            },
         "only {cells} cells"
     );
 }

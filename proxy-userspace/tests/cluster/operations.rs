@@ -1,4 +1,5 @@
-//! What an operator sees of an agent that follows an API server: health, metrics and Events (SPEC A2, S1). Needs root.
+//! What an operator sees of an agent that follows an API server: health, metrics and Events (SPEC
+//! A2, S1). Needs root.
 
 use std::{
     collections::BTreeSet,
@@ -38,7 +39,8 @@ impl World {
         let lab = Lab::new().unwrap();
         let fabric = lab.ns("fabric").unwrap();
         let address: SocketAddr = SERVER.parse().unwrap();
-        let api = ApiServer::start_with(address, move || fabric.run(|| TcpListener::bind(address))).unwrap();
+        let api = ApiServer::start_with(address, move || fabric.run(|| TcpListener::bind(address)))
+            .unwrap();
         api.apply(node(&lab, &[]));
         let options = AgentOptions::kubeconfig(&api.kubeconfig())
             .xdp(xdp)
@@ -58,13 +60,16 @@ impl World {
         self
     }
 
-    /// Status, headers in lower case and body, asked by a process on the node. `None` when nobody answers.
+    /// Status, headers in lower case and body, asked by a process on the node. `None` when nobody
+    /// answers.
     fn get(&self, ip: impl Into<IpAddr>, port: u16, path: &str) -> Option<(u16, String, String)> {
         let to = SocketAddr::new(ip.into(), port);
         let request = format!("GET {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n");
         self.lab.ns(NODE).unwrap().run(move || {
             let mut stream = TcpStream::connect(to).ok()?;
-            stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+            stream
+                .set_read_timeout(Some(Duration::from_secs(5)))
+                .unwrap();
             stream.write_all(request.as_bytes()).ok()?;
             let mut text = String::new();
             stream.read_to_string(&mut text).ok()?;
@@ -89,7 +94,9 @@ impl World {
     fn serve_web(&self, spec: Value) -> Vec<IpAddr> {
         let pod = PodSpec::new("web-1", NODE, &[Port::tcp(APP), Port::udp(APP)]);
         self.lab.add_pod(&pod).unwrap();
-        self.lab.add_pod(&PodSpec::new("client-1", NODE, &[])).unwrap();
+        self.lab
+            .add_pod(&PodSpec::new("client-1", NODE, &[]))
+            .unwrap();
         let mut service = json!({
             "apiVersion": "v1", "kind": "Service", "metadata": { "name": "web", "namespace": "default" },
             "spec": {
@@ -104,7 +111,8 @@ impl World {
         self.set_endpoint(NODE, &Timestamp::now().to_string());
         let service = self.api.get(Kind::Services, "default", "web").unwrap();
         let ips = service["spec"]["clusterIPs"].as_array().unwrap().iter();
-        ips.map(|ip| ip.as_str().unwrap().parse().unwrap()).collect()
+        ips.map(|ip| ip.as_str().unwrap().parse().unwrap())
+            .collect()
     }
 
     /// Puts `web-1` behind the Service, and says where it is and when that was.
@@ -186,20 +194,29 @@ fn node(lab: &Lab, taints: &[&str]) -> Value {
     })
 }
 
-/// A2: load balancers are told when the Node is being taken away, by each of its three signs, and when it is not after all;
-/// the kubelet is not told anything of it.
+/// A2: load balancers are told when the Node is being taken away, by each of its three signs, and
+/// when it is not after all; the kubelet is not told anything of it.
 #[test]
 fn healthz_follows_the_node_and_livez_does_not() {
     let world = World::start(&[]);
     world.wait_for_status("/healthz", Some(200));
-    for ip in [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()]
-        .into_iter()
-        .chain(world.lab.node_ips(NODE).unwrap())
+    for ip in [
+        IpAddr::from(Ipv4Addr::LOCALHOST),
+        Ipv6Addr::LOCALHOST.into(),
+    ]
+    .into_iter()
+    .chain(world.lab.node_ips(NODE).unwrap())
     {
         let (status, head, body) = world.get(ip, HEALTHZ, "/healthz").unwrap();
         assert_eq!(status, 200, "{ip}");
-        assert!(head.contains("\r\ncontent-type: application/json\r\n"), "{head}");
-        assert!(head.contains("\r\nx-content-type-options: nosniff\r\n"), "{head}");
+        assert!(
+            head.contains("\r\ncontent-type: application/json\r\n"),
+            "{head}"
+        );
+        assert!(
+            head.contains("\r\nx-content-type-options: nosniff\r\n"),
+            "{head}"
+        );
         let body: Value = serde_json::from_str(&body).unwrap();
         assert_eq!(body["nodeEligible"], true);
         assert_eq!(body["lastUpdated"], body["currentTime"]);
@@ -214,12 +231,16 @@ fn healthz_follows_the_node_and_livez_does_not() {
         assert_eq!(world.status("/readyz"), Some(200), "{why}");
     };
 
-    world.api.apply(node(&world.lab, &["ToBeDeletedByClusterAutoscaler"]));
+    world
+        .api
+        .apply(node(&world.lab, &["ToBeDeletedByClusterAutoscaler"]));
     leaves("tainted");
     let (.., body) = world.get(Ipv4Addr::LOCALHOST, HEALTHZ, "/healthz").unwrap();
     let body: Value = serde_json::from_str(&body).unwrap();
     assert_eq!(body["nodeEligible"], false);
-    world.api.apply(node(&world.lab, &["node.kubernetes.io/unschedulable"]));
+    world
+        .api
+        .apply(node(&world.lab, &["node.kubernetes.io/unschedulable"]));
     world.wait_for_status("/healthz", Some(200));
 
     let mut going = node(&world.lab, &[]);
@@ -232,8 +253,8 @@ fn healthz_follows_the_node_and_livez_does_not() {
     world.wait_for_status("/healthz", Some(200));
 }
 
-/// A2: an agent that waits for its API server is alive and not ready; load balancers are sent elsewhere on a new node, and
-/// not where an earlier agent's datapath goes on.
+/// A2: an agent that waits for its API server is alive and not ready; load balancers are sent
+/// elsewhere on a new node, and not where an earlier agent's datapath goes on.
 #[test]
 fn a_start_that_waits_is_alive_but_not_ready() {
     let mut world = World::new(&[]);
@@ -279,7 +300,10 @@ fn a_port_in_use_is_said_once_and_tried_again() {
     world.wait_for_status("/healthz", Some(200));
     world
         .agent
-        .wait_for("--healthz-bind-address: listening on 0.0.0.0:10256 now", PATIENCE)
+        .wait_for(
+            "--healthz-bind-address: listening on 0.0.0.0:10256 now",
+            PATIENCE,
+        )
         .unwrap();
 }
 
@@ -308,7 +332,10 @@ fn dashboard_asks_for_what_is_there(scrape: &Scrape) {
                 .collect();
             assert!(!names.is_empty(), "{query}");
             for name in names {
-                assert!(there.contains(name), "{name} of {query} is not in {there:?}");
+                assert!(
+                    there.contains(name),
+                    "{name} of {query} is not in {there:?}"
+                );
             }
             queries += 1;
         }
@@ -316,17 +343,25 @@ fn dashboard_asks_for_what_is_there(scrape: &Scrape) {
     assert!(queries >= 15, "{queries}");
     // Reasons that the datapath does not know would be drawn as nothing.
     let reasons = dashboard.to_string();
-    let reasons = reasons.split("event=~\\\"").nth(1).unwrap().split('\\').next().unwrap();
+    let reasons = reasons
+        .split("event=~\\\"")
+        .nth(1)
+        .unwrap()
+        .split('\\')
+        .next()
+        .unwrap();
     for reason in reasons.split('|') {
         assert!(
-            scrape.0.contains(&format!("shunt_events_total{{event=\"{reason}\"}}")),
+            scrape
+                .0
+                .contains(&format!("shunt_events_total{{event=\"{reason}\"}}")),
             "{reason}"
         );
     }
 }
 
-/// A2: connections that were made are counted for their Service, by hook, IPv4 and IPv6, TCP and UDP, and a pod that is
-/// replaced does not take its count with it.
+/// A2: connections that were made are counted for their Service, by hook, IPv4 and IPv6, TCP and
+/// UDP, and a pod that is replaced does not take its count with it.
 #[test]
 fn flows_of_a_service_are_counted() {
     let world = World::start(&[]);
@@ -334,8 +369,12 @@ fn flows_of_a_service_are_counted() {
     assert_eq!(ips.len(), 2);
     let hooked = world.lab.client("client-1", Sockets::Hooked).unwrap();
     let packets = world.lab.client("client-1", Sockets::Unhooked).unwrap();
-    wait_until("a backend", || hooked.tcp(SocketAddr::new(ips[1], 80)).is_ok());
-    wait_until("a backend", || hooked.tcp(SocketAddr::new(ips[0], 80)).is_ok());
+    wait_until("a backend", || {
+        hooked.tcp(SocketAddr::new(ips[1], 80)).is_ok()
+    });
+    wait_until("a backend", || {
+        hooked.tcp(SocketAddr::new(ips[0], 80)).is_ok()
+    });
     let sample = |port: u16, protocol: &str, hook: &str| {
         format!(
             "shunt_service_flows_total{{namespace=\"default\",service=\"web\",port=\"{port}\",protocol=\"{protocol}\",hook=\"{hook}\"}}"
@@ -369,11 +408,17 @@ fn flows_of_a_service_are_counted() {
     dashboard_asks_for_what_is_there(&after);
 
     // All endpoints leave: what was counted stays.
-    world.api.delete(Kind::EndpointSlices, "default", "web-ipv4");
-    world.api.delete(Kind::EndpointSlices, "default", "web-ipv6");
+    world
+        .api
+        .delete(Kind::EndpointSlices, "default", "web-ipv4");
+    world
+        .api
+        .delete(Kind::EndpointSlices, "default", "web-ipv6");
     let refused = "shunt_events_total{event=\"no_backend\"}";
     wait_until("a refusal", || {
-        ips.iter().all(|&ip| hooked.tcp(SocketAddr::new(ip, 80)).is_err()) && world.scrape().value(refused) >= 2.0
+        ips.iter()
+            .all(|&ip| hooked.tcp(SocketAddr::new(ip, 80)).is_err())
+            && world.scrape().value(refused) >= 2.0
     });
     let later = world.scrape();
     assert_eq!(
@@ -386,14 +431,22 @@ fn flows_of_a_service_are_counted() {
     });
 }
 
-/// A2: with --count-traffic a Service's packets and bytes are counted, both ways and in both families, by tc, on its fast path too,
-/// and by XDP; each once, though XDP may leave a packet to tc. Without, there are no samples.
+/// A2: with --count-traffic a Service's packets and bytes are counted, both ways and in both
+/// families, by tc, on its fast path too, and by XDP; each once, though XDP may leave a packet to
+/// tc. Without, there are no samples.
 #[test]
 fn traffic_of_a_service_is_counted_where_that_is_asked_for() {
-    for (xdp, fast_path) in [("off", "off"), ("off", "on"), ("native", "off"), ("native", "on")] {
-        let world = World::with_xdp(xdp, &["--count-traffic", "on", "--fast-path", fast_path]).started();
+    for (xdp, fast_path) in [
+        ("off", "off"),
+        ("off", "on"),
+        ("native", "off"),
+        ("native", "on"),
+    ] {
+        let world =
+            World::with_xdp(xdp, &["--count-traffic", "on", "--fast-path", fast_path]).started();
         let ips = world.serve_web(json!({ "type": "NodePort" }));
-        let clients = ["client-1", "client"].map(|name| world.lab.client(name, Sockets::Unhooked).unwrap());
+        let clients =
+            ["client-1", "client"].map(|name| world.lab.client(name, Sockets::Unhooked).unwrap());
         let sample = |what: &str, direction: &str| {
             format!(
                 "shunt_service_{what}_total{{namespace=\"default\",service=\"web\",port=\"53\",protocol=\"UDP\",direction=\"{direction}\"}}"
@@ -409,7 +462,9 @@ fn traffic_of_a_service_is_counted_where_that_is_asked_for() {
             .enumerate()
         {
             wait_until("a backend", || client.tcp(SocketAddr::new(ip, 80)).is_ok());
-            client.once(Proto::Udp, SocketAddr::new(ip, 53), &large).unwrap();
+            client
+                .once(Proto::Udp, SocketAddr::new(ip, 53), &large)
+                .unwrap();
             let scrape = world.scrape();
             let so_far = (n + 1) as f64;
             for direction in ["to-backend", "from-backend"] {
@@ -420,7 +475,10 @@ fn traffic_of_a_service_is_counted_where_that_is_asked_for() {
                     scrape.0
                 );
                 let bytes = scrape.value(&sample("bytes", direction));
-                assert!((1000.0 * so_far..1500.0 * so_far).contains(&bytes), "{ip}: {bytes}");
+                assert!(
+                    (1000.0 * so_far..1500.0 * so_far).contains(&bytes),
+                    "{ip}: {bytes}"
+                );
             }
         }
     }
@@ -431,7 +489,8 @@ fn traffic_of_a_service_is_counted_where_that_is_asked_for() {
     assert!(!world.scrape().0.contains("shunt_service_packets_total{"));
 }
 
-/// A2: what kube-proxy's dashboards and alerts ask for is there by kube-proxy's names, with its buckets, and is true.
+/// A2: what kube-proxy's dashboards and alerts ask for is there by kube-proxy's names, with its
+/// buckets, and is true.
 #[test]
 fn kube_proxys_metrics_are_there() {
     let world = World::start(&[]);
@@ -439,17 +498,33 @@ fn kube_proxys_metrics_are_there() {
     let count = "kubeproxy_network_programming_duration_seconds_count{ip_family=\"IPv6\"}";
     wait_until("programming latency", || world.scrape().value(count) >= 2.0);
     let scrape = world.scrape();
-    assert_eq!(scrape.value("kubeproxy_sync_proxy_rules_endpoint_changes_total"), 2.0);
-    assert_eq!(scrape.value("kubeproxy_sync_proxy_rules_endpoint_changes_pending"), 0.0);
-    assert_eq!(scrape.value("kubeproxy_sync_proxy_rules_service_changes_total"), 1.0);
-    assert_eq!(scrape.value("kubeproxy_sync_proxy_rules_service_changes_pending"), 0.0);
+    assert_eq!(
+        scrape.value("kubeproxy_sync_proxy_rules_endpoint_changes_total"),
+        2.0
+    );
+    assert_eq!(
+        scrape.value("kubeproxy_sync_proxy_rules_endpoint_changes_pending"),
+        0.0
+    );
+    assert_eq!(
+        scrape.value("kubeproxy_sync_proxy_rules_service_changes_total"),
+        1.0
+    );
+    assert_eq!(
+        scrape.value("kubeproxy_sync_proxy_rules_service_changes_pending"),
+        0.0
+    );
     for (name, buckets, first, last) in [
         ("sync_proxy_rules_duration_seconds", 15, "0.001", "16.384"),
         ("network_programming_duration_seconds", 80, "0.25", "300.0"),
     ] {
-        let bucket = |bound: &str| format!("kubeproxy_{name}_bucket{{le=\"{bound}\",ip_family=\"IPv4\"}}");
+        let bucket =
+            |bound: &str| format!("kubeproxy_{name}_bucket{{le=\"{bound}\",ip_family=\"IPv4\"}}");
         assert_eq!(
-            scrape.0.matches(&format!("kubeproxy_{name}_bucket")).count(),
+            scrape
+                .0
+                .matches(&format!("kubeproxy_{name}_bucket"))
+                .count(),
             2 * (buckets + 1),
             "{name}, of both families"
         );
@@ -463,7 +538,9 @@ fn kube_proxys_metrics_are_there() {
     let now = Timestamp::now().as_second() as f64;
     for name in ["last_queued_timestamp_seconds", "last_timestamp_seconds"] {
         for family in ["IPv4", "IPv6"] {
-            let time = scrape.value(&format!("kubeproxy_sync_proxy_rules_{name}{{ip_family=\"{family}\"}}"));
+            let time = scrape.value(&format!(
+                "kubeproxy_sync_proxy_rules_{name}{{ip_family=\"{family}\"}}"
+            ));
             assert!((now - time).abs() < 60.0, "{name}: {time}");
         }
     }
@@ -474,7 +551,9 @@ fn kube_proxys_metrics_are_there() {
     let long_ago = Timestamp::now() - SignedDuration::from_secs(90);
     world.set_endpoint("node-b", &long_ago.to_string());
     wait_until("no local endpoint", || world.scrape().value(policy) == 1.0);
-    wait_until("two more", || world.scrape().value(count) == scrape.value(count) + 2.0);
+    wait_until("two more", || {
+        world.scrape().value(count) == scrape.value(count) + 2.0
+    });
     let sum = "kubeproxy_network_programming_duration_seconds_sum{ip_family=\"IPv6\"}";
     let more = world.scrape().value(sum) - scrape.value(sum);
     assert!((180.0..240.0).contains(&more), "{more}");
@@ -499,24 +578,31 @@ fn kube_proxys_metrics_are_there() {
             && line.ends_with(" 1")
     }));
     for (path, kind, has) in [
-        ("/configz", "application/json", "\"kubeproxy.config.k8s.io\":{"),
+        (
+            "/configz",
+            "application/json",
+            "\"kubeproxy.config.k8s.io\":{",
+        ),
         ("/flagz", "text/plain", "\nnode-name=node-a\n"),
         ("/statusz", "text/plain", "\nUp: 0 hr 0"),
     ] {
         let (status, head, body) = world.get(Ipv4Addr::LOCALHOST, METRICS, path).unwrap();
         assert_eq!(status, 200, "{path}");
-        assert!(head.contains(&format!("content-type: {kind}")), "{path}: {head}");
+        assert!(
+            head.contains(&format!("content-type: {kind}")),
+            "{path}: {head}"
+        );
         assert!(body.contains(has), "{path}: {body}");
     }
     assert_eq!(scrape.value("shunt_agent_live"), 1.0);
     assert!(scrape.value("process_resident_memory_bytes") > 1e6);
     assert!(scrape.value("process_cpu_seconds_total") > 0.0);
     assert!((now - scrape.value("process_start_time_seconds")).abs() < 120.0);
-    assert!(
-        scrape
-            .0
-            .contains(concat!("shunt_build_info{version=\"", env!("CARGO_PKG_VERSION"), "\""))
-    );
+    assert!(scrape.0.contains(concat!(
+        "shunt_build_info{version=\"",
+        env!("CARGO_PKG_VERSION"),
+        "\""
+    )));
 
     let text = |path| {
         world
@@ -527,11 +613,14 @@ fn kube_proxys_metrics_are_there() {
     assert_eq!(text("/proxyMode"), Some((200, "shunt".to_owned())));
     assert_eq!(text("/debug/pprof/").unwrap().0, 404);
     let [node_ip, _] = world.lab.node_ips(NODE).unwrap();
-    assert!(world.get(node_ip, METRICS, "/metrics").is_none(), "on loopback only");
+    assert!(
+        world.get(node_ip, METRICS, "/metrics").is_none(),
+        "on loopback only"
+    );
 }
 
-/// S1: who looks at an object that cannot be served finds an Event about it, one for all nodes and all that is told again; what
-/// can be served is not held up.
+/// S1: who looks at an object that cannot be served finds an Event about it, one for all nodes and
+/// all that is told again; what can be served is not held up.
 #[test]
 fn objects_that_cannot_be_served_get_events() {
     let mut world = World::start(&[]);
@@ -548,18 +637,22 @@ fn objects_that_cannot_be_served_get_events() {
             "endpoints": [{ "addresses": [address] }],
         })
     };
-    world
-        .api
-        .faults(|faults| faults.refuse = Some(Refusal::status(429).retry_after(1).of(Kind::Events)));
+    world.api.faults(|faults| {
+        faults.refuse = Some(Refusal::status(429).retry_after(1).of(Kind::Events))
+    });
     world.api.apply(json!({
         "apiVersion": "v1", "kind": "Service", "metadata": { "name": "odd", "namespace": "default" },
         "spec": { "sessionAffinity": "Cookie", "ports": [{ "port": 80 }] },
     }));
     world.api.apply(bad_slice("127.0.0.1"));
-    wait_until("attempts", || world.api.requests("POST /apis/events.k8s.io/") >= 2);
+    wait_until("attempts", || {
+        world.api.requests("POST /apis/events.k8s.io/") >= 2
+    });
     assert_eq!(events(), [Value::Null; 0]);
     let hooked = world.lab.client("client-1", Sockets::Hooked).unwrap();
-    wait_until("a backend", || hooked.tcp(SocketAddr::new(ips[0], 80)).is_ok());
+    wait_until("a backend", || {
+        hooked.tcp(SocketAddr::new(ips[0], 80)).is_ok()
+    });
     world.api.faults(|faults| faults.refuse = None);
     wait_until("two Events", || events().len() == 2);
     let about = |kind: &str| {
@@ -621,11 +714,20 @@ fn events_that_may_not_be_written_cost_one_line() {
             "spec": { "sessionAffinity": "Cookie", "ports": [{ "port": 80 }] },
         }));
     }
-    wait_until("both tried", || world.api.requests("POST /apis/events.k8s.io/") == 2);
+    wait_until("both tried", || {
+        world.api.requests("POST /apis/events.k8s.io/") == 2
+    });
     let said = "allow create on events of events.k8s.io (ClusterRole)";
     world.agent.wait_for(said, PATIENCE).unwrap();
     thread::sleep(Duration::from_millis(200));
-    assert_eq!(world.agent.output().matches("Events cannot be written").count(), 1);
+    assert_eq!(
+        world
+            .agent
+            .output()
+            .matches("Events cannot be written")
+            .count(),
+        1
+    );
     world.wait_for_status("/livez", Some(200));
 }
 
@@ -635,7 +737,9 @@ fn a_health_check_port_in_use_is_an_event_of_this_node() {
     const PORT: u16 = 32_001;
     let world = World::start(&[]);
     let ns = world.lab.ns(NODE).unwrap();
-    let taken = ns.run(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT))).unwrap();
+    let taken = ns
+        .run(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT)))
+        .unwrap();
     world.serve_web(json!({
         "type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": PORT,
     }));

@@ -1,5 +1,5 @@
-//! The agent as its DaemonSet runs it: a pod with a service account, few capabilities and the DaemonSet's settings (SPEC S1, A1).
-//! Needs root.
+//! The agent as its DaemonSet runs it: a pod with a service account, few capabilities and the
+//! DaemonSet's settings (SPEC S1, A1). Needs root.
 
 use std::{
     fs,
@@ -21,9 +21,11 @@ const APP: u16 = 8080;
 /// Longest wait for something that may take some attempts.
 const PATIENCE: Duration = Duration::from_secs(45);
 /// What an agent says whose server has an address that it serves itself.
-const WAITS_FOR_ITSELF: &str = "is the cluster IP of Service default/kubernetes, which this agent serves itself";
+const WAITS_FOR_ITSELF: &str =
+    "is the cluster IP of Service default/kubernetes, which this agent serves itself";
 
-/// A node, and an API server that has it, the Service `kubernetes` and a Service `web`, whose endpoints are pods of the node.
+/// A node, and an API server that has it, the Service `kubernetes` and a Service `web`, whose
+/// endpoints are pods of the node.
 struct World {
     api: ApiServer,
     folder: TempDir,
@@ -50,21 +52,33 @@ impl World {
     fn new() -> Self {
         let lab = Lab::builder().nodes(&[NODE]).build().unwrap();
         for pod in ["web-1", "web-2"] {
-            lab.add_pod(&PodSpec::new(pod, NODE, &[Port::tcp(APP)])).unwrap();
+            lab.add_pod(&PodSpec::new(pod, NODE, &[Port::tcp(APP)]))
+                .unwrap();
         }
         lab.add_pod(&PodSpec::new("client-1", NODE, &[])).unwrap();
         let fabric = lab.ns("fabric").unwrap();
         let server: SocketAddr = SERVER.parse().unwrap();
-        let api = ApiServer::start_with(server, move || fabric.run(|| TcpListener::bind(server))).unwrap();
+        let api = ApiServer::start_with(server, move || fabric.run(|| TcpListener::bind(server)))
+            .unwrap();
         let addresses = lab.node_ips(NODE).unwrap();
-        let addresses = addresses.map(|address| json!({ "type": "InternalIP", "address": address }));
-        api.apply(object("Node", NODE, json!({ "status": { "addresses": addresses } })));
+        let addresses =
+            addresses.map(|address| json!({ "type": "InternalIP", "address": address }));
+        api.apply(object(
+            "Node",
+            NODE,
+            json!({ "status": { "addresses": addresses } }),
+        ));
         let world = Self {
             api,
             folder: TempDir::new().unwrap(),
             lab,
         };
-        world.serve("kubernetes", CLUSTER_IP, 443, (&server.ip().to_string(), server.port()));
+        world.serve(
+            "kubernetes",
+            CLUSTER_IP,
+            443,
+            (&server.ip().to_string(), server.port()),
+        );
         world.set_web("web-1");
         world
     }
@@ -72,7 +86,8 @@ impl World {
     /// A Service with one endpoint.
     fn serve(&self, name: &str, cluster_ip: &str, port: u16, (address, target): (&str, u16)) {
         let spec = json!({ "clusterIP": cluster_ip, "clusterIPs": [cluster_ip], "ports": [{ "port": port, "targetPort": target }] });
-        self.api.apply(object("Service", name, json!({ "spec": spec })));
+        self.api
+            .apply(object("Service", name, json!({ "spec": spec })));
         let mut slice = json!({
             "addressType": "IPv4", "ports": [{ "protocol": "TCP", "port": target }], "endpoints": [{ "addresses": [address] }],
         });
@@ -106,7 +121,8 @@ impl World {
         file
     }
 
-    /// An agent in a pod whose environment has this address for the API server, and whose settings are these.
+    /// An agent in a pod whose environment has this address for the API server, and whose settings
+    /// are these.
     fn agent(&self, server: &str, config: &str) -> Agent {
         let config = self.config(config);
         let options = AgentOptions::in_pod(server.parse().unwrap(), &self.api.run_folder())
@@ -119,18 +135,30 @@ impl World {
     }
 }
 
-/// kubeadm's configuration names a kubeconfig that is not there any more; the service account is, and its token is replaced
-/// before the old one expires.
+/// kubeadm's configuration names a kubeconfig that is not there any more; the service account is,
+/// and its token is replaced before the old one expires.
 #[test]
 fn a_pod_goes_by_its_service_account() {
     let world = World::new();
-    let kubeadm = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/config/kubeadm.yaml");
+    let kubeadm = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/tests/fixtures/config/kubeadm.yaml"
+    );
     let mut agent = world.agent(SERVER, &fs::read_to_string(kubeadm).unwrap());
     agent.wait_ready().unwrap();
     world.wait_for_web("web-1");
     let says = "there is no /var/lib/kube-proxy/kubeconfig.conf: using this pod's service account";
-    assert_eq!(agent.output().matches(says).count(), 1, "{}", agent.output());
-    assert!(!agent.output().contains(WAITS_FOR_ITSELF), "{}", agent.output());
+    assert_eq!(
+        agent.output().matches(says).count(),
+        1,
+        "{}",
+        agent.output()
+    );
+    assert!(
+        !agent.output().contains(WAITS_FOR_ITSELF),
+        "{}",
+        agent.output()
+    );
 
     world.api.set_token("rotated");
     world.api.drop_watches();
@@ -141,8 +169,9 @@ fn a_pod_goes_by_its_service_account() {
     world.wait_for_web("web-2");
 }
 
-/// The usual address of an API server, seen from a pod, is a cluster IP: as long as the datapath is there it works, and after a
-/// reboot it does not. Both are said, and a real address in the configuration stands over it.
+/// The usual address of an API server, seen from a pod, is a cluster IP: as long as the datapath is
+/// there it works, and after a reboot it does not. Both are said, and a real address in the
+/// configuration stands over it.
 #[test]
 fn an_agent_that_depends_on_itself_says_so() {
     let world = World::new();
@@ -184,5 +213,9 @@ fn an_agent_that_depends_on_itself_says_so() {
     let mut third = world.agent(&itself, &text);
     third.wait_ready().unwrap();
     world.wait_for_web("web-2");
-    assert!(!third.output().contains(WAITS_FOR_ITSELF), "{}", third.output());
+    assert!(
+        !third.output().contains(WAITS_FOR_ITSELF),
+        "{}",
+        third.output()
+    );
 }

@@ -1,4 +1,5 @@
-//! SPEC L8: a backend does not answer a SYN, or refuses it, and the client's next SYN finds another one. Needs root.
+//! SPEC L8: a backend does not answer a SYN, or refuses it, and the client's next SYN finds another
+//! one. Needs root.
 
 use std::{
     fs,
@@ -16,7 +17,8 @@ const APP: u16 = 8080;
 const BAD: &str = "web-b";
 const PODS: [(&str, &str); 3] = [("web-a", "node-a"), (BAD, "node-b"), ("web-c", "node-b")];
 /// Services over the same pods: by number, the last byte of their cluster IPs.
-const SERVICES: [(u8, &str, &str); 3] = [(1, "web", ""), (2, "off", "false"), (3, "sockets", "true")];
+const SERVICES: [(u8, &str, &str); 3] =
+    [(1, "web", ""), (2, "off", "false"), (3, "sockets", "true")];
 const SILENCE: Duration = Duration::from_secs(3);
 /// Linux sends a SYN again after one second, and after one more.
 const RETRANSMISSION: Duration = Duration::from_secs(1);
@@ -40,7 +42,8 @@ impl Cluster {
     fn start(xdp: &str) -> Self {
         let lab = Lab::new().unwrap();
         for (pod, node) in PODS {
-            lab.add_pod(&PodSpec::new(pod, node, &[Port::tcp(APP)])).unwrap();
+            lab.add_pod(&PodSpec::new(pod, node, &[Port::tcp(APP)]))
+                .unwrap();
             // Every SYN gets its error.
             let ratelimits = [("ipv4.icmp_ratelimit", "0"), ("ipv6.icmp.ratelimit", "0")];
             lab.ns(pod).unwrap().sysctl(&ratelimits).unwrap();
@@ -65,7 +68,9 @@ impl Cluster {
                 let endpoints = PODS.map(|(pod, node)| {
                     let ips = lab.ips(pod).unwrap();
                     let ip = ips.iter().find(|ip| ip.is_ipv6() == v6).unwrap();
-                    format!("{{ addresses: ['{ip}'], nodeName: {node}, conditions: {{ ready: true }} }}")
+                    format!(
+                        "{{ addresses: ['{ip}'], nodeName: {node}, conditions: {{ ready: true }} }}"
+                    )
                 });
                 let family = if v6 { 6 } else { 4 };
                 documents.push(format!(
@@ -116,7 +121,10 @@ impl Cluster {
     fn ways(&self, number: u8) -> Vec<(Client, SocketAddr)> {
         let mut ways = Vec::new();
         for v6 in [false, true] {
-            ways.push((self.client("packets", Sockets::Unhooked), cluster_ip(number, v6)));
+            ways.push((
+                self.client("packets", Sockets::Unhooked),
+                cluster_ip(number, v6),
+            ));
             let node = self.lab.node_ips("node-a").unwrap()[usize::from(v6)];
             let to = SocketAddr::new(node, node_port(number));
             ways.push((self.client("client", Sockets::Unhooked), to));
@@ -127,7 +135,11 @@ impl Cluster {
     /// The row of `shunt backends` on node-a for a pod behind a Service.
     fn row(&self, service: &str, pod: &str, v6: bool) -> Value {
         let ips = self.lab.ips(pod).unwrap();
-        let ip = ips.iter().find(|ip| ip.is_ipv6() == v6).unwrap().to_string();
+        let ip = ips
+            .iter()
+            .find(|ip| ip.is_ipv6() == v6)
+            .unwrap()
+            .to_string();
         let rows = self.agents[0].json(&["backends", service]).unwrap();
         let is_it = |row: &&Value| row["address"] == ip.as_str();
         rows.as_array().unwrap().iter().find(is_it).unwrap().clone()
@@ -136,7 +148,9 @@ impl Cluster {
     /// What node-a knows of flows and backends, for a failure's message.
     fn flows(&self) -> String {
         ["conntrack", "backends", "status"]
-            .map(|verb| String::from_utf8_lossy(&self.agents[0].cli(&[verb]).unwrap().stdout).into_owned())
+            .map(|verb| {
+                String::from_utf8_lossy(&self.agents[0].cli(&[verb]).unwrap().stdout).into_owned()
+            })
             .join("\n")
     }
 
@@ -154,7 +168,10 @@ impl Cluster {
             .iter()
             .any(|(pod, _)| !self.row("web", pod, to.is_ipv6())["silent"].is_null())
         {
-            assert!(began.elapsed() < Duration::from_secs(30), "{to}: not tried again");
+            assert!(
+                began.elapsed() < Duration::from_secs(30),
+                "{to}: not tried again"
+            );
             dial(client, to).unwrap();
             thread::sleep(Duration::from_millis(20));
         }
@@ -193,7 +210,8 @@ fn clients_find_another_backend(xdp: &str, bad: &str) {
             cluster.set(bad, mood);
             let mut waited = None;
             for _ in 0..64 {
-                let answer = dial(client, *to).unwrap_or_else(|error| panic!("{}: {error}", case(mood)));
+                let answer =
+                    dial(client, *to).unwrap_or_else(|error| panic!("{}: {error}", case(mood)));
                 assert_ne!(answer.server, bad);
                 assert_eq!(answer.peer, *to);
                 // Not by the latency alone: a busy machine has slow ones too.
@@ -212,22 +230,40 @@ fn clients_find_another_backend(xdp: &str, bad: &str) {
             let silent = &cluster.row("web", bad, to.is_ipv6())["silent"];
             assert_eq!(silent["failures"], 1, "{}", case(mood));
             let remaining = Duration::from_millis(silent["remainingMs"].as_u64().unwrap());
-            assert!(remaining > Duration::ZERO && remaining <= SILENCE, "{remaining:?}");
+            assert!(
+                remaining > Duration::ZERO && remaining <= SILENCE,
+                "{remaining:?}"
+            );
             for _ in 0..12 {
-                let answer = dial(client, *to)
-                    .unwrap_or_else(|error| panic!("{}: {error}; node-a's flows:\n{}", case(mood), cluster.flows()));
-                assert!(answer.latency < RETRANSMISSION, "{}: {answer:?}", case(mood));
+                let answer = dial(client, *to).unwrap_or_else(|error| {
+                    panic!(
+                        "{}: {error}; node-a's flows:\n{}",
+                        case(mood),
+                        cluster.flows()
+                    )
+                });
+                assert!(
+                    answer.latency < RETRANSMISSION,
+                    "{}: {answer:?}",
+                    case(mood)
+                );
             }
             assert_eq!(cluster.events("retry"), retries + 1, "{}", case(mood));
             let refused = u64::from(mood != Mood::Silent);
-            assert_eq!(cluster.events("refusal_held"), held + refused, "{}", case(mood));
+            assert_eq!(
+                cluster.events("refusal_held"),
+                held + refused,
+                "{}",
+                case(mood)
+            );
             assert_eq!(
                 open.ask("still there?").unwrap().server,
                 bad,
                 "an open connection stays"
             );
             cluster.heal(client, *to);
-            let mut servers: Vec<String> = (0..64).map(|_| dial(client, *to).unwrap().server).collect();
+            let mut servers: Vec<String> =
+                (0..64).map(|_| dial(client, *to).unwrap().server).collect();
             servers.sort();
             servers.dedup();
             assert_eq!(servers.len(), 3, "{}: all are back", case(mood));
@@ -245,7 +281,8 @@ fn clients_find_another_backend_without_xdp() {
     clients_find_another_backend("off", BAD);
 }
 
-/// Its refusals leave by the device that the client's packets came in through, and no source is translated.
+/// Its refusals leave by the device that the client's packets came in through, and no source is
+/// translated.
 #[test]
 fn clients_find_another_backend_than_one_on_their_node() {
     clients_find_another_backend("native", "web-a");
@@ -255,7 +292,8 @@ fn clients_find_another_backend_than_one_on_their_node() {
 fn a_refusal_by_all_is_heard(xdp: &str) {
     let cluster = Cluster::start(xdp);
     for (client, to) in &cluster.ways(1) {
-        // An ICMP error that is back while `connect` still holds its socket is nothing to Linux (`tcp_v4_err`): the next one is.
+        // An ICMP error that is back while `connect` still holds its socket is nothing to Linux
+        // (`tcp_v4_err`): the next one is.
         for (mood, limits) in [
             (Mood::Resets, [RETRANSMISSION * 3, RETRANSMISSION / 2]),
             (Mood::Unreachable, [RETRANSMISSION * 7; 2]),
@@ -264,7 +302,11 @@ fn a_refusal_by_all_is_heard(xdp: &str) {
             for limit in limits {
                 let began = Instant::now();
                 let error = dial(client, *to).unwrap_err();
-                assert!(!error.is_timeout(), "{mood:?}: {to} from {}: {error}", client.name());
+                assert!(
+                    !error.is_timeout(),
+                    "{mood:?}: {to} from {}: {error}",
+                    client.name()
+                );
                 assert!(mood == Mood::Unreachable || error.is_refused(), "{error}");
                 assert!(
                     began.elapsed() < limit,
@@ -288,8 +330,8 @@ fn a_refusal_by_all_is_heard_without_xdp() {
     a_refusal_by_all_is_heard("off");
 }
 
-/// Annotation `shunt.dev/retry`: `false` leaves clients with their backend; `true` takes pods' sockets in, and leaves the node's
-/// own to their hook.
+/// Annotation `shunt.dev/retry`: `false` leaves clients with their backend; `true` takes pods'
+/// sockets in, and leaves the node's own to their hook.
 #[test]
 fn services_decide_by_annotation() {
     let cluster = Cluster::start("native");
@@ -311,7 +353,10 @@ fn services_decide_by_annotation() {
             dial(&host, cluster_ip(3, v6)).unwrap();
         }
         let flows = &cluster.row("sockets", BAD, v6)["flows"];
-        assert!(flows["socket"].as_u64() > before["socket"].as_u64(), "{flows}");
+        assert!(
+            flows["socket"].as_u64() > before["socket"].as_u64(),
+            "{flows}"
+        );
         assert_eq!(flows["tc"], before["tc"]);
 
         cluster.set(BAD, Mood::Silent);
@@ -326,14 +371,18 @@ fn services_decide_by_annotation() {
             "a socket stays where it was led to"
         );
         assert!(!fails(&hooked, cluster_ip(3, v6), 24));
-        let silent = |service| cluster.row(service, BAD, v6)["silent"]["failures"].as_u64() >= Some(1);
+        let silent =
+            |service| cluster.row(service, BAD, v6)["silent"]["failures"].as_u64() >= Some(1);
         assert!(silent("sockets"));
 
-        // While it is known to be silent the hook leads nobody to it. Clients whose packets are seen have found that out.
+        // While it is known to be silent the hook leads nobody to it. Clients whose packets are
+        // seen have found that out.
         let (packets, _) = &cluster.ways(1)[usize::from(v6) * 2];
         for (number, service) in [(1, "web"), (3, "sockets")] {
             for _ in 0..64 {
-                if silent(service) && cluster.row(service, BAD, v6)["silent"]["remainingMs"].as_u64() > Some(1500) {
+                if silent(service)
+                    && cluster.row(service, BAD, v6)["silent"]["remainingMs"].as_u64() > Some(1500)
+                {
                     break;
                 }
                 dial(packets, cluster_ip(number, v6)).unwrap();
@@ -345,7 +394,11 @@ fn services_decide_by_annotation() {
                     dial(client, cluster_ip(number, v6)).unwrap();
                 }
             }
-            assert!(began.elapsed() < RETRANSMISSION, "{service}: {:?}", began.elapsed());
+            assert!(
+                began.elapsed() < RETRANSMISSION,
+                "{service}: {:?}",
+                began.elapsed()
+            );
             assert_eq!(cluster.row(service, BAD, v6)["flows"]["socket"], before);
         }
 

@@ -1,5 +1,6 @@
-//! F10: SCTP with real sockets in a cluster of namespaces. The sockets are a kernel module that small machines lack: there the test says
-//! so and checks nothing, and `cargo xtask vm` runs it in a kernel that has them. Needs root.
+//! F10: SCTP with real sockets in a cluster of namespaces. The sockets are a kernel module that
+//! small machines lack: there the test says so and checks nothing, and `cargo xtask vm` runs it in
+//! a kernel that has them. Needs root.
 
 use std::{
     collections::BTreeSet,
@@ -8,7 +9,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use shunt_lab::{Agent, AgentOptions, Answer, Client, Dial, Lab, PodSpec, Port, Proto, Sockets, has_sctp};
+use shunt_lab::{
+    Agent, AgentOptions, Answer, Client, Dial, Lab, PodSpec, Port, Proto, Sockets, has_sctp,
+};
 use tempfile::TempDir;
 
 const APP: u16 = 9999;
@@ -53,13 +56,19 @@ impl Cluster {
 
     /// `assoc` with these pods, and `empty` with none.
     fn serve(&self, pods: &[&str]) {
-        let mut documents = vec![service("assoc", 1, NODE_PORT), service("empty", 2, NODE_PORT + 1)];
+        let mut documents = vec![
+            service("assoc", 1, NODE_PORT),
+            service("empty", 2, NODE_PORT + 1),
+        ];
         for (family, v6) in [("IPv4", false), ("IPv6", true)] {
             let endpoints: Vec<String> = pods
                 .iter()
                 .map(|pod| {
                     let node = if *pod == "near" { "node-a" } else { "node-b" };
-                    format!("{{ addresses: ['{}'], nodeName: {node} }}", self.ip(pod, v6))
+                    format!(
+                        "{{ addresses: ['{}'], nodeName: {node} }}",
+                        self.ip(pod, v6)
+                    )
                 })
                 .collect();
             documents.push(format!(
@@ -165,7 +174,9 @@ macro_rules! need_sctp {
                 std::env::var_os(EXPECTED).is_none(),
                 "this kernel should have SCTP sockets: modprobe sctp"
             );
-            shunt_lab::skip!("this kernel has no SCTP sockets; `cargo xtask vm` boots one that does");
+            shunt_lab::skip!(
+                "this kernel has no SCTP sockets; `cargo xtask vm` boots one that does"
+            );
         }
     };
 }
@@ -186,7 +197,8 @@ fn associations(lab: Lab, xdp: &str) {
             let own = cluster.ip(name, v6);
             for address in addresses {
                 both(&client, at(address, 80), |answer| {
-                    // P7: an outside client comes in at node-a, and is translated towards node-b only.
+                    // P7: an outside client comes in at node-a, and is translated towards node-b
+                    // only.
                     let expected = if name == "client" && answer.server == "far" {
                         node_a
                     } else {
@@ -251,7 +263,10 @@ fn associations(lab: Lab, xdp: &str) {
     }
     for to in [at("10.96.0.1", 80), at("fd96::1", 80)] {
         for _ in 0..8 {
-            let answer = cluster.client("packets").once(Proto::Sctp, to, &patient()).unwrap();
+            let answer = cluster
+                .client("packets")
+                .once(Proto::Sctp, to, &patient())
+                .unwrap();
             assert_eq!(answer.server, "near");
         }
     }
@@ -263,7 +278,8 @@ fn associations_reach_backends_with_xdp() {
     associations(Lab::new().unwrap(), "native");
 }
 
-/// Pods leave checksums to their devices (`CHECKSUM_PARTIAL`), nodes compute them on the way out, and the other node checks them.
+/// Pods leave checksums to their devices (`CHECKSUM_PARTIAL`), nodes compute them on the way out,
+/// and the other node checks them.
 #[test]
 fn checksums_left_to_devices_are_right_on_the_wire() {
     need_sctp!();

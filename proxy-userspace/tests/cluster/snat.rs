@@ -18,15 +18,26 @@ const ENDED: usize = 4;
 /// A node port of `node-a` whose only backend is on `node-b`.
 fn start(xdp: &str) -> (Lab, Agent, TempDir) {
     let lab = Lab::new().unwrap();
-    lab.add_pod(&PodSpec::new("web", "node-b", &[Port::tcp(APP), Port::udp(APP)]))
-        .unwrap();
+    lab.add_pod(&PodSpec::new(
+        "web",
+        "node-b",
+        &[Port::tcp(APP), Port::udp(APP)],
+    ))
+    .unwrap();
     let manifests = TempDir::new().unwrap();
     let endpoints = web::slices(&lab, &[("web", "node-b", "")]);
-    web::write(manifests.path(), "web.yaml", &[web::service(), endpoints].join("---\n"));
+    web::write(
+        manifests.path(),
+        "web.yaml",
+        &[web::service(), endpoints].join("---\n"),
+    );
     let options = AgentOptions::manifests(manifests.path())
         .xdp(xdp)
         .args(&["--snat-ports", &format!("20000-{}", 20_000 + PORTS - 1)])
-        .args(&["--conntrack-udp-timeout=5s", "--conntrack-udp-timeout-stream=5s"])
+        .args(&[
+            "--conntrack-udp-timeout=5s",
+            "--conntrack-udp-timeout-stream=5s",
+        ])
         .shunt(env!("CARGO_BIN_EXE_shunt"));
     let agent = lab.start_agent("node-a", &options).unwrap();
     (lab, agent, manifests)
@@ -60,7 +71,9 @@ fn all_answer(conns: &[Conn], what: &str) {
 
 fn source_ports_run_out(client: &Client, proto: Proto, to: SocketAddr) {
     let what = format!("{proto} {to}");
-    let mut conns: Vec<Conn> = (0..PORTS).map(|_| open(client, proto, to).unwrap()).collect();
+    let mut conns: Vec<Conn> = (0..PORTS)
+        .map(|_| open(client, proto, to).unwrap())
+        .collect();
     for _ in 0..3 {
         assert!(
             open(client, proto, to).unwrap_err().is_timeout(),
@@ -69,7 +82,8 @@ fn source_ports_run_out(client: &Client, proto: Proto, to: SocketAddr) {
     }
     all_answer(&conns, &what);
 
-    // TCP: closed. UDP: so silent that it is over, once the others have spoken for longer than the time-out.
+    // TCP: closed. UDP: so silent that it is over, once the others have spoken for longer than the
+    // time-out.
     let ended = conns.split_off(PORTS - ENDED);
     let kept = (proto == Proto::Udp).then_some(ended);
     let begun = Instant::now();
@@ -78,7 +92,10 @@ fn source_ports_run_out(client: &Client, proto: Proto, to: SocketAddr) {
         thread::sleep(Duration::from_millis(500));
     }
     for _ in 0..ENDED {
-        conns.push(open(client, proto, to).unwrap_or_else(|error| panic!("{what}: a port is free again: {error}")));
+        conns.push(
+            open(client, proto, to)
+                .unwrap_or_else(|error| panic!("{what}: a port is free again: {error}")),
+        );
     }
     assert!(
         open(client, proto, to).unwrap_err().is_timeout(),
@@ -88,8 +105,8 @@ fn source_ports_run_out(client: &Client, proto: Proto, to: SocketAddr) {
     drop(kept);
 }
 
-/// An open flow never loses its source port; a new one is dropped and counted when there is none, and gets that of a flow that
-/// is closed or idle.
+/// An open flow never loses its source port; a new one is dropped and counted when there is none,
+/// and gets that of a flow that is closed or idle.
 fn source_ports_of_open_flows_are_safe(xdp: &str) {
     let (lab, agent, _manifests) = start(xdp);
     let before = exhausted(&agent);
@@ -97,7 +114,9 @@ fn source_ports_of_open_flows_are_safe(xdp: &str) {
         for node in lab.node_ips("node-a").unwrap() {
             for proto in [Proto::Tcp, Proto::Udp] {
                 let client = lab.client("client", shunt_lab::Sockets::Unhooked).unwrap();
-                scope.spawn(move || source_ports_run_out(&client, proto, SocketAddr::new(node, NODE_PORT)));
+                scope.spawn(move || {
+                    source_ports_run_out(&client, proto, SocketAddr::new(node, NODE_PORT))
+                });
             }
         }
     });

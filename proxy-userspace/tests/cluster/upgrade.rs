@@ -1,5 +1,5 @@
-//! From one agent to the next while clients are served (SPEC L4, A13): of another map layout, of the same build, with other
-//! settings, over pins that somebody has damaged. Needs root.
+//! From one agent to the next while clients are served (SPEC L4, A13): of another map layout, of
+//! the same build, with other settings, over pins that somebody has damaged. Needs root.
 
 use std::{
     fs,
@@ -17,7 +17,11 @@ use tempfile::TempDir;
 
 fn write(lab: &Lab, manifests: &Path) {
     let endpoints = web::slices(lab, &[("web-a", "node-a", ""), ("web-b", "node-b", "")]);
-    web::write(manifests, "web.yaml", &[web::service(), endpoints].join("---\n"));
+    web::write(
+        manifests,
+        "web.yaml",
+        &[web::service(), endpoints].join("---\n"),
+    );
 }
 
 /// What the node's programs are attached to.
@@ -97,7 +101,8 @@ impl Cluster {
         self.lab.start_agent(node, &self.options).unwrap()
     }
 
-    /// Who dials what: through the socket hook, by packets of a pod, and from outside through a node port, in both families.
+    /// Who dials what: through the socket hook, by packets of a pod, and from outside through a
+    /// node port, in both families.
     fn ways(&self) -> Vec<(Client, SocketAddr)> {
         let mut ways = Vec::new();
         for (i, cluster_ip) in web::CLUSTER_IPS.into_iter().enumerate() {
@@ -106,16 +111,23 @@ impl Cluster {
             let client = |name, sockets| self.lab.client(name, sockets).unwrap();
             ways.push((client("hooked", Sockets::Hooked), to));
             ways.push((client("packets", Sockets::Unhooked), to));
-            ways.push((client("client", Sockets::Unhooked), SocketAddr::new(node, NODE_PORT)));
+            ways.push((
+                client("client", Sockets::Unhooked),
+                SocketAddr::new(node, NODE_PORT),
+            ));
         }
         ways
     }
 
-    /// Runs `restarts` while clients with open flows go on asking, and others dial all the time; `restarts` calls what it is
-    /// given after each, which looks whether every open flow still has its backend.
+    /// Runs `restarts` while clients with open flows go on asking, and others dial all the time;
+    /// `restarts` calls what it is given after each, which looks whether every open flow still has
+    /// its backend.
     fn under_load(&self, restarts: impl FnOnce(&dyn Fn(&str))) {
         let ways = self.ways();
-        let flows: Vec<Open> = ways.iter().flat_map(|(client, to)| open(client, *to)).collect();
+        let flows: Vec<Open> = ways
+            .iter()
+            .flat_map(|(client, to)| open(client, *to))
+            .collect();
         let done = AtomicBool::new(false);
         let answered = AtomicU64::new(0);
         thread::scope(|scope| {
@@ -136,7 +148,8 @@ impl Cluster {
                 for _ in 0..2 {
                     for Open { conn, server, what } in &flows {
                         let answer = conn.ask("again");
-                        let answer = answer.unwrap_or_else(|error| panic!("{what}, after {after}: {error}"));
+                        let answer =
+                            answer.unwrap_or_else(|error| panic!("{what}, after {after}: {error}"));
                         assert_eq!(answer.server, *server, "{what}, after {after}");
                     }
                 }
@@ -149,8 +162,9 @@ impl Cluster {
     }
 }
 
-/// Agents of this layout take over from ones whose pins have another layout's number: open flows keep their backends, new ones are
-/// answered all the while, and nothing of the other layout is left.
+/// Agents of this layout take over from ones whose pins have another layout's number: open flows
+/// keep their backends, new ones are answered all the while, and nothing of the other layout is
+/// left.
 fn another_layout_is_taken_over_under_load(xdp: &str) {
     let cluster = Cluster::new(xdp);
     let mut agents = ["node-a", "node-b"].map(|node| cluster.start(node));
@@ -180,13 +194,16 @@ fn another_layout_is_taken_over_under_load_without_xdp() {
     another_layout_is_taken_over_under_load("off");
 }
 
-/// An agent that is killed and started again takes its programs over where nothing has changed, and loads them where something has.
-/// Whichever it does, no open flow and no new one notices.
+/// An agent that is killed and started again takes its programs over where nothing has changed, and
+/// loads them where something has. Whichever it does, no open flow and no new one notices.
 #[test]
 fn programs_are_taken_over_or_replaced_under_load() {
     let cluster = Cluster::new("native");
     // No traffic of its own: its device may be without programs for a while.
-    cluster.lab.add_pod(&PodSpec::new("idle", "node-a", &[])).unwrap();
+    cluster
+        .lab
+        .add_pod(&PodSpec::new("idle", "node-a", &[]))
+        .unwrap();
     let _other = cluster.start("node-b");
     let mut agent = cluster.start("node-a");
     assert_eq!(taken_over(&agent), Some(false));
@@ -202,7 +219,11 @@ fn programs_are_taken_over_or_replaced_under_load() {
             false,
         ),
         ("nothing has changed again", &|_| (), true),
-        ("a program is not pinned", &|_| remove("progs/tc_pod_out"), false),
+        (
+            "a program is not pinned",
+            &|_| remove("progs/tc_pod_out"),
+            false,
+        ),
         (
             "another map for a fingerprint",
             &|_| fs::rename(pins.join("progs/start"), pins.join("progs/build")).unwrap(),
@@ -225,7 +246,10 @@ fn programs_are_taken_over_or_replaced_under_load() {
             assert_eq!(taken_over(&agent), Some(expected), "{what}");
             let how = if expected { "taken over" } else { "loaded" };
             let ready = agent.ready_line();
-            assert!(ready.ends_with(&format!("programs {how}")), "{what}: {ready}");
+            assert!(
+                ready.ends_with(&format!("programs {how}")),
+                "{what}: {ready}"
+            );
             flows_go_on(what);
             assert_eq!(links(&agent), before, "{what}");
         }
@@ -239,14 +263,17 @@ fn taken_over(agent: &Agent) -> Option<bool> {
     let parts = [
         "settings", "maps", "programs", "readBack", "source", "services", "attach",
     ];
-    let sum: f64 = parts.iter().map(|part| start[*part].as_f64().unwrap()).sum();
+    let sum: f64 = parts
+        .iter()
+        .map(|part| start[*part].as_f64().unwrap())
+        .sum();
     let took = start["took"].as_f64().unwrap();
     assert!(sum > 0.0 && sum <= took, "{start}");
     start["takenOver"].as_bool()
 }
 
-/// The first packet after the `ready:` line is answered, with no other sent before: by a connection through the socket hook, by
-/// packets of a pod, and from outside through a node port.
+/// The first packet after the `ready:` line is answered, with no other sent before: by a connection
+/// through the socket hook, by packets of a pod, and from outside through a node port.
 #[test]
 fn the_first_packet_after_ready_is_answered() {
     let cluster = Cluster::new("native");

@@ -1,5 +1,6 @@
-//! As much of kustomize as `deploy/` uses, so that what an operator applies can be looked at wherever the tests run. A
-//! field that this does not know is an error, and where `kubectl` is installed its result is compared.
+//! As much of kustomize as `deploy/` uses, so that what an operator applies can be looked at
+//! wherever the tests run. A field that this does not know is an error, and where `kubectl` is
+//! installed its result is compared.
 //!
 //! Rules: <https://kubectl.docs.kubernetes.io/references/kustomize/kustomization/>.
 
@@ -61,7 +62,8 @@ struct Target {
     name: String,
 }
 
-/// The objects that `kubectl apply -k` of this folder applies; generated names come without their hash.
+/// The objects that `kubectl apply -k` of this folder applies; generated names come without their
+/// hash.
 pub(crate) fn resolve(folder: &Path) -> Vec<Value> {
     let mut objects = Vec::new();
     resolve_into(folder, &mut objects, "Kustomization");
@@ -70,9 +72,14 @@ pub(crate) fn resolve(folder: &Path) -> Vec<Value> {
 
 fn resolve_into(folder: &Path, objects: &mut Vec<Value>, kind: &str) {
     let file = folder.join("kustomization.yaml");
-    let it: Kustomization = serde_saphyr::from_str(&read(&file)).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
+    let it: Kustomization =
+        serde_saphyr::from_str(&read(&file)).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
     assert_eq!(it.kind, kind, "{}", file.display());
-    let version = if kind == "Component" { "v1alpha1" } else { "v1beta1" };
+    let version = if kind == "Component" {
+        "v1alpha1"
+    } else {
+        "v1beta1"
+    };
     assert_eq!(
         it.api_version,
         format!("kustomize.config.k8s.io/{version}"),
@@ -111,9 +118,11 @@ fn resolve_into(folder: &Path, objects: &mut Vec<Value>, kind: &str) {
     }
     for patch in &it.patches {
         let path = folder.join(&patch.path);
-        let changes: Patch = serde_saphyr::from_str(&read(&path)).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        let changes: Patch = serde_saphyr::from_str(&read(&path))
+            .unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         let mut targets = objects.iter_mut().filter(|object| {
-            object["kind"] == patch.target.kind.as_str() && object["metadata"]["name"] == patch.target.name.as_str()
+            object["kind"] == patch.target.kind.as_str()
+                && object["metadata"]["name"] == patch.target.name.as_str()
         });
         let target = targets
             .next()
@@ -145,17 +154,24 @@ fn generate(folder: &Path, generator: &Generator, objects: &mut Vec<Value>) {
     }
     // Hashes are left out here in any case.
     let _ = generator.options.disable_name_suffix_hash;
-    let existing = objects.iter_mut().find(|other| identity(other) == identity(&object));
+    let existing = objects
+        .iter_mut()
+        .find(|other| identity(other) == identity(&object));
     match (generator.behavior.as_deref(), existing) {
         (None, None) => objects.push(object),
         (Some("replace"), Some(existing)) => *existing = object,
-        (behavior, _) => panic!("{}: ConfigMap {}: {behavior:?}", folder.display(), generator.name),
+        (behavior, _) => panic!(
+            "{}: ConfigMap {}: {behavior:?}",
+            folder.display(),
+            generator.name
+        ),
     }
 }
 
 /// The objects of a file.
 pub(crate) fn documents(path: &Path) -> Vec<Value> {
-    serde_saphyr::from_multiple(&read(path)).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+    serde_saphyr::from_multiple(&read(path))
+        .unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
 /// `Kind namespace/name`.

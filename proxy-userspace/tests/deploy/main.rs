@@ -1,5 +1,5 @@
-//! The manifests of `deploy/`, as an operator applies them: resolved, checked against the types of the Kubernetes API and
-//! against the agent that they start.
+//! The manifests of `deploy/`, as an operator applies them: resolved, checked against the types of
+//! the Kubernetes API and against the agent that they start.
 
 mod kustomize;
 mod strict;
@@ -63,7 +63,10 @@ fn yaml_files(folder: &Path) -> Vec<PathBuf> {
         let path = entry.unwrap().path();
         if path.is_dir() {
             files.extend(yaml_files(&path));
-        } else if path.extension().is_some_and(|extension| extension == "yaml") {
+        } else if path
+            .extension()
+            .is_some_and(|extension| extension == "yaml")
+        {
             files.push(path);
         }
     }
@@ -142,14 +145,25 @@ fn kubectl_resolves_the_same() {
             Ok(output) => output,
             Err(error) => shunt_lab::skip!("kubectl: {error}"),
         };
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         let mut text = String::from_utf8(output.stdout).unwrap();
         let objects: Vec<Value> = serde_saphyr::from_multiple(&text).unwrap();
         // Generated names end with a hash of ten characters.
-        for map in objects.iter().filter(|object| object["kind"] == "ConfigMap") {
+        for map in objects
+            .iter()
+            .filter(|object| object["kind"] == "ConfigMap")
+        {
             let hashed = map["metadata"]["name"].as_str().unwrap();
-            if let Some((name, hash)) = hashed.rsplit_once('-').filter(|(_, hash)| hash.len() == 10) {
-                assert!(text.matches(hashed).count() > 1, "nobody uses {name}-{hash}");
+            if let Some((name, hash)) = hashed.rsplit_once('-').filter(|(_, hash)| hash.len() == 10)
+            {
+                assert!(
+                    text.matches(hashed).count() > 1,
+                    "nobody uses {name}-{hash}"
+                );
                 text = text.replace(hashed, name);
             }
         }
@@ -189,25 +203,40 @@ fn every_reference_leads_somewhere() {
             "{folder}"
         );
         let pod = spec.template.spec.unwrap();
-        assert_eq!(pod.service_account_name.as_deref(), Some(subject.name.as_str()));
+        assert_eq!(
+            pod.service_account_name.as_deref(),
+            Some(subject.name.as_str())
+        );
         let agent = &pod.containers[0];
         let volumes = pod.volumes.unwrap();
         for mount in agent.volume_mounts.as_ref().unwrap() {
-            assert!(volumes.iter().any(|volume| volume.name == mount.name), "{}", mount.name);
+            assert!(
+                volumes.iter().any(|volume| volume.name == mount.name),
+                "{}",
+                mount.name
+            );
         }
-        for map in volumes.iter().filter_map(|volume| volume.config_map.as_ref()) {
+        for map in volumes
+            .iter()
+            .filter_map(|volume| volume.config_map.as_ref())
+        {
             let is_it = |object: &Value| {
                 object["kind"] == "ConfigMap"
                     && object["metadata"]["name"] == map.name
                     && object["metadata"]["namespace"] == subject.namespace.as_deref().unwrap()
             };
             let there = objects(folder).iter().any(is_it);
-            assert!(there || map.optional == Some(true), "{folder}: ConfigMap {}", map.name);
+            assert!(
+                there || map.optional == Some(true),
+                "{folder}: ConfigMap {}",
+                map.name
+            );
         }
     }
 }
 
-/// The agent itself takes the arguments: those before `--help` are read first, and a wrong one is an error.
+/// The agent itself takes the arguments: those before `--help` are read first, and a wrong one is
+/// an error.
 #[test]
 fn the_agent_takes_its_arguments() {
     let run = |args: &[String]| {
@@ -234,7 +263,11 @@ fn the_agent_takes_its_arguments() {
             .unwrap();
         let setting = format!("--cgroup-root={}", root.mount_path);
         assert!(
-            pod(folder).containers[0].args.as_ref().unwrap().contains(&setting),
+            pod(folder).containers[0]
+                .args
+                .as_ref()
+                .unwrap()
+                .contains(&setting),
             "{folder}: {setting}"
         );
     }
@@ -252,7 +285,8 @@ fn the_agent_takes_its_arguments() {
     );
 }
 
-/// The agent takes the mounted configuration and kubeadm's in its place, and has nothing to say about either.
+/// The agent takes the mounted configuration and kubeadm's in its place, and has nothing to say
+/// about either.
 #[test]
 fn the_agent_takes_its_configuration() {
     let file = tempfile::NamedTempFile::new().unwrap();
@@ -265,13 +299,17 @@ fn the_agent_takes_its_configuration() {
             .unwrap();
         assert_eq!(String::from_utf8_lossy(&output.stderr), "", "{text}");
         assert!(output.status.success());
-        let documents: Vec<Value> = serde_saphyr::from_multiple(std::str::from_utf8(&output.stdout).unwrap()).unwrap();
+        let documents: Vec<Value> =
+            serde_saphyr::from_multiple(std::str::from_utf8(&output.stdout).unwrap()).unwrap();
         let [theirs, ours] = &documents[..] else {
             panic!("{documents:?}")
         };
         (theirs.clone(), ours.clone())
     };
-    let kubeadm = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/config/kubeadm.yaml");
+    let kubeadm = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/tests/fixtures/config/kubeadm.yaml"
+    );
     let (kubeadms, defaults) = comes_to(&fs::read_to_string(kubeadm).unwrap());
     for folder in APPLIED {
         let map: ConfigMap = object(folder, "ConfigMap");
@@ -301,11 +339,18 @@ fn the_agent_takes_its_configuration() {
                 .unwrap()
         };
         let flag = format!("--config={}/{key}", mounted_at("config"));
-        assert!(agent.args.as_ref().unwrap().contains(&flag), "{folder}: {flag}");
+        assert!(
+            agent.args.as_ref().unwrap().contains(&flag),
+            "{folder}: {flag}"
+        );
         // kubeadm's file is the key `kubeconfig.conf` of the ConfigMap that has the configuration.
         let kubeconfig = format!("{}/kubeconfig.conf", mounted_at("kube-proxy"));
-        assert_eq!(kubeadms["clientConnection"]["kubeconfig"], kubeconfig, "{folder}");
-        // Beside kube-proxy the API server's cluster IP is served by that; elsewhere by nobody else.
+        assert_eq!(
+            kubeadms["clientConnection"]["kubeconfig"], kubeconfig,
+            "{folder}"
+        );
+        // Beside kube-proxy the API server's cluster IP is served by that; elsewhere by nobody
+        // else.
         let named = match folder {
             "overlays/beside-kube-proxy" => "",
             _ => &kubeconfig,
@@ -356,7 +401,8 @@ fn nodes_have_one_proxy_each() {
         requirement.clone()
     };
     let ours = terms(pod("overlays/node-by-node").affinity.unwrap().node_affinity);
-    let patch = kustomize::documents(&deploy().join("overlays/node-by-node/kube-proxy.yaml")).remove(0);
+    let patch =
+        kustomize::documents(&deploy().join("overlays/node-by-node/kube-proxy.yaml")).remove(0);
     let found = strict::of::<DaemonSet>(&patch);
     assert!(
         found
@@ -367,7 +413,10 @@ fn nodes_have_one_proxy_each() {
     let affinity = &patch["spec"]["template"]["spec"]["affinity"]["nodeAffinity"];
     let theirs = terms(serde_json::from_value(affinity.clone()).unwrap());
     assert_eq!((&ours.key, &ours.values), (&theirs.key, &theirs.values));
-    assert_eq!((ours.operator.as_str(), theirs.operator.as_str()), ("In", "NotIn"));
+    assert_eq!(
+        (ours.operator.as_str(), theirs.operator.as_str()),
+        ("In", "NotIn")
+    );
 }
 
 /// The image is the one that `cargo xtask image` makes of this version.
@@ -383,7 +432,14 @@ fn the_image_is_of_this_version() {
 /// The objects of an overlay with a component.
 fn with_component(overlay: &str, component: &str) -> Vec<Value> {
     let folder = tempfile::TempDir::new().unwrap();
-    let place = |path: &str| deploy().join(path).canonicalize().unwrap().display().to_string();
+    let place = |path: &str| {
+        deploy()
+            .join(path)
+            .canonicalize()
+            .unwrap()
+            .display()
+            .to_string()
+    };
     let text = format!(
         "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources: [{}]\ncomponents: [{}]\n",
         place(overlay),
@@ -399,8 +455,14 @@ fn with_component(overlay: &str, component: &str) -> Vec<Value> {
 
 #[test]
 fn the_component_that_closes_sockets_of_pods_adds_what_it_takes_and_nothing_else() {
-    let with = with_component("overlays/instead-of-kube-proxy", "components/close-stale-sockets");
-    let daemonset = with.into_iter().find(|object| object["kind"] == "DaemonSet").unwrap();
+    let with = with_component(
+        "overlays/instead-of-kube-proxy",
+        "components/close-stale-sockets",
+    );
+    let daemonset = with
+        .into_iter()
+        .find(|object| object["kind"] == "DaemonSet")
+        .unwrap();
     let daemonset: DaemonSet = serde_json::from_value(daemonset).unwrap();
     let mut with = daemonset.spec.unwrap().template.spec.unwrap();
     let container = &mut with.containers[0];
@@ -409,18 +471,32 @@ fn the_component_that_closes_sockets_of_pods_adds_what_it_takes_and_nothing_else
     assert_eq!(added.pop().as_deref(), Some("SYS_ADMIN"));
     let mount = container.volume_mounts.as_mut().unwrap().pop().unwrap();
     let volume = with.volumes.as_mut().unwrap().pop().unwrap();
-    assert_eq!((&*mount.mount_path, &mount.name), ("/run/netns", &volume.name));
+    assert_eq!(
+        (&*mount.mount_path, &mount.name),
+        ("/run/netns", &volume.name)
+    );
     assert_eq!(volume.host_path.unwrap().path, "/run/netns");
     assert_eq!(with, pod("overlays/instead-of-kube-proxy"));
 }
 
 #[test]
 fn the_component_for_netfilters_table_adds_a_sight_of_its_files_and_nothing_else() {
-    let with = with_component("overlays/instead-of-kube-proxy", "components/netfilter-conntrack");
-    let daemonset = with.into_iter().find(|object| object["kind"] == "DaemonSet").unwrap();
+    let with = with_component(
+        "overlays/instead-of-kube-proxy",
+        "components/netfilter-conntrack",
+    );
+    let daemonset = with
+        .into_iter()
+        .find(|object| object["kind"] == "DaemonSet")
+        .unwrap();
     let daemonset: DaemonSet = serde_json::from_value(daemonset).unwrap();
     let mut with = daemonset.spec.unwrap().template.spec.unwrap();
-    let mount = with.containers[0].volume_mounts.as_mut().unwrap().pop().unwrap();
+    let mount = with.containers[0]
+        .volume_mounts
+        .as_mut()
+        .unwrap()
+        .pop()
+        .unwrap();
     let volume = with.volumes.as_mut().unwrap().pop().unwrap();
     let files = shunt::datapath::netfilter::SYSCTLS;
     assert_eq!((&mount.name, mount.read_only), (&volume.name, None));
@@ -438,12 +514,20 @@ fn the_component_for_prometheus_leads_to_the_agents() {
     for folder in ["overlays/instead-of-kube-proxy", "overlays/node-by-node"] {
         let with = with_component(folder, "components/pod-monitor");
         assert_eq!(with.len(), objects(folder).len() + 1);
-        let of_kind = |kind: &str| with.iter().find(|object| object["kind"] == kind).unwrap().clone();
+        let of_kind = |kind: &str| {
+            with.iter()
+                .find(|object| object["kind"] == kind)
+                .unwrap()
+                .clone()
+        };
         let monitor: strict::PodMonitor = serde_json::from_value(of_kind("PodMonitor")).unwrap();
         let daemonset: DaemonSet = serde_json::from_value(of_kind("DaemonSet")).unwrap();
         assert_eq!(monitor.metadata.namespace, daemonset.metadata.namespace);
         let template = daemonset.spec.unwrap().template;
-        assert_eq!(monitor.spec.selector.match_labels, template.metadata.unwrap().labels);
+        assert_eq!(
+            monitor.spec.selector.match_labels,
+            template.metadata.unwrap().labels
+        );
         let [endpoint] = &monitor.spec.pod_metrics_endpoints[..] else {
             panic!("one of each agent")
         };
@@ -456,7 +540,11 @@ fn the_component_for_prometheus_leads_to_the_agents() {
             .find(|port| port.name.as_ref() == Some(&endpoint.port));
         let port = port.unwrap().container_port;
         let flag = format!("--metrics-bind-address=0.0.0.0:{port}");
-        assert_eq!(container.args.as_mut().unwrap().pop(), Some(flag), "{folder}");
+        assert_eq!(
+            container.args.as_mut().unwrap().pop(),
+            Some(flag),
+            "{folder}"
+        );
         assert_eq!(endpoint.path, "/metrics");
         assert_eq!(
             endpoint.relabelings[0].target_label, "node",
@@ -473,7 +561,10 @@ fn probes_ask_where_the_agent_listens() {
         let map: ConfigMap = object(folder, "ConfigMap");
         let text = map.data.unwrap().into_values().next().unwrap();
         let configured = |field: &str| -> i32 {
-            let line = text.lines().find_map(|line| line.strip_prefix(field)).unwrap();
+            let line = text
+                .lines()
+                .find_map(|line| line.strip_prefix(field))
+                .unwrap();
             line.rsplit_once(':').unwrap().1.parse().unwrap()
         };
         let agent = pod(folder).containers.remove(0);
@@ -503,12 +594,21 @@ fn probes_ask_where_the_agent_listens() {
 /// The right to port 53, an address, and a Service that leads to it.
 #[test]
 fn the_component_for_dns_adds_what_it_takes_and_nothing_else() {
-    for folder in ["overlays/instead-of-kube-proxy", "overlays/beside-kube-proxy"] {
+    for folder in [
+        "overlays/instead-of-kube-proxy",
+        "overlays/beside-kube-proxy",
+    ] {
         let with = with_component(folder, "components/dns");
         assert_eq!(with.len(), objects(folder).len() + 1);
-        let of_kind = |kind: &str| with.iter().find(|object| object["kind"] == kind).unwrap().clone();
+        let of_kind = |kind: &str| {
+            with.iter()
+                .find(|object| object["kind"] == kind)
+                .unwrap()
+                .clone()
+        };
         let daemonset: DaemonSet = serde_json::from_value(of_kind("DaemonSet")).unwrap();
-        let service: k8s_openapi::api::core::v1::Service = serde_json::from_value(of_kind("Service")).unwrap();
+        let service: k8s_openapi::api::core::v1::Service =
+            serde_json::from_value(of_kind("Service")).unwrap();
         let spec = service.spec.unwrap();
         assert_eq!(service.metadata.namespace, daemonset.metadata.namespace);
         let template = daemonset.spec.unwrap().template;

@@ -1,5 +1,5 @@
-//! Objects against the types of the Kubernetes API: a field that the API does not have is a mistake, as `kubectl --validate=strict`
-//! sees it, not something to be dropped in silence.
+//! Objects against the types of the Kubernetes API: a field that the API does not have is a
+//! mistake, as `kubectl --validate=strict` sees it, not something to be dropped in silence.
 
 use k8s_openapi::{
     api::{
@@ -76,7 +76,12 @@ pub(crate) fn of<T: DeserializeOwned + Serialize>(object: &Value) -> Vec<String>
         Err(error) => return vec![error.to_string()],
     };
     let mut found = Vec::new();
-    compare(object, &serde_json::to_value(typed).unwrap(), "", &mut found);
+    compare(
+        object,
+        &serde_json::to_value(typed).unwrap(),
+        "",
+        &mut found,
+    );
     found
 }
 

@@ -35,7 +35,10 @@ fn packet(from: (&str, u16), to: (&str, u16), udp: bool) -> Vec<u8> {
     let mut bytes = Vec::new();
     let payload = b"0123456789abcdef0123456789abcdef";
     if udp {
-        builder.udp(from.1, to.1).write(&mut bytes, payload).unwrap();
+        builder
+            .udp(from.1, to.1)
+            .write(&mut bytes, payload)
+            .unwrap();
     } else {
         builder
             .tcp(from.1, to.1, 1, 64_000)
@@ -64,17 +67,25 @@ fn error(from: &str, to: &str, kind: Error, about: &[u8], quote: usize) -> Vec<u
     if from.contains(':') {
         let kind = match kind {
             Error::TooBig => Icmpv6Type::PacketTooBig { mtu: 1300 },
-            Error::PortUnreachable => Icmpv6Type::DestinationUnreachable(icmpv6::DestUnreachableCode::Port),
-            Error::TimeExceeded => Icmpv6Type::TimeExceeded(icmpv6::TimeExceededCode::HopLimitExceeded),
+            Error::PortUnreachable => {
+                Icmpv6Type::DestinationUnreachable(icmpv6::DestUnreachableCode::Port)
+            }
+            Error::TimeExceeded => {
+                Icmpv6Type::TimeExceeded(icmpv6::TimeExceededCode::HopLimitExceeded)
+            }
         };
         builder.icmpv6(kind).write(&mut bytes, quoted).unwrap();
     } else {
         let kind = match kind {
-            Error::TooBig => Icmpv4Type::DestinationUnreachable(icmpv4::DestUnreachableHeader::FragmentationNeeded {
-                next_hop_mtu: 1300,
-            }),
-            Error::PortUnreachable => Icmpv4Type::DestinationUnreachable(icmpv4::DestUnreachableHeader::Port),
-            Error::TimeExceeded => Icmpv4Type::TimeExceeded(icmpv4::TimeExceededCode::TtlExceededInTransit),
+            Error::TooBig => Icmpv4Type::DestinationUnreachable(
+                icmpv4::DestUnreachableHeader::FragmentationNeeded { next_hop_mtu: 1300 },
+            ),
+            Error::PortUnreachable => {
+                Icmpv4Type::DestinationUnreachable(icmpv4::DestUnreachableHeader::Port)
+            }
+            Error::TimeExceeded => {
+                Icmpv4Type::TimeExceeded(icmpv4::TimeExceededCode::TtlExceededInTransit)
+            }
         };
         builder.icmpv4(kind).write(&mut bytes, quoted).unwrap();
     }
@@ -84,7 +95,11 @@ fn error(from: &str, to: &str, kind: Error, about: &[u8], quote: usize) -> Vec<u
 /// A packet through one program, which passes it.
 fn through(loaded: &Loaded, program: &str, packet: &[u8]) -> Vec<u8> {
     let (verdict, out) = loaded.run(program, packet);
-    let pass = if program == "xdp_node" { XDP_PASS } else { TC_ACT_UNSPEC };
+    let pass = if program == "xdp_node" {
+        XDP_PASS
+    } else {
+        TC_ACT_UNSPEC
+    };
     assert_eq!(verdict, pass, "{program}: {packet:02x?}");
     out
 }
@@ -100,8 +115,8 @@ fn source_port(packet: &[u8], v6: usize) -> u16 {
     u16::from_be_bytes([packet[l4], packet[l4 + 1]])
 }
 
-/// Every length of quote that a router may choose: eight bytes of the transport header at least (RFC 792), the whole packet
-/// at most.
+/// Every length of quote that a router may choose: eight bytes of the transport header at least
+/// (RFC 792), the whole packet at most.
 fn quotes(v6: usize, udp: bool) -> impl Iterator<Item = usize> {
     let whole = IP[v6] + if udp { 8 } else { 20 } + 32;
     // One that ends within TCP's checksum keeps what it has of it, and nobody could check it.
@@ -197,7 +212,10 @@ fn errors_about_replies_reach_the_backend() {
             let seen = arrives(&loaded, &packet(client, (WEB[v6], 80), udp));
             let reply = packet((BACKEND[v6], 8080), client, udp);
             let shown = through(&loaded, "tc_node_out", &reply);
-            assert_eq!((seen.len(), shown), (reply.len(), packet((WEB[v6], 80), client, udp)));
+            assert_eq!(
+                (seen.len(), shown),
+                (reply.len(), packet((WEB[v6], 80), client, udp))
+            );
             for sender in [CLIENT[v6], ROUTER[v6]] {
                 for quote in quotes(v6, udp) {
                     let sent = error(
@@ -208,7 +226,10 @@ fn errors_about_replies_reach_the_backend() {
                         quote,
                     );
                     let inside = arrives(&loaded, &sent);
-                    assert_eq!(inside, error(sender, BACKEND[v6], Error::TooBig, &reply, quote));
+                    assert_eq!(
+                        inside,
+                        error(sender, BACKEND[v6], Error::TooBig, &reply, quote)
+                    );
                     assert_eq!(through(&loaded, "tc_pod_out", &inside), inside);
                 }
             }
@@ -247,7 +268,8 @@ fn other_errors_pass_untouched() {
         let seen = arrives(&loaded, &packet(client, (WEB[v6], 80), true));
         let whole = IP[v6] + 8 + 32;
         let mut packets = vec![
-            // Another port of the client's, another backend, and a quote that another machine is said to have sent.
+            // Another port of the client's, another backend, and a quote that another machine is
+            // said to have sent.
             error(
                 ROUTER[v6],
                 CLIENT[v6],
@@ -265,7 +287,9 @@ fn other_errors_pass_untouched() {
             error(ROUTER[v6], ROUTER[v6], Error::TooBig, &seen, whole),
         ];
         // Quotes that end before the ports.
-        packets.extend((0..IP[v6] + 4).map(|quote| error(ROUTER[v6], CLIENT[v6], Error::TooBig, &seen, quote)));
+        packets.extend(
+            (0..IP[v6] + 4).map(|quote| error(ROUTER[v6], CLIENT[v6], Error::TooBig, &seen, quote)),
+        );
         let ours = error(ROUTER[v6], CLIENT[v6], Error::TooBig, &seen, whole);
         let icmp = ETHERNET + IP[v6];
         // An echo request, a redirect, and a quote of another version.
@@ -279,7 +303,13 @@ fn other_errors_pass_untouched() {
             packets.push(odd);
         }
         for packet in packets {
-            for program in ["xdp_node", "tc_node_in", "tc_node_out", "tc_pod_in", "tc_pod_out"] {
+            for program in [
+                "xdp_node",
+                "tc_node_in",
+                "tc_node_out",
+                "tc_pod_in",
+                "tc_pod_out",
+            ] {
                 assert_eq!(through(&loaded, program, &packet), packet, "{program}");
             }
         }
@@ -309,15 +339,27 @@ fn echo(from: &str, to: &str, hops: u8, is_answer: bool) -> Vec<u8> {
         (IpAddr::V4(from), IpAddr::V4(to)) => {
             let ip = ethernet.ipv4(from.octets(), to.octets(), hops);
             match is_answer {
-                false => ip.icmpv4_echo_request(id, seq).write(&mut bytes, payload).unwrap(),
-                true => ip.icmpv4_echo_reply(id, seq).write(&mut bytes, payload).unwrap(),
+                false => ip
+                    .icmpv4_echo_request(id, seq)
+                    .write(&mut bytes, payload)
+                    .unwrap(),
+                true => ip
+                    .icmpv4_echo_reply(id, seq)
+                    .write(&mut bytes, payload)
+                    .unwrap(),
             }
         }
         (IpAddr::V6(from), IpAddr::V6(to)) => {
             let ip = ethernet.ipv6(from.octets(), to.octets(), hops);
             match is_answer {
-                false => ip.icmpv6_echo_request(id, seq).write(&mut bytes, payload).unwrap(),
-                true => ip.icmpv6_echo_reply(id, seq).write(&mut bytes, payload).unwrap(),
+                false => ip
+                    .icmpv6_echo_request(id, seq)
+                    .write(&mut bytes, payload)
+                    .unwrap(),
+                true => ip
+                    .icmpv6_echo_reply(id, seq)
+                    .write(&mut bytes, payload)
+                    .unwrap(),
             }
         }
         _ => unreachable!("one family"),
@@ -325,14 +367,19 @@ fn echo(from: &str, to: &str, hops: u8, is_answer: bool) -> Vec<u8> {
     bytes
 }
 
-/// F11: whatever its hop limit; the answer has a new one, so it does not go in circles with what is left of the old.
+/// F11: whatever its hop limit; the answer has a new one, so it does not go in circles with what is
+/// left of the old.
 #[test]
 fn pings_of_services_with_a_backend_are_answered() {
     let loaded = Loaded::new("echo");
     for v6 in FAMILIES {
         for hops in [0, 1, 2, 64, 255] {
             let request = echo(CLIENT[v6], WEB[v6], hops, false);
-            assert_eq!(through(&loaded, "xdp_node", &request), request, "left to tc");
+            assert_eq!(
+                through(&loaded, "xdp_node", &request),
+                request,
+                "left to tc"
+            );
             for program in ["tc_node_in", "tc_pod_in", "tc_node_out"] {
                 let (verdict, out) = loaded.run(program, &request);
                 assert_eq!(
@@ -350,13 +397,23 @@ fn pings_of_services_with_a_backend_are_answered() {
                 (ROUTER[v6], TC_ACT_UNSPEC),
             ] {
                 let request = echo(CLIENT[v6], to, 64, false);
-                assert_eq!(loaded.run(program, &request), (wanted, request), "{program}, {to}");
+                assert_eq!(
+                    loaded.run(program, &request),
+                    (wanted, request),
+                    "{program}, {to}"
+                );
             }
             // Nobody can be answered there.
             let group = ["224.0.0.1", "ff02::1"][v6];
-            assert_eq!(loaded.run(program, &echo(group, WEB[v6], 64, false)).0, TC_ACT_SHOT);
+            assert_eq!(
+                loaded.run(program, &echo(group, WEB[v6], 64, false)).0,
+                TC_ACT_SHOT
+            );
             // An answer to a ping that nobody sent.
-            assert_eq!(loaded.run(program, &echo(CLIENT[v6], WEB[v6], 64, true)).0, TC_ACT_SHOT);
+            assert_eq!(
+                loaded.run(program, &echo(CLIENT[v6], WEB[v6], 64, true)).0,
+                TC_ACT_SHOT
+            );
         }
     }
 }
@@ -368,7 +425,9 @@ fn unknown_ports_are_refused_and_unknown_addresses_dropped() {
     for (program, dropped, back) in ARRIVING {
         for v6 in FAMILIES {
             for udp in [false, true] {
-                let to = |address, port| loaded.run(program, &packet((CLIENT[v6], 44_000), (address, port), udp));
+                let to = |address, port| {
+                    loaded.run(program, &packet((CLIENT[v6], 44_000), (address, port), udp))
+                };
                 let (verdict, answer) = to(WEB[v6], 81);
                 assert_eq!(verdict, back, "{program}");
                 // Port unreachable, from the address that was dialled.
@@ -380,7 +439,11 @@ fn unknown_ports_are_refused_and_unknown_addresses_dropped() {
                 assert_eq!(answer[source..source + wanted.len()], wanted);
                 assert_eq!(answer[icmp..icmp + 2], [[3, 3], [1, 4]][v6], "{program}");
                 assert_eq!(to(UNALLOCATED[v6], 80).0, dropped, "{program}");
-                let pass = if program == "xdp_node" { XDP_PASS } else { TC_ACT_UNSPEC };
+                let pass = if program == "xdp_node" {
+                    XDP_PASS
+                } else {
+                    TC_ACT_UNSPEC
+                };
                 assert_eq!(to(ROUTER[v6], 80).0, pass, "{program}");
                 assert_eq!(to(NODE[v6], 80).0, pass, "{program}");
             }
@@ -395,15 +458,19 @@ fn unknown_ports_are_refused_and_unknown_addresses_dropped() {
         ] {
             let mut esp = Vec::new();
             builder(CLIENT[v6], to)
-                .write(&mut esp, etherparse::IpNumber::ENCAPSULATING_SECURITY_PAYLOAD, &[7; 64])
+                .write(
+                    &mut esp,
+                    etherparse::IpNumber::ENCAPSULATING_SECURITY_PAYLOAD,
+                    &[7; 64],
+                )
                 .unwrap();
             assert_eq!(loaded.run("tc_node_in", &esp), (wanted, esp), "{to}");
         }
     }
 }
 
-/// The frame with another IP payload behind more header: IPv4 options, or IPv6 extension headers of which the first has this
-/// number.
+/// The frame with another IP payload behind more header: IPv4 options, or IPv6 extension headers of
+/// which the first has this number.
 fn with_header(frame: &[u8], v6: usize, first: u8, more: &[u8], payload: &[u8]) -> Vec<u8> {
     let l4 = ETHERNET + IP[v6];
     let mut new = [&frame[..l4], more, payload].concat();
@@ -514,12 +581,18 @@ fn fragments_follow_their_first() {
             let reply = packet((REMOTE[v6], 8080), (NODE[v6], port), udp);
             let inside = packet((REMOTE[v6], 8080), (CLIENT[v6], port), udp);
             all("tc_node_in", &reply, &inside, 5);
-            all("tc_node_out", &inside, &packet((FAR[v6], 80), client, udp), 5);
+            all(
+                "tc_node_out",
+                &inside,
+                &packet((FAR[v6], 80), client, udp),
+                5,
+            );
         }
     }
 }
 
-/// H5: what is noted of a datagram does not touch a later one of the same name that is nobody's, or another's.
+/// H5: what is noted of a datagram does not touch a later one of the same name that is nobody's, or
+/// another's.
 #[test]
 fn a_datagram_with_the_name_of_another_keeps_its_fragments() {
     let loaded = Loaded::new("names");
@@ -532,7 +605,8 @@ fn a_datagram_with_the_name_of_another_keeps_its_fragments() {
         let nobody = fragments(&packet(client, (WEB[v6], 81), true), v6, 12, 24);
         assert_eq!(loaded.run("tc_node_in", &nobody[0]).0, TC_ACT_REDIRECT);
         assert_eq!(loaded.run("tc_node_in", &nobody[1]).0, TC_ACT_SHOT);
-        // An answer through the Service, and a datagram that the backend sends to the same client by itself.
+        // An answer through the Service, and a datagram that the backend sends to the same client
+        // by itself.
         for fragment in fragments(&packet((BACKEND[v6], 8080), client, true), v6, 13, 24) {
             assert_ne!(through(&loaded, "tc_node_out", &fragment), fragment);
         }
@@ -547,8 +621,18 @@ fn a_datagram_with_the_name_of_another_keeps_its_fragments() {
 fn fragments_before_their_first_are_dropped() {
     let loaded = Loaded::new("early");
     for v6 in FAMILIES {
-        let sent = fragments(&packet((CLIENT[v6], 45_001), (WEB[v6], 80), true), v6, 9, 24);
-        let elsewhere = fragments(&packet((CLIENT[v6], 45_001), (ROUTER[v6], 80), true), v6, 9, 24);
+        let sent = fragments(
+            &packet((CLIENT[v6], 45_001), (WEB[v6], 80), true),
+            v6,
+            9,
+            24,
+        );
+        let elsewhere = fragments(
+            &packet((CLIENT[v6], 45_001), (ROUTER[v6], 80), true),
+            v6,
+            9,
+            24,
+        );
         for (program, ..) in &ARRIVING[1..] {
             assert_eq!(
                 loaded.run(program, &sent[1]),
@@ -562,14 +646,30 @@ fn fragments_before_their_first_are_dropped() {
         through(&loaded, "tc_node_in", &sent[0]);
         assert_ne!(through(&loaded, "tc_node_in", &sent[1]), sent[1]);
         // Another datagram, and one of another protocol.
-        let other = fragments(&packet((CLIENT[v6], 45_001), (WEB[v6], 80), true), v6, 10, 24);
+        let other = fragments(
+            &packet((CLIENT[v6], 45_001), (WEB[v6], 80), true),
+            v6,
+            10,
+            24,
+        );
         assert_eq!(loaded.run("tc_node_in", &other[1]).0, TC_ACT_SHOT);
         // To nobody: the first is refused, the rest dropped.
-        let nobody = fragments(&packet((CLIENT[v6], 45_001), (EMPTY[v6], 80), true), v6, 11, 24);
+        let nobody = fragments(
+            &packet((CLIENT[v6], 45_001), (EMPTY[v6], 80), true),
+            v6,
+            11,
+            24,
+        );
         assert_eq!(loaded.run("tc_node_in", &nobody[0]).0, TC_ACT_REDIRECT);
         assert_eq!(loaded.run("tc_node_in", &nobody[1]).0, TC_ACT_SHOT);
         // Too short for ports.
-        let tiny = with_header(&sent[0], v6, 44, &sent[0][ETHERNET + IP[v6]..][..8 * v6], &[0x12, 0x34]);
+        let tiny = with_header(
+            &sent[0],
+            v6,
+            44,
+            &sent[0][ETHERNET + IP[v6]..][..8 * v6],
+            &[0x12, 0x34],
+        );
         assert_eq!(loaded.run("tc_node_in", &tiny).1, tiny);
     }
 }
@@ -586,7 +686,9 @@ fn options_and_extension_headers_are_stepped_over() {
     ];
     // Each names the next header first; padding fills them up.
     let (hop, routing, destination, tcp, udp) = (0, 43, 60, 6, 17);
-    let padded = |next: u8, words: u8| [vec![next, words, 1, 4], vec![0; 4 + 8 * usize::from(words)]].concat();
+    let padded = |next: u8, words: u8| {
+        [vec![next, words, 1, 4], vec![0; 4 + 8 * usize::from(words)]].concat()
+    };
     let routed = |next: u8, left: u8| {
         vec![
             next, 2, 2, left, 0, 0, 0, 0, 0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1,
@@ -610,7 +712,11 @@ fn options_and_extension_headers_are_stepped_over() {
             ),
             (
                 hop,
-                [(0..7).flat_map(|_| padded(destination, 0)).collect(), padded(proto, 31)].concat(),
+                [
+                    (0..7).flat_map(|_| padded(destination, 0)).collect(),
+                    padded(proto, 31),
+                ]
+                .concat(),
             ),
         ]
     };
@@ -622,16 +728,26 @@ fn options_and_extension_headers_are_stepped_over() {
                 _ => extensions(if is_udp { udp } else { tcp }),
             };
             for (first, more) in cases {
-                let extended = |frame: Vec<u8>| with_header(&frame, v6, first, &more, &frame[ETHERNET + IP[v6]..]);
+                let extended = |frame: Vec<u8>| {
+                    with_header(&frame, v6, first, &more, &frame[ETHERNET + IP[v6]..])
+                };
                 let dialled = extended(packet(client, (WEB[v6], 80), is_udp));
                 let seen = extended(packet(client, (BACKEND[v6], 8080), is_udp));
                 for (program, ..) in &ARRIVING[1..] {
-                    assert_eq!(through(&loaded, program, &dialled), seen, "{program}: {more:02x?}");
+                    assert_eq!(
+                        through(&loaded, program, &dialled),
+                        seen,
+                        "{program}: {more:02x?}"
+                    );
                 }
                 assert_eq!(arrives(&loaded, &dialled), seen);
                 let reply = extended(packet((BACKEND[v6], 8080), client, is_udp));
                 let shown = extended(packet((WEB[v6], 80), client, is_udp));
-                assert_eq!(through(&loaded, "tc_node_out", &reply), shown, "{more:02x?}");
+                assert_eq!(
+                    through(&loaded, "tc_node_out", &reply),
+                    shown,
+                    "{more:02x?}"
+                );
                 // A quote of it, in an error.
                 let about = error(ROUTER[v6], CLIENT[v6], Error::TooBig, &seen, 1200);
                 assert_eq!(
@@ -642,7 +758,10 @@ fn options_and_extension_headers_are_stepped_over() {
                 for length in (ETHERNET + IP[v6]..dialled.len().min(400)).step_by(3) {
                     let cut = &dialled[..length];
                     let (_, out) = loaded.run("tc_node_in", cut);
-                    assert!(out == cut || out == seen[..length], "{length} bytes: {more:02x?}");
+                    assert!(
+                        out == cut || out == seen[..length],
+                        "{length} bytes: {more:02x?}"
+                    );
                 }
             }
         }
@@ -653,7 +772,11 @@ fn options_and_extension_headers_are_stepped_over() {
         (routing, routed(udp, 1)),
         (
             hop,
-            [(0..9).flat_map(|_| padded(destination, 0)).collect(), padded(udp, 0)].concat(),
+            [
+                (0..9).flat_map(|_| padded(destination, 0)).collect(),
+                padded(udp, 0),
+            ]
+            .concat(),
         ),
         (hop, padded(udp, 200)[..64].to_vec()),
     ] {
@@ -674,8 +797,9 @@ fn options_and_extension_headers_are_stepped_over() {
     }
 }
 
-/// Packets that lie about their lengths, whose payload does not fit their checksum, or that are at their last hop: translated as
-/// any other, and as wrong as before, so that whoever would have noticed does.
+/// Packets that lie about their lengths, whose payload does not fit their checksum, or that are at
+/// their last hop: translated as any other, and as wrong as before, so that whoever would have
+/// noticed does.
 #[test]
 fn lies_are_passed_on_as_they_are() {
     let loaded = Loaded::new("lies");
@@ -689,7 +813,9 @@ fn lies_are_passed_on_as_they_are() {
         // A payload that the checksum does not fit.
         lies.push((l4 + 25, b"?".to_vec()));
         if udp {
-            lies.extend([0, 7, 0xffff].map(|claimed: u16| (l4 + 4, claimed.to_be_bytes().to_vec())));
+            lies.extend(
+                [0, 7, 0xffff].map(|claimed: u16| (l4 + 4, claimed.to_be_bytes().to_vec())),
+            );
         } else {
             lies.extend([0x00, 0x40, 0xf0].map(|offset| (l4 + 12, vec![offset])));
         }
@@ -725,12 +851,20 @@ fn lies_are_passed_on_as_they_are() {
                     ("tc_pod_out", 1),
                 ] {
                     let (sent, wanted) = &requests[n];
-                    assert_eq!(through(&loaded, program, &lie(sent)), lie(wanted), "{program}: {case}");
+                    assert_eq!(
+                        through(&loaded, program, &lie(sent)),
+                        lie(wanted),
+                        "{program}: {case}"
+                    );
                 }
                 // To nobody: refused or dropped.
                 for (program, dropped, back) in ARRIVING {
-                    let (verdict, _) = loaded.run(program, &lie(&packet(client, (EMPTY[v6], 80), udp)));
-                    assert!([dropped, back].contains(&verdict), "{program}: {case}: {verdict}");
+                    let (verdict, _) =
+                        loaded.run(program, &lie(&packet(client, (EMPTY[v6], 80), udp)));
+                    assert!(
+                        [dropped, back].contains(&verdict),
+                        "{program}: {case}: {verdict}"
+                    );
                 }
             }
         }
@@ -755,7 +889,9 @@ fn chunk(kind: u8, from: (&str, u16), to: (&str, u16)) -> Vec<u8> {
     .concat();
     // RFC 9260 appendix A, bit by bit.
     let crc = packet.iter().fold(!0u32, |crc, byte| {
-        (0..8).fold(crc ^ u32::from(*byte), |crc, _| crc >> 1 ^ (0x82f6_3b78 * (crc & 1)))
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| {
+            crc >> 1 ^ (0x82f6_3b78 * (crc & 1))
+        })
     });
     packet[8..12].copy_from_slice(&(!crc).to_le_bytes());
     let mut frame = Vec::new();
@@ -793,18 +929,27 @@ fn sctp_is_translated_with_its_checksum() {
         let port = source_port(&sent, v6);
         assert_eq!(sent, sctp((NODE[v6], port), (REMOTE[v6], 8080)));
         let reply = arrives(&loaded, &sctp((REMOTE[v6], 8080), (NODE[v6], port)));
-        assert_eq!(through(&loaded, "tc_node_out", &reply), sctp((FAR[v6], 80), client));
+        assert_eq!(
+            through(&loaded, "tc_node_out", &reply),
+            sctp((FAR[v6], 80), client)
+        );
         let client = (CLIENT[v6], 47_200);
-        // Behind options and extension headers; in fragments not at all, for the first does not say how long all are.
+        // Behind options and extension headers; in fragments not at all, for the first does not say
+        // how long all are.
         let (first, more) = [(0, vec![1; 8]), (60, vec![132, 0, 1, 4, 0, 0, 0, 0])][v6].clone();
-        let extended = |frame: Vec<u8>| with_header(&frame, v6, first, &more, &frame[ETHERNET + IP[v6]..]);
+        let extended =
+            |frame: Vec<u8>| with_header(&frame, v6, first, &more, &frame[ETHERNET + IP[v6]..]);
         assert_eq!(
             through(&loaded, "tc_pod_in", &extended(sctp(client, (WEB[v6], 80)))),
             extended(sctp(client, (BACKEND[v6], 8080)))
         );
         let parts = fragments(&sctp(client, (WEB[v6], 80)), v6, 21, 16);
-        assert_eq!(loaded.run("tc_node_in", &parts[0]), (TC_ACT_SHOT, parts[0].clone()));
-        // `CHECKSUM_PARTIAL` in a veth: a zero is not a checksum yet, and whoever computes it starts from zero.
+        assert_eq!(
+            loaded.run("tc_node_in", &parts[0]),
+            (TC_ACT_SHOT, parts[0].clone())
+        );
+        // `CHECKSUM_PARTIAL` in a veth: a zero is not a checksum yet, and whoever computes it
+        // starts from zero.
         let unfinished = |mut frame: Vec<u8>| {
             frame[ETHERNET + IP[v6] + 8..][..4].fill(0);
             frame
@@ -822,19 +967,29 @@ fn sctp_is_translated_with_its_checksum() {
             let init = sctp(client, to);
             let (verdict, answer) = loaded.run("tc_node_in", &init);
             assert_eq!(verdict, TC_ACT_REDIRECT);
-            assert_eq!(answer[ETHERNET + IP[v6] + 8..], init[ETHERNET..][..IP[v6] + 20]);
+            assert_eq!(
+                answer[ETHERNET + IP[v6] + 8..],
+                init[ETHERNET..][..IP[v6] + 20]
+            );
         }
     }
 }
 
-/// L1 and F10: an association stays with its backend when that leaves its Service; the next from the same port finds another.
+/// L1 and F10: an association stays with its backend when that leaves its Service; the next from
+/// the same port finds another.
 #[test]
 fn sctp_associations_stay_with_their_backend() {
     let [data, init, init_ack, abort] = [0, 1, 2, 6];
     for ends in [false, true] {
         let loaded = Loaded::new(if ends { "sctp-ends" } else { "sctp-stays" });
         let clients = [0, 1].map(|v6| (CLIENT[v6], 47_500));
-        let ask = |kind, v6: usize| through(&loaded, "tc_pod_in", &chunk(kind, clients[v6], (WEB[v6], 80)));
+        let ask = |kind, v6: usize| {
+            through(
+                &loaded,
+                "tc_pod_in",
+                &chunk(kind, clients[v6], (WEB[v6], 80)),
+            )
+        };
         let at = |kind, v6: usize, pod: [&str; 2]| chunk(kind, clients[v6], (pod[v6], 8080));
         for v6 in FAMILIES {
             assert_eq!(ask(init, v6), at(init, v6, BACKEND));

@@ -1,4 +1,5 @@
-//! The loaded programs under `BPF_PROG_TEST_RUN`: a packet in, a verdict and a packet out, byte for byte. Needs root.
+//! The loaded programs under `BPF_PROG_TEST_RUN`: a packet in, a verdict and a packet out, byte for
+//! byte. Needs root.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -10,12 +11,13 @@ use std::{
 use aya_obj::{
     Object,
     generated::{
-        BPF_ADD, BPF_ALU, BPF_ALU64, BPF_CALL, BPF_JMP, BPF_K, BPF_LDX, BPF_MOV, BPF_PSEUDO_CALL, BPF_ST, BPF_STX,
-        BPF_X, bpf_insn,
+        BPF_ADD, BPF_ALU, BPF_ALU64, BPF_CALL, BPF_JMP, BPF_K, BPF_LDX, BPF_MOV, BPF_PSEUDO_CALL,
+        BPF_ST, BPF_STX, BPF_X, bpf_insn,
     },
 };
 use etherparse::{
-    Icmpv4Type, Icmpv6Type, IpNumber, NetSlice, PacketBuilder, SlicedPacket, TransportSlice, icmpv4, icmpv6,
+    Icmpv4Type, Icmpv6Type, IpNumber, NetSlice, PacketBuilder, SlicedPacket, TransportSlice,
+    icmpv4, icmpv6,
 };
 
 use shunt::datapath::{bpf, load, maps::Maps};
@@ -43,7 +45,10 @@ fn packet(from: &str, from_port: u16, to: &str, to_port: u16, udp: bool) -> Vec<
     let mut bytes = Vec::new();
     let payload = b"0123456789abcdef0123456789abcdef";
     if udp {
-        builder.udp(from_port, to_port).write(&mut bytes, payload).unwrap();
+        builder
+            .udp(from_port, to_port)
+            .write(&mut bytes, payload)
+            .unwrap();
     } else {
         builder
             .tcp(from_port, to_port, 1, 64_000)
@@ -68,7 +73,8 @@ fn a_new_flow_is_rewritten_and_its_reply_back() {
         for v6 in [0, 1] {
             for udp in [false, true] {
                 let port = 40_000 + n as u16;
-                let (verdict, out) = loaded.run(program, &packet(CLIENT[v6], port, WEB[v6], 80, udp));
+                let (verdict, out) =
+                    loaded.run(program, &packet(CLIENT[v6], port, WEB[v6], 80, udp));
                 assert_eq!(verdict, pass, "{program}");
                 assert_eq!(
                     out,
@@ -81,7 +87,8 @@ fn a_new_flow_is_rewritten_and_its_reply_back() {
                 } else {
                     "tc_node_out"
                 };
-                let (verdict, out) = loaded.run(leaving, &packet(BACKEND[v6], 8080, CLIENT[v6], port, udp));
+                let (verdict, out) =
+                    loaded.run(leaving, &packet(BACKEND[v6], 8080, CLIENT[v6], port, udp));
                 assert_eq!(verdict, TC_ACT_UNSPEC);
                 assert_eq!(
                     out,
@@ -94,15 +101,20 @@ fn a_new_flow_is_rewritten_and_its_reply_back() {
     }
 }
 
-/// A kernel refuses a program of which its verifier has walked through a million instructions. Kernels differ in what they prune: what
-/// is close to that on one is over it on another, or with the next feature.
+/// A kernel refuses a program of which its verifier has walked through a million instructions.
+/// Kernels differ in what they prune: what is close to that on one is over it on another, or with
+/// the next feature.
 fn assert_far_from_the_verifiers_limit(loaded: &Loaded) {
-    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let release = rustix::system::uname()
+        .release()
+        .to_string_lossy()
+        .into_owned();
     let version = || {
         let mut numbers = release.split(|c: char| !c.is_ascii_digit());
         Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
     };
-    let version: (u32, u32) = version().unwrap_or_else(|| panic!("{release} is no kernel's release"));
+    let version: (u32, u32) =
+        version().unwrap_or_else(|| panic!("{release} is no kernel's release"));
     let most = if version >= (6, 18) {
         MOST_VERIFIED
     } else {
@@ -125,13 +137,14 @@ fn assert_far_from_the_verifiers_limit(loaded: &Loaded) {
     );
 }
 
-/// Settings choose what the verifier sees of the programs: this kernel's takes them all. With each, flows are translated, and
-/// counted where that is asked for.
+/// Settings choose what the verifier sees of the programs: this kernel's takes them all. With each,
+/// flows are translated, and counted where that is asked for.
 #[test]
 fn programs_load_with_every_setting() {
     for (fast_path, count_traffic) in [(false, false), (false, true), (true, false), (true, true)] {
         let loaded = Loaded::with("settings", |config| {
-            (config.socket_lb, config.fast_path, config.count_traffic) = (true, fast_path, count_traffic);
+            (config.socket_lb, config.fast_path, config.count_traffic) =
+                (true, fast_path, count_traffic);
         });
         assert_far_from_the_verifiers_limit(&loaded);
         let maps = Maps::open(&loaded.root).unwrap();
@@ -149,19 +162,32 @@ fn programs_load_with_every_setting() {
                     let packet = |from: [&str; 2], from_port, to: [&str; 2], to_port| {
                         packet(from[v6], from_port, to[v6], to_port, udp)
                     };
-                    // Whether the fast path finds a way, which costs a hop, is up to this machine's routes.
+                    // Whether the fast path finds a way, which costs a hop, is up to this machine's
+                    // routes.
                     let carries = |bytes: &[u8]| bytes[[26..38, 22..58][v6].clone()].to_vec();
                     let before = traffic(&maps);
                     let request = packet(CLIENT, port, WEB, 80);
                     let (_, out) = loaded.run(arriving, &request);
-                    assert_eq!(carries(&out), carries(&packet(CLIENT, port, BACKEND, 8080)), "{case}");
+                    assert_eq!(
+                        carries(&out),
+                        carries(&packet(CLIENT, port, BACKEND, 8080)),
+                        "{case}"
+                    );
                     let reply = packet(BACKEND, 8080, CLIENT, port);
                     let (_, out) = loaded.run(arriving, &reply);
                     assert_eq!(carries(&out), carries(&reply), "{case}");
                     let (_, out) = loaded.run(leaving, &out);
-                    assert_eq!(carries(&out), carries(&packet(WEB, 80, CLIENT, port)), "{case}");
+                    assert_eq!(
+                        carries(&out),
+                        carries(&packet(WEB, 80, CLIENT, port)),
+                        "{case}"
+                    );
                     let other = packet(CLIENT, port, BACKEND, 80);
-                    assert_eq!(loaded.run(arriving, &other), (TC_ACT_UNSPEC, other), "{case}");
+                    assert_eq!(
+                        loaded.run(arriving, &other),
+                        (TC_ACT_UNSPEC, other),
+                        "{case}"
+                    );
 
                     let more: Vec<u64> = traffic(&maps)
                         .iter()
@@ -169,7 +195,11 @@ fn programs_load_with_every_setting() {
                         .map(|(now, before)| now - before)
                         .collect();
                     let bytes = request.len() as u64 - 14;
-                    let expected = if count_traffic { [1, bytes, 1, bytes] } else { [0; 4] };
+                    let expected = if count_traffic {
+                        [1, bytes, 1, bytes]
+                    } else {
+                        [0; 4]
+                    };
                     assert_eq!(more, expected, "{case}");
                 }
             }
@@ -177,22 +207,30 @@ fn programs_load_with_every_setting() {
     }
 }
 
-/// A chain of calls has 512 bytes of stack. Kernels before 6.8 round every function's share up to 32 bytes
-/// ([`stack`]), so what this one loads may be too much for them.
+/// A chain of calls has 512 bytes of stack. Kernels before 6.8 round every function's share up to
+/// 32 bytes ([`stack`]), so what this one loads may be too much for them.
 #[test]
 fn chains_of_calls_fit_the_stack_of_older_kernels() {
     let mut object = Object::parse(load::object()).unwrap();
-    let sections = object.functions.keys().map(|(section, _)| *section).collect();
+    let sections = object
+        .functions
+        .keys()
+        .map(|(section, _)| *section)
+        .collect();
     object.relocate_calls(&sections).unwrap();
     assert!(object.programs.len() >= 10);
     for (name, program) in &object.programs {
         let needed = stack(&object.functions[&program.function_key()].instructions);
-        assert!((32..=512).contains(&needed), "{name} needs {needed} bytes of stack");
+        assert!(
+            (32..=512).contains(&needed),
+            "{name} needs {needed} bytes of stack"
+        );
     }
 }
 
-/// The stack that a program needs where kernels round up (`check_max_stack_depth` of kernel/bpf/verifier.c), were all of its branches
-/// taken. It begins with its main function; the others stand behind it.
+/// The stack that a program needs where kernels round up (`check_max_stack_depth` of
+/// kernel/bpf/verifier.c), were all of its branches taken. It begins with its main function; the
+/// others stand behind it.
 fn stack(program: &[bpf_insn]) -> usize {
     const STACK: u8 = 10;
     const CALL: u32 = BPF_JMP | BPF_CALL;
@@ -266,8 +304,8 @@ fn segment(from: &str, from_port: u16, to: &str, to_port: u16, flags: &str) -> V
     bytes
 }
 
-/// L3: first packets without end, from everywhere, and every open flow is still there; also when the backend answers them all,
-/// as a server with SYN cookies does.
+/// L3: first packets without end, from everywhere, and every open flow is still there; also when
+/// the backend answers them all, as a server with SYN cookies does.
 #[test]
 fn a_flood_of_first_packets_evicts_no_open_flow() {
     const OPEN: u16 = 700;
@@ -279,7 +317,10 @@ fn a_flood_of_first_packets_evicts_no_open_flow() {
             let (client, web, backend) = (CLIENT[v6], WEB[v6], BACKEND[v6]);
             let ports = 20_000..20_000 + OPEN;
             for (udp, answered) in [(false, false), (false, true), (true, false), (true, true)] {
-                let case = format!("{program}, IPv{}, UDP {udp}, answered {answered}", 4 + 2 * v6);
+                let case = format!(
+                    "{program}, IPv{}, UDP {udp}, answered {answered}",
+                    4 + 2 * v6
+                );
                 for port in ports.clone() {
                     loaded.run(program, &segment(client, port, web, 80, "SYN"));
                     loaded.run(leaving, &segment(backend, 8080, client, port, "SYN ACK"));
@@ -292,8 +333,13 @@ fn a_flood_of_first_packets_evicts_no_open_flow() {
                     };
                     let port = 1000 + n;
                     let (request, answer) = if udp {
-                        let packet = |from, from_port, to, to_port| packet(from, from_port, to, to_port, true);
-                        (packet(&source, port, web, 80), packet(backend, 8080, &source, port))
+                        let packet = |from, from_port, to, to_port| {
+                            packet(from, from_port, to, to_port, true)
+                        };
+                        (
+                            packet(&source, port, web, 80),
+                            packet(backend, 8080, &source, port),
+                        )
                     } else {
                         let answer = segment(backend, 8080, &source, port, "SYN ACK");
                         (segment(&source, port, web, 80, "SYN"), answer)
@@ -316,7 +362,8 @@ fn a_flood_of_first_packets_evicts_no_open_flow() {
     }
 }
 
-/// L3: and every client that was ever there keeps its backend (P1), though others are eligible by now.
+/// L3: and every client that was ever there keeps its backend (P1), though others are eligible by
+/// now.
 #[test]
 fn a_flood_of_first_packets_changes_no_clients_backend() {
     const CLIENTS: u8 = 100;
@@ -348,7 +395,10 @@ fn a_flood_of_first_packets_changes_no_clients_backend() {
                 };
                 let (_, out) = loaded.run(program, &sent(client, port, web, 80, "SYN"));
                 let server = destination(&out);
-                loaded.run(leaving, &sent(&server.to_string(), 8080, client, port, "SYN ACK"));
+                loaded.run(
+                    leaving,
+                    &sent(&server.to_string(), 8080, client, port, "SYN ACK"),
+                );
                 let (_, out) = loaded.run(program, &sent(client, port, web, 80, "ACK"));
                 assert_eq!(destination(&out), server);
                 server
@@ -394,8 +444,8 @@ fn a_flood_of_first_packets_changes_no_clients_backend() {
     }
 }
 
-/// L2: a stream of datagrams that was silent for longer than its time-out goes on with a source port of its own, when its old one is
-/// another client's by now.
+/// L2: a stream of datagrams that was silent for longer than its time-out goes on with a source
+/// port of its own, when its old one is another client's by now.
 #[test]
 fn a_stream_whose_source_port_is_gone_gets_another() {
     let loaded = Loaded::new("stream");
@@ -441,7 +491,8 @@ fn tcp_ports<A>(flows: Vec<(FlowKey<A>, Flow<A>)>) -> BTreeSet<u16> {
     tcp.map(|(key, _)| key.client_port).collect()
 }
 
-/// L1: an RST closes a connection for the node until its sender says something else; the other side may have been in the middle of it.
+/// L1: an RST closes a connection for the node until its sender says something else; the other side
+/// may have been in the middle of it.
 #[test]
 fn a_reset_is_taken_back_by_its_own_side_only() {
     let loaded = Loaded::new("reset");
@@ -458,15 +509,27 @@ fn a_reset_is_taken_back_by_its_own_side_only() {
                 let send = |client, flags| {
                     let (program, sent, wanted) = if client {
                         let wanted = segment(CLIENT[v6], port, BACKEND[v6], 8080, flags);
-                        (arriving, segment(CLIENT[v6], port, WEB[v6], 80, flags), wanted)
+                        (
+                            arriving,
+                            segment(CLIENT[v6], port, WEB[v6], 80, flags),
+                            wanted,
+                        )
                     } else {
                         let wanted = segment(WEB[v6], 80, CLIENT[v6], port, flags);
-                        (leaving, segment(BACKEND[v6], 8080, CLIENT[v6], port, flags), wanted)
+                        (
+                            leaving,
+                            segment(BACKEND[v6], 8080, CLIENT[v6], port, flags),
+                            wanted,
+                        )
                     };
                     let (_, out) = loaded.run(program, &sent);
                     // All but the checksum, which the helper has left as wrong as it was.
                     let addresses = 14..14 + 20 + 20 * v6 + 4;
-                    assert_eq!(out[addresses.clone()], wanted[addresses], "{program}: {flags}");
+                    assert_eq!(
+                        out[addresses.clone()],
+                        wanted[addresses],
+                        "{program}: {flags}"
+                    );
                     let state = match v6 {
                         0 => state_of(maps.v4.flows.entries().unwrap(), port),
                         _ => state_of(maps.v6.flows.entries().unwrap(), port),
@@ -510,7 +573,8 @@ fn nobody_behind_it_is_answered_with_port_unreachable() {
     for (program, _, back) in ARRIVING {
         for v6 in [0, 1] {
             for udp in [false, true] {
-                let (verdict, out) = loaded.run(program, &packet(CLIENT[v6], 42_000, EMPTY[v6], 80, udp));
+                let (verdict, out) =
+                    loaded.run(program, &packet(CLIENT[v6], 42_000, EMPTY[v6], 80, udp));
                 assert_eq!(verdict, back, "{program}");
                 let answer = SlicedPacket::from_ethernet(&out).unwrap();
                 assert_eq!(
@@ -520,12 +584,20 @@ fn nobody_behind_it_is_answered_with_port_unreachable() {
                 let quoted = match (answer.net.unwrap(), answer.transport.unwrap()) {
                     (NetSlice::Ipv4(ip), TransportSlice::Icmpv4(icmp)) => {
                         let header = ip.header();
-                        assert_eq!(header.header_checksum(), header.to_header().calc_header_checksum());
+                        assert_eq!(
+                            header.header_checksum(),
+                            header.to_header().calc_header_checksum()
+                        );
                         assert_eq!(header.source_addr().to_string(), EMPTY[0]);
                         assert_eq!(header.destination_addr().to_string(), CLIENT[0]);
-                        let unreachable = Icmpv4Type::DestinationUnreachable(icmpv4::DestUnreachableHeader::Port);
+                        let unreachable =
+                            Icmpv4Type::DestinationUnreachable(icmpv4::DestUnreachableHeader::Port);
                         assert_eq!(icmp.icmp_type(), unreachable);
-                        assert_eq!(icmp.checksum(), unreachable.calc_checksum(icmp.payload()), "{program}");
+                        assert_eq!(
+                            icmp.checksum(),
+                            unreachable.calc_checksum(icmp.payload()),
+                            "{program}"
+                        );
                         icmp.payload().to_vec()
                     }
                     (NetSlice::Ipv6(ip), TransportSlice::Icmpv6(icmp)) => {
@@ -533,7 +605,8 @@ fn nobody_behind_it_is_answered_with_port_unreachable() {
                         assert_eq!(header.next_header(), IpNumber::IPV6_ICMP);
                         assert_eq!(header.source_addr().to_string(), EMPTY[1]);
                         assert_eq!(header.destination_addr().to_string(), CLIENT[1]);
-                        let unreachable = Icmpv6Type::DestinationUnreachable(icmpv6::DestUnreachableCode::Port);
+                        let unreachable =
+                            Icmpv6Type::DestinationUnreachable(icmpv6::DestUnreachableCode::Port);
                         assert_eq!(icmp.icmp_type(), unreachable);
                         let (from, to) = (header.source(), header.destination());
                         let sum = unreachable.calc_checksum(from, to, icmp.payload()).unwrap();

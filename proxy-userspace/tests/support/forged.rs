@@ -31,8 +31,14 @@ impl Forger {
         flag: fn(PacketBuilderStep<TcpHeader>) -> PacketBuilderStep<TcpHeader>,
     ) -> io::Result<()> {
         let (builder, socket) = match (from.ip(), to.ip()) {
-            (IpAddr::V4(from), IpAddr::V4(to)) => (PacketBuilder::ipv4(from.octets(), to.octets(), 64), &self.v4),
-            (IpAddr::V6(from), IpAddr::V6(to)) => (PacketBuilder::ipv6(from.octets(), to.octets(), 64), &self.v6),
+            (IpAddr::V4(from), IpAddr::V4(to)) => (
+                PacketBuilder::ipv4(from.octets(), to.octets(), 64),
+                &self.v4,
+            ),
+            (IpAddr::V6(from), IpAddr::V6(to)) => (
+                PacketBuilder::ipv6(from.octets(), to.octets(), 64),
+                &self.v6,
+            ),
             _ => unreachable!("one family"),
         };
         let mut packet = Vec::new();

@@ -15,7 +15,9 @@ use shunt::{
         maps::Maps,
     },
     object::{ObjectName, Protocol},
-    plan::{Backend, Frontend, FrontendAddress, FrontendId, FrontendKind, Scope, ServicePlan, Table},
+    plan::{
+        Backend, Frontend, FrontendAddress, FrontendId, FrontendKind, Scope, ServicePlan, Table,
+    },
     sync::{
         Syncer,
         node::{self, NodeSettings},
@@ -87,7 +89,9 @@ impl Loaded {
         let settings = NodeSettings {
             addresses: NODE.map(|address| address.parse().unwrap()).into(),
             cluster_cidrs: Vec::new(),
-            service_cidrs: ["10.96.0.0/16", "fd96::/112"].map(|net| net.parse().unwrap()).into(),
+            service_cidrs: ["10.96.0.0/16", "fd96::/112"]
+                .map(|net| net.parse().unwrap())
+                .into(),
             answer_ping: true,
             retry_silence: std::time::Duration::ZERO,
             snat_ports: 10_240..=29_999,
@@ -95,7 +99,8 @@ impl Loaded {
             loopback: [false; 2],
             host_netns: 0,
         };
-        maps.set_config(&node::config(&settings, 20_000).unwrap()).unwrap();
+        maps.set_config(&node::config(&settings, 20_000).unwrap())
+            .unwrap();
         let loaded = Self {
             datapath,
             syncer: RefCell::new(Syncer::new(maps).unwrap()),
@@ -120,7 +125,12 @@ impl Loaded {
                 for scope in [Scope::Internal, Scope::External] {
                     let web = if local { BACKEND } else { REMOTE };
                     frontends.push(frontend(WEB[v6], protocol, scope, Some((web[v6], local))));
-                    frontends.push(frontend(FAR[v6], protocol, scope, Some((REMOTE[v6], false))));
+                    frontends.push(frontend(
+                        FAR[v6],
+                        protocol,
+                        scope,
+                        Some((REMOTE[v6], false)),
+                    ));
                     frontends.push(frontend(EMPTY[v6], protocol, scope, None));
                 }
             }
@@ -177,7 +187,11 @@ impl Loaded {
                     return result;
                 }
                 // Kernels that cannot do it.
-                Err(error) => assert_eq!(error.raw_os_error(), Some(libc::EINVAL), "{program}: {error}"),
+                Err(error) => assert_eq!(
+                    error.raw_os_error(),
+                    Some(libc::EINVAL),
+                    "{program}: {error}"
+                ),
             }
         }
         test_run(fd, packet, false).unwrap()
@@ -193,7 +207,12 @@ pub(crate) fn kept_backend(v6: bool, n: u8) -> String {
     }
 }
 
-fn frontend(address: &str, protocol: Protocol, scope: Scope, backend: Option<(&str, bool)>) -> Frontend {
+fn frontend(
+    address: &str,
+    protocol: Protocol,
+    scope: Scope,
+    backend: Option<(&str, bool)>,
+) -> Frontend {
     let backends: Vec<_> = backend
         .map(|(address, local)| Backend {
             address: address.parse().unwrap(),
@@ -237,8 +256,8 @@ struct TestRun {
     rest: [u32; 3],
 }
 
-/// A packet whose sum a device has computed (`CHECKSUM_COMPLETE`), at tc: the kernel says `EBADMSG` when the sum is not the
-/// packet's any more afterwards.
+/// A packet whose sum a device has computed (`CHECKSUM_COMPLETE`), at tc: the kernel says `EBADMSG`
+/// when the sum is not the packet's any more afterwards.
 fn test_run(program: BorrowedFd<'_>, packet: &[u8], summed: bool) -> io::Result<(u32, Vec<u8>)> {
     const BPF_F_TEST_SKB_CHECKSUM_COMPLETE: u32 = 1 << 2;
     const BPF_PROG_TEST_RUN: libc::c_int = 10;
@@ -250,11 +269,22 @@ fn test_run(program: BorrowedFd<'_>, packet: &[u8], summed: bool) -> io::Result<
         data_in: packet.as_ptr() as u64,
         data_out: out.as_mut_ptr() as u64,
         repeat: 1,
-        flags: if summed { BPF_F_TEST_SKB_CHECKSUM_COMPLETE } else { 0 },
+        flags: if summed {
+            BPF_F_TEST_SKB_CHECKSUM_COMPLETE
+        } else {
+            0
+        },
         ..TestRun::default()
     };
     // SAFETY: the attribute names buffers that live until the call returns, with their sizes.
-    let done = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, &raw mut attr, size_of::<TestRun>()) };
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            BPF_PROG_TEST_RUN,
+            &raw mut attr,
+            size_of::<TestRun>(),
+        )
+    };
     if done < 0 {
         return Err(io::Error::last_os_error());
     }

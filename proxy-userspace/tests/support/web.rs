@@ -1,4 +1,5 @@
-//! The Service `web`: a ClusterIP and a node port, of both families, for TCP and UDP. Its endpoints are written by hand.
+//! The Service `web`: a ClusterIP and a node port, of both families, for TCP and UDP. Its endpoints
+//! are written by hand.
 
 use std::{fs, path::Path};
 
@@ -11,7 +12,9 @@ pub(crate) const CLUSTER_IPS: [&str; 2] = ["10.96.0.1", "fd96::1"];
 
 pub(crate) fn service() -> String {
     let port = |proto: &str| {
-        format!("{{ name: {proto}, protocol: {proto}, port: 80, targetPort: {APP}, nodePort: {NODE_PORT} }}")
+        format!(
+            "{{ name: {proto}, protocol: {proto}, port: 80, targetPort: {APP}, nodePort: {NODE_PORT} }}"
+        )
     };
     let [v4, v6] = CLUSTER_IPS;
     format!(
@@ -39,7 +42,9 @@ pub(crate) fn slices(lab: &Lab, pods: &[(&str, &str, &str)]) -> String {
             endpoints.join(", "),
         )
     };
-    [("IPv4", false), ("IPv6", true)].map(of_family).join("---\n")
+    [("IPv4", false), ("IPv6", true)]
+        .map(of_family)
+        .join("---\n")
 }
 
 /// Writes a manifest in one step, as agents that follow it need.

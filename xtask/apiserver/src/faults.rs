@@ -12,7 +12,8 @@ pub enum Streaming {
     On,
     /// Refused with 422, as by a server whose feature gate is off.
     Refused,
-    /// Not known: the parameter is ignored, as by servers before 1.27. Objects come, but no bookmark ends them.
+    /// Not known: the parameter is ignored, as by servers before 1.27. Objects come, but no
+    /// bookmark ends them.
     Ignored,
 }
 
@@ -67,7 +68,8 @@ impl Refusal {
 pub struct Faults {
     /// Requests are answered with an error.
     pub refuse: Option<Refusal>,
-    /// Connections are accepted, but nothing is answered and watches are silent, as behind a broken load balancer.
+    /// Connections are accepted, but nothing is answered and watches are silent, as behind a broken
+    /// load balancer.
     pub frozen: bool,
     /// New connections speak HTTP/1.1, as through a proxy that knows no other.
     pub http1_only: bool,

@@ -1,9 +1,11 @@
-//! A Kubernetes API server for tests: Services, EndpointSlices, Nodes and Events over TLS with a bearer token, lists in pages
-//! or streamed, watches with bookmarks — and every kind of misbehaviour that a real one shows, on demand.
+//! A Kubernetes API server for tests: Services, EndpointSlices, Nodes and Events over TLS with a
+//! bearer token, lists in pages or streamed, watches with bookmarks — and every kind of
+//! misbehaviour that a real one shows, on demand.
 //!
-//! What it says is the truth about what it holds: versions only grow, a watch from a version tells everything that came
-//! after it, or that the version is gone. Misbehaviour is in how and whether it is said ([`Faults`], [`ApiServer::close`],
-//! [`ApiServer::cut_watches`], [`ApiServer::expire`], [`ApiServer::set_token`]).
+//! What it says is the truth about what it holds: versions only grow, a watch from a version tells
+//! everything that came after it, or that the version is gone. Misbehaviour is in how and whether
+//! it is said ([`Faults`], [`ApiServer::close`], [`ApiServer::cut_watches`], [`ApiServer::expire`],
+//! [`ApiServer::set_token`]).
 //!
 //! ```no_run
 //! let server = shunt_apiserver::ApiServer::start().unwrap();
@@ -55,7 +57,8 @@ use store::Store;
 
 /// What clients are let in with at first.
 const FIRST_TOKEN: &str = "first-token";
-/// The address of the Service `default/kubernetes` where a test makes one: real servers have it in their certificate too.
+/// The address of the Service `default/kubernetes` where a test makes one: real servers have it in
+/// their certificate too.
 pub const CLUSTER_IP: &str = "10.96.0.1";
 /// Where a pod finds its service account, from `/run` on.
 const SERVICE_ACCOUNT: &str = "secrets/kubernetes.io/serviceaccount";
@@ -131,8 +134,8 @@ impl ApiServer {
         Self::start_with(address, move || TcpListener::bind(address))
     }
 
-    /// A server that listens with `bind`, which is called again whenever it opens its port again; clients reach it at
-    /// `address`. A listener keeps the network namespace that it was made in.
+    /// A server that listens with `bind`, which is called again whenever it opens its port again;
+    /// clients reach it at `address`. A listener keeps the network namespace that it was made in.
     ///
     /// # Errors
     /// When it cannot listen, or no file can be written.
@@ -140,9 +143,16 @@ impl ApiServer {
         address: SocketAddr,
         bind: impl Fn() -> io::Result<TcpListener> + Send + 'static,
     ) -> Result<Self> {
-        let names = [address.ip().to_string(), CLUSTER_IP.to_owned(), "localhost".to_owned()];
-        let certified = rcgen::generate_simple_self_signed(names).context("cannot make a certificate")?;
-        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(certified.signing_key.serialize_der()));
+        let names = [
+            address.ip().to_string(),
+            CLUSTER_IP.to_owned(),
+            "localhost".to_owned(),
+        ];
+        let certified =
+            rcgen::generate_simple_self_signed(names).context("cannot make a certificate")?;
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(
+            certified.signing_key.serialize_der(),
+        ));
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let mut tls = rustls::ServerConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()?
@@ -269,7 +279,9 @@ impl ApiServer {
     #[must_use]
     pub fn get(&self, kind: Kind, namespace: &str, name: &str) -> Option<Value> {
         let state = self.shared.lock();
-        let object = state.store.get(kind, &(namespace.to_owned(), name.to_owned()))?;
+        let object = state
+            .store
+            .get(kind, &(namespace.to_owned(), name.to_owned()))?;
         serde_json::from_slice(&object.json).ok()
     }
 
@@ -322,7 +334,8 @@ impl ApiServer {
         token.clone_into(&mut self.shared.lock().token);
     }
 
-    /// Writes another token into the file that kubeconfig and service account have, as a kubelet does before one expires.
+    /// Writes another token into the file that kubeconfig and service account have, as a kubelet
+    /// does before one expires.
     ///
     /// # Errors
     /// When the file cannot be written.
@@ -359,7 +372,10 @@ impl ApiServer {
 
     fn order(&self, order: impl FnOnce(mpsc::Sender<io::Result<()>>) -> Order) -> Result<()> {
         let (done, wait) = mpsc::channel();
-        self.orders.send(order(done)).ok().context("the API server has ended")?;
+        self.orders
+            .send(order(done))
+            .ok()
+            .context("the API server has ended")?;
         Ok(wait.recv().context("the API server has ended")??)
     }
 
@@ -367,14 +383,22 @@ impl ApiServer {
     #[must_use]
     pub fn requests(&self, text: &str) -> usize {
         let state = self.shared.lock();
-        state.requests.iter().filter(|request| request.contains(text)).count()
+        state
+            .requests
+            .iter()
+            .filter(|request| request.contains(text))
+            .count()
     }
 
     /// The first request with `text` in it.
     #[must_use]
     pub fn request(&self, text: &str) -> Option<String> {
         let state = self.shared.lock();
-        state.requests.iter().find(|request| request.contains(text)).cloned()
+        state
+            .requests
+            .iter()
+            .find(|request| request.contains(text))
+            .cloned()
     }
 
     /// What was asked for, in the words of a ClusterRole: `discovery.k8s.io/endpointslices watch`.

@@ -1,4 +1,5 @@
-//! A way to a server from a network namespace that has none: bytes go to and fro, and can be stopped.
+//! A way to a server from a network namespace that has none: bytes go to and fro, and can be
+//! stopped.
 
 use std::{
     collections::BTreeMap,
@@ -39,14 +40,18 @@ impl Relay {
     /// Accepts on `listener`, connects from where the calling process is.
     ///
     /// # Errors
-    /// When the kubeconfig cannot be read, names no server, or its server's name cannot be resolved.
+    /// When the kubeconfig cannot be read, names no server, or its server's name cannot be
+    /// resolved.
     pub fn start(kubeconfig: &Path, listener: TcpListener) -> Result<Self> {
-        let text =
-            fs::read_to_string(kubeconfig).with_context(|| format!("{}: cannot be read", kubeconfig.display()))?;
-        let mut config: Value =
-            serde_saphyr::from_str(&text).with_context(|| format!("{}: is no YAML", kubeconfig.display()))?;
+        let text = fs::read_to_string(kubeconfig)
+            .with_context(|| format!("{}: cannot be read", kubeconfig.display()))?;
+        let mut config: Value = serde_saphyr::from_str(&text)
+            .with_context(|| format!("{}: is no YAML", kubeconfig.display()))?;
         // Only those of the current context matter, and only they are resolved.
-        let context = config["current-context"].as_str().unwrap_or_default().to_owned();
+        let context = config["current-context"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned();
         let list = |config: &Value, list: &str, name: &str| {
             let list = config[list].as_array()?;
             list.iter().position(|item| item["name"] == name)
@@ -69,7 +74,10 @@ impl Relay {
             Some((name, port)) if !port.ends_with(']') => (name, port.parse()?),
             _ => (host, 443),
         };
-        let name = name.trim_start_matches('[').trim_end_matches(']').to_owned();
+        let name = name
+            .trim_start_matches('[')
+            .trim_end_matches(']')
+            .to_owned();
         let to = (name.as_str(), port)
             .to_socket_addrs()?
             .next()
@@ -100,14 +108,18 @@ impl Relay {
 
     /// Ends all connections, and new ones as soon as they come.
     pub fn close(&self) {
-        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let open = self
+            .open
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         for stream in open.into_iter().flat_map(BTreeMap::into_values).flatten() {
             let _ = stream.shutdown(Shutdown::Both);
         }
     }
 
-    /// Swallows all bytes of the connections that there are, as a middlebox does that has forgotten them; new ones are let
-    /// through.
+    /// Swallows all bytes of the connections that there are, as a middlebox does that has forgotten
+    /// them; new ones are let through.
     pub fn mute(&self) {
         self.passed
             .mute
@@ -125,9 +137,16 @@ fn absolute(value: &mut Value, base: &Path) {
     match value {
         Value::Object(fields) => {
             for (name, value) in fields {
-                let is_path = ["certificate-authority", "client-certificate", "client-key", "tokenFile"];
+                let is_path = [
+                    "certificate-authority",
+                    "client-certificate",
+                    "client-key",
+                    "tokenFile",
+                ];
                 match value.as_str() {
-                    Some(path) if is_path.contains(&name.as_str()) && Path::new(path).is_relative() => {
+                    Some(path)
+                        if is_path.contains(&name.as_str()) && Path::new(path).is_relative() =>
+                    {
                         let path = base.join(path);
                         *value = path.canonicalize().unwrap_or(path).to_string_lossy().into();
                     }

@@ -66,7 +66,12 @@ impl Requirement {
             let values = values.trim().strip_prefix('(')?.strip_suffix(')')?;
             Some(Self {
                 key: key.trim().to_owned(),
-                values: Some(values.split(',').map(|value| value.trim().to_owned()).collect()),
+                values: Some(
+                    values
+                        .split(',')
+                        .map(|value| value.trim().to_owned())
+                        .collect(),
+                ),
                 not,
             })
         };
@@ -117,7 +122,11 @@ mod tests {
             ("other notin (x)", true),
             ("!a/b,!c/d", true),
         ] {
-            assert_eq!(Selector::parse(selector).unwrap().matches(&web), holds, "{selector}");
+            assert_eq!(
+                Selector::parse(selector).unwrap().matches(&web),
+                holds,
+                "{selector}"
+            );
         }
         for wrong in ["a b", "!", "a in b"] {
             assert!(Selector::parse(wrong).is_err(), "{wrong}");

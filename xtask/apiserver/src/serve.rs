@@ -1,4 +1,5 @@
-//! HTTP: lists, watches and writes (<https://kubernetes.io/docs/reference/using-api/api-concepts/>).
+//! HTTP: lists, watches and writes
+//! (<https://kubernetes.io/docs/reference/using-api/api-concepts/>).
 
 use std::{
     collections::BTreeMap,
@@ -39,7 +40,10 @@ impl hyper::body::Body for Lines {
     type Data = Bytes;
     type Error = io::Error;
 
-    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<io::Result<Frame<Bytes>>>> {
         let polled = self.0.poll_recv(context);
         polled.map(|line| line.map(|line| line.map(Frame::data)))
     }
@@ -59,7 +63,13 @@ impl Target {
     fn parse(path: &str) -> Option<Self> {
         let parts: Vec<&str> = path.trim_matches('/').split('/').collect();
         let rest = match parts.as_slice() {
-            ["api", "v1", rest @ ..] | ["apis", "discovery.k8s.io" | "events.k8s.io", "v1", rest @ ..] => rest,
+            ["api", "v1", rest @ ..]
+            | [
+                "apis",
+                "discovery.k8s.io" | "events.k8s.io",
+                "v1",
+                rest @ ..,
+            ] => rest,
             _ => return None,
         };
         let (namespace, rest) = match rest {
@@ -68,7 +78,9 @@ impl Target {
         };
         let (plural, rest) = rest.split_first()?;
         Some(Self {
-            kind: Kind::ALL.into_iter().find(|kind| kind.plural() == *plural)?,
+            kind: Kind::ALL
+                .into_iter()
+                .find(|kind| kind.plural() == *plural)?,
             namespace,
             name: rest.first().map(|name| (*name).to_owned()),
             subresource: rest.get(1).map(|name| (*name).to_owned()),
@@ -91,7 +103,9 @@ pub(crate) fn permission(line: &str) -> Option<String> {
         Some(rest) => rest.split('/').next()?,
         None => "",
     };
-    let watches = query.split('&').any(|pair| pair == "watch=true" || pair == "watch=1");
+    let watches = query
+        .split('&')
+        .any(|pair| pair == "watch=true" || pair == "watch=1");
     let verb = match method {
         "GET" if target.name.is_some() => "get",
         "GET" if watches => "watch",
@@ -105,17 +119,25 @@ pub(crate) fn permission(line: &str) -> Option<String> {
 }
 
 /// Answers one request.
-pub(crate) async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> Result<Answer, Infallible> {
+pub(crate) async fn answer(
+    request: Request<Incoming>,
+    shared: Arc<Shared>,
+) -> Result<Answer, Infallible> {
     let path = request.uri().path().to_owned();
     let query = parse_query(request.uri().query().unwrap_or_default());
     let target = Target::parse(&path);
     let faults = {
         let mut state = shared.lock();
         // Over HTTP/2 a URI has scheme and host too.
-        let uri = request.uri().path_and_query().map_or("", |uri| uri.as_str());
-        state
-            .requests
-            .push(format!("{} {uri} {:?}", request.method(), request.version()));
+        let uri = request
+            .uri()
+            .path_and_query()
+            .map_or("", |uri| uri.as_str());
+        state.requests.push(format!(
+            "{} {uri} {:?}",
+            request.method(),
+            request.version()
+        ));
         state.faults.clone()
     };
     if faults.frozen {
@@ -154,9 +176,16 @@ pub(crate) async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> R
     }
     let Some(target) = target else {
         return Ok(match path.as_str() {
-            "/version" => ok(200, &json!({ "major": "1", "minor": "34", "gitVersion": "v1.34.0" })),
+            "/version" => ok(
+                200,
+                &json!({ "major": "1", "minor": "34", "gitVersion": "v1.34.0" }),
+            ),
             "/healthz" | "/livez" | "/readyz" => ok(200, &json!("ok")),
-            _ => failure(404, "NotFound", "the server could not find the requested resource"),
+            _ => failure(
+                404,
+                "NotFound",
+                "the server could not find the requested resource",
+            ),
         });
     };
     let method = request.method().clone();
@@ -167,7 +196,10 @@ pub(crate) async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> R
                 Ok(wanted) => wanted,
                 Err(message) => return Ok(failure(400, "BadRequest", &message)),
             };
-            if query.get("watch").is_some_and(|value| value == "true" || value == "1") {
+            if query
+                .get("watch")
+                .is_some_and(|value| value == "true" || value == "1")
+            {
                 watch(target.kind, wanted, &query, shared)
             } else {
                 let metadata_only = request.headers().get(ACCEPT).is_some_and(|accept| {
@@ -225,7 +257,8 @@ fn ok(status: u16, value: &Value) -> Answer {
 
 fn json_answer(status: u16, text: impl Into<Bytes>) -> Answer {
     let mut answer = Response::new(Either::Left(Full::new(text.into())));
-    *answer.status_mut() = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    *answer.status_mut() =
+        StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     answer.headers_mut().insert(
         CONTENT_TYPE,
         hyper::header::HeaderValue::from_static("application/json"),
@@ -245,7 +278,11 @@ fn failure(code: u16, reason: &str, message: &str) -> Answer {
 }
 
 fn expired() -> Value {
-    status(410, "Expired", "The resourceVersion for the provided watch is too old.")
+    status(
+        410,
+        "Expired",
+        "The resourceVersion for the provided watch is too old.",
+    )
 }
 
 fn get(target: &Target, shared: &Shared) -> Answer {
@@ -264,8 +301,15 @@ fn not_found(target: &Target) -> Answer {
     )
 }
 
-/// A page: objects in the order of their names, and `continue` with the list's version and the last name.
-fn list(kind: Kind, wanted: &Wanted, query: &BTreeMap<String, String>, metadata_only: bool, shared: &Shared) -> Answer {
+/// A page: objects in the order of their names, and `continue` with the list's version and the last
+/// name.
+fn list(
+    kind: Kind,
+    wanted: &Wanted,
+    query: &BTreeMap<String, String>,
+    metadata_only: bool,
+    shared: &Shared,
+) -> Answer {
     let state = shared.lock();
     let limit = query
         .get("limit")
@@ -285,7 +329,9 @@ fn list(kind: Kind, wanted: &Wanted, query: &BTreeMap<String, String>, metadata_
         Some(Some(from)) => Some(from),
         Some(None) => return failure(400, "BadRequest", "continue key is not valid"),
     };
-    let version = from.as_ref().map_or(state.store.version, |(version, _)| *version);
+    let version = from
+        .as_ref()
+        .map_or(state.store.version, |(version, _)| *version);
     let mut objects = state
         .store
         .objects_after(kind, from.as_ref().map(|(_, key)| key))
@@ -307,8 +353,10 @@ fn list(kind: Kind, wanted: &Wanted, query: &BTreeMap<String, String>, metadata_
     } else {
         (format!("{}List", kind.kind()), kind.api_version())
     };
-    let mut text =
-        format!(r#"{{"kind":"{list}","apiVersion":"{api_version}","metadata":{metadata},"items":["#).into_bytes();
+    let mut text = format!(
+        r#"{{"kind":"{list}","apiVersion":"{api_version}","metadata":{metadata},"items":["#
+    )
+    .into_bytes();
     for (i, object) in items.into_iter().enumerate() {
         if i > 0 {
             text.push(b',');
@@ -328,7 +376,10 @@ fn list(kind: Kind, wanted: &Wanted, query: &BTreeMap<String, String>, metadata_
 fn parse_continue(token: &str) -> Option<(u64, Key)> {
     let mut parts = token.splitn(3, ' ');
     let version = parts.next()?.parse().ok()?;
-    Some((version, (parts.next()?.to_owned(), parts.next()?.to_owned())))
+    Some((
+        version,
+        (parts.next()?.to_owned(), parts.next()?.to_owned()),
+    ))
 }
 
 fn line(kind: &str, object: &[u8]) -> Bytes {
@@ -343,18 +394,32 @@ fn bookmark(kind: Kind, version: u64, ends_list: bool) -> Bytes {
     if ends_list {
         metadata["annotations"] = json!({ "k8s.io/initial-events-end": "true" });
     }
-    let object = json!({ "kind": kind.kind(), "apiVersion": kind.api_version(), "metadata": metadata });
+    let object =
+        json!({ "kind": kind.kind(), "apiVersion": kind.api_version(), "metadata": metadata });
     line("BOOKMARK", object.to_string().as_bytes())
 }
 
-fn watch(kind: Kind, wanted: Wanted, query: &BTreeMap<String, String>, shared: Arc<Shared>) -> Answer {
-    let flag = |name: &str| query.get(name).is_some_and(|value| value == "true" || value == "1");
+fn watch(
+    kind: Kind,
+    wanted: Wanted,
+    query: &BTreeMap<String, String>,
+    shared: Arc<Shared>,
+) -> Answer {
+    let flag = |name: &str| {
+        query
+            .get(name)
+            .is_some_and(|value| value == "true" || value == "1")
+    };
     let bookmarks = flag("allowWatchBookmarks");
-    let asked = query.get("resourceVersion").filter(|version| !version.is_empty());
+    let asked = query
+        .get("resourceVersion")
+        .filter(|version| !version.is_empty());
     let Ok(from) = asked.map_or(Ok(0), |version| version.parse::<u64>()) else {
         return failure(400, "BadRequest", "resourceVersion is no number");
     };
-    let seconds = query.get("timeoutSeconds").and_then(|seconds| seconds.parse().ok());
+    let seconds = query
+        .get("timeoutSeconds")
+        .and_then(|seconds| seconds.parse().ok());
     let mut first: Vec<Bytes> = Vec::new();
     let state = shared.lock();
     let store = &state.store;
@@ -369,7 +434,10 @@ fn watch(kind: Kind, wanted: Wanted, query: &BTreeMap<String, String>, shared: A
              unless the WatchList feature gate is enabled",
         );
     }
-    if streams && (!bookmarks || query.get("resourceVersionMatch").map(String::as_str) != Some("NotOlderThan")) {
+    if streams
+        && (!bookmarks
+            || query.get("resourceVersionMatch").map(String::as_str) != Some("NotOlderThan"))
+    {
         return failure(
             422,
             "Invalid",
@@ -391,7 +459,11 @@ fn watch(kind: Kind, wanted: Wanted, query: &BTreeMap<String, String>, shared: A
         gone = true;
     } else if state.faults.replay > 0 {
         for change in store.changes_before(kind, from, state.faults.replay) {
-            first.extend(change.event(&wanted).map(|(verb, object)| line(verb, &object.json)));
+            first.extend(
+                change
+                    .event(&wanted)
+                    .map(|(verb, object)| line(verb, &object.json)),
+            );
         }
     }
     gone |= state.faults.short_watches;
@@ -435,7 +507,13 @@ struct Watcher {
 }
 
 impl Watcher {
-    async fn run(mut self, first: Vec<Bytes>, ends: bool, sender: mpsc::Sender<io::Result<Bytes>>, shared: &Shared) {
+    async fn run(
+        mut self,
+        first: Vec<Bytes>,
+        ends: bool,
+        sender: mpsc::Sender<io::Result<Bytes>>,
+        shared: &Shared,
+    ) {
         for line in first {
             if sender.send(Ok(line)).await.is_err() {
                 return;
@@ -532,7 +610,10 @@ fn write(method: &Method, target: &Target, body: &[u8], shared: &Shared) -> Answ
             }
             let key = (
                 target.namespace.clone().unwrap_or_default(),
-                value["metadata"]["name"].as_str().unwrap_or_default().to_owned(),
+                value["metadata"]["name"]
+                    .as_str()
+                    .unwrap_or_default()
+                    .to_owned(),
             );
             let old = state.store.get(target.kind, &key).cloned();
             if *method == Method::POST && old.is_some() {
@@ -551,7 +632,10 @@ fn write(method: &Method, target: &Target, body: &[u8], shared: &Shared) -> Answ
                 value = merged;
             }
             match state.store.set(value) {
-                Ok(object) => json_answer(if *method == Method::POST { 201 } else { 200 }, object.json.clone()),
+                Ok(object) => json_answer(
+                    if *method == Method::POST { 201 } else { 200 },
+                    object.json.clone(),
+                ),
                 Err(message) => failure(422, "Invalid", &message),
             }
         }

@@ -28,7 +28,12 @@ pub enum Kind {
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Self; 4] = [Self::Services, Self::EndpointSlices, Self::Nodes, Self::Events];
+    pub const ALL: [Self; 4] = [
+        Self::Services,
+        Self::EndpointSlices,
+        Self::Nodes,
+        Self::Events,
+    ];
 
     /// `services`, as in a path.
     #[must_use]
@@ -64,7 +69,9 @@ impl Kind {
     /// The kind of an object.
     #[must_use]
     pub fn of(object: &Value) -> Option<Self> {
-        Self::ALL.into_iter().find(|kind| object["kind"] == kind.kind())
+        Self::ALL
+            .into_iter()
+            .find(|kind| object["kind"] == kind.kind())
     }
 }
 
@@ -95,7 +102,9 @@ impl Wanted {
             ("metadata.namespace".to_owned(), namespace.clone()),
             ("metadata.name".to_owned(), name.clone()),
         ]);
-        self.namespace.as_ref().is_none_or(|wanted| wanted == namespace)
+        self.namespace
+            .as_ref()
+            .is_none_or(|wanted| wanted == namespace)
             && self.labels.matches(&object.labels)
             && self.fields.matches(&fields)
     }
@@ -114,9 +123,13 @@ pub(crate) struct Change {
 }
 
 impl Change {
-    /// The watch event for one who wants to see certain objects only: leaving the selection is a deletion.
+    /// The watch event for one who wants to see certain objects only: leaving the selection is a
+    /// deletion.
     pub(crate) fn event(&self, wanted: &Wanted) -> Option<(&'static str, &Arc<Object>)> {
-        let before = self.before.as_ref().is_some_and(|object| wanted.matches(object));
+        let before = self
+            .before
+            .as_ref()
+            .is_some_and(|object| wanted.matches(object));
         let after = !self.deleted && wanted.matches(&self.after);
         match (before, after) {
             (false, false) => None,
@@ -149,15 +162,26 @@ impl Store {
     }
 
     pub(crate) fn objects(&self, kind: Kind) -> impl Iterator<Item = &Arc<Object>> {
-        self.objects.get(&kind).into_iter().flat_map(BTreeMap::values)
+        self.objects
+            .get(&kind)
+            .into_iter()
+            .flat_map(BTreeMap::values)
     }
 
     /// Those after a key, for the next page of a list.
-    pub(crate) fn objects_after(&self, kind: Kind, key: Option<&Key>) -> impl Iterator<Item = &Arc<Object>> {
+    pub(crate) fn objects_after(
+        &self,
+        kind: Kind,
+        key: Option<&Key>,
+    ) -> impl Iterator<Item = &Arc<Object>> {
         use std::ops::Bound::{Excluded, Unbounded};
         let from = key.map_or(Unbounded, Excluded);
         let objects = self.objects.get(&kind).into_iter();
-        objects.flat_map(move |objects| objects.range::<Key, _>((from, Unbounded)).map(|(_, object)| object))
+        objects.flat_map(move |objects| {
+            objects
+                .range::<Key, _>((from, Unbounded))
+                .map(|(_, object)| object)
+        })
     }
 
     pub(crate) fn get(&self, kind: Kind, key: &Key) -> Option<&Arc<Object>> {
@@ -166,14 +190,24 @@ impl Store {
 
     /// What happened to a kind after a version.
     pub(crate) fn changes(&self, kind: Kind, after: u64) -> impl Iterator<Item = &Change> {
-        let first = self.history.partition_point(|change| change.version <= after);
-        self.history.range(first..).filter(move |change| change.kind == kind)
+        let first = self
+            .history
+            .partition_point(|change| change.version <= after);
+        self.history
+            .range(first..)
+            .filter(move |change| change.kind == kind)
     }
 
     /// The last changes of a kind up to a version, oldest first.
     pub(crate) fn changes_before(&self, kind: Kind, version: u64, count: usize) -> Vec<Change> {
-        let end = self.history.partition_point(|change| change.version <= version);
-        let of_kind = self.history.range(..end).rev().filter(|change| change.kind == kind);
+        let end = self
+            .history
+            .partition_point(|change| change.version <= version);
+        let of_kind = self
+            .history
+            .range(..end)
+            .rev()
+            .filter(|change| change.kind == kind);
         let mut changes: Vec<Change> = of_kind.take(count).cloned().collect();
         changes.reverse();
         changes
@@ -187,13 +221,19 @@ impl Store {
     /// When it lacks a kind or a name.
     pub(crate) fn set(&mut self, mut value: Value) -> Result<Arc<Object>, String> {
         let kind = Kind::of(&value).ok_or_else(|| format!("no such kind: {}", value["kind"]))?;
-        let name = value["metadata"]["name"].as_str().unwrap_or_default().to_owned();
+        let name = value["metadata"]["name"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned();
         if name.is_empty() {
             return Err("metadata.name: Required value".to_owned());
         }
         let namespace = match kind {
             Kind::Nodes => String::new(),
-            _ => value["metadata"]["namespace"].as_str().unwrap_or("default").to_owned(),
+            _ => value["metadata"]["namespace"]
+                .as_str()
+                .unwrap_or("default")
+                .to_owned(),
         };
         let key = (namespace, name);
         let before = self.get(kind, &key).cloned();
@@ -210,7 +250,10 @@ impl Store {
             metadata["namespace"] = json!(key.0);
         }
         let given = [
-            ("uid", json!(format!("00000000-0000-4000-8000-{:012x}", self.version))),
+            (
+                "uid",
+                json!(format!("00000000-0000-4000-8000-{:012x}", self.version)),
+            ),
             ("creationTimestamp", json!("2026-01-01T00:00:00Z")),
         ];
         for (field, new) in given {
@@ -222,13 +265,19 @@ impl Store {
         if value.get("status").is_none() && !old["status"].is_null() {
             value["status"] = old["status"].clone();
         }
-        if kind == Kind::Services && value["spec"]["type"] != "ExternalName" && value["spec"]["clusterIP"].is_null() {
+        if kind == Kind::Services
+            && value["spec"]["type"] != "ExternalName"
+            && value["spec"]["clusterIP"].is_null()
+        {
             let spec = &mut value["spec"];
             if old["spec"]["clusterIPs"].is_array() {
                 spec["clusterIPs"] = old["spec"]["clusterIPs"].clone();
             } else {
                 let [high, low] = self.next.to_be_bytes();
-                spec["clusterIPs"] = json!([format!("10.96.{high}.{low}"), format!("fd96::{:x}", self.next)]);
+                spec["clusterIPs"] = json!([
+                    format!("10.96.{high}.{low}"),
+                    format!("fd96::{:x}", self.next)
+                ]);
             }
             spec["clusterIP"] = spec["clusterIPs"][0].clone();
         }
@@ -254,7 +303,13 @@ impl Store {
         true
     }
 
-    fn remember(&mut self, kind: Kind, before: Option<Arc<Object>>, after: Arc<Object>, deleted: bool) {
+    fn remember(
+        &mut self,
+        kind: Kind,
+        before: Option<Arc<Object>>,
+        after: Arc<Object>,
+        deleted: bool,
+    ) {
         self.history.push_back(Change {
             version: self.version,
             kind,
@@ -271,7 +326,10 @@ impl Store {
 }
 
 fn object(key: Key, value: &Value) -> Object {
-    let labels = value["metadata"]["labels"].as_object().into_iter().flatten();
+    let labels = value["metadata"]["labels"]
+        .as_object()
+        .into_iter()
+        .flatten();
     Object {
         key,
         labels: labels

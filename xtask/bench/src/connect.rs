@@ -1,7 +1,8 @@
 //! ns that the socket hooks add to a call, beside floor programs at the same hook.
 //!
-//! `connect` of a UDP socket sends nothing, and neither does `sendto` with `MSG_CONFIRM | MSG_PROBE` and no data: what is
-//! left of the calls is the way to the hook, and a look at the routing tables.
+//! `connect` of a UDP socket sends nothing, and neither does `sendto` with `MSG_CONFIRM |
+//! MSG_PROBE` and no data: what is left of the calls is the way to the hook, and a look at the
+//! routing tables.
 
 use std::{
     fs,
@@ -50,7 +51,8 @@ impl Cgroup {
             before: mount.join(before),
             path,
         };
-        fs::write(cgroup.path.join("cgroup.procs"), process::id().to_string()).context("cannot enter a cgroup")?;
+        fs::write(cgroup.path.join("cgroup.procs"), process::id().to_string())
+            .context("cannot enter a cgroup")?;
         Ok(cgroup)
     }
 }
@@ -77,8 +79,18 @@ pub(crate) fn measure(world: &World, replay: &Replay, rounds: usize, only: &str)
     for v6 in [false, true] {
         let family = if v6 { "6" } else { "4" };
         for (call, what, program, hooks) in [
-            (Call::Connect, "connect", "connect", [Hook::Connect4, Hook::Connect6]),
-            (Call::Sendmsg, "sendmsg", "sendmsg", [Hook::Sendmsg4, Hook::Sendmsg6]),
+            (
+                Call::Connect,
+                "connect",
+                "connect",
+                [Hook::Connect4, Hook::Connect6],
+            ),
+            (
+                Call::Sendmsg,
+                "sendmsg",
+                "sendmsg",
+                [Hook::Sendmsg4, Hook::Sendmsg6],
+            ),
         ] {
             let name = format!("socket IPv{family}, {what} to a ClusterIP, added");
             if !name.contains(only) {
@@ -112,7 +124,11 @@ pub(crate) fn measure(world: &World, replay: &Replay, rounds: usize, only: &str)
                     least.push(floor - bare);
                 }
             }
-            let ratios: Vec<f64> = added.iter().zip(&least).map(|(own, floor)| own / floor).collect();
+            let ratios: Vec<f64> = added
+                .iter()
+                .zip(&least)
+                .map(|(own, floor)| own / floor)
+                .collect();
             Line {
                 name,
                 value: middle(&added),
@@ -137,7 +153,9 @@ fn calls(call: Call, to: SocketAddr) -> io::Result<f64> {
     for _ in 0..CALLS {
         match call {
             Call::Connect => socket.connect(&address)?,
-            Call::Sendmsg => drop(socket.send_to_with_flags(&[], &address, libc::MSG_CONFIRM | MSG_PROBE)?),
+            Call::Sendmsg => socket
+                .send_to_with_flags(&[], &address, libc::MSG_CONFIRM | MSG_PROBE)
+                .map(|_| ())?,
         }
     }
     Ok(began.elapsed().as_nanos() as f64 / f64::from(CALLS))

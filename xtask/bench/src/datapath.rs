@@ -16,8 +16,8 @@ use crate::{
     replay::{Hook, Replay, Script, Vary},
     report::{Line, Target, middle, spread},
     world::{
-        self, BACKEND_PORT, CLIENT, CLUSTER_IP, FLOWS, LOCAL_PORT, REMOTE_PORT, TO_CLUSTER_IP, TO_LOCAL, TO_REMOTE,
-        World,
+        self, BACKEND_PORT, CLIENT, CLUSTER_IP, FLOWS, LOCAL_PORT, REMOTE_PORT, TO_CLUSTER_IP,
+        TO_LOCAL, TO_REMOTE, World,
     },
 };
 
@@ -27,7 +27,8 @@ const ESTABLISHED: f64 = 1.25;
 const NEW: f64 = 1.10;
 /// Bound on what a packet of no Service pays, ns.
 const STRANGER: f64 = 50.0;
-/// Bound on figures with many Services beside those with one; where it is less than [`RESOLUTION`], that stands for it.
+/// Bound on figures with many Services beside those with one; where it is less than [`RESOLUTION`],
+/// that stands for it.
 const SAME: f64 = 1.03;
 /// As finely as two loads of the same programs over like maps compare, ns.
 const RESOLUTION: f64 = 0.5;
@@ -73,11 +74,20 @@ pub(crate) fn measure(quick: bool, only: &str) -> Result<()> {
     let neighbours = GATEWAYS.iter().map(|text| (*text).to_owned());
     let lines: Vec<String> = neighbours
         .chain(peers.iter().map(ToString::to_string))
-        .map(|address| format!("neighbour replace {address} lladdr 02:00:00:00:00:99 dev eth0 nud permanent"))
+        .map(|address| {
+            format!("neighbour replace {address} lladdr 02:00:00:00:00:99 dev eth0 nud permanent")
+        })
         .collect();
     ns.ip(&lines)?;
     let counts: &[u32] = if quick { &[1] } else { &[1, 10_000, 100_000] };
-    ns.run(|| in_namespace(&lab, counts, if quick { QUICK_ROUNDS } else { ROUNDS }, only))
+    ns.run(|| {
+        in_namespace(
+            &lab,
+            counts,
+            if quick { QUICK_ROUNDS } else { ROUNDS },
+            only,
+        )
+    })
 }
 
 fn in_namespace(lab: &Lab, counts: &[u32], rounds: [usize; 2], only: &str) -> Result<()> {
@@ -177,7 +187,9 @@ fn cases(world: &World, v6: bool) -> Vec<Case> {
     let cluster_ip: IpAddr = CLUSTER_IP[i].parse().expect("an address");
     let local = world::backend(v6, true, 0);
     let remote = world::backend(v6, false, 0);
-    let stranger: IpAddr = ["192.0.2.7", "2001:db8:7::7"][i].parse().expect("an address");
+    let stranger: IpAddr = ["192.0.2.7", "2001:db8:7::7"][i]
+        .parse()
+        .expect("an address");
     let forward = |port, to, to_port, mask| Script {
         packet: packet(client, port, to, to_port, false).expect("a packet"),
         vary: Vary::Source,
@@ -214,7 +226,11 @@ fn cases(world: &World, v6: bool) -> Vec<Case> {
         packet: packet(client, 50_000, to, to_port, true).expect("a packet"),
         vary: Vary::Source,
         mask: 0xff_ffff,
-        base: if v6 { 0 } else { u32::from_be_bytes([100, 0, 0, 0]) },
+        base: if v6 {
+            0
+        } else {
+            u32::from_be_bytes([100, 0, 0, 0])
+        },
     };
     let mut cases = Vec::new();
     for (mask, flows) in [(0, "1 flow"), (FLOWS - 1, "65,536 flows")] {
@@ -428,7 +444,11 @@ fn play(stages: &mut [Stage], case: &Case, rounds: [usize; 2]) -> Result<()> {
         }
     }
     let (own, floor) = &figures[0];
-    let ratios: Vec<f64> = own.iter().zip(floor).map(|(own, floor)| own / floor).collect();
+    let ratios: Vec<f64> = own
+        .iter()
+        .zip(floor)
+        .map(|(own, floor)| own / floor)
+        .collect();
     let beside = case.floor.is_some();
     Line {
         name: case.name.clone(),
@@ -476,13 +496,20 @@ fn one_round(stage: &mut Stage, case: &Case, round: usize) -> Result<(f64, f64, 
     if round == 0 {
         check(replay, case, program)?;
     }
-    let play = |program| Ok::<_, anyhow::Error>(replay.play(case.hook, program, &case.script, case.repeat)?.0);
+    let play = |program| {
+        Ok::<_, anyhow::Error>(
+            replay
+                .play(case.hook, program, &case.script, case.repeat)?
+                .0,
+        )
+    };
     let floor = || match &case.floor {
         Some(name) => play(replay.program(name)?),
         None => Ok(0.0),
     };
     let turn = round % 2 == 1;
-    // Both find the flows as this pass leaves them in the caches; and they take turns in who comes first.
+    // Both find the flows as this pass leaves them in the caches; and they take turns in who comes
+    // first.
     if !case.fresh {
         play(program)?;
     }
@@ -510,7 +537,8 @@ fn age(world: &World, v6: bool) -> Result<()> {
 fn check(replay: &mut Replay, case: &Case, program: BorrowedFd<'_>) -> Result<()> {
     let (_, verdict, out) = replay.play(case.hook, program, &case.script, 1)?;
     if let Some(name) = &case.floor {
-        let (_, floor_verdict, floor_out) = replay.play(case.hook, replay.program(name)?, &case.script, 1)?;
+        let (_, floor_verdict, floor_out) =
+            replay.play(case.hook, replay.program(name)?, &case.script, 1)?;
         if verdict != floor_verdict {
             bail!(
                 "the verdict is {}, the floor's {}",

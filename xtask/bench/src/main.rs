@@ -1,7 +1,8 @@
-//! Measures shunt's programs beside floor programs, and prints a line of JSON for each: `cargo xtask bench` runs it.
+//! Measures shunt's programs beside floor programs, and prints a line of JSON for each: `cargo
+//! xtask bench` runs it.
 //!
-//! It is apart from `xtask` because it links the agent's library: it loads the programs, fills their maps through the same
-//! code as the agent, and then runs them in a namespace of its own.
+//! It is apart from `xtask` because it links the agent's library: it loads the programs, fills
+//! their maps through the same code as the agent, and then runs them in a namespace of its own.
 
 mod connect;
 mod datapath;

@@ -37,7 +37,9 @@ unsafe impl aya::Pod for Side {}
 
 impl Side {
     fn parse(text: &str) -> Result<Self> {
-        let address: SocketAddrV4 = text.parse().with_context(|| format!("{text} is no ADDRESS:PORT"))?;
+        let address: SocketAddrV4 = text
+            .parse()
+            .with_context(|| format!("{text} is no ADDRESS:PORT"))?;
         Ok(Self {
             addr: u32::from_ne_bytes(address.ip().octets()),
             port: address.port().to_be().into(),
@@ -64,25 +66,39 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         loader.map_max_entries(name, 1);
     }
     let mut ebpf = loader.load(FLOORS).context("the floor programs")?;
-    let map = ebpf.map_mut("nat_frontends").context("no map nat_frontends")?;
+    let map = ebpf
+        .map_mut("nat_frontends")
+        .context("no map nat_frontends")?;
     let mut frontends: HashMap<_, Side, Side> = HashMap::try_from(map)?;
     for service in &args.service {
-        let (frontend, backend) = service.split_once('=').with_context(|| format!("{service}: no ="))?;
+        let (frontend, backend) = service
+            .split_once('=')
+            .with_context(|| format!("{service}: no ="))?;
         frontends.insert(Side::parse(frontend)?, Side::parse(backend)?, 0)?;
     }
     let mut links: Vec<OwnedFd> = Vec::new();
-    for (name, hook) in [("floor_nat_in", Hook::TcxIngress), ("floor_nat_out", Hook::TcxEgress)] {
-        let program = ebpf.program_mut(name).with_context(|| format!("no program {name}"))?;
+    for (name, hook) in [
+        ("floor_nat_in", Hook::TcxIngress),
+        ("floor_nat_out", Hook::TcxEgress),
+    ] {
+        let program = ebpf
+            .program_mut(name)
+            .with_context(|| format!("no program {name}"))?;
         let program: &mut SchedClassifier = program.try_into()?;
         program.load().with_context(|| format!("program {name}"))?;
         for device in &args.device {
             let index = rustix::net::netdevice::name_to_index(
-                rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?,
+                rustix::net::socket(
+                    rustix::net::AddressFamily::INET,
+                    rustix::net::SocketType::DGRAM,
+                    None,
+                )?,
                 device,
             )
             .with_context(|| format!("device {device}"))?;
             links.push(
-                link::create(program.fd()?.as_fd(), index, hook, 0).with_context(|| format!("{name} on {device}"))?,
+                link::create(program.fd()?.as_fd(), index, hook, 0)
+                    .with_context(|| format!("{name} on {device}"))?,
             );
         }
     }

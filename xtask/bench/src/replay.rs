@@ -1,7 +1,7 @@
 //! Plays a packet through a program many times, by `BPF_PROG_TEST_RUN`.
 //!
-//! The replay program puts the packet back and calls the program under test by a tail call; the same with an empty program
-//! is the cost of the frame, which is taken off.
+//! The replay program puts the packet back and calls the program under test by a tail call; the
+//! same with an empty program is the cost of the frame, which is taken off.
 
 use std::{
     io,
@@ -14,7 +14,8 @@ use aya::{Ebpf, EbpfLoader, programs::Program};
 use shunt::datapath::{bpf::map, load::Datapath};
 use shunt_common::layout::names;
 
-pub(crate) static FLOORS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/shunt-floors"));
+pub(crate) static FLOORS: &[u8] =
+    aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/shunt-floors"));
 
 /// Bytes of the packet that the replay program puts back.
 const RESTORED: usize = 80;
@@ -101,7 +102,8 @@ struct XdpMd {
 }
 
 impl Replay {
-    /// Loads the floors onto the maps of `datapath`. `device`: index of the device that XDP packets come in through.
+    /// Loads the floors onto the maps of `datapath`. `device`: index of the device that XDP packets
+    /// come in through.
     pub(crate) fn load(datapath: &Datapath, device: u32) -> Result<Self> {
         let mut loader = EbpfLoader::new();
         let capacities = datapath.capacities();
@@ -124,7 +126,11 @@ impl Replay {
             }
             .with_context(|| format!("floor program {name}"))?;
         }
-        Ok(Self { ebpf, device, next: 1 })
+        Ok(Self {
+            ebpf,
+            device,
+            next: 1,
+        })
     }
 
     /// A floor program.
@@ -144,19 +150,24 @@ impl Replay {
             .iter()
             .map(|&(port, last)| u32::from(port) | u32::from(last) << 16)
             .collect();
-        map::update_batch(map, &keys, &values).map_err(|(error, done)| anyhow::anyhow!("ports, entry {done}: {error}"))
+        map::update_batch(map, &keys, &values)
+            .map_err(|(error, done)| anyhow::anyhow!("ports, entry {done}: {error}"))
     }
 
     fn map(&self, name: &str) -> Result<BorrowedFd<'_>> {
         use aya::maps::Map;
-        let map = self.ebpf.map(name).with_context(|| format!("no map {name}"))?;
+        let map = self
+            .ebpf
+            .map(name)
+            .with_context(|| format!("no map {name}"))?;
         Ok(match map {
             Map::Array(data) | Map::ProgramArray(data) => data.fd().as_fd(),
             _ => bail!("map {name} is of another kind"),
         })
     }
 
-    /// Plays the script through `program`. Returns ns per packet, the last verdict and the last packet.
+    /// Plays the script through `program`. Returns ns per packet, the last verdict and the last
+    /// packet.
     pub(crate) fn play(
         &self,
         hook: Hook,
@@ -193,7 +204,13 @@ impl Replay {
             .context("BPF_PROG_TEST_RUN")
     }
 
-    fn run(&self, hook: Hook, program: BorrowedFd<'_>, packet: &[u8], repeat: u32) -> io::Result<(f64, u32, Vec<u8>)> {
+    fn run(
+        &self,
+        hook: Hook,
+        program: BorrowedFd<'_>,
+        packet: &[u8],
+        repeat: u32,
+    ) -> io::Result<(f64, u32, Vec<u8>)> {
         const BPF_PROG_TEST_RUN: libc::c_int = 10;
         let mut out = vec![0; 4096];
         let md = XdpMd {
@@ -216,13 +233,21 @@ impl Replay {
         }
         let began = Instant::now();
         // SAFETY: the attribute names buffers that live until the call returns, with their sizes.
-        let done = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, &raw mut attr, size_of::<TestRun>()) };
+        let done = unsafe {
+            libc::syscall(
+                libc::SYS_bpf,
+                BPF_PROG_TEST_RUN,
+                &raw mut attr,
+                size_of::<TestRun>(),
+            )
+        };
         if done < 0 {
             return Err(io::Error::last_os_error());
         }
         let elapsed = began.elapsed().as_nanos() as f64 / f64::from(repeat);
         out.truncate(attr.data_size_out as usize);
-        // The kernel leaves out what else ran meanwhile, and cuts to whole nanoseconds; the fraction is told by the clock.
+        // The kernel leaves out what else ran meanwhile, and cuts to whole nanoseconds; the
+        // fraction is told by the clock.
         let whole = f64::from(attr.duration);
         Ok((elapsed.clamp(whole, whole + 1.0), attr.retval, out))
     }

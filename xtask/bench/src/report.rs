@@ -25,7 +25,8 @@ pub(crate) struct Line {
     pub(crate) against: Option<&'static str>,
     /// The same as a figure.
     pub(crate) baseline: Option<f64>,
-    /// Half the distance between the quartiles of the ratios (or, without a baseline, figures), as a part of the middle.
+    /// Half the distance between the quartiles of the ratios (or, without a baseline, figures), as
+    /// a part of the middle.
     pub(crate) spread: f64,
     /// What should be reached.
     pub(crate) target: Option<Target>,

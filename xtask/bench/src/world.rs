@@ -1,4 +1,5 @@
-//! Where it is measured: a node in a namespace, shunt's programs loaded, Services in the maps and flows open.
+//! Where it is measured: a node in a namespace, shunt's programs loaded, Services in the maps and
+//! flows open.
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
@@ -10,7 +11,9 @@ use shunt::{
         maps::Maps,
     },
     object::{ObjectName, Protocol},
-    plan::{Backend, Frontend, FrontendAddress, FrontendId, FrontendKind, Scope, ServicePlan, Table},
+    plan::{
+        Backend, Frontend, FrontendAddress, FrontendId, FrontendKind, Scope, ServicePlan, Table,
+    },
     sync::{
         Syncer,
         node::{self, NodeSettings},
@@ -20,8 +23,8 @@ use shunt_common::{
     family::{Family, V4, V6},
     filter,
     layout::{
-        CLIENT_WORDS, Config, FLOW_ANSWERED, FLOW_BACKEND_FIN, FLOW_CLIENT_FIN, FLOW_LOCAL_BACKEND, FLOW_LOCAL_CLIENT,
-        FLOW_SNAT, Flow, FlowKey, Octets, SnatSlot, TCP, TICK_NS, names,
+        CLIENT_WORDS, Config, FLOW_ANSWERED, FLOW_BACKEND_FIN, FLOW_CLIENT_FIN, FLOW_LOCAL_BACKEND,
+        FLOW_LOCAL_CLIENT, FLOW_SNAT, Flow, FlowKey, Octets, SnatSlot, TCP, TICK_NS, names,
     },
     snat,
 };
@@ -61,7 +64,8 @@ pub(crate) struct World {
 }
 
 fn ip(text: &str) -> IpAddr {
-    text.parse().unwrap_or_else(|error| panic!("{text}: {error}"))
+    text.parse()
+        .unwrap_or_else(|error| panic!("{text}: {error}"))
 }
 
 /// Backend number `n` on this node (`local`) or another.
@@ -97,7 +101,12 @@ fn node_port(v6: bool) -> FrontendAddress {
     }
 }
 
-fn frontends(address: FrontendAddress, protocol: Protocol, port: u16, backends: Vec<Backend>) -> [Frontend; 2] {
+fn frontends(
+    address: FrontendAddress,
+    protocol: Protocol,
+    port: u16,
+    backends: Vec<Backend>,
+) -> [Frontend; 2] {
     [Scope::Internal, Scope::External].map(|scope| Frontend {
         id: FrontendId {
             address,
@@ -135,7 +144,8 @@ fn plan(name: String, mut frontends: Vec<Frontend>) -> ServicePlan {
 }
 
 impl World {
-    /// Loads the programs for `lab`'s first node with room for `services` Services. Runs in the node's namespace.
+    /// Loads the programs for `lab`'s first node with room for `services` Services. Runs in the
+    /// node's namespace.
     pub(crate) fn new(lab: &Lab, services: u32) -> Result<Self> {
         let defaults = Capacities::default();
         let capacities = Capacities {
@@ -171,7 +181,12 @@ impl World {
             ));
             let cluster_ip = FrontendAddress::Ip(ip(CLUSTER_IP[usize::from(v6)]));
             for protocol in [Protocol::Tcp, Protocol::Udp] {
-                all.extend(frontends(cluster_ip, protocol, 80, backends(v6, false, BACKENDS)));
+                all.extend(frontends(
+                    cluster_ip,
+                    protocol,
+                    80,
+                    backends(v6, false, BACKENDS),
+                ));
             }
         }
         syncer.apply(&plan("remote".to_owned(), all))?;
@@ -195,7 +210,8 @@ impl World {
         Ok(world)
     }
 
-    /// Adds Services until there are `services`, with one ClusterIP and [`OTHER_BACKENDS`] backends in each family.
+    /// Adds Services until there are `services`, with one ClusterIP and [`OTHER_BACKENDS`] backends
+    /// in each family.
     fn grow(&mut self, services: u32) -> Result<()> {
         for n in 1..services {
             let [_, a, b, c] = n.to_be_bytes();
@@ -246,7 +262,13 @@ impl World {
         let each = FLOWS / u32::from(BACKENDS);
         let way = |which: u8| {
             let backend = F::words(F::octets(backend(v6, false, which)));
-            snat::index::<F>(&self.config, self.config.snat_first, backend, BACKEND_PORT, TCP)
+            snat::index::<F>(
+                &self.config,
+                self.config.snat_first,
+                backend,
+                BACKEND_PORT,
+                TCP,
+            )
         };
         (0..FLOWS)
             .map(|n| {
@@ -300,7 +322,11 @@ impl World {
                 let flow = Flow {
                     frontend: F::octets(frontend),
                     backend,
-                    snat: if snat { F::octets(self.node[i]) } else { client },
+                    snat: if snat {
+                        F::octets(self.node[i])
+                    } else {
+                        client
+                    },
                     frontend_port,
                     backend_port: BACKEND_PORT,
                     snat_port: if snat { snat_port } else { port },
@@ -355,7 +381,8 @@ impl World {
             .context("snat")
     }
 
-    /// Makes every source port that is not of an open flow look used long ago, as on a node that has run for a day.
+    /// Makes every source port that is not of an open flow look used long ago, as on a node that
+    /// has run for a day.
     pub(crate) fn age_snat<F: Maplike>(&self, v6: bool) -> Result<()> {
         let zero = F::bytes(F::UNSPECIFIED);
         let old = SnatSlot {
@@ -374,7 +401,12 @@ impl World {
             epoch: 0,
             owner: 0,
         };
-        let map = bpf::open(&self.datapath.paths().map(if v6 { "snat6" } else { "snat4" }))?;
+        let map = bpf::open(
+            &self
+                .datapath
+                .paths()
+                .map(if v6 { "snat6" } else { "snat4" }),
+        )?;
         let keys: Vec<u32> = (0..SNAT_SLOTS).collect();
         let values = vec![old; keys.len()];
         bpf::map::update_batch(std::os::fd::AsFd::as_fd(&map), &keys, &values)

@@ -1,8 +1,9 @@
 //! Builds a package of BPF programs for a build script and leaves the object in `OUT_DIR`.
 //!
-//! The toolchain for it is not the one that builds the caller (`-Z build-std` needs `rust-src` and a linker for BPF), so
-//! `cargo xtask setup` looks for both once and writes what it found into `target/tools/env`; this crate only reads it.
-//! It is the one place with the flags of the BPF build.
+//! The toolchain for it is not the one that builds the caller (`-Z build-std` needs `rust-src` and
+//! a linker for BPF), so `cargo xtask setup` looks for both once and writes what it found into
+//! `target/tools/env`; this crate only reads it. It is the one place with the flags of the BPF
+//! build.
 
 use std::{
     collections::BTreeMap,
@@ -20,8 +21,9 @@ const RUSTFLAGS: &[&str] = &[
     "-Ctarget-cpu=v3",
 ];
 
-/// The body of a build script: builds the binary `object` of `package`, whose sources are in the folder `sources` of the
-/// workspace at `workspace` (relative to the calling package), and copies it to `OUT_DIR`.
+/// The body of a build script: builds the binary `object` of `package`, whose sources are in the
+/// folder `sources` of the workspace at `workspace` (relative to the calling package), and copies
+/// it to `OUT_DIR`.
 pub fn main(workspace: &str, package: &str, sources: &str, object: &str) -> ExitCode {
     match build(workspace, package, sources, object) {
         Ok(()) => ExitCode::SUCCESS,
@@ -39,14 +41,23 @@ fn build(workspace: &str, package: &str, sources: &str, object: &str) -> Result<
         .map_err(|e| format!("{}: {e}", workspace.display()))?;
     let out = PathBuf::from(variable("OUT_DIR")?).join(object);
     let env_file = workspace.join("target/tools/env");
-    for path in [sources, "proxy-common", "Cargo.toml", "Cargo.lock", "target/tools/env"] {
+    for path in [
+        sources,
+        "proxy-common",
+        "Cargo.toml",
+        "Cargo.lock",
+        "target/tools/env",
+    ] {
         println!("cargo::rerun-if-changed={}", workspace.join(path).display());
     }
 
     let mut tools = tools(&env_file)?;
-    let linker = tools
-        .remove("BPF_LINKER")
-        .ok_or_else(|| format!("{}: no BPF_LINKER: run `cargo xtask setup`", env_file.display()))?;
+    let linker = tools.remove("BPF_LINKER").ok_or_else(|| {
+        format!(
+            "{}: no BPF_LINKER: run `cargo xtask setup`",
+            env_file.display()
+        )
+    })?;
     let target = match variable("CARGO_CFG_TARGET_ENDIAN")?.as_str() {
         "big" => "bpfeb-unknown-none",
         _ => "bpfel-unknown-none",
@@ -54,13 +65,24 @@ fn build(workspace: &str, package: &str, sources: &str, object: &str) -> Result<
     // Apart from the outer target folder, whose lock the outer cargo holds while this runs.
     let target_dir = workspace.join("target/bpf");
 
-    let mut cargo = Command::new(tools.remove("CARGO").map_or_else(|| variable("CARGO"), Ok)?);
+    let mut cargo = Command::new(
+        tools
+            .remove("CARGO")
+            .map_or_else(|| variable("CARGO"), Ok)?,
+    );
     cargo
         .current_dir(&workspace)
-        .args(["build", "--package", package, "--release", "-Zbuild-std=core"])
+        .args([
+            "build",
+            "--package",
+            package,
+            "--release",
+            "-Zbuild-std=core",
+        ])
         .args(["--bin", object, "--target", target, "--target-dir"])
         .arg(&target_dir);
-    // What the outer build says to its own compiler (clippy's wrapper, coverage flags, a cross target) is not for this one.
+    // What the outer build says to its own compiler (clippy's wrapper, coverage flags, a cross
+    // target) is not for this one.
     for name in [
         "RUSTC",
         "RUSTC_WRAPPER",
@@ -93,7 +115,8 @@ fn build(workspace: &str, package: &str, sources: &str, object: &str) -> Result<
     flags.push(format!("-Clinker={linker}"));
     cargo
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"))
-        // Full debug information also of the crates that the programs use: the types of keys and values are theirs.
+        // Full debug information also of the crates that the programs use: the types of keys and
+        // values are theirs.
         .env("CARGO_PROFILE_RELEASE_DEBUG", "2")
         .env("CARGO_PROFILE_RELEASE_PANIC", "abort")
         .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "1")
@@ -117,7 +140,8 @@ fn build(workspace: &str, package: &str, sources: &str, object: &str) -> Result<
     Ok(())
 }
 
-/// The toolchain that `cargo xtask setup` wrote down: lines of `KEY=VALUE`, empty lines and `#` comments.
+/// The toolchain that `cargo xtask setup` wrote down: lines of `KEY=VALUE`, empty lines and `#`
+/// comments.
 fn tools(file: &Path) -> Result<BTreeMap<String, String>, String> {
     let text = fs::read_to_string(file).map_err(|e| {
         format!(

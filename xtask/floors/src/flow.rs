@@ -13,10 +13,16 @@ pub(crate) fn flow<F: Wire>(key: &FlowKey<F::Words>) -> Option<&'static Flow<F::
     value::<_, Flow<F::Words>>(F::FLOWS.get_ptr_mut(bytes::<_, FlowKey<F::Addr>>(key)))
 }
 
-/// A new flow as it is usually done: frontend, miss, slot, and an entry for each direction. `addr` and `scope`: what the
-/// frontend is found by. Returns the packet as the backend gets it, but for the source, which becomes `snat`.
+/// A new flow as it is usually done: frontend, miss, slot, and an entry for each direction. `addr`
+/// and `scope`: what the frontend is found by. Returns the packet as the backend gets it, but for
+/// the source, which becomes `snat`.
 #[inline(always)]
-pub(crate) fn open<F: Wire>(old: &Seen<F::Words>, addr: F::Words, scope: u8, snat: F::Words) -> Option<Seen<F::Words>> {
+pub(crate) fn open<F: Wire>(
+    old: &Seen<F::Words>,
+    addr: F::Words,
+    scope: u8,
+    snat: F::Words,
+) -> Option<Seen<F::Words>> {
     let (src_port, dst_port) = (u16::from_be(old.src_port), u16::from_be(old.dst_port));
     let frontend_key = FrontendKey {
         addr,
@@ -32,7 +38,10 @@ pub(crate) fn open<F: Wire>(old: &Seen<F::Words>, addr: F::Words, scope: u8, sna
         frontend_port: dst_port,
         ..old.key::<F>()
     };
-    if F::FLOOR_FLOWS.get_ptr(bytes::<_, FlowKey<F::Addr>>(&key)).is_some() {
+    if F::FLOOR_FLOWS
+        .get_ptr(bytes::<_, FlowKey<F::Addr>>(&key))
+        .is_some()
+    {
         return None;
     }
     let choice = hash::flow::<F>(old.src, src_port, old.dst, dst_port, TCP);
@@ -58,14 +67,22 @@ pub(crate) fn open<F: Wire>(old: &Seen<F::Words>, addr: F::Words, scope: u8, sna
         ..*old
     };
     F::FLOOR_FLOWS
-        .insert(bytes::<_, FlowKey<F::Addr>>(&key), bytes::<_, Flow<F::Addr>>(&flow), 0)
+        .insert(
+            bytes::<_, FlowKey<F::Addr>>(&key),
+            bytes::<_, Flow<F::Addr>>(&flow),
+            0,
+        )
         .ok()?;
     key.client = slot.addr;
     key.frontend = old.src;
     key.client_port = slot.port;
     key.frontend_port = src_port;
     F::FLOOR_FLOWS
-        .insert(bytes::<_, FlowKey<F::Addr>>(&key), bytes::<_, Flow<F::Addr>>(&flow), 0)
+        .insert(
+            bytes::<_, FlowKey<F::Addr>>(&key),
+            bytes::<_, Flow<F::Addr>>(&flow),
+            0,
+        )
         .ok()?;
     Some(new)
 }

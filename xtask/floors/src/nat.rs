@@ -1,7 +1,8 @@
-//! The least that a stateful DNAT at tc can be, for real connections: TCP over IPv4, one entry per flow, no policies.
+//! The least that a stateful DNAT at tc can be, for real connections: TCP over IPv4, one entry per
+//! flow, no policies.
 //!
-//! What comes in is looked up in an LRU by the client's side, a new flow in a table of frontends; what goes out to the client
-//! gets the frontend's address back. Routing is the kernel's.
+//! What comes in is looked up in an LRU by the client's side, a new flow in a table of frontends;
+//! what goes out to the client gets the frontend's address back. Routing is the kernel's.
 
 use aya_ebpf::{
     bindings::TC_ACT_UNSPEC,

@@ -21,9 +21,9 @@ const PORTS_LEN: usize = 65_536;
 pub(crate) struct Script {
     /// The packet's first bytes.
     packet: [u64; WORDS],
-    /// Where the number of the packet is added to a 32-bit word in network order: 0 nowhere, 1 IPv4 source, 2 IPv6 source
-    /// (last word), 3 IPv4 destination, 4 IPv6 destination; 5 and 6 (IPv4, IPv6): destination port and the last byte of
-    /// the source from `ports`.
+    /// Where the number of the packet is added to a 32-bit word in network order: 0 nowhere, 1 IPv4
+    /// source, 2 IPv6 source (last word), 3 IPv4 destination, 4 IPv6 destination; 5 and 6 (IPv4,
+    /// IPv6): destination port and the last byte of the source from `ports`.
     vary: u32,
     /// Number of packets before the first comes again, less one; ones from the lowest bit on.
     mask: u32,
@@ -52,7 +52,8 @@ fn prepare(start: usize, end: usize) -> bool {
         return false;
     };
     let packet = start as *mut u8;
-    // SAFETY: the length was checked, and all offsets below lie within; the script is this run's alone.
+    // SAFETY: the length was checked, and all offsets below lie within; the script is this run's
+    // alone.
     unsafe {
         for i in 0..WORDS {
             set(packet, i * 8, (&raw const (*script).packet[i]).read());
@@ -67,7 +68,9 @@ fn prepare(start: usize, end: usize) -> bool {
             3 => set(packet, 30, word),
             4 => set(packet, 50, word),
             5 | 6 => {
-                let Some(entry) = PORTS.get(n) else { return false };
+                let Some(entry) = PORTS.get(n) else {
+                    return false;
+                };
                 let (port, last) = ((*entry as u16).to_be(), (*entry >> 16) as u8);
                 if (*script).vary == 5 {
                     set(packet, 36, port);

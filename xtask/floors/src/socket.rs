@@ -1,6 +1,9 @@
 //! Floors of the socket hooks: look up, choose, rewrite.
 
-use aya_ebpf::{EbpfContext, helpers::bpf_get_socket_cookie, macros::cgroup_sock_addr, programs::SockAddrContext};
+use aya_ebpf::{
+    EbpfContext, helpers::bpf_get_socket_cookie, macros::cgroup_sock_addr,
+    programs::SockAddrContext,
+};
 use shunt_common::{
     family::{V4, V6, Words6},
     hash,
@@ -26,7 +29,8 @@ fn choose<F: Wire>(ctx: &SockAddrContext, addr: F::Words) -> Option<Slot<F::Word
         scope: SCOPE_INTERNAL,
         reserved: 0,
     };
-    // SAFETY: read at once; the entry is freed after this run only. The helper takes the program's own context.
+    // SAFETY: read at once; the entry is freed after this run only. The helper takes the program's
+    // own context.
     let (frontend, cookie) = unsafe {
         (
             F::FRONTENDS.get(bytes::<_, FrontendKey<F::Addr>>(&key))?,
@@ -61,7 +65,8 @@ fn dial6(ctx: &SockAddrContext) -> i32 {
             low: word(2) | word(3) << 32,
         };
         if let Some(slot) = choose::<V6>(ctx, addr) {
-            let set = |i: usize, value: u64| words.cast::<u32>().add(i).write_volatile(value as u32);
+            let set =
+                |i: usize, value: u64| words.cast::<u32>().add(i).write_volatile(value as u32);
             set(0, slot.addr.high);
             set(1, slot.addr.high >> 32);
             set(2, slot.addr.low);

@@ -1,4 +1,5 @@
-//! Floors of the tc programs, right for packets whose checksum is not complete yet (`CHECKSUM_PARTIAL`).
+//! Floors of the tc programs, right for packets whose checksum is not complete yet
+//! (`CHECKSUM_PARTIAL`).
 
 use aya_ebpf::{
     bindings::{BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC},
@@ -18,7 +19,11 @@ use crate::{
 
 /// The transport checksum by the kernel, the rest into the packet.
 #[inline(always)]
-pub(crate) fn translate<F: Wire>(ctx: &TcContext, old: &Seen<F::Words>, new: &Seen<F::Words>) -> i32 {
+pub(crate) fn translate<F: Wire>(
+    ctx: &TcContext,
+    old: &Seen<F::Words>,
+    new: &Seen<F::Words>,
+) -> i32 {
     let offset = (F::L4 + 16) as u32;
     // SAFETY: the helper checks the offset.
     unsafe {
@@ -88,7 +93,8 @@ fn reply<F: Wire>(ctx: &TcContext) -> i32 {
     translate::<F>(ctx, &old, &new)
 }
 
-/// Established and SNAT, where it arrives: one look-up; the source's port changes, its address only when it leaves.
+/// Established and SNAT, where it arrives: one look-up; the source's port changes, its address only
+/// when it leaves.
 #[inline(always)]
 fn snat_in<F: Wire>(ctx: &TcContext) -> i32 {
     let Some(old) = parse::<F>(ctx.data(), ctx.data_end()) else {
@@ -115,11 +121,15 @@ fn snat_out<F: Wire>(ctx: &TcContext) -> i32 {
     let Some(slot) = snat_slot::<F>(old.src_port, old.dst, old.dst_port) else {
         return TC_ACT_SHOT;
     };
-    let new = Seen { src: slot.snat, ..old };
+    let new = Seen {
+        src: slot.snat,
+        ..old
+    };
     translate::<F>(ctx, &old, &new)
 }
 
-/// A reply to a translated source, where it arrives: one array entry; the frontend comes in where it leaves.
+/// A reply to a translated source, where it arrives: one array entry; the frontend comes in where
+/// it leaves.
 #[inline(always)]
 fn snat_reply_in<F: Wire>(ctx: &TcContext) -> i32 {
     let Some(old) = parse::<F>(ctx.data(), ctx.data_end()) else {

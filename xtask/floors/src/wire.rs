@@ -217,7 +217,8 @@ impl<A: Copy> Seen<A> {
     }
 }
 
-/// The entry of a translated source port. The range begins at 10240 with 13 ways, as it does by default.
+/// The entry of a translated source port. The range begins at 10240 with 13 ways, as it does by
+/// default.
 #[inline(always)]
 pub(crate) fn snat_slot<F: Wire>(
     port: u16,
@@ -226,7 +227,10 @@ pub(crate) fn snat_slot<F: Wire>(
 ) -> Option<&'static SnatSlot<F::Words>> {
     const FIRST: u16 = 10_240;
     const WAYS: u32 = 13;
-    let way = hash::pick(hash::side::<F>(backend, u16::from_be(backend_port), TCP) as u32, WAYS);
+    let way = hash::pick(
+        hash::side::<F>(backend, u16::from_be(backend_port), TCP) as u32,
+        WAYS,
+    );
     let index = u32::from(u16::from_be(port).wrapping_sub(FIRST)) * WAYS + way;
     let slot = value::<_, SnatSlot<F::Words>>(F::SNAT.get_ptr_mut(index))?;
     (slot.backend == backend).then_some(slot)
@@ -242,7 +246,10 @@ pub(crate) fn addresses<F: Wire>(old: &Seen<F::Words>, new: &Seen<F::Words>) -> 
 /// The one's complement difference of the ports.
 #[inline(always)]
 pub(crate) fn ports<A>(old: &Seen<A>, new: &Seen<A>) -> u64 {
-    u64::from(!old.src_port) + u64::from(new.src_port) + u64::from(!old.dst_port) + u64::from(new.dst_port)
+    u64::from(!old.src_port)
+        + u64::from(new.src_port)
+        + u64::from(!old.dst_port)
+        + u64::from(new.dst_port)
 }
 
 /// Folds a sum to 32 bits.
@@ -277,7 +284,11 @@ pub(crate) fn rewrite<F: Wire>(old: &Seen<F::Words>, new: &Seen<F::Words>, trans
         set(packet, F::L4 + 2, new.dst_port);
         if transport {
             let field = F::L4 + 16;
-            set(packet, field, updated(get(packet, field), difference + ports(old, new)));
+            set(
+                packet,
+                field,
+                updated(get(packet, field), difference + ports(old, new)),
+            );
         }
     }
 }
@@ -294,6 +305,7 @@ pub(crate) fn bytes<W, B>(words: &W) -> &B {
 #[inline(always)]
 pub(crate) fn value<'m, B, W>(ptr: Option<*mut B>) -> Option<&'m W> {
     const { assert!(size_of::<B>() == size_of::<W>()) };
-    // SAFETY: the same layout; map values are aligned to eight bytes and stay while the program runs.
+    // SAFETY: the same layout; map values are aligned to eight bytes and stay while the program
+    // runs.
     ptr.and_then(|ptr| unsafe { ptr.cast::<W>().as_ref() })
 }

@@ -53,7 +53,13 @@ fn send_on<F: Wire>(ctx: &XdpContext, new: &Seen<F::Words>) -> u32 {
     };
     // SAFETY: `fib` has the kernel's layout; the headers were checked by `parse`.
     unsafe {
-        if bpf_fib_lookup(ctx.as_ptr(), (&raw mut fib).cast(), size_of::<FibLookup>() as i32, 0) != 0 {
+        if bpf_fib_lookup(
+            ctx.as_ptr(),
+            (&raw mut fib).cast(),
+            size_of::<FibLookup>() as i32,
+            0,
+        ) != 0
+        {
             return XDP_ABORTED;
         }
         if F::HEADER == 20 {
@@ -143,7 +149,11 @@ fn new_flow<F: Wire>(ctx: &XdpContext, remote: bool) -> u32 {
     };
     let new = Seen { src, ..new };
     rewrite::<F>(&old, &new, true);
-    if remote { send_on::<F>(ctx, &new) } else { XDP_PASS }
+    if remote {
+        send_on::<F>(ctx, &new)
+    } else {
+        XDP_PASS
+    }
 }
 
 /// One program per family.

@@ -23,9 +23,11 @@ use crate::{
     registry,
 };
 
-/// How long an agent may take until its datapath is live; on an emulated machine the verifier takes most of it.
+/// How long an agent may take until its datapath is live; on an emulated machine the verifier takes
+/// most of it.
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
-/// Seconds to take instead of [`READY_TIMEOUT`], where the kernel's verifier runs in an emulated machine.
+/// Seconds to take instead of [`READY_TIMEOUT`], where the kernel's verifier runs in an emulated
+/// machine.
 const READY_ENV: &str = "SHUNT_LAB_READY_SECONDS";
 /// How long an agent may take to end at SIGTERM.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
@@ -43,12 +45,15 @@ pub struct AgentOptions {
     pub shunt: Option<PathBuf>,
     /// Names of the only capabilities that the agent is to have; `None`: all that this process has.
     pub capabilities: Option<Vec<String>>,
-    /// Whether the agent has to find out the node's addresses itself; else it gets them as `--node-ip`.
+    /// Whether the agent has to find out the node's addresses itself; else it gets them as
+    /// `--node-ip`.
     pub finds_addresses: bool,
-    /// Whether the agent has to find out which devices there are; else it gets `--devices eth0 --pod-devices veth*`.
+    /// Whether the agent has to find out which devices there are; else it gets `--devices eth0
+    /// --pod-devices veth*`.
     pub finds_devices: bool,
-    /// What a kubelet gives to a pod for the API server: its address in the environment, and what the agent is to see as `/run`,
-    /// with the service account in `secrets/kubernetes.io/serviceaccount`.
+    /// What a kubelet gives to a pod for the API server: its address in the environment, and what
+    /// the agent is to see as `/run`, with the service account in
+    /// `secrets/kubernetes.io/serviceaccount`.
     pub pod: Option<(SocketAddr, PathBuf)>,
 }
 
@@ -59,7 +64,10 @@ impl AgentOptions {
         Self {
             manifests: None,
             xdp: "native".to_owned(),
-            extra: vec!["--kubeconfig".to_owned(), path.to_string_lossy().into_owned()],
+            extra: vec![
+                "--kubeconfig".to_owned(),
+                path.to_string_lossy().into_owned(),
+            ],
             shunt: None,
             capabilities: None,
             finds_addresses: true,
@@ -265,7 +273,10 @@ impl Agent {
     /// When the binary cannot be run.
     pub fn spawn(&mut self) -> Result<()> {
         let mut command = self.command()?;
-        command.args(&self.args).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .args(&self.args)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         let mut child = command
             .spawn()
             .with_context(|| format!("cannot run {}", self.shunt.display()))?;
@@ -294,12 +305,19 @@ impl Agent {
         let printed = Arc::clone(&self.printed);
         let mut lines = printed.lines.lock().unwrap_or_else(PoisonError::into_inner);
         while lines.1.is_none() {
-            let ended = self.child.as_mut().and_then(|child| child.try_wait().ok().flatten());
+            let ended = self
+                .child
+                .as_mut()
+                .and_then(|child| child.try_wait().ok().flatten());
             if let Some(status) = ended {
                 drop(lines);
                 // What it printed last may still be in the pipe.
                 thread::sleep(Duration::from_millis(50));
-                bail!("the agent of {} ended ({status}): {}", self.node, self.output().trim());
+                bail!(
+                    "the agent of {} ended ({status}): {}",
+                    self.node,
+                    self.output().trim()
+                );
             }
             if Instant::now() >= deadline {
                 bail!(
@@ -347,7 +365,11 @@ impl Agent {
     /// With what it printed instead.
     pub fn wait_for(&self, text: &str, timeout: Duration) -> Result<()> {
         let deadline = Instant::now() + timeout;
-        let mut lines = self.printed.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut lines = self
+            .printed
+            .lines
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         while !lines.0.contains(text) {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -447,7 +469,8 @@ impl Agent {
         kill_process(pid, signal).with_context(|| format!("the agent of {}", self.node))
     }
 
-    /// Starts it again with the same arguments and waits until it is ready; one that runs is stopped first.
+    /// Starts it again with the same arguments and waits until it is ready; one that runs is
+    /// stopped first.
     ///
     /// # Errors
     ///
@@ -490,7 +513,10 @@ impl Agent {
         let output = self.cli(&[args, &["-o", "json"]].concat())?;
         let verb = args.join(" ");
         if !output.status.success() {
-            bail!("shunt {verb}: {}", String::from_utf8_lossy(&output.stderr).trim());
+            bail!(
+                "shunt {verb}: {}",
+                String::from_utf8_lossy(&output.stderr).trim()
+            );
         }
         serde_json::from_slice(&output.stdout).with_context(|| format!("shunt {verb} -o json"))
     }
@@ -502,7 +528,8 @@ impl Drop for Agent {
             let _ = child.kill();
             let _ = child.wait();
         }
-        // Cleans the node's devices too; that matters only to a lab that goes on without this agent.
+        // Cleans the node's devices too; that matters only to a lab that goes on without this
+        // agent.
         let _ = self.cli(&["cleanup"]);
         remove_pins(&self.bpf_root);
     }
@@ -517,13 +544,19 @@ pub fn mount_bpffs() -> Result<()> {
     // Two that find it missing at once would mount one over the other, and hide its pins.
     let _guard = registry::registry_lock()?;
     let mounts = fs::read_to_string("/proc/self/mounts").context("/proc/self/mounts")?;
-    if mounts
-        .lines()
-        .any(|line| line.split(' ').nth(2) == Some("bpf") && line.split(' ').nth(1) == Some(registry::BPFFS))
-    {
+    if mounts.lines().any(|line| {
+        line.split(' ').nth(2) == Some("bpf") && line.split(' ').nth(1) == Some(registry::BPFFS)
+    }) {
         return Ok(());
     }
-    rustix::mount::mount("bpf", registry::BPFFS, "bpf", rustix::mount::MountFlags::empty(), None).with_context(|| {
+    rustix::mount::mount(
+        "bpf",
+        registry::BPFFS,
+        "bpf",
+        rustix::mount::MountFlags::empty(),
+        None,
+    )
+    .with_context(|| {
         format!(
             "{}: cannot mount bpffs: mount -t bpf bpf {}",
             registry::BPFFS,
@@ -532,7 +565,8 @@ pub fn mount_bpffs() -> Result<()> {
     })
 }
 
-/// Unlinks everything below a folder of pins, and the folder; what nothing else holds is unloaded by the kernel.
+/// Unlinks everything below a folder of pins, and the folder; what nothing else holds is unloaded
+/// by the kernel.
 pub fn remove_pins(path: &Path) {
     // bpffs is gone or never was: nothing to remove.
     let _ = fs::remove_dir_all(path);

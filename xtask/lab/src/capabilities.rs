@@ -4,7 +4,8 @@ use std::{io, os::unix::process::CommandExt, process::Command};
 
 use anyhow::{Context, Result};
 
-/// `linux/capability.h`: the name at every number, without `CAP_`, as a container's `securityContext` writes it.
+/// `linux/capability.h`: the name at every number, without `CAP_`, as a container's
+/// `securityContext` writes it.
 const NAMES: [&str; 41] = [
     "CHOWN",
     "DAC_OVERRIDE",
@@ -49,8 +50,9 @@ const NAMES: [&str; 41] = [
     "CHECKPOINT_RESTORE",
 ];
 
-/// Makes `command` start with these capabilities and without a way to more (`no_new_privs`). What is to be done with the
-/// rights of this process (entering namespaces, say) is to be asked of the command before.
+/// Makes `command` start with these capabilities and without a way to more (`no_new_privs`). What
+/// is to be done with the rights of this process (entering namespaces, say) is to be asked of the
+/// command before.
 ///
 /// # Errors
 ///
@@ -71,7 +73,9 @@ pub(crate) fn keep_only(command: &mut Command, names: &[String]) -> Result<()> {
                 continue;
             }
             // SAFETY: changes a property of this process and takes plain numbers.
-            if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, libc::c_ulong::from(number), 0, 0, 0) } != 0 {
+            if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, libc::c_ulong::from(number), 0, 0, 0) }
+                != 0
+            {
                 let error = io::Error::last_os_error();
                 if error.raw_os_error() == Some(libc::EINVAL) {
                     break;

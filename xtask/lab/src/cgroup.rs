@@ -9,7 +9,8 @@ use std::{
 
 use anyhow::{Context, Result};
 
-/// How long ended processes may take to leave their cgroup: the kernel frees an agent's maps first, on a machine that may be busy.
+/// How long ended processes may take to leave their cgroup: the kernel frees an agent's maps first,
+/// on a machine that may be busy.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Where cgroup2 is mounted on this machine.

@@ -34,7 +34,8 @@ pub(crate) fn join_cgroup(command: &mut Command, cgroup: &Path) -> Result<()> {
             .map(drop)
             .map_err(std::io::Error::from)
     };
-    // SAFETY: between fork and exec only the write system call is made, on a descriptor opened before.
+    // SAFETY: between fork and exec only the write system call is made, on a descriptor opened
+    // before.
     unsafe { command.pre_exec(join) };
     Ok(())
 }
@@ -50,7 +51,8 @@ impl Worker {
     /// Starts this program again as a worker.
     pub(crate) fn start(ns: &NetNs, cgroup: &Path) -> Result<Self> {
         worker::linked();
-        // In the child that is still this program's file, even if it was built anew since it started.
+        // In the child that is still this program's file, even if it was built anew since it
+        // started.
         let mut command = Command::new("/proc/self/exe");
         command
             .env(worker::ENV, "1")
@@ -61,7 +63,10 @@ impl Worker {
         let mut child = command
             .spawn()
             .with_context(|| format!("namespace {}: cannot start a worker", ns.name()))?;
-        let pipes = child.stdin.take().zip(child.stdout.take().map(BufReader::new));
+        let pipes = child
+            .stdin
+            .take()
+            .zip(child.stdout.take().map(BufReader::new));
         Ok(Self { child, pipes })
     }
 
@@ -94,7 +99,8 @@ impl Drop for Worker {
     }
 }
 
-/// A process with sockets in one namespace; cheap to clone, ends with the last clone and the last [`Conn`].
+/// A process with sockets in one namespace; cheap to clone, ends with the last clone and the last
+/// [`Conn`].
 #[derive(Clone, Debug)]
 pub struct Client {
     worker: Arc<Mutex<Worker>>,
@@ -113,7 +119,8 @@ pub struct Many {
 }
 
 impl Many {
-    /// The latency that the given share of answers (0.5: the median) did not exceed; `None` without answers.
+    /// The latency that the given share of answers (0.5: the median) did not exceed; `None` without
+    /// answers.
     #[must_use]
     pub fn quantile(&self, share: f64) -> Option<Duration> {
         let last = self.latencies.len().checked_sub(1)?;
@@ -148,7 +155,10 @@ impl Client {
     /// Its process.
     #[must_use]
     pub fn pid(&self) -> u32 {
-        self.worker.lock().unwrap_or_else(PoisonError::into_inner).pid()
+        self.worker
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pid()
     }
 
     /// Connects, sends one request, reads the answer until the server closes.
@@ -219,7 +229,12 @@ impl Client {
         self.all(Proto::Udp, to, count)
     }
 
-    fn all(&self, proto: Proto, to: SocketAddr, count: u32) -> Result<BTreeMap<String, u64>, DialError> {
+    fn all(
+        &self,
+        proto: Proto,
+        to: SocketAddr,
+        count: u32,
+    ) -> Result<BTreeMap<String, u64>, DialError> {
         let many = self.many(proto, to, count, &Dial::default())?;
         if many.errors.is_empty() {
             Ok(many.servers)
@@ -236,7 +251,13 @@ impl Client {
     /// # Errors
     ///
     /// Only when the worker fails; refused and unanswered requests are counted.
-    pub fn many(&self, proto: Proto, to: SocketAddr, count: u32, dial: &Dial) -> Result<Many, DialError> {
+    pub fn many(
+        &self,
+        proto: Proto,
+        to: SocketAddr,
+        count: u32,
+        dial: &Dial,
+    ) -> Result<Many, DialError> {
         match self.request(&Request::Many {
             proto,
             to,
@@ -244,7 +265,11 @@ impl Client {
             count,
         })? {
             Reply::Many(outcome) => {
-                let mut latencies: Vec<Duration> = outcome.latencies.into_iter().map(Duration::from_nanos).collect();
+                let mut latencies: Vec<Duration> = outcome
+                    .latencies
+                    .into_iter()
+                    .map(Duration::from_nanos)
+                    .collect();
                 latencies.sort_unstable();
                 Ok(Many {
                     servers: outcome.servers,
@@ -298,7 +323,8 @@ impl Client {
         }
     }
 
-    /// Listens here under a name, until the client goes: a server that is no pod, on a node or outside.
+    /// Listens here under a name, until the client goes: a server that is no pod, on a node or
+    /// outside.
     ///
     /// # Errors
     ///

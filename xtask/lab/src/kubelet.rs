@@ -1,8 +1,10 @@
-//! What a kubelet does for a pod that it has started: an address, a status, and a readiness probe that is really run.
+//! What a kubelet does for a pod that it has started: an address, a status, and a readiness probe
+//! that is really run.
 //!
-//! A Pod whose manifest has no `status` gets one here, written as a manifest of its own into a folder that the agents read
-//! besides. Probes by `exec` run in the pod's network namespace and cgroup with a `/var` of the pod's own; those by `httpGet`
-//! and `tcpSocket` come from the node, as a kubelet's do.
+//! A Pod whose manifest has no `status` gets one here, written as a manifest of its own into a
+//! folder that the agents read besides. Probes by `exec` run in the pod's network namespace and
+//! cgroup with a `/var` of the pod's own; those by `httpGet` and `tcpSocket` come from the node, as
+//! a kubelet's do.
 
 use std::{
     collections::BTreeMap,
@@ -142,8 +144,9 @@ impl Kubelet {
         self
     }
 
-    /// Brings the lab to what the manifests in a folder say of Pods without a status: new ones are started, in the lab too if they
-    /// are not there, and those that are gone or have changed are ended.
+    /// Brings the lab to what the manifests in a folder say of Pods without a status: new ones are
+    /// started, in the lab too if they are not there, and those that are gone or have changed are
+    /// ended.
     ///
     /// # Errors
     ///
@@ -153,7 +156,10 @@ impl Kubelet {
         for file in files(manifests)? {
             for document in documents(&file)? {
                 if document["kind"] == "Pod" && document.get("status").is_none() {
-                    let name = document["metadata"]["name"].as_str().unwrap_or_default().to_owned();
+                    let name = document["metadata"]["name"]
+                        .as_str()
+                        .unwrap_or_default()
+                        .to_owned();
                     wanted.insert(name, document);
                 }
             }
@@ -175,7 +181,10 @@ impl Kubelet {
             if self.pods.contains_key(&name) {
                 continue;
             }
-            match self.start(lab, manifest).with_context(|| format!("Pod {name}")) {
+            match self
+                .start(lab, manifest)
+                .with_context(|| format!("Pod {name}"))
+            {
                 Ok(running) => drop(self.pods.insert(name, running)),
                 Err(error) if first_error.is_ok() => first_error = Err(error),
                 Err(_) => {}
@@ -197,13 +206,20 @@ impl Kubelet {
         }
         let name = &pod.metadata.name;
         if !lab.has(name) {
-            let ports = pod.spec.containers.iter().flat_map(|container| &container.ports);
+            let ports = pod
+                .spec
+                .containers
+                .iter()
+                .flat_map(|container| &container.ports);
             let ports: Vec<Port> = ports
                 .filter_map(|port| known_port(Some(port.container_port), port.protocol.as_deref()))
                 .collect();
             lab.add_pod(&PodSpec::new(name, &pod.spec.node_name, &ports))?;
         }
-        let full_name = format!("{}.{name}", pod.metadata.namespace.as_deref().unwrap_or("default"));
+        let full_name = format!(
+            "{}.{name}",
+            pod.metadata.namespace.as_deref().unwrap_or("default")
+        );
         // Hidden: agents that read the folder pass it over.
         let var = self.folder.join(".roots").join(&full_name).join("var");
         fs::create_dir_all(&var).with_context(|| format!("{}", var.display()))?;
@@ -212,7 +228,10 @@ impl Kubelet {
             cgroup: lab.cgroup_of(name, Sockets::Hooked)?,
             var,
         };
-        let (ready, stop) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let (ready, stop) = (
+            Arc::new(AtomicBool::new(false)),
+            Arc::new(AtomicBool::new(false)),
+        );
         let worker = Worker {
             manifest: manifest.clone(),
             ips: lab.ips(name)?,
@@ -225,7 +244,10 @@ impl Kubelet {
         };
         let status = worker.status.clone();
         // Before it returns: agents that start next find the pod.
-        let readiness: Vec<Readiness> = probes.iter().map(|probe| Readiness::of(probe.as_ref())).collect();
+        let readiness: Vec<Readiness> = probes
+            .iter()
+            .map(|probe| Readiness::of(probe.as_ref()))
+            .collect();
         worker.report(readiness.iter().all(|readiness| readiness.ready))?;
         let thread = thread::Builder::new()
             .name(format!("kubelet-{name}"))
@@ -244,7 +266,9 @@ impl Kubelet {
     /// Whether a pod is ready; `None`: it is none of those started here.
     #[must_use]
     pub fn is_ready(&self, pod: &str) -> Option<bool> {
-        self.pods.get(pod).map(|running| running.ready.load(Ordering::Relaxed))
+        self.pods
+            .get(pod)
+            .map(|running| running.ready.load(Ordering::Relaxed))
     }
 
     /// A program in a pod, as `kubectl exec` runs it: in its namespaces, with its `/var`.
@@ -280,7 +304,11 @@ struct Worker {
 impl Worker {
     fn run(&self, probes: &[Option<Probe>], mut readiness: Vec<Readiness>) {
         let began = Instant::now();
-        let first = |probe: &Option<Probe>| probe.as_ref().map(|probe| began + probe.initial_delay / self.pace);
+        let first = |probe: &Option<Probe>| {
+            probe
+                .as_ref()
+                .map(|probe| began + probe.initial_delay / self.pace)
+        };
         let mut next: Vec<Option<Instant>> = probes.iter().map(first).collect();
         while !self.stop.load(Ordering::Relaxed) {
             let Some(due) = next.iter().flatten().min().copied() else {
@@ -330,7 +358,10 @@ impl Worker {
                 port,
                 path,
                 headers,
-            } => at(host, *port).is_some_and(|to| self.node.run(|| probe::http(to, path, headers, probe.timeout))),
+            } => at(host, *port).is_some_and(|to| {
+                self.node
+                    .run(|| probe::http(to, path, headers, probe.timeout))
+            }),
             Action::Tcp { host, port } => {
                 at(host, *port).is_some_and(|to| self.node.run(|| probe::tcp(to, probe.timeout)))
             }
@@ -347,9 +378,14 @@ impl Worker {
             "podIPs": ips,
             "conditions": [{ "type": "Ready", "status": if ready { "True" } else { "False" } }],
         });
-        let name = self.status.file_name().unwrap_or_default().to_string_lossy();
+        let name = self
+            .status
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy();
         let new = self.status.with_file_name(format!(".{name}.new"));
-        let written = fs::write(&new, pod.to_string()).and_then(|()| fs::rename(&new, &self.status));
+        let written =
+            fs::write(&new, pod.to_string()).and_then(|()| fs::rename(&new, &self.status));
         written.with_context(|| format!("{}", self.status.display()))?;
         self.ready.store(ready, Ordering::Relaxed);
         Ok(())

@@ -1,4 +1,5 @@
-//! Pods and hand-written endpoints as they stand in Kubernetes manifests: the lab makes what the agents read about.
+//! Pods and hand-written endpoints as they stand in Kubernetes manifests: the lab makes what the
+//! agents read about.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -47,15 +48,16 @@ impl Manifests {
         let mut endpoints = Vec::new();
         for file in files(path)? {
             let text = fs::read_to_string(&file).with_context(|| format!("{}", file.display()))?;
-            manifests
-                .pods
-                .extend(parse(&text, &mut endpoints).with_context(|| format!("{}", file.display()))?);
+            manifests.pods.extend(
+                parse(&text, &mut endpoints).with_context(|| format!("{}", file.display()))?,
+            );
         }
         manifests.outside = outside(&manifests.pods, endpoints);
         Ok(manifests)
     }
 
-    /// Brings `lab` from what `before` said to what these say: what is gone or changed is removed, what is new is made.
+    /// Brings `lab` from what `before` said to what these say: what is gone or changed is removed,
+    /// what is new is made.
     ///
     /// # Errors
     ///
@@ -134,7 +136,10 @@ pub(crate) fn known_port(number: Option<u16>, protocol: Option<&str>) -> Option<
         Some("UDP") => Proto::Udp,
         Some(_) => return None,
     };
-    Some(Port { proto, number: number? })
+    Some(Port {
+        proto,
+        number: number?,
+    })
 }
 
 impl Subset {
@@ -214,10 +219,9 @@ pub(crate) fn files(path: &Path) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for entry in fs::read_dir(path).with_context(|| format!("{}", path.display()))? {
         let file = entry.with_context(|| format!("{}", path.display()))?.path();
-        if file
-            .extension()
-            .is_some_and(|extension| extension == "yaml" || extension == "yml" || extension == "json")
-        {
+        if file.extension().is_some_and(|extension| {
+            extension == "yaml" || extension == "yml" || extension == "json"
+        }) {
             files.push(file);
         }
     }
@@ -234,7 +238,8 @@ struct EndpointPort {
 
 /// The objects of a file.
 pub(crate) fn documents(file: &Path) -> Result<Vec<Value>> {
-    let read = || -> Result<Vec<Value>> { Ok(serde_saphyr::from_multiple(&fs::read_to_string(file)?)?) };
+    let read =
+        || -> Result<Vec<Value>> { Ok(serde_saphyr::from_multiple(&fs::read_to_string(file)?)?) };
     let mut documents = read().with_context(|| format!("{}", file.display()))?;
     documents.retain(|document| !document.is_null());
     Ok(documents)
@@ -244,7 +249,8 @@ fn parse(text: &str, endpoints: &mut Vec<EndpointPort>) -> Result<Vec<PodSpec>> 
     let mut pods = Vec::new();
     let documents: Vec<Value> = serde_saphyr::from_multiple(text)?;
     for document in documents.into_iter().filter(|document| !document.is_null()) {
-        let object = Object::deserialize(&document).context("a document is no Kubernetes object")?;
+        let object =
+            Object::deserialize(&document).context("a document is no Kubernetes object")?;
         let name = document
             .pointer("/metadata/name")
             .and_then(Value::as_str)
@@ -258,11 +264,13 @@ fn parse(text: &str, endpoints: &mut Vec<EndpointPort>) -> Result<Vec<PodSpec>> 
                 )?);
             }
             Some("EndpointSlice") => {
-                let subset = Subset::deserialize(&document).with_context(|| format!("EndpointSlice {name}"))?;
+                let subset = Subset::deserialize(&document)
+                    .with_context(|| format!("EndpointSlice {name}"))?;
                 subset.list(name, endpoints);
             }
             Some("Endpoints") => {
-                let object = Endpoints::deserialize(&document).with_context(|| format!("Endpoints {name}"))?;
+                let object = Endpoints::deserialize(&document)
+                    .with_context(|| format!("Endpoints {name}"))?;
                 object
                     .subsets
                     .into_iter()
@@ -296,15 +304,21 @@ fn outside(pods: &[PodSpec], endpoints: Vec<EndpointPort>) -> Vec<OutsideSpec> {
         .collect()
 }
 
-/// Whether an outside host can have the address: it is no node's, in no pod CIDR, and not one that Kubernetes forbids.
+/// Whether an outside host can have the address: it is no node's, in no pod CIDR, and not one that
+/// Kubernetes forbids.
 fn is_outside(ip: IpAddr) -> bool {
     let special = ip.is_loopback() || ip.is_unspecified() || ip.is_multicast();
     let here = match ip {
         IpAddr::V4(ip) => {
             let octets = ip.octets();
-            ip.is_link_local() || ip == Ipv4Addr::BROADCAST || octets[..2] == [10, 44] || octets[..3] == [192, 168, 50]
+            ip.is_link_local()
+                || ip == Ipv4Addr::BROADCAST
+                || octets[..2] == [10, 44]
+                || octets[..3] == [192, 168, 50]
         }
-        IpAddr::V6(ip) => ip.is_unicast_link_local() || [0xfd44, 0xfd50].contains(&Ipv6Addr::segments(&ip)[0]),
+        IpAddr::V6(ip) => {
+            ip.is_unicast_link_local() || [0xfd44, 0xfd50].contains(&Ipv6Addr::segments(&ip)[0])
+        }
     };
     !special && !here
 }
@@ -321,7 +335,11 @@ fn spec(pod: Pod) -> Result<PodSpec> {
     if ips.is_empty() {
         bail!("Pod {name}: status.podIPs is missing: the agent would not know its addresses");
     }
-    let ports = pod.spec.containers.iter().flat_map(|container| &container.ports);
+    let ports = pod
+        .spec
+        .containers
+        .iter()
+        .flat_map(|container| &container.ports);
     let ports = ports
         .filter_map(|port| known_port(Some(port.container_port), port.protocol.as_deref()))
         .collect();
@@ -358,7 +376,10 @@ status: { podIP: 10.44.0.1, podIPs: [{ ip: 10.44.0.1 }, { ip: "fd44:0:0:a::1" }]
         let expected = PodSpec {
             name: "web-1".to_owned(),
             node: "node-a".to_owned(),
-            ips: vec!["10.44.0.1".parse().unwrap(), "fd44:0:0:a::1".parse().unwrap()],
+            ips: vec![
+                "10.44.0.1".parse().unwrap(),
+                "fd44:0:0:a::1".parse().unwrap(),
+            ],
             ports: vec![Port::tcp(8080), Port::udp(53)],
             sockets: Sockets::Hooked,
         };
@@ -372,7 +393,10 @@ status: { podIP: 10.44.0.1, podIPs: [{ ip: 10.44.0.1 }, { ip: "fd44:0:0:a::1" }]
             &mut Vec::new(),
         )
         .unwrap_err();
-        assert!(format!("{error:#}").contains("Pod web-1: spec.nodeName"), "{error:#}");
+        assert!(
+            format!("{error:#}").contains("Pod web-1: spec.nodeName"),
+            "{error:#}"
+        );
     }
 
     #[test]
@@ -401,7 +425,10 @@ subsets: [{ addresses: [{ ip: 192.0.2.42 }], ports: [{ port: 53, protocol: UDP }
         let pods = parse(text, &mut endpoints).unwrap();
         let db = OutsideSpec {
             name: "db".to_owned(),
-            ips: vec!["203.0.113.41".parse().unwrap(), "2001:db8:113::41".parse().unwrap()],
+            ips: vec![
+                "203.0.113.41".parse().unwrap(),
+                "2001:db8:113::41".parse().unwrap(),
+            ],
             ports: vec![Port::tcp(5432)],
         };
         let other = OutsideSpec {
@@ -414,7 +441,9 @@ subsets: [{ addresses: [{ ip: 192.0.2.42 }], ports: [{ port: 53, protocol: UDP }
 
     #[test]
     fn the_manifests_of_the_demo_can_be_made() {
-        let manifests = Manifests::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/dev")).unwrap();
+        let manifests =
+            Manifests::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/dev"))
+                .unwrap();
         assert!(
             manifests.pods.len() >= 7 && manifests.outside.len() >= 2,
             "{manifests:?}"

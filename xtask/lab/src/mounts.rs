@@ -15,11 +15,16 @@ use rustix::{
 
 /// Makes `command` start in a mount namespace of its own, where `folder` is at `place`.
 pub(crate) fn mount_at(command: &mut Command, folder: &Path, place: &'static CStr) -> Result<()> {
-    let folder = CString::new(folder.as_os_str().as_encoded_bytes()).context("a path with a zero in it")?;
+    let folder =
+        CString::new(folder.as_os_str().as_encoded_bytes()).context("a path with a zero in it")?;
     let mount = move || {
-        // SAFETY: changes this thread's view of mounts only; it is a child's only thread, just forked.
+        // SAFETY: changes this thread's view of mounts only; it is a child's only thread, just
+        // forked.
         unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;
-        mount_change(c"/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+        mount_change(
+            c"/",
+            MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
+        )?;
         mount_bind(&folder, place)?;
         Ok(())
     };

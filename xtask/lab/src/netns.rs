@@ -1,4 +1,5 @@
-//! Network namespaces by name, as `ip netns` keeps them: a file under `/run/netns` with the namespace mounted on it.
+//! Network namespaces by name, as `ip netns` keeps them: a file under `/run/netns` with the
+//! namespace mounted on it.
 
 use std::{
     fs::File,
@@ -12,7 +13,10 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use rustix::{
-    mount::{MountPropagationFlags, UnmountFlags, mount_bind, mount_bind_recursive, mount_change, unmount},
+    mount::{
+        MountPropagationFlags, UnmountFlags, mount_bind, mount_bind_recursive, mount_change,
+        unmount,
+    },
     thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe},
 };
 
@@ -35,8 +39,9 @@ impl Drop for Inner {
     }
 }
 
-/// Makes the folder of namespaces a mount of its own, shared, as `ip netns add` does when it is not: that would hide the
-/// namespaces that are there already, and nobody could remove them any more.
+/// Makes the folder of namespaces a mount of its own, shared, as `ip netns add` does when it is
+/// not: that would hide the namespaces that are there already, and nobody could remove them any
+/// more.
 pub(crate) fn share_dir() -> Result<()> {
     let shared = MountPropagationFlags::SHARED | MountPropagationFlags::REC;
     let share = || -> io::Result<()> {
@@ -51,7 +56,8 @@ pub(crate) fn share_dir() -> Result<()> {
     share().with_context(|| format!("{NETNS_DIR}: cannot be made a shared mount (needs root)"))
 }
 
-/// Unmounts and unlinks a namespace's file; the kernel ends the namespace with its last process and socket.
+/// Unmounts and unlinks a namespace's file; the kernel ends the namespace with its last process and
+/// socket.
 pub(crate) fn remove(path: &Path) {
     // Neither can be helped here, and `Lab::sweep_stale` tries again.
     let _ = unmount(path, UnmountFlags::DETACH);
@@ -65,14 +71,16 @@ impl NetNs {
     ///
     /// When the name is taken or the process may not make namespaces.
     pub(crate) fn create(name: &str) -> Result<Self> {
-        std::fs::create_dir_all(NETNS_DIR).with_context(|| format!("{NETNS_DIR}: cannot create"))?;
+        std::fs::create_dir_all(NETNS_DIR)
+            .with_context(|| format!("{NETNS_DIR}: cannot create"))?;
         let path = Path::new(NETNS_DIR).join(name);
-        File::create_new(&path).with_context(|| format!("namespace {name}: cannot create {}", path.display()))?;
+        File::create_new(&path)
+            .with_context(|| format!("namespace {name}: cannot create {}", path.display()))?;
         let made = thread::scope(|scope| {
             scope
                 .spawn(|| -> io::Result<()> {
-                    // SAFETY: only the network namespace of this thread, which ends below, is unshared; the file table
-                    // stays shared.
+                    // SAFETY: only the network namespace of this thread, which ends below, is
+                    // unshared; the file table stays shared.
                     unsafe { unshare_unsafe(UnshareFlags::NEWNET) }?;
                     mount_bind("/proc/thread-self/ns/net", &path)?;
                     Ok(())
@@ -110,7 +118,8 @@ impl NetNs {
             .unwrap_or_default()
     }
 
-    /// Runs `f` in a thread of its own inside the namespace; what it opens stays there, and children it starts too.
+    /// Runs `f` in a thread of its own inside the namespace; what it opens stays there, and
+    /// children it starts too.
     ///
     /// # Panics
     ///
@@ -119,8 +128,13 @@ impl NetNs {
         let joined = thread::scope(|scope| {
             scope
                 .spawn(|| {
-                    move_into_link_name_space(self.0.file.as_fd(), Some(LinkNameSpaceType::Network))
-                        .unwrap_or_else(|error| panic!("namespace {}: cannot enter: {error}", self.name()));
+                    move_into_link_name_space(
+                        self.0.file.as_fd(),
+                        Some(LinkNameSpaceType::Network),
+                    )
+                    .unwrap_or_else(|error| {
+                        panic!("namespace {}: cannot enter: {error}", self.name())
+                    });
                     f()
                 })
                 .join()
@@ -139,14 +153,18 @@ impl NetNs {
             .file
             .try_clone()
             .with_context(|| format!("namespace {}", self.name()))?;
-        let enter =
-            move || move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)).map_err(io::Error::from);
-        // SAFETY: between fork and exec only the setns system call is made, on a descriptor opened before.
+        let enter = move || {
+            move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))
+                .map_err(io::Error::from)
+        };
+        // SAFETY: between fork and exec only the setns system call is made, on a descriptor opened
+        // before.
         unsafe { command.pre_exec(enter) };
         Ok(())
     }
 
-    /// Runs `ip` commands (without the leading `ip`) as one batch, which stops at the first that fails.
+    /// Runs `ip` commands (without the leading `ip`) as one batch, which stops at the first that
+    /// fails.
     ///
     /// # Errors
     ///
@@ -167,7 +185,9 @@ impl NetNs {
         drop(stdin);
         let output = child.wait_with_output().context("ip")?;
         if !output.status.success() {
-            let message = String::from_utf8_lossy(&output.stderr).trim().replace('\n', "; ");
+            let message = String::from_utf8_lossy(&output.stderr)
+                .trim()
+                .replace('\n', "; ");
             bail!(
                 "namespace {}: ip: {message} (commands: {})",
                 self.name(),
@@ -186,15 +206,24 @@ impl NetNs {
         let mut command = Command::new(program);
         command.args(args).stdin(Stdio::null());
         self.enter(&mut command)?;
-        let output = command.output().with_context(|| format!("cannot run {program}"))?;
+        let output = command
+            .output()
+            .with_context(|| format!("cannot run {program}"))?;
         if !output.status.success() {
-            let message = String::from_utf8_lossy(&output.stderr).trim().replace('\n', "; ");
-            bail!("namespace {}: {program} {}: {message}", self.name(), args.join(" "));
+            let message = String::from_utf8_lossy(&output.stderr)
+                .trim()
+                .replace('\n', "; ");
+            bail!(
+                "namespace {}: {program} {}: {message}",
+                self.name(),
+                args.join(" ")
+            );
         }
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
-    /// Sets values under `/proc/sys/net` of this namespace, by dotted names without `net.` (`ipv4.ip_forward`).
+    /// Sets values under `/proc/sys/net` of this namespace, by dotted names without `net.`
+    /// (`ipv4.ip_forward`).
     ///
     /// # Errors
     ///
@@ -203,7 +232,8 @@ impl NetNs {
         self.run(|| {
             for (name, value) in settings {
                 let path = format!("/proc/sys/net/{}", name.replace('.', "/"));
-                std::fs::write(&path, value).with_context(|| format!("cannot write {value} to {path}"))?;
+                std::fs::write(&path, value)
+                    .with_context(|| format!("cannot write {value} to {path}"))?;
             }
             Ok(())
         })

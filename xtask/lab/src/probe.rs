@@ -91,8 +91,14 @@ impl Probe {
     /// Reads a `readinessProbe`; `ports`: the container's named ports.
     pub(crate) fn parse(probe: &Value, ports: &[(String, u16)]) -> Result<Self> {
         let manifest = Manifest::deserialize(probe)?;
-        let seconds = |given: Option<u32>, default: u32| Duration::from_secs(given.unwrap_or(default).into());
-        let action = match (manifest.exec, manifest.http_get, manifest.tcp_socket, manifest.grpc) {
+        let seconds =
+            |given: Option<u32>, default: u32| Duration::from_secs(given.unwrap_or(default).into());
+        let action = match (
+            manifest.exec,
+            manifest.http_get,
+            manifest.tcp_socket,
+            manifest.grpc,
+        ) {
             (Some(exec), None, None, None) => {
                 ensure!(!exec.command.is_empty(), "exec.command: is empty");
                 Action::Exec(exec.command)
@@ -134,14 +140,21 @@ impl Probe {
 
 /// A number, or a container port's name.
 fn port(value: &Value, ports: &[(String, u16)]) -> Result<u16> {
-    let of_name = |name: &str| ports.iter().find(|(other, _)| other == name).map(|(_, port)| *port);
+    let of_name = |name: &str| {
+        ports
+            .iter()
+            .find(|(other, _)| other == name)
+            .map(|(_, port)| *port)
+    };
     match value {
         Value::Number(number) => number
             .as_u64()
             .and_then(|number| u16::try_from(number).ok())
             .filter(|port| *port > 0)
             .with_context(|| format!("{number} is no port")),
-        Value::String(name) => of_name(name).with_context(|| format!("no port of the container has the name {name:?}")),
+        Value::String(name) => {
+            of_name(name).with_context(|| format!("no port of the container has the name {name:?}"))
+        }
         other => bail!("{other} is no port"),
     }
 }
@@ -176,12 +189,23 @@ impl Readiness {
 }
 
 /// Asks by HTTP, from the namespace of the calling thread.
-pub(crate) fn http(to: SocketAddr, path: &str, headers: &[(String, String)], timeout: Duration) -> bool {
+pub(crate) fn http(
+    to: SocketAddr,
+    path: &str,
+    headers: &[(String, String)],
+    timeout: Duration,
+) -> bool {
     let ask = || -> Result<bool> {
         let deadline = Instant::now() + timeout;
         let mut stream = TcpStream::connect_timeout(&to, timeout)?;
-        stream.set_read_timeout(Some(deadline.saturating_duration_since(Instant::now()).max(LOOK)))?;
-        let given = |name: &str| headers.iter().any(|(other, _)| other.eq_ignore_ascii_case(name));
+        stream.set_read_timeout(Some(
+            deadline.saturating_duration_since(Instant::now()).max(LOOK),
+        ))?;
+        let given = |name: &str| {
+            headers
+                .iter()
+                .any(|(other, _)| other.eq_ignore_ascii_case(name))
+        };
         let mut request = format!("GET {path} HTTP/1.1\r\nConnection: close\r\n");
         if !given("Host") {
             request.push_str(&format!("Host: {to}\r\n"));
@@ -206,7 +230,10 @@ pub(crate) fn tcp(to: SocketAddr, timeout: Duration) -> bool {
 
 /// Runs a program; one that takes longer is ended and has failed.
 pub(crate) fn exec(mut command: Command, timeout: Duration) -> bool {
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
     command.spawn().is_ok_and(|child| ends_well(child, timeout))
 }
 
@@ -277,7 +304,10 @@ mod tests {
             ),
             (json!({ "exec": {} }), "exec.command: is empty"),
             (json!({ "grpc": { "port": 1 } }), "grpc:"),
-            (json!({ "httpGet": { "port": 1, "scheme": "HTTPS" } }), "httpGet.scheme"),
+            (
+                json!({ "httpGet": { "port": 1, "scheme": "HTTPS" } }),
+                "httpGet.scheme",
+            ),
         ] {
             let error = format!("{:#}", parse(bad.clone()).unwrap_err());
             assert!(error.contains(words), "{bad}: {error}");
@@ -286,7 +316,10 @@ mod tests {
 
     #[test]
     fn thresholds_count_results_in_a_row() {
-        let probe = parse(json!({ "tcpSocket": { "port": 1 }, "successThreshold": 2, "failureThreshold": 3 })).unwrap();
+        let probe = parse(
+            json!({ "tcpSocket": { "port": 1 }, "successThreshold": 2, "failureThreshold": 3 }),
+        )
+        .unwrap();
         let mut readiness = Readiness::of(Some(&probe));
         let mut seen = String::new();
         for found in "+-++--+---+++-".chars() {

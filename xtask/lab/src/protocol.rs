@@ -12,7 +12,8 @@ pub enum Proto {
     Tcp,
     /// UDP.
     Udp,
-    /// SCTP, one-to-one sockets (RFC 6458, section 4), where the kernel has them: see [`crate::has_sctp`].
+    /// SCTP, one-to-one sockets (RFC 6458, section 4), where the kernel has them: see
+    /// [`crate::has_sctp`].
     Sctp,
 }
 
@@ -35,7 +36,8 @@ pub struct Dial {
     pub timeout: Duration,
     /// UDP only: `connect` the socket, so that the kernel filters by peer and reports ICMP errors.
     pub connected: bool,
-    /// Bytes that the request carries besides its own, to make it large. UDP servers send as many back.
+    /// Bytes that the request carries besides its own, to make it large. UDP servers send as many
+    /// back.
     pub padding: usize,
 }
 
@@ -77,7 +79,8 @@ pub struct Answer {
     pub server: String,
     /// The client's address as the server's socket sees it.
     pub seen_peer: SocketAddr,
-    /// The server's address as the client's socket sees it: `getpeername`, or the source that `recvfrom` gave.
+    /// The server's address as the client's socket sees it: `getpeername`, or the source that
+    /// `recvfrom` gave.
     pub peer: SocketAddr,
     /// The client's own address: `getsockname`.
     pub local: SocketAddr,
@@ -135,7 +138,8 @@ pub enum DialError {
 }
 
 impl DialError {
-    /// Whether it is `ECONNREFUSED`: TCP reset on connect, ICMP port unreachable, or the socket hook's refusal.
+    /// Whether it is `ECONNREFUSED`: TCP reset on connect, ICMP port unreachable, or the socket
+    /// hook's refusal.
     #[must_use]
     pub fn is_refused(&self) -> bool {
         matches!(self, Self::Os { errno, .. } if *errno == libc::ECONNREFUSED)
@@ -150,14 +154,17 @@ impl DialError {
     /// Whether nothing came at all.
     #[must_use]
     pub fn is_timeout(&self) -> bool {
-        matches!(self, Self::TimedOut { .. }) || matches!(self, Self::Os { errno, .. } if *errno == libc::ETIMEDOUT)
+        matches!(self, Self::TimedOut { .. })
+            || matches!(self, Self::Os { errno, .. } if *errno == libc::ETIMEDOUT)
     }
 
     /// How long the dial took to fail.
     #[must_use]
     pub fn after(&self) -> Option<Duration> {
         match self {
-            Self::Os { after, .. } | Self::TimedOut { after, .. } | Self::Closed { after } => Some(*after),
+            Self::Os { after, .. } | Self::TimedOut { after, .. } | Self::Closed { after } => {
+                Some(*after)
+            }
             Self::Worker(_) => None,
         }
     }
@@ -172,7 +179,11 @@ pub(crate) enum Request {
         listen: Vec<(Proto, SocketAddr)>,
     },
     /// One request on a fresh socket.
-    Once { proto: Proto, to: SocketAddr, dial: Dial },
+    Once {
+        proto: Proto,
+        to: SocketAddr,
+        dial: Dial,
+    },
     /// `count` requests, each on a fresh socket, one after the other.
     Many {
         proto: Proto,
@@ -188,7 +199,11 @@ pub(crate) enum Request {
         dial: Dial,
     },
     /// A line on an open socket, and its answer.
-    Ask { id: u32, text: String, timeout: Duration },
+    Ask {
+        id: u32,
+        text: String,
+        timeout: Duration,
+    },
     /// Ends an open socket.
     Close { id: u32 },
 }

@@ -1,8 +1,11 @@
-//! Which labs exist: one locked file per lab, so that several run side by side and those of killed runs can be told.
+//! Which labs exist: one locked file per lab, so that several run side by side and those of killed
+//! runs can be told.
 //!
-//! A lab's number is never given again while its process lives: what is dropped late (a namespace that a test still holds) removes
-//! nothing of another lab. A number holds the process's id; another process that has the same id later sweeps first. Files are made,
-//! taken for dead and removed under one lock, so that nobody sees a file that is not locked yet, or locks one that is gone.
+//! A lab's number is never given again while its process lives: what is dropped late (a namespace
+//! that a test still holds) removes nothing of another lab. A number holds the process's id;
+//! another process that has the same id later sweeps first. Files are made, taken for dead and
+//! removed under one lock, so that nobody sees a file that is not locked yet, or locks one that is
+//! gone.
 
 use std::{
     env,
@@ -18,19 +21,21 @@ use rustix::fs::{FlockOperation, flock};
 
 use crate::{agent, cgroup, netns};
 
-/// One file per lab, locked while its owner lives. Its text is for readers: the owner's process id and the run of tests it belongs to.
+/// One file per lab, locked while its owner lives. Its text is for readers: the owner's process id
+/// and the run of tests it belongs to.
 pub(crate) const REGISTRY_DIR: &str = "/run/shunt-lab";
 /// Serialises making, sweeping and removing the files beside it.
 const LOCK: &str = "lock";
 /// Where BPF objects are pinned.
 pub(crate) const BPFFS: &str = "/sys/fs/bpf";
-/// Names a run of tests to everything that it starts: `cargo xtask test` looks for what the run left.
+/// Names a run of tests to everything that it starts: `cargo xtask test` looks for what the run
+/// left.
 pub const RUN_VARIABLE: &str = "SHUNT_TEST_RUN";
 /// What the name of everything that a lab makes begins with.
 const NAME: &str = "shunt-lab";
 
-/// A name that nothing else on this machine has, for namespaces, pins and cgroups. What begins with it goes when this is dropped,
-/// and by the next sweep when the process is killed.
+/// A name that nothing else on this machine has, for namespaces, pins and cgroups. What begins with
+/// it goes when this is dropped, and by the next sweep when the process is killed.
 #[derive(Debug)]
 pub struct UniqueName {
     /// `PID-COUNT`.
@@ -50,21 +55,31 @@ impl UniqueName {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let _guard = registry_lock()?;
         netns::share_dir()?;
-        let number = format!("{}-{}", process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let number = format!(
+            "{}-{}",
+            process::id(),
+            COUNT.fetch_add(1, Ordering::Relaxed)
+        );
         let path = Path::new(REGISTRY_DIR).join(&number);
         let mut file = match File::create_new(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {
                 // Of a dead process that had our id.
-                let file =
-                    lock_if_dead(&path)?.with_context(|| format!("{}: another process has our id", path.display()))?;
+                let file = lock_if_dead(&path)?
+                    .with_context(|| format!("{}: another process has our id", path.display()))?;
                 if !sweep(&number) {
-                    bail!("{}: what a process with our id left cannot be removed", prefix(&number));
+                    bail!(
+                        "{}: what a process with our id left cannot be removed",
+                        prefix(&number)
+                    );
                 }
-                file.set_len(0).with_context(|| format!("{}", path.display()))?;
+                file.set_len(0)
+                    .with_context(|| format!("{}", path.display()))?;
                 file
             }
-            Err(error) => return Err(error).with_context(|| format!("{}: cannot create", path.display())),
+            Err(error) => {
+                return Err(error).with_context(|| format!("{}: cannot create", path.display()));
+            }
         };
         flock(&file, FlockOperation::NonBlockingLockExclusive)
             .with_context(|| format!("{}: cannot lock", path.display()))?;
@@ -78,13 +93,15 @@ impl UniqueName {
         })
     }
 
-    /// What the name of everything that has a machine-wide name begins with: nothing, or `-` and more, follows.
+    /// What the name of everything that has a machine-wide name begins with: nothing, or `-` and
+    /// more, follows.
     #[must_use]
     pub fn prefix(&self) -> String {
         prefix(&self.number)
     }
 
-    /// The folder for pins of this name, with a word of the caller's own at its end. It is not made.
+    /// The folder for pins of this name, with a word of the caller's own at its end. It is not
+    /// made.
     #[must_use]
     pub fn bpf_root(&self, word: &str) -> PathBuf {
         Path::new(BPFFS).join(format!("{}-{word}", self.prefix()))
@@ -93,7 +110,8 @@ impl UniqueName {
 
 impl Drop for UniqueName {
     fn drop(&mut self) {
-        // The file's lock is still held, so nobody takes this for dead meanwhile. What will not go is left to a later sweep.
+        // The file's lock is still held, so nobody takes this for dead meanwhile. What will not go
+        // is left to a later sweep.
         if sweep(&self.number) {
             let guard = registry_lock();
             let _ = fs::remove_file(&self.path);
@@ -126,10 +144,12 @@ pub(crate) fn sweep_stale() -> Result<usize> {
 
 /// Serialises taking numbers, sweeping and removing between processes.
 pub(crate) fn registry_lock() -> Result<File> {
-    fs::create_dir_all(REGISTRY_DIR).with_context(|| format!("{REGISTRY_DIR}: cannot create (needs root)"))?;
+    fs::create_dir_all(REGISTRY_DIR)
+        .with_context(|| format!("{REGISTRY_DIR}: cannot create (needs root)"))?;
     let path = Path::new(REGISTRY_DIR).join(LOCK);
     let file = File::create(&path).with_context(|| format!("{}: cannot create", path.display()))?;
-    flock(&file, FlockOperation::LockExclusive).with_context(|| format!("{}: cannot lock", path.display()))?;
+    flock(&file, FlockOperation::LockExclusive)
+        .with_context(|| format!("{}: cannot lock", path.display()))?;
     Ok(file)
 }
 
@@ -216,13 +236,16 @@ pub fn owner(name: &str) -> Owner {
     let path = Path::new(REGISTRY_DIR).join(&number);
     if let (false, Ok(text)) = (number.is_empty(), fs::read_to_string(&path)) {
         let run = text.trim().split(' ').nth(1).unwrap_or_default().to_owned();
-        let locked = File::open(&path).map(|file| flock(&file, FlockOperation::NonBlockingLockShared).is_err());
+        let locked = File::open(&path)
+            .map(|file| flock(&file, FlockOperation::NonBlockingLockShared).is_err());
         return Owner::Lab {
             run,
             alive: locked.unwrap_or(false),
         };
     }
-    let pid = name.split(['-', '.']).find_map(|word| word.parse::<u32>().ok());
+    let pid = name
+        .split(['-', '.'])
+        .find_map(|word| word.parse::<u32>().ok());
     match pid {
         Some(pid) => Owner::Process {
             alive: Path::new(&format!("/proc/{pid}")).exists(),

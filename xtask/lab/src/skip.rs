@@ -5,8 +5,9 @@ use std::{env, path::PathBuf};
 /// What the line begins with by which a test says that it was skipped; the reason follows.
 pub const SKIPPED: &str = "skipped:";
 
-/// Ends a test that cannot do its work on this machine, with the reason: `cargo xtask test` counts it as skipped, not as passed.
-/// (`cargo test` knows no such outcome: there it says `ok`, and with `--nocapture` also the reason.)
+/// Ends a test that cannot do its work on this machine, with the reason: `cargo xtask test` counts
+/// it as skipped, not as passed. (`cargo test` knows no such outcome: there it says `ok`, and with
+/// `--nocapture` also the reason.)
 #[macro_export]
 macro_rules! skip {
     ($($reason:tt)+) => {{
@@ -16,7 +17,8 @@ macro_rules! skip {
     }};
 }
 
-/// The variable that says where another program is that tests run beside shunt, or after a `!` why there is none.
+/// The variable that says where another program is that tests run beside shunt, or after a `!` why
+/// there is none.
 #[must_use]
 pub fn peer_variable(name: &str) -> String {
     format!("SHUNT_PEER_{}", name.to_uppercase().replace('-', "_"))

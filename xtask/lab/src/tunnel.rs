@@ -1,6 +1,7 @@
 //! Tunnels without link-layer header: two TUN devices, and threads that carry packets between them.
 //!
-//! They stand for what small kernels lack (WireGuard, IPIP) and for pods whose device has no Ethernet header.
+//! They stand for what small kernels lack (WireGuard, IPIP) and for pods whose device has no
+//! Ethernet header.
 
 use std::{
     fs::File,
@@ -38,9 +39,9 @@ impl Tunnel {
     /// Makes a device in each of two namespaces, up, and carries packets between them.
     pub(crate) fn new(ends: [(&NetNs, &str); 2]) -> Result<Self> {
         let [one, other] = ends.map(|(ns, name)| {
-            let device = ns
-                .run(|| open(name))
-                .with_context(|| format!("namespace {}: cannot make TUN device {name}", ns.name()))?;
+            let device = ns.run(|| open(name)).with_context(|| {
+                format!("namespace {}: cannot make TUN device {name}", ns.name())
+            })?;
             ns.ip(&[format!("link set {name} up")])?;
             Ok::<_, anyhow::Error>(Arc::new(device))
         });
@@ -62,7 +63,10 @@ fn open(name: &str) -> io::Result<File> {
         .open("/dev/net/tun")?;
     // SAFETY: all of an `ifreq` may be zero.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name[..libc::IFNAMSIZ - 1].iter_mut().zip(name.bytes()) {
+    for (to, from) in request.ifr_name[..libc::IFNAMSIZ - 1]
+        .iter_mut()
+        .zip(name.bytes())
+    {
         *to = from.cast_signed();
     }
     let flags = libc::IFF_TUN | libc::IFF_NO_PI;

@@ -1,8 +1,10 @@
-//! The process behind every pod and client: real sockets in one namespace and one cgroup, told what to do over a pipe.
+//! The process behind every pod and client: real sockets in one namespace and one cgroup, told what
+//! to do over a pipe.
 //!
-//! cgroup membership is a property of a process, so each pod and each client is a process of its own. It is this very
-//! program, started again with [`ENV`] set: a constructor runs the worker before `main` is reached. That works in test
-//! binaries as well, whose `main` belongs to the test harness, and leaves no helper binary to build and find.
+//! cgroup membership is a property of a process, so each pod and each client is a process of its
+//! own. It is this very program, started again with [`ENV`] set: a constructor runs the worker
+//! before `main` is reached. That works in test binaries as well, whose `main` belongs to the test
+//! harness, and leaves no helper binary to build and find.
 
 use std::{
     collections::HashMap,
@@ -24,14 +26,15 @@ pub const ENV: &str = "SHUNT_LAB_WORKER";
 
 /// Connections that wait to be accepted: more than any test opens at once.
 const BACKLOG: i32 = 4096;
-/// Between `connect` and the first byte. Before Linux 6.19 a server that takes the handshake's last segment on one CPU, and the first
-/// data on another at the same moment, may find no socket for the data and reset the connection ("inet: Avoid ehash lookup race in
-/// inet_ehash_insert()"): two connections in 100,000, seen in captures with nothing else wrong on the way.
+/// Between `connect` and the first byte. Before Linux 6.19 a server that takes the handshake's last
+/// segment on one CPU, and the first data on another at the same moment, may find no socket for the
+/// data and reset the connection ("inet: Avoid ehash lookup race in inet_ehash_insert()"): two
+/// connections in 100,000, seen in captures with nothing else wrong on the way.
 const SETTLE: Duration = Duration::from_micros(200);
 /// The largest UDP payload over IPv4: 65535 less the IP and UDP headers.
 const MAX_DATAGRAM: usize = 65507;
-/// The first word of a request after whose answer the server closes. The *server* closes first, so that TIME_WAIT is
-/// on its side and a client can dial more often than it has ports.
+/// The first word of a request after whose answer the server closes. The *server* closes first, so
+/// that TIME_WAIT is on its side and a client can dial more often than it has ports.
 const ONCE: &str = "once";
 
 /// Run by the dynamic loader before `main`, with the environment already there.
@@ -52,12 +55,14 @@ extern "C" fn start() {
     }
 }
 
-/// Keeps the linker from leaving this module, and with it [`START`], out of a program that starts workers.
+/// Keeps the linker from leaving this module, and with it [`START`], out of a program that starts
+/// workers.
 pub(crate) fn linked() {
     std::hint::black_box(&START);
 }
 
-/// Answers requests until the lab closes the pipe, which also happens when the lab's process is killed.
+/// Answers requests until the lab closes the pipe, which also happens when the lab's process is
+/// killed.
 fn work() -> Result<()> {
     let mut sockets = HashMap::new();
     let mut stdout = io::stdout().lock();
@@ -78,7 +83,12 @@ fn answer(request: Request, sockets: &mut HashMap<u32, Open>) -> Reply {
             Err(error) => Reply::Failed(format!("{error:#}")),
         },
         Request::Once { proto, to, dial } => Reply::Answer(once(proto, to, &dial)),
-        Request::Many { proto, to, dial, count } => {
+        Request::Many {
+            proto,
+            to,
+            dial,
+            count,
+        } => {
             let mut outcome = Outcome::default();
             for _ in 0..count {
                 match once(proto, to, &dial) {
@@ -93,7 +103,12 @@ fn answer(request: Request, sockets: &mut HashMap<u32, Open>) -> Reply {
             }
             Reply::Many(outcome)
         }
-        Request::Open { id, proto, to, dial } => Reply::Opened(Open::dial(proto, to, &dial).map(|open| {
+        Request::Open {
+            id,
+            proto,
+            to,
+            dial,
+        } => Reply::Opened(Open::dial(proto, to, &dial).map(|open| {
             let addresses = (open.local(), open.peer());
             sockets.insert(id, open);
             addresses
@@ -177,7 +192,9 @@ impl Open {
             }
             Proto::Udp => {
                 if dial.connected {
-                    socket.connect(&SockAddr::from(to)).map_err(at(Stage::Connect))?;
+                    socket
+                        .connect(&SockAddr::from(to))
+                        .map_err(at(Stage::Connect))?;
                 } else {
                     report_icmp(&socket, to).map_err(at(Stage::Bind))?;
                 }
@@ -224,22 +241,34 @@ impl Open {
                     .map_err(at(Stage::Send))?;
                 let mut line = String::new();
                 if stream.read_line(&mut line).map_err(at(Stage::Receive))? == 0 {
-                    return Err(DialError::Closed { after: began.elapsed() });
+                    return Err(DialError::Closed {
+                        after: began.elapsed(),
+                    });
                 }
                 (line, None)
             }
-            Self::Udp { socket, to, connected } => {
-                socket.set_read_timeout(Some(timeout)).map_err(at(Stage::Receive))?;
+            Self::Udp {
+                socket,
+                to,
+                connected,
+            } => {
+                socket
+                    .set_read_timeout(Some(timeout))
+                    .map_err(at(Stage::Receive))?;
                 if *connected {
                     socket.send(text.as_bytes()).map_err(at(Stage::Send))?;
                 } else {
-                    socket.send_to(text.as_bytes(), *to).map_err(at(Stage::Send))?;
+                    socket
+                        .send_to(text.as_bytes(), *to)
+                        .map_err(at(Stage::Send))?;
                 }
                 let mut buffer = vec![0; MAX_DATAGRAM + 1];
                 loop {
-                    let (length, from) = socket.recv_from(&mut buffer).map_err(at(Stage::Receive))?;
+                    let (length, from) =
+                        socket.recv_from(&mut buffer).map_err(at(Stage::Receive))?;
                     let answer = String::from_utf8_lossy(&buffer[..length]).into_owned();
-                    // An answer to an earlier request, which had been given up, is not taken for this one's.
+                    // An answer to an earlier request, which had been given up, is not taken for
+                    // this one's.
                     let echo = answer.splitn(3, ' ').nth(2).unwrap_or_default();
                     if echo == text || length == MAX_DATAGRAM {
                         break (answer, (!*connected).then_some(from));
@@ -251,7 +280,10 @@ impl Open {
         let mut words = answer.trim_end_matches('\n').splitn(3, ' ');
         let unreadable = || DialError::Worker(format!("unreadable answer {answer:?}"));
         let server = words.next().ok_or_else(unreadable)?.to_owned();
-        let seen_peer = words.next().and_then(|word| word.parse().ok()).ok_or_else(unreadable)?;
+        let seen_peer = words
+            .next()
+            .and_then(|word| word.parse().ok())
+            .ok_or_else(unreadable)?;
         let echo = words.next().unwrap_or_default().to_owned();
         Ok(Answer {
             server,
@@ -264,8 +296,8 @@ impl Open {
     }
 }
 
-/// A socket for `address`'s family alone, unless that is IPv4 in IPv6's clothes (`::ffff:…`): an SCTP association over both would tell
-/// the peer addresses that no Service translates.
+/// A socket for `address`'s family alone, unless that is IPv4 in IPv6's clothes (`::ffff:…`): an
+/// SCTP association over both would tell the peer addresses that no Service translates.
 fn socket(proto: Proto, address: SocketAddr) -> io::Result<Socket> {
     let (kind, protocol) = match proto {
         Proto::Tcp => (Type::STREAM, Protocol::TCP),
@@ -282,13 +314,20 @@ fn socket(proto: Proto, address: SocketAddr) -> io::Result<Socket> {
 /// Whether this kernel has SCTP sockets: it is a module that small machines leave out.
 #[must_use]
 pub fn has_sctp() -> bool {
-    Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::from(libc::IPPROTO_SCTP))).is_ok()
+    Socket::new(
+        Domain::IPV4,
+        Type::STREAM,
+        Some(Protocol::from(libc::IPPROTO_SCTP)),
+    )
+    .is_ok()
 }
 
 fn failure(stage: Stage, error: &io::Error, began: Instant) -> DialError {
     let after = began.elapsed();
     match (error.kind(), error.raw_os_error()) {
-        (io::ErrorKind::TimedOut, None) | (io::ErrorKind::WouldBlock, _) => DialError::TimedOut { stage, after },
+        (io::ErrorKind::TimedOut, None) | (io::ErrorKind::WouldBlock, _) => {
+            DialError::TimedOut { stage, after }
+        }
         (_, Some(errno)) => DialError::Os {
             stage,
             errno,
@@ -299,7 +338,8 @@ fn failure(stage: Stage, error: &io::Error, began: Instant) -> DialError {
     }
 }
 
-/// Makes ICMP errors reach an unconnected UDP socket, or an SCTP socket, as errors of its calls (ip(7), `IP_RECVERR`).
+/// Makes ICMP errors reach an unconnected UDP socket, or an SCTP socket, as errors of its calls
+/// (ip(7), `IP_RECVERR`).
 fn report_icmp(socket: &Socket, to: SocketAddr) -> io::Result<()> {
     let (level, option) = match to {
         SocketAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_RECVERR),
@@ -344,7 +384,10 @@ fn serve(name: &str, listen: &[(Proto, SocketAddr)]) -> Result<()> {
                 thread::spawn(move || accept(&listener, proto, &name));
             }
             Proto::Udp => {
-                let (socket, name) = (UdpSocket::bind(address).with_context(cannot)?, name.to_owned());
+                let (socket, name) = (
+                    UdpSocket::bind(address).with_context(cannot)?,
+                    name.to_owned(),
+                );
                 thread::spawn(move || echo_datagrams(&socket, &name));
             }
         }

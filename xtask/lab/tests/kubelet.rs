@@ -65,7 +65,10 @@ const WEB: Port = Port {
 fn until(what: &str, mut condition: impl FnMut() -> bool) {
     let began = Instant::now();
     while !condition() {
-        assert!(began.elapsed() < Duration::from_secs(10), "waited in vain: {what}");
+        assert!(
+            began.elapsed() < Duration::from_secs(10),
+            "waited in vain: {what}"
+        );
         thread::sleep(Duration::from_millis(10));
     }
 }
@@ -79,26 +82,43 @@ fn status(folder: &Path, name: &str) -> Value {
 fn pods_are_ready_when_their_probes_say_so() {
     let lab = Lab::new().unwrap();
     let folder = tempfile::tempdir().unwrap();
-    let (manifests, statuses) = (folder.path().join("manifests"), folder.path().join("statuses"));
+    let (manifests, statuses) = (
+        folder.path().join("manifests"),
+        folder.path().join("statuses"),
+    );
     fs::create_dir(&manifests).unwrap();
     fs::write(manifests.join("pods.yaml"), PODS).unwrap();
     let mut kubelet = Kubelet::new(&statuses).unwrap().pace(20);
     kubelet.follow(&lab, &manifests).unwrap();
     let ready = |kubelet: &Kubelet, pod: &str| kubelet.is_ready(pod).unwrap();
 
-    assert!(ready(&kubelet, "at-once"), "no probe: ready as soon as it runs");
+    assert!(
+        ready(&kubelet, "at-once"),
+        "no probe: ready as soon as it runs"
+    );
     assert_eq!(kubelet.is_ready("has-a-status"), None, "somebody else's");
     until("http", || ready(&kubelet, "by-http"));
     until("tcp", || ready(&kubelet, "by-tcp"));
     assert!(!ready(&kubelet, "by-file"));
     let of = status(&statuses, "default.by-http");
     assert_eq!(of["conditions"][0]["status"], "True");
-    let ips: Vec<String> = lab.ips("by-http").unwrap().iter().map(ToString::to_string).collect();
+    let ips: Vec<String> = lab
+        .ips("by-http")
+        .unwrap()
+        .iter()
+        .map(ToString::to_string)
+        .collect();
     assert_eq!(
-        (of["podIP"].as_str().unwrap(), of["podIPs"].as_array().unwrap().len()),
+        (
+            of["podIP"].as_str().unwrap(),
+            of["podIPs"].as_array().unwrap().len()
+        ),
         (&*ips[0], 2)
     );
-    assert_eq!(status(&statuses, "shop.by-file")["conditions"][0]["status"], "False");
+    assert_eq!(
+        status(&statuses, "shop.by-file")["conditions"][0]["status"],
+        "False"
+    );
 
     // `touch /var/ready`, in this pod and in no other, and not on the machine.
     assert!(
@@ -110,7 +130,10 @@ fn pods_are_ready_when_their_probes_say_so() {
     );
     until("the file", || ready(&kubelet, "by-file"));
     assert!(!ready(&kubelet, "other-file") && !Path::new("/var/ready").exists());
-    assert_eq!(status(&statuses, "shop.by-file")["conditions"][0]["status"], "True");
+    assert_eq!(
+        status(&statuses, "shop.by-file")["conditions"][0]["status"],
+        "True"
+    );
     kubelet.exec("by-file", "rm", &["/var/ready"]).unwrap();
     until("no file", || !ready(&kubelet, "by-file"));
 
@@ -123,7 +146,8 @@ fn pods_are_ready_when_their_probes_say_so() {
     lab.set_serving("by-http", &[WEB]).unwrap();
     until("a server", || ready(&kubelet, "by-http"));
 
-    // A pod that is taken out of the manifests is gone, with its status; the others are not touched.
+    // A pod that is taken out of the manifests is gone, with its status; the others are not
+    // touched.
     let (first, rest) = PODS.split_once("---\n").unwrap();
     assert!(first.contains("by-file"));
     fs::write(manifests.join("pods.yaml"), rest).unwrap();
@@ -137,8 +161,7 @@ fn pods_are_ready_when_their_probes_say_so() {
         .replace("name: by-http", "name: renamed");
     fs::write(manifests.join("pods.yaml"), bad).unwrap();
     let error = format!("{:#}", kubelet.follow(&lab, &manifests).unwrap_err());
-    let expected =
-        "Pod renamed: spec.containers[0].readinessProbe: httpGet.port: no port of the container has the name \"web\"";
+    let expected = "Pod renamed: spec.containers[0].readinessProbe: httpGet.port: no port of the container has the name \"web\"";
     assert_eq!(error, expected);
     assert!(ready(&kubelet, "at-once"));
 }

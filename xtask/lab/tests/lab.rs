@@ -1,5 +1,5 @@
-//! The lab without an agent: it is a network in which everything reaches everything, and it leaves nothing behind.
-//! Needs root.
+//! The lab without an agent: it is a network in which everything reaches everything, and it leaves
+//! nothing behind. Needs root.
 
 use std::{
     collections::BTreeSet,
@@ -13,7 +13,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use shunt_lab::{Cni, Dial, Lab, Owner, PodSpec, Port, Proto, Sockets, UniqueName, manifests::Manifests};
+use shunt_lab::{
+    Cni, Dial, Lab, Owner, PodSpec, Port, Proto, Sockets, UniqueName, manifests::Manifests,
+};
 
 const WEB: Port = Port {
     proto: Proto::Tcp,
@@ -25,11 +27,14 @@ const DNS: Port = Port {
 };
 
 fn two_pods(lab: &Lab) {
-    lab.add_pod(&PodSpec::new("web-a", "node-a", &[WEB, DNS])).unwrap();
-    lab.add_pod(&PodSpec::new("web-b", "node-b", &[WEB, DNS])).unwrap();
+    lab.add_pod(&PodSpec::new("web-a", "node-a", &[WEB, DNS]))
+        .unwrap();
+    lab.add_pod(&PodSpec::new("web-b", "node-b", &[WEB, DNS]))
+        .unwrap();
 }
 
-/// Every pod, node and outside host reaches every pod, both families and protocols, with its own address.
+/// Every pod, node and outside host reaches every pod, both families and protocols, with its own
+/// address.
 fn everything_reaches_every_pod(lab: &Lab) {
     for from in ["web-a", "web-b", "node-a", "node-b", "client"] {
         let own = lab.ips(from).unwrap();
@@ -47,12 +52,18 @@ fn everything_reaches_every_pod(lab: &Lab) {
                         (udp.server.as_str(), udp.peer),
                         (server, SocketAddr::new(ip, DNS.number))
                     );
-                    let udp = client.udp_connected(SocketAddr::new(ip, DNS.number)).unwrap();
+                    let udp = client
+                        .udp_connected(SocketAddr::new(ip, DNS.number))
+                        .unwrap();
                     assert_eq!(udp.server, server);
                     assert_eq!(udp.seen_peer, udp.local);
                     // A node has other addresses beside that of its NIC.
                     if !from.starts_with("node") {
-                        assert!(own.contains(&tcp.seen_peer.ip()), "{from} is seen as {}", tcp.seen_peer);
+                        assert!(
+                            own.contains(&tcp.seen_peer.ip()),
+                            "{from} is seen as {}",
+                            tcp.seen_peer
+                        );
                     }
                 }
             }
@@ -78,7 +89,11 @@ fn bridged_pods_are_reached_from_everywhere() {
 
 #[test]
 fn strict_reverse_path_filters_and_checksum_offload_let_plain_traffic_pass() {
-    let lab = Lab::builder().strict_rp_filter().checksum_offload().build().unwrap();
+    let lab = Lab::builder()
+        .strict_rp_filter()
+        .checksum_offload()
+        .build()
+        .unwrap();
     two_pods(&lab);
     everything_reaches_every_pod(&lab);
 }
@@ -94,16 +109,24 @@ fn clients_see_refusals_and_silence_as_such() {
     assert!(client.udp_connected(closed).unwrap_err().is_refused());
     // The node sends to an Ethernet address that nobody has.
     let node = lab.ns("node-a").unwrap();
-    node.ip(&["route add 192.0.2.8 dev eth0".to_owned()]).unwrap();
+    node.ip(&["route add 192.0.2.8 dev eth0".to_owned()])
+        .unwrap();
     node.ip(&["neighbor add 192.0.2.8 lladdr 02:00:00:00:00:01 dev eth0".to_owned()])
         .unwrap();
     let silent = "192.0.2.8:80".parse().unwrap();
     let error = client
-        .once(Proto::Tcp, silent, &Dial::within(Duration::from_millis(200)))
+        .once(
+            Proto::Tcp,
+            silent,
+            &Dial::within(Duration::from_millis(200)),
+        )
         .unwrap_err();
     assert!(error.is_timeout(), "{error}");
     // Time-outs are rounded to whole milliseconds on their way into the kernel.
-    assert!(error.after().unwrap() > Duration::from_millis(190), "{error}");
+    assert!(
+        error.after().unwrap() > Duration::from_millis(190),
+        "{error}"
+    );
 }
 
 #[test]
@@ -127,7 +150,11 @@ fn open_sockets_keep_their_server_and_large_requests_pass() {
         let local = SocketAddr::new(tcp.local.ip(), 20_000);
         assert_eq!(
             client
-                .once(Proto::Tcp, SocketAddr::new(ip, WEB.number), &Dial::from(local))
+                .once(
+                    Proto::Tcp,
+                    SocketAddr::new(ip, WEB.number),
+                    &Dial::from(local)
+                )
                 .unwrap()
                 .seen_peer,
             local
@@ -147,7 +174,12 @@ fn more_connections_than_a_client_has_ports_are_counted() {
         .unwrap();
     let to = SocketAddr::new(lab.ips("web-b").unwrap()[0], WEB.number);
     let many = client.many(Proto::Tcp, to, 500, &Dial::default()).unwrap();
-    assert_eq!(many.servers, [("web-b".to_owned(), 500)].into(), "{:?}", many.errors);
+    assert_eq!(
+        many.servers,
+        [("web-b".to_owned(), 500)].into(),
+        "{:?}",
+        many.errors
+    );
     assert!(many.quantile(0.5).unwrap() <= many.quantile(1.0).unwrap());
 }
 
@@ -182,9 +214,13 @@ fn outside_hosts_of_any_address_answer_and_pods_come_and_go() {
     let lab = Lab::new().unwrap();
     two_pods(&lab);
     let external: IpAddr = "192.0.2.42".parse().unwrap();
-    lab.add_outside("external", &[external], &[Port::tcp(9376)]).unwrap();
+    lab.add_outside("external", &[external], &[Port::tcp(9376)])
+        .unwrap();
     let client = lab.client("web-a", Sockets::Hooked).unwrap();
-    assert_eq!(client.tcp(SocketAddr::new(external, 9376)).unwrap().server, "external");
+    assert_eq!(
+        client.tcp(SocketAddr::new(external, 9376)).unwrap().server,
+        "external"
+    );
 
     let web_b = SocketAddr::new(lab.ips("web-b").unwrap()[0], WEB.number);
     lab.set_serving("web-b", &[]).unwrap();
@@ -207,7 +243,9 @@ fn outside_hosts_of_any_address_answer_and_pods_come_and_go() {
         name: "twin".to_owned(),
         ..again
     };
-    assert!(format!("{:#}", lab.add_pod(&twin).unwrap_err()).contains("web-b has the same address"));
+    assert!(
+        format!("{:#}", lab.add_pod(&twin).unwrap_err()).contains("web-b has the same address")
+    );
 }
 
 #[test]
@@ -252,7 +290,9 @@ fn hooked_processes_are_in_their_nodes_cgroup_and_others_are_not() {
     };
     assert!(inside(lab.client("web-a", Sockets::Hooked).unwrap().pid()));
     assert!(inside(lab.client("node-a", Sockets::Hooked).unwrap().pid()));
-    assert!(!inside(lab.client("web-a", Sockets::Unhooked).unwrap().pid()));
+    assert!(!inside(
+        lab.client("web-a", Sockets::Unhooked).unwrap().pid()
+    ));
     assert!(!inside(lab.client("web-b", Sockets::Hooked).unwrap().pid()));
     assert!(lab.client("client", Sockets::Hooked).is_err());
 }
@@ -263,7 +303,12 @@ fn traces(prefix: &str) -> BTreeSet<u64> {
         .into_iter()
         .flatten()
         .flatten()
-        .filter(|entry| entry.file_name().to_string_lossy().starts_with(&format!("{prefix}-")));
+        .filter(|entry| {
+            entry
+                .file_name()
+                .to_string_lossy()
+                .starts_with(&format!("{prefix}-"))
+        });
     let cgroup = shunt_lab::cgroup_mount_point().unwrap().join(prefix);
     let paths = namespaces.map(|entry| entry.path()).chain([cgroup]);
     paths
@@ -377,8 +422,14 @@ fn labs_that_begin_and_end_at_once_take_nothing_from_each_other() {
     }
     let start = || {
         let mut command = Command::new("/proc/self/exe");
-        command.args(["--exact", "--nocapture", NAME]).env(BUSY_RUN, "1");
-        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+        command
+            .args(["--exact", "--nocapture", NAME])
+            .env(BUSY_RUN, "1");
+        command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap()
     };
     let busy: Vec<_> = (0..4).map(|_| start()).collect();
     let killed: Vec<_> = [30, 120]
@@ -392,7 +443,11 @@ fn labs_that_begin_and_end_at_once_take_nothing_from_each_other() {
         .collect();
     for child in busy {
         let output = child.wait_with_output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
     }
     let killed: Vec<String> = killed
         .into_iter()

@@ -66,14 +66,16 @@ impl Chart {
             fs::create_dir_all(folder)?;
         }
         let mut svg = String::new();
-        self.render(&mut svg).map_err(|error| anyhow!("cannot draw: {error}"))?;
+        self.render(&mut svg)
+            .map_err(|error| anyhow!("cannot draw: {error}"))?;
         fs::write(path, svg)?;
         Ok(())
     }
 
     fn render(&self, svg: &mut String) -> Result<(), String> {
         let height = TITLE + STEP * self.bars.len() as i32 + STEP;
-        let area = SVGBackend::with_string(svg, ((LABELS + BARS + VALUES) as u32, height as u32)).into_drawing_area();
+        let area = SVGBackend::with_string(svg, ((LABELS + BARS + VALUES) as u32, height as u32))
+            .into_drawing_area();
         let longest = self
             .bars
             .iter()
@@ -101,7 +103,10 @@ impl Chart {
                     Some(false) => MISSED,
                     None => PLAIN,
                 };
-                area.draw(&Rectangle::new([(LABELS, top), (x(*value), top + BAR)], color.filled()))?;
+                area.draw(&Rectangle::new(
+                    [(LABELS, top), (x(*value), top + BAR)],
+                    color.filled(),
+                ))?;
                 area.draw(&Text::new(
                     label.clone(),
                     (LABELS - 8, middle),
@@ -112,7 +117,11 @@ impl Chart {
                 } else {
                     format!("{value:.0}")
                 };
-                area.draw(&Text::new(figure, (x(*value) + 6, middle), text(12, &INK, HPos::Left)))?;
+                area.draw(&Text::new(
+                    figure,
+                    (x(*value) + 6, middle),
+                    text(12, &INK, HPos::Left),
+                ))?;
             }
             if let Some(line) = self.line {
                 area.draw(&PathElement::new(
@@ -142,7 +151,10 @@ mod tests {
         };
         let mut svg = String::new();
         chart.render(&mut svg).unwrap();
-        assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"), "{svg}");
+        assert!(
+            svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"),
+            "{svg}"
+        );
         for text in ["a &lt; b", "direct", "socket", "1.00", "0.50", "#C44E3E"] {
             assert!(svg.contains(text), "{text}: {svg}");
         }

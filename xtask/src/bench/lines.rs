@@ -1,4 +1,5 @@
-//! Groups that the crate `shunt-bench` measures: it links the agent's library, and prints lines of JSON.
+//! Groups that the crate `shunt-bench` measures: it links the agent's library, and prints lines of
+//! JSON.
 
 use std::{
     io::{BufRead, BufReader},
@@ -37,7 +38,8 @@ impl Line {
         let unit = ["ns", "µs", "ms", "s", "MiB"]
             .into_iter()
             .find(|unit| *unit == self.unit);
-        let mut row = Row::value(self.name, self.value, unit.unwrap_or_default()).spread(self.spread);
+        let mut row =
+            Row::value(self.name, self.value, unit.unwrap_or_default()).spread(self.spread);
         if let (Some(against), Some(baseline)) = (self.against, self.baseline) {
             row = row.against(&against, baseline);
         }
@@ -50,7 +52,8 @@ impl Line {
     }
 }
 
-/// Builds `shunt-bench`, has it measure, and makes rows of the lines, of which there will be about `steps`.
+/// Builds `shunt-bench`, has it measure, and makes rows of the lines, of which there will be about
+/// `steps`.
 ///
 /// # Errors
 ///

@@ -1,7 +1,9 @@
-//! `cargo xtask bench`: what shunt costs, beside what a user would otherwise run, in one run on one machine.
+//! `cargo xtask bench`: what shunt costs, beside what a user would otherwise run, in one run on one
+//! machine.
 //!
-//! Every group is a module with one function that measures and adds [`Row`]s. What counts is the ratio of two medians of
-//! one run, whose rounds were interleaved (A B C A B C), so that a machine that is slower for a while is so for all.
+//! Every group is a module with one function that measures and adds [`Row`]s. What counts is the
+//! ratio of two medians of one run, whose rounds were interleaved (A B C A B C), so that a machine
+//! that is slower for a while is so for all.
 
 mod chart;
 mod connections;
@@ -32,7 +34,8 @@ pub(crate) use report::{Row, Target};
 pub(crate) struct Args {
     /// What to measure; everything if nothing is named.
     groups: Vec<Group>,
-    /// Fewer rounds and smaller sizes: everything within a minute. The results page is left as it is.
+    /// Fewer rounds and smaller sizes: everything within a minute. The results page is left as it
+    /// is.
     #[arg(long)]
     quick: bool,
     /// How results are printed.
@@ -46,9 +49,11 @@ pub(crate) struct Args {
 /// What can be measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Group {
-    /// Nanoseconds per packet and per call of the loaded programs, beside floor programs that do only the unavoidable.
+    /// Nanoseconds per packet and per call of the loaded programs, beside floor programs that do
+    /// only the unavoidable.
     Datapath,
-    /// Connections, requests and bytes per second in a cluster of namespaces, beside direct routing and kube-proxy's rules.
+    /// Connections, requests and bytes per second in a cluster of namespaces, beside direct routing
+    /// and kube-proxy's rules.
     Connections,
     /// Time, CPU and memory from objects to maps.
     Sync,
@@ -96,8 +101,12 @@ impl Bench {
     ///
     /// When the file cannot be written.
     pub(crate) fn chart(&self, file: &str, chart: &Chart) -> Result<()> {
-        let path = target().join("bench").join(format!("{}-{file}.svg", self.group.name()));
-        chart.draw(&path).with_context(|| format!("{}", path.display()))
+        let path = target()
+            .join("bench")
+            .join(format!("{}-{file}.svg", self.group.name()));
+        chart
+            .draw(&path)
+            .with_context(|| format!("{}", path.display()))
     }
 
     /// Says how many steps are to come; what was done of others is forgotten.
@@ -130,7 +139,9 @@ pub(crate) fn bench(args: &Args) -> Result<()> {
     if !is_root() {
         let this = env::current_exe().context("this program's path")?;
         let mut command = as_root(&this.to_string_lossy())?;
-        command.args(["bench", "--built"]).args(args.quick.then_some("--quick"));
+        command
+            .args(["bench", "--built"])
+            .args(args.quick.then_some("--quick"));
         command.args((args.output == Output::Json).then_some("--output=json"));
         command.args(args.groups.iter().map(|group| group.name()));
         // Only returns when it cannot be started.
@@ -179,7 +190,9 @@ pub(crate) fn bench(args: &Args) -> Result<()> {
         let rows = bench.rows.iter().filter(|row| row.group == group.name());
         if let Some(chart) = Chart::of_ratios(group.name(), rows) {
             let path = target().join("bench").join(format!("{}.svg", group.name()));
-            chart.draw(&path).with_context(|| format!("{}", path.display()))?;
+            chart
+                .draw(&path)
+                .with_context(|| format!("{}", path.display()))?;
         }
     }
     if !args.quick {

@@ -1,4 +1,5 @@
-//! `BENCHMARKS.md`: the tables between its marks are rewritten, everything else is written by hand and stays.
+//! `BENCHMARKS.md`: the tables between its marks are rewritten, everything else is written by hand
+//! and stays.
 
 use std::{fs, path::Path};
 
@@ -20,7 +21,8 @@ One section per missed target, headed by the row's name or how the names of seve
 shows, what would have to change.
 ";
 
-/// Rewrites the tables of the groups that `rows` has, and says which missed targets the page does not explain.
+/// Rewrites the tables of the groups that `rows` has, and says which missed targets the page does
+/// not explain.
 ///
 /// # Errors
 ///
@@ -37,7 +39,11 @@ pub(super) fn rewrite(rows: &[Row]) -> Result<()> {
     groups.dedup();
     for group in groups {
         let rows: Vec<&Row> = rows.iter().filter(|row| row.group == group).collect();
-        page = with_table(&page, group, &format!("{}\n\n{}", circumstances(), table(&rows)));
+        page = with_table(
+            &page,
+            group,
+            &format!("{}\n\n{}", circumstances(), table(&rows)),
+        );
     }
     fs::write(&path, &page).with_context(|| format!("{}", path.display()))?;
     say("wrote", path.display());
@@ -53,8 +59,8 @@ pub(super) fn rewrite(rows: &[Row]) -> Result<()> {
     Ok(())
 }
 
-/// The page with what stands between a group's marks replaced; a group without marks gets a section of its own, before
-/// what was not reached.
+/// The page with what stands between a group's marks replaced; a group without marks gets a section
+/// of its own, before what was not reached.
 fn with_table(page: &str, group: &str, table: &str) -> String {
     let (begin, end) = (format!("<!-- {group} -->"), format!("<!-- /{group} -->"));
     let text = format!("{begin}\n{table}\n{end}");
@@ -62,7 +68,11 @@ fn with_table(page: &str, group: &str, table: &str) -> String {
         return format!("{}{text}{}", &page[..first], &page[last + end.len()..]);
     }
     let place = page.find("## What was not reached").unwrap_or(page.len());
-    format!("{}## {group}\n\n{text}\n\n{}", &page[..place], &page[place..])
+    format!(
+        "{}## {group}\n\n{text}\n\n{}",
+        &page[..place],
+        &page[place..]
+    )
 }
 
 fn table(rows: &[&Row]) -> String {
@@ -75,7 +85,8 @@ fn table(rows: &[&Row]) -> String {
     lines.join("\n")
 }
 
-/// Missed targets that no heading names: a heading is a row's name or how the names of several rows begin.
+/// Missed targets that no heading names: a heading is a row's name or how the names of several rows
+/// begin.
 fn unexplained<'a>(page: &str, rows: &'a [Row]) -> Vec<&'a Row> {
     let explained = |row: &Row| {
         let mut headings = page.lines().filter_map(|line| line.strip_prefix("### "));
@@ -122,13 +133,22 @@ mod tests {
         let page = with_table(NEW, "sync", "one");
         let page = with_table(&page, "datapath", "two");
         let page = with_table(&format!("{page}\n### by hand\n\nkept\n"), "sync", "three");
-        assert!(page.contains("<!-- sync -->\nthree\n<!-- /sync -->"), "{page}");
-        assert!(page.contains("<!-- datapath -->\ntwo\n<!-- /datapath -->"), "{page}");
+        assert!(
+            page.contains("<!-- sync -->\nthree\n<!-- /sync -->"),
+            "{page}"
+        );
+        assert!(
+            page.contains("<!-- datapath -->\ntwo\n<!-- /datapath -->"),
+            "{page}"
+        );
         assert!(
             page.contains("### by hand\n\nkept\n") && !page.contains("one\n<!--"),
             "{page}"
         );
-        assert!(page.find("two") < page.find("## What was not reached"), "{page}");
+        assert!(
+            page.find("two") < page.find("## What was not reached"),
+            "{page}"
+        );
     }
 
     #[test]

@@ -57,7 +57,8 @@ pub(crate) struct Row {
     pub(crate) target: Option<String>,
     /// Whether the target is reached.
     pub(crate) holds: Option<bool>,
-    /// Half the distance between quartiles, as a part of the median: of the value, or of the ratio if there is one.
+    /// Half the distance between quartiles, as a part of the median: of the value, or of the ratio
+    /// if there is one.
     #[serde(skip)]
     pub(crate) spread: Option<f64>,
 }
@@ -122,7 +123,9 @@ impl Row {
             number(Some(self.value)),
             self.unit.to_owned(),
             number(self.baseline),
-            self.ratio.map(|ratio| format!("{ratio:.3}")).unwrap_or_default(),
+            self.ratio
+                .map(|ratio| format!("{ratio:.3}"))
+                .unwrap_or_default(),
             self.spread
                 .map(|part| format!("±{:.1} %", part * 100.0))
                 .unwrap_or_default(),
@@ -156,7 +159,12 @@ pub(super) fn table(rows: &[Row]) -> String {
     table
         .load_style(presets::NOTHING)
         .set_content_arrangement(ContentArrangement::Disabled);
-    table.set_header(["group"].iter().chain(&HEADINGS).map(|heading| heading.to_uppercase()));
+    table.set_header(
+        ["group"]
+            .iter()
+            .chain(&HEADINGS)
+            .map(|heading| heading.to_uppercase()),
+    );
     for row in rows {
         table.add_row([row.group.to_owned()].into_iter().chain(row.cells()));
     }
@@ -189,9 +197,15 @@ mod tests {
         assert_eq!(row(97.9).target(Target::AtLeast(0.98)).holds, Some(false));
         assert_eq!(row(97.1).target(Target::Within(0.03)).holds, Some(true));
         assert_eq!(row(103.1).target(Target::Within(0.03)).holds, Some(false));
-        assert_eq!(row(50.0).target(Target::ValueAtMost(50.0)).holds, Some(true));
+        assert_eq!(
+            row(50.0).target(Target::ValueAtMost(50.0)).holds,
+            Some(true)
+        );
         // A value without a baseline reaches no ratio and misses none.
-        assert_eq!(Row::value("a", 1.0, "ns").target(Target::AtMost(1.0)).holds, None);
+        assert_eq!(
+            Row::value("a", 1.0, "ns").target(Target::AtMost(1.0)).holds,
+            None
+        );
     }
 
     #[test]

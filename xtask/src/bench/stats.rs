@@ -15,12 +15,16 @@ pub(crate) fn median(samples: &[f64]) -> Median {
     sorted.sort_by(f64::total_cmp);
     let value = quantile(&sorted, 0.5);
     let range = quantile(&sorted, 0.75) - quantile(&sorted, 0.25);
-    let spread = if value == 0.0 { 0.0 } else { range / 2.0 / value };
+    let spread = if value == 0.0 {
+        0.0
+    } else {
+        range / 2.0 / value
+    };
     Median { value, spread }
 }
 
-/// Medians' ratio of two that were measured in turn: the median of the rounds' own ratios, in which a machine that is
-/// slower for a while does not show.
+/// Medians' ratio of two that were measured in turn: the median of the rounds' own ratios, in which
+/// a machine that is slower for a while does not show.
 pub(crate) fn ratio(samples: &[f64], baseline: &[f64]) -> Median {
     let ratios: Vec<f64> = samples.iter().zip(baseline).map(|(a, b)| a / b).collect();
     median(&ratios)
@@ -32,7 +36,10 @@ pub(crate) fn quantile(sorted: &[f64], part: f64) -> f64 {
         return 0.0;
     };
     let place = part * last as f64;
-    let (low, high) = (sorted[place.floor() as usize], sorted[place.ceil() as usize]);
+    let (low, high) = (
+        sorted[place.floor() as usize],
+        sorted[place.ceil() as usize],
+    );
     low + (high - low) * place.fract()
 }
 

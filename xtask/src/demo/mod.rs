@@ -1,4 +1,5 @@
-//! The demo: a cluster in network namespaces, an agent per node, traffic through every frontend, and a live table.
+//! The demo: a cluster in network namespaces, an agent per node, traffic through every frontend,
+//! and a live table.
 
 mod names;
 mod stop;
@@ -14,15 +15,18 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use shunt_lab::{Agent, AgentOptions, Client, Dial, Lab, Network, Overlay, PodSpec, Sockets, manifests::Manifests};
+use shunt_lab::{
+    Agent, AgentOptions, Client, Dial, Lab, Network, Overlay, PodSpec, Sockets,
+    manifests::Manifests,
+};
 
 use crate::shell::{root, say, target};
 
 use table::Row;
 use view::{Address, Frontend, Hooks, View};
 
-/// Flows per client and address in the one round that must meet every backend: with 6 clients and 3 backends the chance
-/// to miss one is below 10⁻¹⁵.
+/// Flows per client and address in the one round that must meet every backend: with 6 clients and 3
+/// backends the chance to miss one is below 10⁻¹⁵.
 const FLOWS_ONCE: u32 = 16;
 /// Flows per client and address in each round of the live table.
 const FLOWS_LIVE: u32 = 2;
@@ -104,10 +108,14 @@ impl Demo {
     fn start(network: Network) -> Result<Self> {
         let stale = Lab::sweep_stale()?;
         if stale > 0 {
-            say("demo", format_args!("removed what {stale} killed run(s) had left"));
+            say(
+                "demo",
+                format_args!("removed what {stale} killed run(s) had left"),
+            );
         }
         let folder = root().join("deploy/dev");
-        // Where the network between the nodes does not know pods, their CNI hides them from the outside.
+        // Where the network between the nodes does not know pods, their CNI hides them from the
+        // outside.
         let network = Network {
             masquerade: network.masquerade || network.overlay != Overlay::None,
             ..network
@@ -117,8 +125,8 @@ impl Demo {
         manifests.make(&lab)?;
         let mut clients = Vec::new();
         for node in lab.nodes() {
-            // Pods of their own: a backend in TIME_WAIT may take a direct connection for one that came through a
-            // frontend, if one pod makes both kinds.
+            // Pods of their own: a backend in TIME_WAIT may take a direct connection for one that
+            // came through a frontend, if one pod makes both kinds.
             for (vantage, sockets, name) in [
                 (Vantage::Pod, Sockets::Hooked, "shell"),
                 (Vantage::Packets, Sockets::Unhooked, "packets"),
@@ -196,11 +204,14 @@ impl Demo {
         Ok(())
     }
 
-    /// The addresses that a client dials for a frontend: a node port is reached on every node, and on the node itself.
+    /// The addresses that a client dials for a frontend: a node port is reached on every node, and
+    /// on the node itself.
     fn targets(&self, frontend: &Frontend, vantage: Vantage) -> Result<Vec<SocketAddr>> {
         let ips: Vec<IpAddr> = match frontend.address {
             Address::Ip(ip) => vec![ip],
-            Address::NodePort { ipv6: false } if vantage == Vantage::Node => vec![Ipv4Addr::LOCALHOST.into()],
+            Address::NodePort { ipv6: false } if vantage == Vantage::Node => {
+                vec![Ipv4Addr::LOCALHOST.into()]
+            }
             Address::NodePort { ipv6 } => {
                 let ips = self
                     .lab
@@ -210,7 +221,10 @@ impl Demo {
                 ips.collect::<Result<_>>()?
             }
         };
-        Ok(ips.into_iter().map(|ip| SocketAddr::new(ip, frontend.port)).collect())
+        Ok(ips
+            .into_iter()
+            .map(|ip| SocketAddr::new(ip, frontend.port))
+            .collect())
     }
 
     /// The name that the server at an address answers with.
@@ -257,13 +271,21 @@ impl Demo {
         let in_pod = names::script(&self.lab)?;
         let in_pod = in_pod.display();
         let shunt = shunt();
-        let (client, shunt, root) = (client.path().display(), shunt.display(), agent.bpf_root().display());
-        let web = self.rows.keys().chain(&[]).find_map(|frontend| match frontend.address {
-            Address::Ip(ip @ IpAddr::V4(_)) if frontend.kind == "LoadBalancer" => {
-                Some(SocketAddr::new(ip, frontend.port))
-            }
-            _ => None,
-        });
+        let (client, shunt, root) = (
+            client.path().display(),
+            shunt.display(),
+            agent.bpf_root().display(),
+        );
+        let web = self
+            .rows
+            .keys()
+            .chain(&[])
+            .find_map(|frontend| match frontend.address {
+                Address::Ip(ip @ IpAddr::V4(_)) if frontend.kind == "LoadBalancer" => {
+                    Some(SocketAddr::new(ip, frontend.port))
+                }
+                _ => None,
+            });
         let web = web.map_or_else(|| "198.51.100.80:80".to_owned(), |web| web.to_string());
         Ok(format!(
             "Try from another shell (as root):\n  \
@@ -294,11 +316,17 @@ fn dial(
         for (server, count) in many.servers {
             *row.servers.entry(server).or_default() += count;
         }
-        row.latencies.entry(vantage).or_default().extend(many.latencies);
+        row.latencies
+            .entry(vantage)
+            .or_default()
+            .extend(many.latencies);
         let failed = !many.errors.is_empty();
         for (error, count) in many.errors {
             *row.errors
-                .entry(format!("{to} from {} ({vantage:?}): {error}", client.name()))
+                .entry(format!(
+                    "{to} from {} ({vantage:?}): {error}",
+                    client.name()
+                ))
                 .or_default() += count;
         }
         if failed {

@@ -1,4 +1,5 @@
-//! Names in a pod of the demo: a script that runs a program there with the `resolv.conf` that a kubelet would give the pod.
+//! Names in a pod of the demo: a script that runs a program there with the `resolv.conf` that a
+//! kubelet would give the pod.
 
 use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf, process::Command};
 
@@ -14,8 +15,8 @@ const NODE: &str = "node-a";
 /// A Service of the demo.
 const SERVICE: &str = "web.default.svc.cluster.local";
 
-/// Writes the script and returns its path: `in-pod PROGRAM ARGUMENT…`. The file is in no namespace, so it is mounted over
-/// `/etc/resolv.conf` where only the program sees it.
+/// Writes the script and returns its path: `in-pod PROGRAM ARGUMENT…`. The file is in no namespace,
+/// so it is mounted over `/etc/resolv.conf` where only the program sees it.
 ///
 /// # Errors
 ///
@@ -51,5 +52,7 @@ pub(super) fn look_up(lab: &Lab) -> Result<String> {
     let found = capture(Command::new(&script).args(["getent", "hosts", SERVICE]))?;
     let address = found.split_whitespace().next().unwrap_or_default();
     ensure!(!address.is_empty(), "{SERVICE} has no address in pod {POD}");
-    Ok(format!("in pod {POD} the name {SERVICE} leads to {address}"))
+    Ok(format!(
+        "in pod {POD} the name {SERVICE} leads to {address}"
+    ))
 }

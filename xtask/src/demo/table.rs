@@ -13,7 +13,8 @@ use super::{
     view::{Frontend, Hooks},
 };
 
-/// Latencies that a row keeps per client kind: the last ones, for a median that follows what happens.
+/// Latencies that a row keeps per client kind: the last ones, for a median that follows what
+/// happens.
 const KEPT_LATENCIES: usize = 256;
 /// Without a terminal the table is printed anew after so long.
 const PRINT_EVERY: Duration = Duration::from_secs(5);
@@ -59,8 +60,8 @@ pub(super) fn render(rows: &BTreeMap<Frontend, Row>) -> String {
         .load_style(presets::NOTHING)
         .set_content_arrangement(ContentArrangement::Disabled);
     table.set_header([
-        "SERVICE", "KIND", "FRONTEND", "BACKENDS", "CONNS", "FAILED", "P50 POD", "PACKETS", "NODE", "OUTSIDE",
-        "SOCKET", "TC", "XDP",
+        "SERVICE", "KIND", "FRONTEND", "BACKENDS", "CONNS", "FAILED", "P50 POD", "PACKETS", "NODE",
+        "OUTSIDE", "SOCKET", "TC", "XDP",
     ]);
     for (frontend, row) in rows {
         let answered: u64 = row.servers.values().sum();
@@ -71,10 +72,16 @@ pub(super) fn render(rows: &BTreeMap<Frontend, Row>) -> String {
             .map(|name| {
                 let count = row.servers.get(name).copied().unwrap_or(0);
                 // One that is no backend any more, or was none.
-                let gone = if row.backends.contains(name) { "" } else { "†" };
+                let gone = if row.backends.contains(name) {
+                    ""
+                } else {
+                    "†"
+                };
                 format!(
                     "{name}{gone} {}%",
-                    (count * 100 + answered / 2).checked_div(answered).unwrap_or(0)
+                    (count * 100 + answered / 2)
+                        .checked_div(answered)
+                        .unwrap_or(0)
                 )
             })
             .collect();
@@ -124,7 +131,11 @@ impl Screen {
         let _ = if self.terminal {
             // Home, each line cleared to its end, and the rest of the screen: it does not flicker.
             let first = if self.last.is_none() { "\x1b[2J" } else { "" };
-            writeln!(out, "{first}\x1b[H{}\x1b[K\x1b[J", text.replace('\n', "\x1b[K\n"))
+            writeln!(
+                out,
+                "{first}\x1b[H{}\x1b[K\x1b[J",
+                text.replace('\n', "\x1b[K\n")
+            )
         } else if self.last.is_none_or(|last| last.elapsed() >= PRINT_EVERY) {
             writeln!(out, "{text}")
         } else {

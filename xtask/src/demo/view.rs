@@ -124,7 +124,9 @@ impl View {
         };
         let hooks = self.hooks.entry(frontend.clone()).or_default();
         let addresses = self.frontends.entry(frontend).or_default();
-        let its_own = |backend: &&BackendRow| backend.protocol == row.protocol && backend.frontends.contains(&socket);
+        let its_own = |backend: &&BackendRow| {
+            backend.protocol == row.protocol && backend.frontends.contains(&socket)
+        };
         for backend in backends.iter().filter(its_own) {
             addresses.insert(backend.address);
             *hooks += backend.flows;

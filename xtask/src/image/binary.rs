@@ -1,4 +1,5 @@
-//! The agent as one static file, for the machine's architecture and for others whose target is installed.
+//! The agent as one static file, for the machine's architecture and for others whose target is
+//! installed.
 
 use std::{
     path::{Path, PathBuf},
@@ -17,7 +18,8 @@ struct Static {
     crt_static: bool,
 }
 
-/// Adds musl's target for this machine to the toolchain, where rustup has that; glibc's will do without.
+/// Adds musl's target for this machine to the toolchain, where rustup has that; glibc's will do
+/// without.
 pub(super) fn setup() {
     let triple = format!("{}-unknown-linux-musl", std::env::consts::ARCH);
     if !installed(&triple) && which("rustup").is_some() {
@@ -31,8 +33,8 @@ pub(super) fn can_build(arch: Arch) -> bool {
     static_target(arch).is_some() && (arch.is_here() || c_compiler(arch).is_some())
 }
 
-/// musl's target when the toolchain has it: it resolves names without the files that glibc loads at run time. Otherwise, for
-/// this machine, glibc's.
+/// musl's target when the toolchain has it: it resolves names without the files that glibc loads at
+/// run time. Otherwise, for this machine, glibc's.
 fn static_target(arch: Arch) -> Option<Static> {
     ["musl", "gnu"].into_iter().find_map(|libc| {
         let triple = format!("{}-unknown-linux-{libc}", arch.rust());
@@ -46,7 +48,8 @@ fn static_target(arch: Arch) -> Option<Static> {
 /// Whether the toolchain has the standard library of a target.
 fn installed(triple: &str) -> bool {
     let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
-    let folder = capture(Command::new(rustc).args(["--print", "target-libdir", "--target", triple]));
+    let folder =
+        capture(Command::new(rustc).args(["--print", "target-libdir", "--target", triple]));
     folder.is_ok_and(|folder| Path::new(folder.trim()).is_dir())
 }
 
@@ -111,9 +114,20 @@ pub(super) fn build(arch: Arch) -> Result<PathBuf> {
 ///
 /// With what is wrong.
 pub(super) fn check(program: &[u8]) -> Result<()> {
-    ensure!(program.starts_with(b"\x7fELF\x02"), "is no 64-bit ELF program");
-    let half = |at: usize| Some(u64::from(u16::from_le_bytes(program.get(at..at + 2)?.try_into().ok()?)));
-    let long = |at: usize| Some(u64::from_le_bytes(program.get(at..at + 8)?.try_into().ok()?));
+    ensure!(
+        program.starts_with(b"\x7fELF\x02"),
+        "is no 64-bit ELF program"
+    );
+    let half = |at: usize| {
+        Some(u64::from(u16::from_le_bytes(
+            program.get(at..at + 2)?.try_into().ok()?,
+        )))
+    };
+    let long = |at: usize| {
+        Some(u64::from_le_bytes(
+            program.get(at..at + 8)?.try_into().ok()?,
+        ))
+    };
     // e_phoff, e_phentsize and e_phnum of elf(5).
     let (Some(start), Some(size), Some(count)) = (long(32), half(54), half(56)) else {
         bail!("is cut off");

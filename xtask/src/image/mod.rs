@@ -1,8 +1,8 @@
 //! `cargo xtask image`: an OCI archive with nothing but the static agent and CA roots.
 //!
-//! The archive is an OCI image layout in a tar file, as `ctr images import`, `kind load image-archive`, `podman load`,
-//! `docker load` (25 and later) and `skopeo copy oci-archive:` take it. The same sources give the same bytes: nothing in it
-//! has a time or a user.
+//! The archive is an OCI image layout in a tar file, as `ctr images import`, `kind load
+//! image-archive`, `podman load`, `docker load` (25 and later) and `skopeo copy oci-archive:` take
+//! it. The same sources give the same bytes: nothing in it has a time or a user.
 
 mod binary;
 mod oci;
@@ -23,7 +23,8 @@ const NAME: &str = concat!("localhost/shunt:", env!("CARGO_PKG_VERSION"));
 /// Arguments of `image`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Architectures of the image [default: those that a target of the Rust toolchain is installed for].
+    /// Architectures of the image [default: those that a target of the Rust toolchain is installed
+    /// for].
     #[arg(long, value_enum, value_delimiter = ',')]
     arch: Vec<Arch>,
     /// Where the archive goes [default: target/image/shunt-VERSION.tar].
@@ -69,12 +70,17 @@ pub(crate) fn image(args: &Args) -> Result<()> {
     setup::setup()?;
     binary::setup();
     let archs: Vec<Arch> = match &args.arch[..] {
-        [] => Arch::ALL.into_iter().filter(|arch| binary::can_build(*arch)).collect(),
+        [] => Arch::ALL
+            .into_iter()
+            .filter(|arch| binary::can_build(*arch))
+            .collect(),
         given => given.to_vec(),
     };
     if archs.is_empty() {
         let here = std::env::consts::ARCH;
-        bail!("no target of the Rust toolchain can be built statically: rustup target add {here}-unknown-linux-musl");
+        bail!(
+            "no target of the Rust toolchain can be built statically: rustup target add {here}-unknown-linux-musl"
+        );
     }
     let roots = oci::ca_roots();
     let mut images = Vec::new();
@@ -100,10 +106,20 @@ pub(crate) fn image(args: &Args) -> Result<()> {
     let size = archive.len() as f64 / f64::from(1 << 20);
     say(
         "image",
-        format_args!("{NAME} for {} in {} ({size:.1} MiB)", list.join(", "), file.display()),
+        format_args!(
+            "{NAME} for {} in {} ({size:.1} MiB)",
+            list.join(", "),
+            file.display()
+        ),
     );
-    say("load", format_args!("ctr -n k8s.io images import {}", file.display()));
-    say("or", format_args!("kind load image-archive {}", file.display()));
+    say(
+        "load",
+        format_args!("ctr -n k8s.io images import {}", file.display()),
+    );
+    say(
+        "or",
+        format_args!("kind load image-archive {}", file.display()),
+    );
     if args.trial {
         trial::trial(&file)?;
     }

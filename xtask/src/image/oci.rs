@@ -5,9 +5,9 @@ use std::{collections::BTreeMap, io::Write};
 use anyhow::{Context, Result};
 use flate2::{Compression, GzBuilder};
 use oci_spec::image::{
-    Arch as OciArch, ConfigBuilder, Descriptor, DescriptorBuilder, ImageConfigurationBuilder, ImageIndexBuilder,
-    ImageManifestBuilder, MediaType, OciLayoutBuilder, Os, PlatformBuilder, RootFsBuilder, SCHEMA_VERSION,
-    Sha256Digest,
+    Arch as OciArch, ConfigBuilder, Descriptor, DescriptorBuilder, ImageConfigurationBuilder,
+    ImageIndexBuilder, ImageManifestBuilder, MediaType, OciLayoutBuilder, Os, PlatformBuilder,
+    RootFsBuilder, SCHEMA_VERSION, Sha256Digest,
 };
 use sha2::{Digest, Sha256};
 use tar::{EntryType, Header};
@@ -57,7 +57,9 @@ pub(super) fn layer(agent: &[u8], roots: &str) -> Result<Layer> {
         add(&mut tar, path, EntryType::Regular, mode, bytes)?;
     }
     let tar = tar.into_inner().context("layer")?;
-    let mut gzip = GzBuilder::new().mtime(0).write(Vec::new(), Compression::default());
+    let mut gzip = GzBuilder::new()
+        .mtime(0)
+        .write(Vec::new(), Compression::default());
     gzip.write_all(&tar).context("layer")?;
     Ok(Layer {
         diff_id: format!("sha256:{}", sha256(&tar)),
@@ -116,15 +118,21 @@ pub(super) fn archive(name: &str, images: &[(Arch, Layer)]) -> Result<Vec<u8>> {
             .manifests(manifests)
             .build()
     };
-    let image = blobs.add(MediaType::ImageIndex, serde_json::to_vec(&index(manifests)?)?)?;
-    // The first is containerd's, the second the specification's. As JSON, for the descriptor's own map has no order.
+    let image = blobs.add(
+        MediaType::ImageIndex,
+        serde_json::to_vec(&index(manifests)?)?,
+    )?;
+    // The first is containerd's, the second the specification's. As JSON, for the descriptor's own
+    // map has no order.
     let mut root = serde_json::to_value(index(vec![image])?)?;
     root["manifests"][0]["annotations"] = serde_json::to_value(BTreeMap::from([
         ("io.containerd.image.name", name),
         ("org.opencontainers.image.ref.name", name),
     ]))?;
 
-    let layout = OciLayoutBuilder::default().image_layout_version("1.0.0").build()?;
+    let layout = OciLayoutBuilder::default()
+        .image_layout_version("1.0.0")
+        .build()?;
     let mut tar = tar::Builder::new(Vec::new());
     add(
         &mut tar,
@@ -180,11 +188,20 @@ impl Blobs {
 }
 
 fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    Sha256::digest(bytes)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }
 
 /// Adds a file or folder that belongs to root and has no time.
-fn add(tar: &mut tar::Builder<Vec<u8>>, path: &str, kind: EntryType, mode: u32, bytes: &[u8]) -> Result<()> {
+fn add(
+    tar: &mut tar::Builder<Vec<u8>>,
+    path: &str,
+    kind: EntryType,
+    mode: u32,
+    bytes: &[u8],
+) -> Result<()> {
     let mut header = Header::new_ustar();
     header.set_entry_type(kind);
     header.set_mode(mode);
@@ -247,19 +264,31 @@ mod tests {
         let annotations = named.annotations().as_ref().unwrap();
         assert_eq!(annotations["io.containerd.image.name"], "localhost/shunt:1");
         let index: ImageIndex = serde_json::from_slice(&blob(named)).unwrap();
-        let agents = [(OciArch::Amd64, "the agent"), (OciArch::ARM64, "the other agent")];
+        let agents = [
+            (OciArch::Amd64, "the agent"),
+            (OciArch::ARM64, "the other agent"),
+        ];
         assert_eq!(index.manifests().len(), agents.len());
         for (descriptor, (arch, agent)) in index.manifests().iter().zip(agents) {
-            assert_eq!(descriptor.platform().as_ref().unwrap().architecture(), &arch);
+            assert_eq!(
+                descriptor.platform().as_ref().unwrap().architecture(),
+                &arch
+            );
             let manifest: ImageManifest = serde_json::from_slice(&blob(descriptor)).unwrap();
-            let config: ImageConfiguration = serde_json::from_slice(&blob(manifest.config())).unwrap();
+            let config: ImageConfiguration =
+                serde_json::from_slice(&blob(manifest.config())).unwrap();
             assert_eq!(config.architecture(), &arch);
             let run = config.config().as_ref().unwrap();
             assert_eq!(run.entrypoint().as_ref().unwrap()[..], ["/usr/bin/shunt"]);
             let mut tar = Vec::new();
             let compressed = blob(&manifest.layers()[0]);
-            GzDecoder::new(&compressed[..]).read_to_end(&mut tar).unwrap();
-            assert_eq!(config.rootfs().diff_ids()[..], [format!("sha256:{}", sha256(&tar))]);
+            GzDecoder::new(&compressed[..])
+                .read_to_end(&mut tar)
+                .unwrap();
+            assert_eq!(
+                config.rootfs().diff_ids()[..],
+                [format!("sha256:{}", sha256(&tar))]
+            );
             let layer = unpack(&tar);
             assert_eq!(layer["usr/bin/shunt"], (0o755, agent.as_bytes().to_vec()));
             let paths: Vec<&str> = layer.keys().map(String::as_str).collect();

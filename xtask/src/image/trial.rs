@@ -1,5 +1,5 @@
-//! The image, imported into a containerd of its own and run as the DaemonSet runs it: read-only, with three capabilities, in
-//! a node of the lab, answering a real client.
+//! The image, imported into a containerd of its own and run as the DaemonSet runs it: read-only,
+//! with three capabilities, in a node of the lab, answering a real client.
 
 use std::{
     fs,
@@ -18,7 +18,8 @@ use shunt_lab::{Lab, PodSpec, Port, Sockets};
 use super::NAME;
 use crate::shell::{capture, is_root, run, say, target, which};
 
-/// Debian's packages of containerd; unpacked, not installed: installing them would start a service on this machine.
+/// Debian's packages of containerd; unpacked, not installed: installing them would start a service
+/// on this machine.
 const PACKAGES: [&str; 2] = ["containerd", "runc"];
 /// What the agent's container has in `deploy/base/daemonset.yaml`.
 const GRANTED: [&str; 3] = ["CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"];
@@ -46,13 +47,17 @@ const MANIFESTS: &str = "/manifests";
 const PATIENCE: Duration = Duration::from_secs(30);
 const APP: u16 = 8080;
 
-/// Imports the archive, starts the agent from it, opens connections through a Service, and removes everything again.
+/// Imports the archive, starts the agent from it, opens connections through a Service, and removes
+/// everything again.
 ///
 /// # Errors
 ///
 /// With what does not work.
 pub(super) fn trial(archive: &Path) -> Result<()> {
-    ensure!(is_root(), "--try makes namespaces and containers: run this as root");
+    ensure!(
+        is_root(),
+        "--try makes namespaces and containers: run this as root"
+    );
     let containerd = Containerd::start()?;
     capture(containerd.ctr().args(["images", "import"]).arg(archive))?;
     let images = capture(containerd.ctr().args(["images", "ls", "--quiet"]))?;
@@ -60,7 +65,10 @@ pub(super) fn trial(archive: &Path) -> Result<()> {
         images.lines().any(|line| line == NAME),
         "containerd has {images:?} instead of {NAME}"
     );
-    say("imported", format_args!("{NAME} into a containerd of its own"));
+    say(
+        "imported",
+        format_args!("{NAME} into a containerd of its own"),
+    );
 
     let lab = Lab::builder().nodes(&["node-a"]).build()?;
     lab.add_pod(&PodSpec::new("web", "node-a", &[Port::tcp(APP)]))?;
@@ -76,7 +84,10 @@ pub(super) fn trial(archive: &Path) -> Result<()> {
     };
     let result = agent.serve(&bpf_root);
     // Also after a failure: what the agent attached must not outlive its node.
-    let cleaned = capture(&mut agent.command("cleanup", &["cleanup", "--bpf-root", &bpf_root.to_string_lossy()])?);
+    let cleaned = capture(&mut agent.command(
+        "cleanup",
+        &["cleanup", "--bpf-root", &bpf_root.to_string_lossy()],
+    )?);
     shunt_lab::remove_pins(&bpf_root);
     result?;
     cleaned?;
@@ -120,14 +131,20 @@ impl Container<'_> {
             command.args(["--cap-add", capability]);
         }
         let network = self.lab.ns("node-a")?;
-        command.args(["--with-ns", &format!("network:{}", network.path().display())]);
+        command.args([
+            "--with-ns",
+            &format!("network:{}", network.path().display()),
+        ]);
         let cgroup = self.lab.node_cgroup("node-a");
         for (from, to, options) in [
             (Path::new("/sys/fs/bpf"), "/sys/fs/bpf", "rbind:rw"),
             (&cgroup, CGROUP, "rbind:ro"),
             (self.manifests, MANIFESTS, "rbind:ro"),
         ] {
-            let mount = format!("type=bind,src={},dst={to},options={options}", from.display());
+            let mount = format!(
+                "type=bind,src={},dst={to},options={options}",
+                from.display()
+            );
             command.args(["--mount", &mount]);
         }
         command.args([NAME, id, "/usr/bin/shunt"]).args(args);
@@ -142,7 +159,11 @@ impl Container<'_> {
             version.trim() == concat!("shunt ", env!("CARGO_PKG_VERSION")),
             "the image has {version:?}"
         );
-        let node_ips = self.lab.node_ips("node-a")?.map(|ip| ip.to_string()).join(",");
+        let node_ips = self
+            .lab
+            .node_ips("node-a")?
+            .map(|ip| ip.to_string())
+            .join(",");
         let mut command = self.command(
             "agent",
             &[
@@ -181,7 +202,11 @@ impl Container<'_> {
                 let answer = client
                     .tcp(to)
                     .map_err(|error| anyhow::anyhow!("{name} to {to}: {error}"))?;
-                ensure!(answer.server == "web", "{name} to {to}: answered by {}", answer.server);
+                ensure!(
+                    answer.server == "web",
+                    "{name} to {to}: answered by {}",
+                    answer.server
+                );
             }
         }
         capture(
@@ -207,8 +232,18 @@ fn first_line(child: &mut Child, begin: &'static str) -> Result<String> {
         }
     };
     let other = tx.clone();
-    thread::spawn(move || forward(&mut BufReader::new(stdout).lines().map_while(Result::ok), tx));
-    thread::spawn(move || forward(&mut BufReader::new(stderr).lines().map_while(Result::ok), other));
+    thread::spawn(move || {
+        forward(
+            &mut BufReader::new(stdout).lines().map_while(Result::ok),
+            tx,
+        )
+    });
+    thread::spawn(move || {
+        forward(
+            &mut BufReader::new(stderr).lines().map_while(Result::ok),
+            other,
+        )
+    });
     let mut all = Vec::new();
     let deadline = Instant::now() + PATIENCE;
     loop {
@@ -264,7 +299,10 @@ impl Containerd {
             .arg("--state")
             .arg(it.folder.join("state"));
         command.arg("--address").arg(it.socket());
-        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        command
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
         it.process = Some(Started(command.spawn().context("cannot run containerd")?));
         let deadline = Instant::now() + PATIENCE;
         while capture(it.ctr().arg("version")).is_err() {
@@ -285,11 +323,21 @@ impl Containerd {
     }
 
     fn command(&self, program: &str) -> Command {
-        let folder = self.programs.iter().find(|folder| folder.join(program).is_file());
-        let mut command = Command::new(folder.map_or_else(|| PathBuf::from(program), |folder| folder.join(program)));
+        let folder = self
+            .programs
+            .iter()
+            .find(|folder| folder.join(program).is_file());
+        let mut command = Command::new(
+            folder.map_or_else(|| PathBuf::from(program), |folder| folder.join(program)),
+        );
         // containerd looks for its shim and runc there.
         let usual = std::env::var_os("PATH").unwrap_or_default();
-        let path = std::env::join_paths(self.programs.iter().cloned().chain(std::env::split_paths(&usual)));
+        let path = std::env::join_paths(
+            self.programs
+                .iter()
+                .cloned()
+                .chain(std::env::split_paths(&usual)),
+        );
         command.env("PATH", path.unwrap_or(usual));
         command
     }
@@ -317,8 +365,8 @@ impl Drop for Containerd {
     }
 }
 
-/// Folders with containerd's programs: none when they are installed; else those of Debian's packages, unpacked below the
-/// target folder.
+/// Folders with containerd's programs: none when they are installed; else those of Debian's
+/// packages, unpacked below the target folder.
 fn find() -> Result<Vec<PathBuf>> {
     if ["containerd", "ctr", "runc"]
         .into_iter()
@@ -337,7 +385,11 @@ fn find() -> Result<Vec<PathBuf>> {
     );
     say(
         "setup",
-        format_args!("unpacking Debian's {} in {}", PACKAGES.join(" and "), folder.display()),
+        format_args!(
+            "unpacking Debian's {} in {}",
+            PACKAGES.join(" and "),
+            folder.display()
+        ),
     );
     fs::create_dir_all(&folder).with_context(|| format!("{}", folder.display()))?;
     capture(
@@ -348,7 +400,10 @@ fn find() -> Result<Vec<PathBuf>> {
     )?;
     for entry in fs::read_dir(&folder)? {
         let package = entry?.path();
-        if package.extension().is_some_and(|extension| extension == "deb") {
+        if package
+            .extension()
+            .is_some_and(|extension| extension == "deb")
+        {
             run(Command::new("dpkg").arg("-x").arg(&package).arg(&folder))?;
             fs::remove_file(&package)?;
         }

@@ -1,4 +1,5 @@
-//! The stage: two nodes with an agent each, the pods of the manifests, a kubelet's readiness probes, and somebody outside.
+//! The stage: two nodes with an agent each, the pods of the manifests, a kubelet's readiness
+//! probes, and somebody outside.
 
 use std::{
     collections::BTreeMap,
@@ -29,8 +30,10 @@ pub(super) const NGINX: &str = "ingress-nginx-0";
 pub(super) const OUTSIDE: &str = "client";
 /// How long anything may take that takes seconds at most.
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
-/// The manifest that stands for an ingress controller's Deployment: a pod of the Service in `dns-and-edge.yaml`.
-const NGINX_POD: &str = "# Written by the story: what an ingress controller's Deployment would make.
+/// The manifest that stands for an ingress controller's Deployment: a pod of the Service in
+/// `dns-and-edge.yaml`.
+const NGINX_POD: &str =
+    "# Written by the story: what an ingress controller's Deployment would make.
 apiVersion: v1
 kind: Pod
 metadata: { name: ingress-nginx-0, namespace: ingress-nginx, labels: { app: ingress-nginx } }
@@ -95,7 +98,10 @@ impl Cast {
     pub(super) fn assemble(pace: u32) -> Result<Self> {
         let stale = Lab::sweep_stale()?;
         if stale > 0 {
-            say("story", format_args!("removed what {stale} killed run(s) had left"));
+            say(
+                "story",
+                format_args!("removed what {stale} killed run(s) had left"),
+            );
         }
         let folder = tempfile::tempdir().context("cannot make a folder")?;
         for entry in fs::read_dir(root().join("deploy/story"))? {
@@ -112,7 +118,8 @@ impl Cast {
         lab.add_pod(&PodSpec::new(SHELL, "node-a", &[]))?;
         let mut kubelet = Kubelet::new(&folder.path().join("status"))?.pace(pace);
         kubelet.follow(&lab, folder.path())?;
-        let shunt = env::var_os("SHUNT_BIN").map_or_else(|| target().join("release/shunt"), PathBuf::from);
+        let shunt =
+            env::var_os("SHUNT_BIN").map_or_else(|| target().join("release/shunt"), PathBuf::from);
         let options = AgentOptions::manifests(folder.path()).shunt(&shunt);
         let mut agents = Vec::new();
         for node in lab.nodes() {
@@ -155,13 +162,22 @@ impl Cast {
         let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
         stdout.lines().for_each(|line| println!("      {line}"));
         if !output.status.success() {
-            bail!("{} {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
+            bail!(
+                "{} {}",
+                output.status,
+                String::from_utf8_lossy(&output.stderr).trim()
+            );
         }
         Ok(stdout)
     }
 
     /// The same some times, printed once; who answered how often.
-    pub(super) fn sh_times(&self, place: &str, line: &str, times: usize) -> Result<BTreeMap<String, usize>> {
+    pub(super) fn sh_times(
+        &self,
+        place: &str,
+        line: &str,
+        times: usize,
+    ) -> Result<BTreeMap<String, usize>> {
         let text = self.sh(
             place,
             &format!("for i in $(seq {times}); do {line}; done | sort | cut -d' ' -f1 | uniq -c"),
@@ -211,7 +227,9 @@ impl Cast {
                     ("tc", row.flows.tc),
                     ("XDP", row.flows.xdp),
                 ] {
-                    *flows.entry((agent.node().to_owned(), hook, backend)).or_default() += count;
+                    *flows
+                        .entry((agent.node().to_owned(), hook, backend))
+                        .or_default() += count;
                 }
             }
         }
@@ -224,10 +242,17 @@ impl Cast {
     }
 
     /// Waits until something holds; says how long that took.
-    pub(super) fn until(&self, what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<Duration> {
+    pub(super) fn until(
+        &self,
+        what: &str,
+        mut holds: impl FnMut() -> Result<bool>,
+    ) -> Result<Duration> {
         let began = Instant::now();
         while !holds()? {
-            ensure!(began.elapsed() < PATIENCE, "not within {PATIENCE:?}: {what}");
+            ensure!(
+                began.elapsed() < PATIENCE,
+                "not within {PATIENCE:?}: {what}"
+            );
             thread::sleep(Duration::from_millis(20));
         }
         Ok(began.elapsed())
@@ -261,14 +286,21 @@ impl Cast {
             let hidden = path
                 .file_name()
                 .is_some_and(|name| name.to_string_lossy().starts_with('.'));
-            if !hidden && path.extension().is_some_and(|extension| extension == "yaml") {
-                objects.extend(serde_saphyr::from_multiple::<Value>(&fs::read_to_string(&path)?)?);
+            if !hidden
+                && path
+                    .extension()
+                    .is_some_and(|extension| extension == "yaml")
+            {
+                objects.extend(serde_saphyr::from_multiple::<Value>(&fs::read_to_string(
+                    &path,
+                )?)?);
             }
         }
         Ok(objects)
     }
 
-    /// Cluster IPs of all Services, as node-a serves them, and the names of their ports, as they are written.
+    /// Cluster IPs of all Services, as node-a serves them, and the names of their ports, as they
+    /// are written.
     fn services(&self, objects: &[Value]) -> Result<Services> {
         let mut services = Services::new();
         for row in Vec::<ServiceRow>::deserialize(self.agent("node-a")?.json(&["services"])?)? {
@@ -284,8 +316,13 @@ impl Cast {
                 .iter()
                 .find(of)
                 .and_then(|object| object["spec"]["ports"].as_array());
-            let port = ports.into_iter().flatten().find(|port| port["port"] == row.port);
-            let name = port.and_then(|port| port["name"].as_str()).unwrap_or_default();
+            let port = ports
+                .into_iter()
+                .flatten()
+                .find(|port| port["port"] == row.port);
+            let name = port
+                .and_then(|port| port["name"].as_str())
+                .unwrap_or_default();
             services
                 .entry(format!("{}/{}", row.namespace, row.service))
                 .or_default()
@@ -298,7 +335,8 @@ impl Cast {
         Ok(services)
     }
 
-    /// Configures nginx from the Ingresses and Secrets as they are now, and starts it or lets it read that.
+    /// Configures nginx from the Ingresses and Secrets as they are now, and starts it or lets it
+    /// read that.
     ///
     /// # Errors
     ///
@@ -325,7 +363,12 @@ impl Cast {
         match &self.nginx {
             None => {
                 let mut command = self.lab.command(NGINX, Sockets::Hooked, &program)?;
-                command.arg("-c").arg(&file).arg("-p").arg(&folder).stdin(Stdio::null());
+                command
+                    .arg("-c")
+                    .arg(&file)
+                    .arg("-p")
+                    .arg(&folder)
+                    .stdin(Stdio::null());
                 self.nginx = Some(command.spawn().context("cannot run nginx")?);
             }
             Some(nginx) => {

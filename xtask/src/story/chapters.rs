@@ -15,7 +15,8 @@ use super::{
     telling::Story,
 };
 
-/// The pods of `kubia.yaml`; the fourth one, of `story.yaml`, is not ready until somebody makes a file.
+/// The pods of `kubia.yaml`; the fourth one, of `story.yaml`, is not ready until somebody makes a
+/// file.
 const KUBIA: [&str; 3] = ["kubia-5rvfq", "kubia-8cgnm", "kubia-8kv8d"];
 /// The pod whose readiness is a file.
 const LATE: &str = "kubia-2xk54";
@@ -41,7 +42,11 @@ pub(super) fn play(story: &mut Story) {
 /// The one who answered, by the first word of what it said.
 fn answered_by<'t>(text: &'t str, pods: &[&str]) -> Result<&'t str> {
     let name = text.split_whitespace().next().context("nobody answered")?;
-    ensure!(pods.contains(&name), "{name} answered, not one of {}", pods.join(", "));
+    ensure!(
+        pods.contains(&name),
+        "{name} answered, not one of {}",
+        pods.join(", ")
+    );
     Ok(name)
 }
 
@@ -61,7 +66,10 @@ fn environment(story: &mut Story) {
             "KUBIA_SERVICE_PORT=80",
             "KUBIA_PORT_443_TCP_PROTO=tcp",
         ] {
-            ensure!(text.lines().any(|line| line == variable), "{variable} is missing");
+            ensure!(
+                text.lines().any(|line| line == variable),
+                "{variable} is missing"
+            );
         }
         Ok(format!("{} variables of kubia", text.lines().count()))
     });
@@ -81,7 +89,10 @@ fn ping(story: &mut Story) {
         "With kube-proxy nobody answers pings of a cluster IP: the address is on no device. Here the node's programs do.",
     );
     story.step("ping kubia", |cast| {
-        cast.sh(SHELL, &format!("ping -c 1 -W 2 {KUBIA_IP} | grep 'bytes from'"))?;
+        cast.sh(
+            SHELL,
+            &format!("ping -c 1 -W 2 {KUBIA_IP} | grep 'bytes from'"),
+        )?;
         Ok("answered in the kernel".to_owned())
     });
 }
@@ -98,14 +109,17 @@ fn balance(story: &mut Story) {
         cast.cli("node-a", &["backends", "kubia-nodeport"], "kubia")?;
         Ok(format!("{} pods answered", answers.len()))
     });
-    story.step("ten connections to kubia, which keeps a client at its pod", |cast| {
-        let answers = cast.sh_times(SHELL, &format!("{CURL} http://{KUBIA_IP}/"), 10)?;
-        ensure!(answers.len() == 1, "{} pods answered", answers.len());
-        Ok(format!(
-            "{} answered all",
-            answers.keys().next().map_or("", String::as_str)
-        ))
-    });
+    story.step(
+        "ten connections to kubia, which keeps a client at its pod",
+        |cast| {
+            let answers = cast.sh_times(SHELL, &format!("{CURL} http://{KUBIA_IP}/"), 10)?;
+            ensure!(answers.len() == 1, "{} pods answered", answers.len());
+            Ok(format!(
+                "{} answered all",
+                answers.keys().next().map_or("", String::as_str)
+            ))
+        },
+    );
 }
 
 fn endpoints_by_hand(story: &mut Story) {
@@ -115,8 +129,14 @@ fn endpoints_by_hand(story: &mut Story) {
     );
     story.step("both hosts answer", |cast| {
         let answers = cast.sh_times(SHELL, &format!("{CURL} http://10.97.153.150/"), 16)?;
-        let hosts = ["external-service-192-0-2-42", "external-service-198-51-100-22"];
-        ensure!(hosts.iter().all(|host| answers.contains_key(*host)), "only {answers:?}");
+        let hosts = [
+            "external-service-192-0-2-42",
+            "external-service-198-51-100-22",
+        ];
+        ensure!(
+            hosts.iter().all(|host| answers.contains_key(*host)),
+            "only {answers:?}"
+        );
         cast.cli("node-a", &["backends", "external-service"], "")?;
         Ok("192.0.2.42 and 198.51.100.22 answered".to_owned())
     });
@@ -127,14 +147,20 @@ fn external_name(story: &mut Story) {
         "ExternalName",
         "prod/database is a name for db.example.com. It has no address, so no packet is ever its own.",
     );
-    story.step("there is nothing to dial, and nothing in the environment", |cast| {
-        let text = cast.cli("node-a", &["services", "-n", "prod"], "")?;
-        ensure!(text.lines().count() == 1, "it has a frontend");
-        let line = format!("shunt env -n prod --manifests {}", cast.manifests().display());
-        let text = cast.sh("node-a", &line)?;
-        ensure!(!text.contains("DATABASE"), "it has variables");
-        Ok("no frontend, no variables".to_owned())
-    });
+    story.step(
+        "there is nothing to dial, and nothing in the environment",
+        |cast| {
+            let text = cast.cli("node-a", &["services", "-n", "prod"], "")?;
+            ensure!(text.lines().count() == 1, "it has a frontend");
+            let line = format!(
+                "shunt env -n prod --manifests {}",
+                cast.manifests().display()
+            );
+            let text = cast.sh("node-a", &line)?;
+            ensure!(!text.contains("DATABASE"), "it has variables");
+            Ok("no frontend, no variables".to_owned())
+        },
+    );
 }
 
 fn node_port(story: &mut Story) {
@@ -146,7 +172,11 @@ fn node_port(story: &mut Story) {
         (OUTSIDE, "192.168.50.11", "from outside, on node-a"),
         (OUTSIDE, "192.168.50.12", "from outside, on node-b"),
         (SHELL, "192.168.50.12", "from a pod, on the other node"),
-        ("node-a", "127.0.0.1", "on the node itself, by its loopback address"),
+        (
+            "node-a",
+            "127.0.0.1",
+            "on the node itself, by its loopback address",
+        ),
     ] {
         story.step(what, |cast| {
             let text = cast.sh(place, &format!("{CURL} http://{address}:30123/"))?;
@@ -179,7 +209,10 @@ fn load_balancer(story: &mut Story) {
         let text = cast.sh(OUTSIDE, &format!("{CURL} http://198.51.100.100/"))?;
         let name = answered_by(&text, &KUBIA)?;
         cast.cli("node-a", &["services", "-n", "default"], "198.51.100.100")?;
-        Ok(format!("{name} answered {} ms after the edit", took.as_millis()))
+        Ok(format!(
+            "{name} answered {} ms after the edit",
+            took.as_millis()
+        ))
     });
 }
 
@@ -194,7 +227,10 @@ fn ingress(story: &mut Story) {
         |cast| {
             let made = rcgen::generate_simple_self_signed(vec!["kubia.example.com".to_owned()])?;
             let base64 = |text: String| BASE64_STANDARD.encode(text);
-            let (certificate, key) = (base64(made.cert.pem()), base64(made.signing_key.serialize_pem()));
+            let (certificate, key) = (
+                base64(made.cert.pem()),
+                base64(made.signing_key.serialize_pem()),
+            );
             fs::write(cast.nginx_folder().join("ca.crt"), made.cert.pem())?;
             let empty = "data: { tls.crt: \"\", tls.key: \"\" }";
             cast.edit(
@@ -203,7 +239,11 @@ fn ingress(story: &mut Story) {
                 &format!("data: {{ tls.crt: \"{certificate}\", tls.key: \"{key}\" }}"),
             )?;
             let rendered = cast.configure_nginx()?;
-            ensure!(rendered.refused.is_empty(), "{}", rendered.refused.join("; "));
+            ensure!(
+                rendered.refused.is_empty(),
+                "{}",
+                rendered.refused.join("; ")
+            );
             for line in rendered
                 .config
                 .lines()
@@ -213,7 +253,9 @@ fn ingress(story: &mut Story) {
             }
             let took = cast.until("nginx is a backend", || {
                 Ok(cast.kubelet.is_ready(NGINX) == Some(true)
-                    && cast.backends("node-a", "ingress-nginx")?.contains(&NGINX.to_owned()))
+                    && cast
+                        .backends("node-a", "ingress-nginx")?
+                        .contains(&NGINX.to_owned()))
             })?;
             Ok(format!(
                 "its probe opened port 80, and it was a backend, after {} ms",
@@ -256,10 +298,13 @@ fn ingress(story: &mut Story) {
     story.step(
         "the other node has no pod of it: policy Local drops, and its health check says so",
         |cast| {
-            let refused = cast.sh(OUTSIDE, "curl -s -m 1 http://192.168.50.12:30080/").is_err();
+            let refused = cast
+                .sh(OUTSIDE, "curl -s -m 1 http://192.168.50.12:30080/")
+                .is_err();
             ensure!(refused, "node-b answered");
             let code = "curl -s -m 2 -o /dev/null -w '%{http_code}\\n'";
-            let line = format!("{code} http://192.168.50.11:32765/; {code} http://192.168.50.12:32765/");
+            let line =
+                format!("{code} http://192.168.50.11:32765/; {code} http://192.168.50.12:32765/");
             let text = cast.sh(OUTSIDE, &line)?;
             ensure!(text.split_whitespace().eq(["200", "503"]), "{text}");
             Ok("node-a 200, node-b 503".to_owned())
@@ -268,10 +313,16 @@ fn ingress(story: &mut Story) {
     story.step("nginx's access log has the client's own address", |cast| {
         let log = cast.access_log();
         let answered: Vec<&String> = log.iter().filter(|line| line.contains(" 200 ")).collect();
-        answered.iter().rev().take(3).for_each(|line| println!("      {line}"));
+        answered
+            .iter()
+            .rev()
+            .take(3)
+            .for_each(|line| println!("      {line}"));
         ensure!(answered.len() >= 7, "only {} lines", answered.len());
         let own = cast.lab.ips(OUTSIDE)?[0].to_string();
-        let foreign = answered.iter().find(|line| !line.starts_with(&format!("{own} ")));
+        let foreign = answered
+            .iter()
+            .find(|line| !line.starts_with(&format!("{own} ")));
         ensure!(foreign.is_none(), "{}", foreign.map_or("", |line| line));
         Ok(format!("{own} in all {} lines", answered.len()))
     });
@@ -282,7 +333,10 @@ fn ingress(story: &mut Story) {
             cast.edit("story.yaml", path, &path.replace("name: bar", "name: baz"))?;
             cast.edit("story.yaml", "tls.key: \"", "no.key: \"")?;
             let rendered = cast.configure_nginx()?;
-            rendered.refused.iter().for_each(|line| println!("      {line}"));
+            rendered
+                .refused
+                .iter()
+                .for_each(|line| println!("      {line}"));
             for words in [
                 "there is no Service default/baz",
                 "Secret default/kubia-tls: data[tls.key] is missing",
@@ -297,13 +351,18 @@ fn ingress(story: &mut Story) {
             cast.edit("story.yaml", "name: baz", "name: bar")?;
             cast.edit("story.yaml", "no.key: \"", "tls.key: \"")?;
             let rendered = cast.configure_nginx()?;
-            ensure!(rendered.refused.is_empty(), "{}", rendered.refused.join("; "));
+            ensure!(
+                rendered.refused.is_empty(),
+                "{}",
+                rendered.refused.join("; ")
+            );
             Ok("both refused by name, the rest served".to_owned())
         },
     );
 }
 
-/// A request by name, which stands for an address as in `/etc/hosts`, that trusts the certificate made here.
+/// A request by name, which stands for an address as in `/etc/hosts`, that trusts the certificate
+/// made here.
 fn request(cast: &Cast, url: &str, address: &str, ports: [u16; 2]) -> String {
     let host = url
         .split("//")
@@ -349,7 +408,9 @@ fn meanwhile<T>(cast: &mut Cast, act: impl FnOnce(&mut Cast) -> Result<T>) -> Re
         stop.store(true, Ordering::Relaxed);
         let mut all = Many::default();
         for thread in threads {
-            let many = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+            let many = thread
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
             many.servers
                 .into_iter()
                 .for_each(|(name, count)| *all.servers.entry(name).or_default() += count);
@@ -371,7 +432,11 @@ fn turn(cast: &Cast, program: &str, is_backend: bool) -> Result<String> {
         String::from_utf8_lossy(&output.stderr).trim()
     );
     let took = cast.until("the pod is in or out", || {
-        let on = |node: &String| Ok(cast.backends(node, "kubia-nodeport")?.contains(&LATE.to_owned()));
+        let on = |node: &String| {
+            Ok(cast
+                .backends(node, "kubia-nodeport")?
+                .contains(&LATE.to_owned()))
+        };
         let is: Vec<bool> = cast.lab.nodes().iter().map(on).collect::<Result<_>>()?;
         Ok(is.iter().all(|is| *is == is_backend))
     })?;
@@ -388,20 +453,23 @@ fn readiness(story: &mut Story) {
         ensure!(names == KUBIA, "{names:?}");
         Ok(names.join(", "))
     });
-    story.step("touch /var/ready, while two clients dial: it is in", |cast| {
-        let (took, many) = meanwhile(cast, |cast| {
-            let took = turn(cast, "touch", true)?;
-            // Until it has been met.
-            let client = cast.lab.client(SHELL, Sockets::Hooked)?;
-            let to = format!("{KUBIA_NODEPORT_IP}:80").parse()?;
-            cast.until("it answers", || Ok(client.tcp(to)?.server == LATE))?;
-            Ok(took)
-        })?;
-        ensure!(many.errors.is_empty(), "{:?}", many.errors);
-        cast.cli("node-a", &["backends", "kubia-nodeport"], "kubia")?;
-        let sum: u64 = many.servers.values().sum();
-        Ok(format!("in after {took}; {sum} connections, none failed"))
-    });
+    story.step(
+        "touch /var/ready, while two clients dial: it is in",
+        |cast| {
+            let (took, many) = meanwhile(cast, |cast| {
+                let took = turn(cast, "touch", true)?;
+                // Until it has been met.
+                let client = cast.lab.client(SHELL, Sockets::Hooked)?;
+                let to = format!("{KUBIA_NODEPORT_IP}:80").parse()?;
+                cast.until("it answers", || Ok(client.tcp(to)?.server == LATE))?;
+                Ok(took)
+            })?;
+            ensure!(many.errors.is_empty(), "{:?}", many.errors);
+            cast.cli("node-a", &["backends", "kubia-nodeport"], "kubia")?;
+            let sum: u64 = many.servers.values().sum();
+            Ok(format!("in after {took}; {sum} connections, none failed"))
+        },
+    );
     story.step(
         "rm /var/ready: it is out after three failures, and its open connection lives on",
         |cast| {
@@ -433,12 +501,19 @@ fn readiness(story: &mut Story) {
     story.step(
         "bar-1 is asked by HTTP, and its process is the one that answers",
         |cast| {
-            ensure!(cast.kubelet.is_ready("bar-1") == Some(true), "it is not ready");
-            ensure!(cast.backends("node-b", "bar")? == ["bar-1"], "it is no backend");
+            ensure!(
+                cast.kubelet.is_ready("bar-1") == Some(true),
+                "it is not ready"
+            );
+            ensure!(
+                cast.backends("node-b", "bar")? == ["bar-1"],
+                "it is no backend"
+            );
             cast.lab.set_serving("bar-1", &[])?;
             let gone = || Ok(cast.backends("node-b", "bar")?.is_empty());
             let out = cast.until("it is out", gone)?;
-            cast.lab.set_serving("bar-1", &[shunt_lab::Port::tcp(8080)])?;
+            cast.lab
+                .set_serving("bar-1", &[shunt_lab::Port::tcp(8080)])?;
             let back = || Ok(cast.backends("node-b", "bar")? == ["bar-1"]);
             let back = cast.until("it is back", back)?;
             Ok(format!(
@@ -459,7 +534,10 @@ fn headless(story: &mut Story) {
         let text = cast.cli("node-a", &["services", "-n", "default"], "kubia-headless")?;
         ensure!(!text.contains("kubia-headless"), "it has a frontend");
         let line = format!("shunt env --manifests {}", cast.manifests().display());
-        let text = cast.sh("node-a", &format!("{line} | grep -c ^KUBIA_HEADLESS_ || true"))?;
+        let text = cast.sh(
+            "node-a",
+            &format!("{line} | grep -c ^KUBIA_HEADLESS_ || true"),
+        )?;
         ensure!(text.trim() == "0", "it has variables");
         for (pod, address) in [
             ("kubia-8cgnm", "10.44.0.11"),

@@ -1,5 +1,6 @@
-//! The piece of the demo that stands in for an ingress controller: from `Ingress`, `Secret` and `Service` objects to a
-//! configuration of nginx. Not a controller: no status, no annotations, no classes. A cluster brings a real one.
+//! The piece of the demo that stands in for an ingress controller: from `Ingress`, `Secret` and
+//! `Service` objects to a configuration of nginx. Not a controller: no status, no annotations, no
+//! classes. A cluster brings a real one.
 //!
 //! <https://kubernetes.io/docs/concepts/services-networking/ingress/>
 
@@ -16,7 +17,8 @@ pub(super) struct Rendered {
     pub(super) refused: Vec<String>,
 }
 
-/// Where the ports of Services are dialled: by `namespace/name`, then by port number; names of ports beside.
+/// Where the ports of Services are dialled: by `namespace/name`, then by port number; names of
+/// ports beside.
 pub(super) type Services = BTreeMap<String, Vec<ServicePort>>;
 
 /// One port of a Service.
@@ -97,11 +99,13 @@ struct Secret {
     data: BTreeMap<String, String>,
 }
 
-/// Renders all Ingresses among `objects` and writes certificates and keys into `folder`, which nginx also gets as its own.
+/// Renders all Ingresses among `objects` and writes certificates and keys into `folder`, which
+/// nginx also gets as its own.
 ///
 /// # Errors
 ///
-/// When a file cannot be written; what is wrong in an object is in [`Rendered::refused`] and costs only itself.
+/// When a file cannot be written; what is wrong in an object is in [`Rendered::refused`] and costs
+/// only itself.
 pub(super) fn render(objects: &[Value], services: &Services, folder: &Path) -> Result<Rendered> {
     let mut refused = Vec::new();
     let mut servers = String::new();
@@ -109,7 +113,9 @@ pub(super) fn render(objects: &[Value], services: &Services, folder: &Path) -> R
         let ingress = match Ingress::deserialize(object) {
             Ok(ingress) => ingress,
             Err(error) => {
-                let name = object["metadata"]["name"].as_str().unwrap_or("without a name");
+                let name = object["metadata"]["name"]
+                    .as_str()
+                    .unwrap_or("without a name");
                 refused.push(format!("Ingress {name}: {error}"));
                 continue;
             }
@@ -123,7 +129,11 @@ pub(super) fn render(objects: &[Value], services: &Services, folder: &Path) -> R
         let mut certificates = BTreeMap::new();
         for (i, tls) in ingress.spec.tls.iter().enumerate() {
             match certificate(objects, &namespace, &tls.secret_name, folder) {
-                Ok(()) => certificates.extend(tls.hosts.iter().map(|host| (host.clone(), tls.secret_name.clone()))),
+                Ok(()) => certificates.extend(
+                    tls.hosts
+                        .iter()
+                        .map(|host| (host.clone(), tls.secret_name.clone())),
+                ),
                 Err(error) => refused.push(format!(
                     "{name}: spec.tls[{i}]: {error:#}; its hosts are served without TLS"
                 )),
@@ -165,18 +175,25 @@ fn certificate(objects: &[Value], namespace: &str, name: &str, folder: &Path) ->
     let of = |object: &&Value| {
         object["kind"] == "Secret"
             && object["metadata"]["name"] == name
-            && object["metadata"]["namespace"].as_str().unwrap_or("default") == namespace
+            && object["metadata"]["namespace"]
+                .as_str()
+                .unwrap_or("default")
+                == namespace
     };
     let secret = objects
         .iter()
         .find(of)
         .with_context(|| format!("there is no Secret {namespace}/{name}"))?;
-    let secret = Secret::deserialize(secret).with_context(|| format!("Secret {namespace}/{name}"))?;
+    let secret =
+        Secret::deserialize(secret).with_context(|| format!("Secret {namespace}/{name}"))?;
     for (key, end) in [("tls.crt", "crt"), ("tls.key", "key")] {
         let text = secret.data.get(key).filter(|text| !text.is_empty());
-        let text = text.with_context(|| format!("Secret {namespace}/{name}: data[{key}] is missing or empty"))?;
+        let text = text.with_context(|| {
+            format!("Secret {namespace}/{name}: data[{key}] is missing or empty")
+        })?;
         let bytes = BASE64_STANDARD.decode(text.trim());
-        let bytes = bytes.with_context(|| format!("Secret {namespace}/{name}: data[{key}] is no base64"))?;
+        let bytes = bytes
+            .with_context(|| format!("Secret {namespace}/{name}: data[{key}] is no base64"))?;
         fs::write(folder.join(format!("{namespace}.{name}.{end}")), bytes)?;
     }
     Ok(())
@@ -205,7 +222,8 @@ fn upstream(service: &BackendService, namespace: &str, services: &Services) -> R
     })
 }
 
-/// `Prefix` matches whole elements: `/foo` is `/foo` and `/foo/bar`, and not `/foobar`. The longest path wins, as in nginx.
+/// `Prefix` matches whole elements: `/foo` is `/foo` and `/foo/bar`, and not `/foobar`. The longest
+/// path wins, as in nginx.
 fn location(path: &HttpPath, upstream: SocketAddr) -> String {
     let text = path.path.as_deref().unwrap_or("/");
     let pass = format!("{{ proxy_pass http://{upstream}; }}");
@@ -255,7 +273,11 @@ mod tests {
             number,
             cluster_ip: ([10, 96, 0, 1], number).into(),
         };
-        [("shop/web".to_owned(), vec![port("http", 80), port("admin", 81)])].into()
+        [(
+            "shop/web".to_owned(),
+            vec![port("http", 80), port("admin", 81)],
+        )]
+        .into()
     }
 
     fn rendered(objects: &[Value]) -> Rendered {
@@ -302,11 +324,17 @@ mod tests {
                 "Secret shop/cert: data[tls.crt] is no base64",
             ),
             (
-                vec![ingress(json!([path("nobody", json!({ "number": 80 })), web()]))],
+                vec![ingress(json!([
+                    path("nobody", json!({ "number": 80 })),
+                    web()
+                ]))],
                 "spec.rules[0].http.paths[0].backend.service: there is no Service shop/nobody with a cluster IP",
             ),
             (
-                vec![ingress(json!([path("web", json!({ "name": "grpc" })), web()]))],
+                vec![ingress(json!([
+                    path("web", json!({ "name": "grpc" })),
+                    web()
+                ]))],
                 "backend.service: Service shop/web has no port grpc",
             ),
             (

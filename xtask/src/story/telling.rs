@@ -102,12 +102,20 @@ impl Story {
     /// All steps, and what came of them.
     pub(super) fn table(&self) -> String {
         let mut table = Table::new();
-        table
-            .load_style(presets::NOTHING)
-            .set_header(["CHAPTER", "STEP", "", "WHAT CAME OF IT", "TOOK"]);
+        table.load_style(presets::NOTHING).set_header([
+            "CHAPTER",
+            "STEP",
+            "",
+            "WHAT CAME OF IT",
+            "TOOK",
+        ]);
         let mut last = "";
         for shown in &self.shown {
-            let chapter = if shown.chapter == last { "" } else { shown.chapter };
+            let chapter = if shown.chapter == last {
+                ""
+            } else {
+                shown.chapter
+            };
             last = shown.chapter;
             let (mark, text) = match &shown.outcome {
                 Ok(text) => ("✓", text),
@@ -115,7 +123,13 @@ impl Story {
             };
             let text = text.lines().next().unwrap_or_default().to_owned();
             let took = format!("{} ms", shown.took.as_millis());
-            table.add_row([chapter.to_owned(), shown.what.clone(), mark.to_owned(), text, took]);
+            table.add_row([
+                chapter.to_owned(),
+                shown.what.clone(),
+                mark.to_owned(),
+                text,
+                took,
+            ]);
         }
         table.trim_fmt()
     }

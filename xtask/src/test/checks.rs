@@ -14,7 +14,12 @@ use crate::shell::{cargo, root, target, which};
 
 /// `cargo fmt`.
 pub(super) fn format(report: &Report) {
-    command(report, "check", "format", cargo().args(["fmt", "--all", "--check"]));
+    command(
+        report,
+        "check",
+        "format",
+        cargo().args(["fmt", "--all", "--check"]),
+    );
 }
 
 /// All that needs a build of its own, one after the other, at the lowest priority.
@@ -25,14 +30,21 @@ pub(super) fn beside_tests(report: &Report) {
         report,
         "check",
         "lints",
-        last(&cargo()).args(["clippy", "--all-targets", "--quiet"]).args(deny),
+        last(&cargo())
+            .args(["clippy", "--all-targets", "--quiet"])
+            .args(deny),
     );
     let mut doc = last(&cargo());
     doc.args(["doc", "--no-deps", "--quiet"])
         .env("RUSTDOCFLAGS", "-D warnings");
     command(report, "check", "documentation", &mut doc);
     match bpf_clippy() {
-        Ok(Some(clippy)) => command(report, "check", "lints of the BPF programs", &mut last(&clippy)),
+        Ok(Some(clippy)) => command(
+            report,
+            "check",
+            "lints of the BPF programs",
+            &mut last(&clippy),
+        ),
         Ok(None) => report.skipped(
             "check",
             "lints of the BPF programs",
@@ -105,13 +117,20 @@ fn examples(report: &Report) {
     doc.args(["test", "--doc", "--no-fail-fast"]);
     let (output, text) = match output(&mut doc) {
         Ok(result) => result,
-        Err(error) => return report.failed("check", "examples", began.elapsed(), &format!("{error:#}")),
+        Err(error) => {
+            return report.failed("check", "examples", began.elapsed(), &format!("{error:#}"));
+        }
     };
     let mut failed = 0;
     for (name, result) in text.lines().filter_map(example) {
         match result {
             "ok" => report.passed("example", name, std::time::Duration::ZERO),
-            "ignored" => report.skipped("example", name, std::time::Duration::ZERO, "marked `ignore`"),
+            "ignored" => report.skipped(
+                "example",
+                name,
+                std::time::Duration::ZERO,
+                "marked `ignore`",
+            ),
             _ => {
                 failed += 1;
                 report.failed("example", name, std::time::Duration::ZERO, &text);
@@ -120,7 +139,12 @@ fn examples(report: &Report) {
     }
     match (output.status.success(), failed) {
         (true, _) => report.passed("check", "examples in the documentation", began.elapsed()),
-        (false, 0) => report.failed("check", "examples in the documentation", began.elapsed(), &text),
+        (false, 0) => report.failed(
+            "check",
+            "examples in the documentation",
+            began.elapsed(),
+            &text,
+        ),
         (false, _) => {}
     }
 }
@@ -136,7 +160,9 @@ fn bpf_clippy() -> Result<Option<Command>> {
     let text = fs::read_to_string(&file).with_context(|| format!("{}", file.display()))?;
     let tool = |name: &str| {
         let mut lines = text.lines().filter_map(|line| line.split_once('='));
-        lines.find(|(key, _)| *key == name).map(|(_, value)| Path::new(value))
+        lines
+            .find(|(key, _)| *key == name)
+            .map(|(_, value)| Path::new(value))
     };
     let Some(bin) = tool("CARGO")
         .and_then(Path::parent)
@@ -155,9 +181,15 @@ fn bpf_clippy() -> Result<Option<Command>> {
         .env("PATH", path)
         .env("RUSTC_BOOTSTRAP", "1")
         .env_remove("RUSTC");
-    command.args(["clippy", "--quiet", "--package=proxy-ebpf", "--release"]);
-    command.args(["--target=bpfel-unknown-none", "-Zbuild-std=core", "--target-dir"]);
-    command.arg(target().join("bpf")).args(["--", "-D", "warnings"]);
+    command.args(["clippy", "--quiet", "--package=shunt-ebpf", "--release"]);
+    command.args([
+        "--target=bpfel-unknown-none",
+        "-Zbuild-std=core",
+        "--target-dir",
+    ]);
+    command
+        .arg(target().join("bpf"))
+        .args(["--", "-D", "warnings"]);
     Ok(Some(command))
 }
 
@@ -168,7 +200,10 @@ mod unit {
     #[test]
     fn results_of_examples_are_found() {
         let line = "test proxy-common/src/lib.rs - name (line 3) ... ok";
-        assert_eq!(example(line), Some(("proxy-common/src/lib.rs - name (line 3)", "ok")));
+        assert_eq!(
+            example(line),
+            Some(("proxy-common/src/lib.rs - name (line 3)", "ok"))
+        );
         assert_eq!(example("test result: ok. 1 passed"), None);
     }
 }

@@ -1,10 +1,12 @@
 //! `cargo xtask test`: every check there is, in one list of results with one line at its end.
 //!
-//! All test programs are built at once and run directly, each test as a process of its own ([`runner`]): its time is known, what it
-//! prints is shown when it fails, it can be stopped when it hangs, and it can say that it had nothing to work with
-//! ([`shunt_lab::skip!`]). Tests mostly wait; so lints and documentation ([`checks`]) are built beside them, at the lowest priority.
+//! All test programs are built at once and run directly, each test as a process of its own
+//! ([`runner`]): its time is known, what it prints is shown when it fails, it can be stopped when
+//! it hangs, and it can say that it had nothing to work with ([`shunt_lab::skip!`]). Tests mostly
+//! wait; so lints and documentation ([`checks`]) are built beside them, at the lowest priority.
 //!
-//! Tests with `#[ignore]` belong to `--peers` when a module of theirs is called `peers`, and to `--long` otherwise.
+//! Tests with `#[ignore]` belong to `--peers` when a module of theirs is called `peers`, and to
+//! `--long` otherwise.
 
 mod checks;
 mod peers;
@@ -35,12 +37,13 @@ use report::Report;
 pub(crate) struct Args {
     /// Only tests whose `PROGRAM TEST` has one of these in it, and no other checks.
     names: Vec<String>,
-    /// The long tests alone: two minutes of clients, churn, killed agents and a SYN flood at once (SHUNT_LONG_SECONDS and
-    /// SHUNT_LONG_SEED set its length and repeat its course), an API server that is away for a minute, the image in containerd, and
-    /// packets in other kernels.
+    /// The long tests alone: two minutes of clients, churn, killed agents and a SYN flood at once
+    /// (SHUNT_LONG_SECONDS and SHUNT_LONG_SEED set its length and repeat its course), an API server
+    /// that is away for a minute, the image in containerd, and packets in other kernels.
     #[arg(long)]
     long: bool,
-    /// The tests with other people's programs alone; these are installed or built once, into `target/peers`.
+    /// The tests with other people's programs alone; these are installed or built once, into
+    /// `target/peers`.
     #[arg(long, conflicts_with = "long")]
     peers: bool,
     /// Shows what tests print, also of those that pass.
@@ -68,18 +71,38 @@ pub(crate) fn test(args: &Args) -> Result<()> {
     let run = format!(
         "{}-{}",
         std::process::id(),
-        SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_nanos()
+        SystemTime::UNIX_EPOCH
+            .elapsed()
+            .unwrap_or_default()
+            .as_nanos()
     );
     let before = traces::now(None)?;
     let result = sections(args, &run, &report);
     if let Err(error) = result {
-        report.failed("build", "of the tests", Duration::ZERO, &format!("{error:#}"));
+        report.failed(
+            "build",
+            "of the tests",
+            Duration::ZERO,
+            &format!("{error:#}"),
+        );
     }
     report.timed("traces", || {
         match traces::left(&run, &before) {
-            Ok(left) if left.is_empty() => report.passed("check", "nothing is left behind", Duration::ZERO),
-            Ok(left) => report.failed("check", "nothing is left behind", Duration::ZERO, &left.join("\n")),
-            Err(error) => report.failed("check", "nothing is left behind", Duration::ZERO, &format!("{error:#}")),
+            Ok(left) if left.is_empty() => {
+                report.passed("check", "nothing is left behind", Duration::ZERO)
+            }
+            Ok(left) => report.failed(
+                "check",
+                "nothing is left behind",
+                Duration::ZERO,
+                &left.join("\n"),
+            ),
+            Err(error) => report.failed(
+                "check",
+                "nothing is left behind",
+                Duration::ZERO,
+                &format!("{error:#}"),
+            ),
         };
     });
     report.summary(began.elapsed())
@@ -109,7 +132,9 @@ fn sections(args: &Args, run: &str, report: &Report) -> Result<()> {
     if args.peers {
         report.timed("peers", || settings.variables = peers::prepare());
     }
-    let tests = report.timed("list of the tests", || programs::tests(&programs, kind, &args.names))?;
+    let tests = report.timed("list of the tests", || {
+        programs::tests(&programs, kind, &args.names)
+    })?;
     if args.long {
         report.timed("long tests", || runner::run(&tests, &settings, report));
         if args.names.is_empty() {
@@ -123,10 +148,14 @@ fn sections(args: &Args, run: &str, report: &Report) -> Result<()> {
         }
         report.timed("tests", || runner::run(&tests, &settings, report));
         if all {
-            report.timed("demo", || demo(run, &programs, "one round", &["--once"], report));
+            report.timed("demo", || {
+                demo(run, &programs, "one round", &["--once"], report)
+            });
             report.timed("story", || match setup::story() {
                 Ok(()) => demo(run, &programs, "the story", &["--story", "--once"], report),
-                Err(error) => report.failed("demo", "the story", Duration::ZERO, &format!("{error:#}")),
+                Err(error) => {
+                    report.failed("demo", "the story", Duration::ZERO, &format!("{error:#}"))
+                }
             });
         }
     });
@@ -151,7 +180,10 @@ fn demo(run: &str, programs: &[Program], name: &str, words: &[&str], report: &Re
     let mut command = Command::new(this);
     command.args(["run", "--built"]).args(words);
     command.env(shunt_lab::RUN_VARIABLE, run);
-    if let Some(folder) = programs.first().and_then(|program| program.path.ancestors().nth(2)) {
+    if let Some(folder) = programs
+        .first()
+        .and_then(|program| program.path.ancestors().nth(2))
+    {
         command.env("SHUNT_BIN", folder.join("shunt"));
     }
     checks::command(report, "demo", name, command.current_dir(root()));
@@ -169,7 +201,12 @@ fn others(run: &str, report: &Report) -> Result<()> {
         command
     };
     report.timed("image, tried out", || {
-        checks::command(report, "image", "in containerd", &mut xtask(&["image", "--try"]));
+        checks::command(
+            report,
+            "image",
+            "in containerd",
+            &mut xtask(&["image", "--try"]),
+        );
     });
     for kernel in ["6.1", "6.12"] {
         report.timed("other kernels", || {

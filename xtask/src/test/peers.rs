@@ -1,7 +1,9 @@
-//! Other people's programs that tests run shunt beside: found, installed or built once, and kept in `target/peers`.
+//! Other people's programs that tests run shunt beside: found, installed or built once, and kept in
+//! `target/peers`.
 //!
-//! A test that needs one has `#[ignore = "cargo xtask test --peers"]`, stands in a module `peers`, and asks
-//! [`shunt_lab::peer`] for the program's path. One that cannot be had makes its tests skipped, with the reason.
+//! A test that needs one has `#[ignore = "cargo xtask test --peers"]`, stands in a module `peers`,
+//! and asks [`shunt_lab::peer`] for the program's path. One that cannot be had makes its tests
+//! skipped, with the reason.
 
 use std::{
     fs,
@@ -23,7 +25,8 @@ struct Peer {
     find: fn(&Path) -> Result<PathBuf>,
 }
 
-/// All of them. One that must be built leaves its program in its folder, and is found there the next time.
+/// All of them. One that must be built leaves its program in its folder, and is found there the
+/// next time.
 const PEERS: [Peer; 3] = [
     Peer {
         name: "kubectl",
@@ -49,7 +52,10 @@ pub(super) fn prepare() -> Vec<(String, String)> {
                 .with_context(|| format!("{}", folder.display()))
                 .and_then(|()| (peer.find)(&folder));
             match found {
-                Ok(path) => (shunt_lab::peer_variable(peer.name), path.display().to_string()),
+                Ok(path) => (
+                    shunt_lab::peer_variable(peer.name),
+                    path.display().to_string(),
+                ),
                 Err(error) => {
                     say("peers", format_args!("{}: {error:#}", peer.name));
                     (

@@ -80,7 +80,9 @@ pub(super) fn build() -> Result<Vec<Program>> {
             Some(Program {
                 name: message["target"]["name"].as_str()?.to_owned(),
                 path: message["executable"].as_str()?.into(),
-                folder: Path::new(message["manifest_path"].as_str()?).parent()?.to_path_buf(),
+                folder: Path::new(message["manifest_path"].as_str()?)
+                    .parent()?
+                    .to_path_buf(),
             })
         })
         .collect();
@@ -115,9 +117,15 @@ pub(super) fn tests(programs: &[Program], which: Which, names: &[String]) -> Res
         for name in listed {
             let whole = format!("{} {name}", program.name);
             let ignored = ignored.contains(&name);
-            if which.admits(&name, ignored) && (names.is_empty() || names.iter().any(|part| whole.contains(part))) {
+            if which.admits(&name, ignored)
+                && (names.is_empty() || names.iter().any(|part| whole.contains(part)))
+            {
                 let program = program.clone();
-                tests.push(Test { program, name, ignored });
+                tests.push(Test {
+                    program,
+                    name,
+                    ignored,
+                });
             }
         }
     }
@@ -144,7 +152,9 @@ mod unit {
 
     #[test]
     fn ignored_tests_are_long_or_peers() {
-        let of = |name, ignored| [Which::Usual, Which::Long, Which::Peers].map(|which| which.admits(name, ignored));
+        let of = |name, ignored| {
+            [Which::Usual, Which::Long, Which::Peers].map(|which| which.admits(name, ignored))
+        };
         assert_eq!(of("services::flows::one", false), [true, false, false]);
         assert_eq!(of("long::one", true), [false, true, false]);
         assert_eq!(of("dns::peers::one", true), [false, false, true]);

@@ -62,13 +62,20 @@ impl Report {
 
     /// Something could not do its work here.
     pub(crate) fn skipped(&self, program: &str, name: &str, took: Duration, reason: &str) {
-        println!("skipped {:>6.1} s  {program} {name}: {reason}", took.as_secs_f64());
+        println!(
+            "skipped {:>6.1} s  {program} {name}: {reason}",
+            took.as_secs_f64()
+        );
         self.add(program, name, took, Outcome::Skipped(reason.to_owned()));
     }
 
     fn add(&self, program: &str, name: &str, took: Duration, outcome: Outcome) {
         let name = format!("{program} {name}");
-        self.inner().entries.push(Entry { name, took, outcome });
+        self.inner().entries.push(Entry {
+            name,
+            took,
+            outcome,
+        });
     }
 
     /// How long a part of the run took, apart from its tests.
@@ -106,10 +113,16 @@ impl Report {
             text.push_str(&format!("{:>7.1} s  {name}\n", took.as_secs_f64()));
         }
         text.push_str(&format!("{:>7.1} s  in all\n", took.as_secs_f64()));
-        inner.entries.sort_by_key(|entry| std::cmp::Reverse(entry.took));
+        inner
+            .entries
+            .sort_by_key(|entry| std::cmp::Reverse(entry.took));
         text.push_str("\nslowest:\n");
         for entry in inner.entries.iter().take(SLOWEST) {
-            text.push_str(&format!("{:>7.1} s  {}\n", entry.took.as_secs_f64(), entry.name));
+            text.push_str(&format!(
+                "{:>7.1} s  {}\n",
+                entry.took.as_secs_f64(),
+                entry.name
+            ));
         }
         let (mut passed, mut skipped, mut failed) = (0, Vec::new(), Vec::new());
         for entry in &inner.entries {
@@ -155,7 +168,10 @@ mod unit {
         report.skipped("a", "two", Duration::ZERO, "no SCTP");
         report.summary(Duration::ZERO).unwrap();
         report.failed("a", "three", Duration::ZERO, "why");
-        assert_eq!(report.summary(Duration::ZERO).unwrap_err().to_string(), "1 failed");
+        assert_eq!(
+            report.summary(Duration::ZERO).unwrap_err().to_string(),
+            "1 failed"
+        );
         assert_eq!(counts(1, 1, 1), "1 passed, 1 failed, 1 skipped");
     }
 }

@@ -21,7 +21,8 @@ use crate::shell::{as_root, target};
 const HANGS: Duration = Duration::from_secs(15 * 60);
 /// Lines of a failed test's output that are shown; the file has all of them.
 const SHOWN: usize = 150;
-/// Tests of which one runs at a time, by program and the beginning of their names: they share a real API server when one is named.
+/// Tests of which one runs at a time, by program and the beginning of their names: they share a
+/// real API server when one is named.
 const ALONE: [(&str, &str); 1] = [("cluster", "kubernetes::")];
 
 /// How tests are run.
@@ -63,7 +64,9 @@ pub(super) fn run(tests: &[Test], settings: &Settings, report: &Report) {
                 loop {
                     let mut queue = lock();
                     let test = loop {
-                        let free = |test: &Test| alone(test).is_none_or(|group| !queue.busy.contains(&group));
+                        let free = |test: &Test| {
+                            alone(test).is_none_or(|group| !queue.busy.contains(&group))
+                        };
                         if let Some(place) = queue.left.iter().rposition(free) {
                             break queue.left.remove(place);
                         }
@@ -139,7 +142,8 @@ fn skipped(output: &str) -> Option<&str> {
 
 /// Runs one; `None` when it had to be ended.
 fn process(test: &Test, settings: &Settings, log: &Path) -> Result<Option<ExitStatus>> {
-    fs::create_dir_all(log.parent().unwrap_or(log)).with_context(|| format!("{}", log.display()))?;
+    fs::create_dir_all(log.parent().unwrap_or(log))
+        .with_context(|| format!("{}", log.display()))?;
     let file = File::create(log).with_context(|| format!("{}", log.display()))?;
     let mut command = as_root(&test.program.path.to_string_lossy())?;
     command
@@ -153,7 +157,8 @@ fn process(test: &Test, settings: &Settings, log: &Path) -> Result<Option<ExitSt
         .stderr(file);
     let die = || {
         // When this program is killed, nobody waits for the test any more.
-        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL)).map_err(io::Error::from)
+        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
+            .map_err(io::Error::from)
     };
     // SAFETY: between fork and exec only the prctl system call is made.
     unsafe { command.pre_exec(die) };
@@ -182,7 +187,10 @@ mod unit {
 
     #[test]
     fn a_test_says_that_it_was_skipped_on_a_line_of_its_own() {
-        let output = format!("running 1 test\ntest a ... \n{} no SCTP\nok\n", shunt_lab::SKIPPED);
+        let output = format!(
+            "running 1 test\ntest a ... \n{} no SCTP\nok\n",
+            shunt_lab::SKIPPED
+        );
         assert_eq!(skipped(&output), Some("no SCTP"));
         assert_eq!(skipped("skipped:\n  a list of them\n"), None);
         assert_eq!(skipped("an endpoint is skipped: it is none"), None);

@@ -1,4 +1,5 @@
-//! This program, for parts of a run that are processes of it: a copy, because the build of the tests writes the program anew.
+//! This program, for parts of a run that are processes of it: a copy, because the build of the
+//! tests writes the program anew.
 
 use std::{
     env, fs,
@@ -26,5 +27,8 @@ pub(super) fn keep() -> Result<()> {
 
 /// The program to start.
 pub(super) fn program() -> Result<&'static Path> {
-    PROGRAM.get().map(PathBuf::as_path).context("the run has not begun")
+    PROGRAM
+        .get()
+        .map(PathBuf::as_path)
+        .context("the run has not begun")
 }

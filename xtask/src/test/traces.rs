@@ -1,7 +1,7 @@
 //! What a run of tests leaves on the machine: it must be nothing.
 //!
-//! Runs go side by side, so whatever is new at the end is asked whose it is: names from the labs' registry have an owner, and
-//! processes have the run in their environment.
+//! Runs go side by side, so whatever is new at the end is asked whose it is: names from the labs'
+//! registry have an owner, and processes have the run in their environment.
 
 use std::{
     collections::BTreeSet,
@@ -18,7 +18,8 @@ use shunt_lab::{Owner, RUN_VARIABLE};
 use super::this;
 use crate::shell::{as_root, capture};
 
-/// How long what ends after its test may take: sockets and maps are freed by the kernel in its own time.
+/// How long what ends after its test may take: sockets and maps are freed by the kernel in its own
+/// time.
 const PATIENCE: Duration = Duration::from_secs(15);
 
 /// Arguments of `traces`.
@@ -46,7 +47,9 @@ pub(crate) fn print(args: &Args) -> Result<()> {
 pub(super) fn now(run: Option<&str>) -> Result<BTreeSet<String>> {
     let this = this::program()?;
     let mut command = as_root(&this.to_string_lossy())?;
-    command.arg("traces").args(run.iter().flat_map(|run| ["--run", run]));
+    command
+        .arg("traces")
+        .args(run.iter().flat_map(|run| ["--run", run]));
     serde_json::from_str(&capture(&mut command)?).context("what traces prints")
 }
 
@@ -98,7 +101,9 @@ fn is_ours(name: &str, run: Option<&str>) -> bool {
 /// bpf file systems.
 fn mounts() -> Vec<String> {
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-    let fields = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+    let fields = mounts
+        .lines()
+        .map(|line| line.split(' ').collect::<Vec<_>>());
     fields
         .filter(|fields| fields.get(2) == Some(&"bpf"))
         .filter_map(|fields| Some(format!("mount {}", fields.get(1)?)))
@@ -119,7 +124,10 @@ fn processes(run: &str) -> Vec<String> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let environment = fs::read(entry.path().join("environ")).unwrap_or_default();
-        if environment.split(|byte| *byte == 0).any(|word| word == mark.as_bytes()) {
+        if environment
+            .split(|byte| *byte == 0)
+            .any(|word| word == mark.as_bytes())
+        {
             let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
             let command = String::from_utf8_lossy(&command).replace('\0', " ");
             found.push(format!(

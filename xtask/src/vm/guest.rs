@@ -1,4 +1,5 @@
-//! What the machine boots into: busybox, the modules that reach this machine's files, and a script that runs the tests.
+//! What the machine boots into: busybox, the modules that reach this machine's files, and a script
+//! that runs the tests.
 
 use std::{
     fs::{self, File},
@@ -12,7 +13,8 @@ use anyhow::{Context, Result, bail};
 use super::{BEGIN, END, Program, kernel::Kernel};
 use crate::shell::{capture, root, which};
 
-/// The way to a 9p root with a layer in memory. Debian's kernels have the PCI bus and ACPI built in.
+/// The way to a 9p root with a layer in memory. Debian's kernels have the PCI bus and ACPI built
+/// in.
 const MODULES: [&str; 4] = ["virtio_pci", "9pnet_virtio", "9p", "overlay"];
 const INIT: &str = include_str!("init.sh");
 const GUEST: &str = include_str!("guest.sh");
@@ -22,16 +24,24 @@ const GUEST: &str = include_str!("guest.sh");
 /// # Errors
 ///
 /// When a module is missing or a file cannot be written.
-pub(super) fn initramfs(folder: &Path, kernel: &Kernel, programs: &[Program], filter: &[String]) -> Result<PathBuf> {
+pub(super) fn initramfs(
+    folder: &Path,
+    kernel: &Kernel,
+    programs: &[Program],
+    filter: &[String],
+) -> Result<PathBuf> {
     let content = folder.join("initramfs");
     if content.exists() {
         fs::remove_dir_all(&content).with_context(|| format!("{}", content.display()))?;
     }
-    for name in ["bin", "dev", "layer", "lower", "modules", "new", "proc", "sys"] {
+    for name in [
+        "bin", "dev", "layer", "lower", "modules", "new", "proc", "sys",
+    ] {
         fs::create_dir_all(content.join(name)).with_context(|| format!("{}", content.display()))?;
     }
     let busybox = which("busybox").context("busybox is not installed")?;
-    fs::copy(&busybox, content.join("bin/busybox")).with_context(|| format!("{}", busybox.display()))?;
+    fs::copy(&busybox, content.join("bin/busybox"))
+        .with_context(|| format!("{}", busybox.display()))?;
     let order = modules(kernel, &content.join("modules"))?;
     fs::write(content.join("modules/order"), order.join("\n") + "\n")?;
     fs::write(content.join("guest.sh"), script(kernel, programs, filter))?;
@@ -62,12 +72,12 @@ pub(super) fn initramfs(folder: &Path, kernel: &Kernel, programs: &[Program], fi
 fn modules(kernel: &Kernel, to: &Path) -> Result<Vec<String>> {
     let mut order: Vec<String> = Vec::new();
     for module in MODULES {
-        let text = capture(Command::new("modprobe").arg("--dirname").arg(&kernel.root).args([
-            "--set-version",
-            &kernel.release,
-            "--show-depends",
-            module,
-        ]))?;
+        let text = capture(
+            Command::new("modprobe")
+                .arg("--dirname")
+                .arg(&kernel.root)
+                .args(["--set-version", &kernel.release, "--show-depends", module]),
+        )?;
         // The others are built in.
         for path in text.lines().filter_map(|line| line.strip_prefix("insmod ")) {
             let path = Path::new(path.trim());
@@ -102,7 +112,8 @@ fn script(kernel: &Kernel, programs: &[Program], filter: &[String]) -> String {
         .iter()
         .map(|program| {
             let path = quoted(&program.path.to_string_lossy());
-            // Several names are alternatives to a test program, so names that were asked for stand alone.
+            // Several names are alternatives to a test program, so names that were asked for stand
+            // alone.
             let named = filter.iter().any(|word| !word.starts_with('-'));
             let own = program.filter.as_deref().filter(|_| !named).map(quoted);
             let words: Vec<String> = own.into_iter().chain(words.iter().cloned()).collect();
@@ -113,8 +124,14 @@ fn script(kernel: &Kernel, programs: &[Program], filter: &[String]) -> String {
         })
         .collect();
     GUEST
-        .replace("{modules}", &quoted(&kernel.root.join("lib/modules").to_string_lossy()))
-        .replace("{folder}", &quoted(&root().join("proxy-userspace").to_string_lossy()))
+        .replace(
+            "{modules}",
+            &quoted(&kernel.root.join("lib/modules").to_string_lossy()),
+        )
+        .replace(
+            "{folder}",
+            &quoted(&root().join("proxy-userspace").to_string_lossy()),
+        )
         .replace("{begin}", BEGIN)
         .replace("{end}", END)
         .replace("{programs}", &lines.join("\n"))

@@ -11,7 +11,13 @@ use anyhow::{Context, Result, bail};
 use crate::shell::{capture, run, say};
 
 /// Suites that carry kernels, oldest first: 6.1, 6.12 twice, and newer ones.
-const SUITES: [&str; 5] = ["bookworm", "bookworm-backports", "trixie", "trixie-backports", "sid"];
+const SUITES: [&str; 5] = [
+    "bookworm",
+    "bookworm-backports",
+    "trixie",
+    "trixie-backports",
+    "sid",
+];
 const MIRROR: &str = "http://deb.debian.org/debian";
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
@@ -36,7 +42,9 @@ pub(super) fn find(folder: &Path, wanted: &str) -> Result<Kernel> {
         return inspect(given);
     }
     if wanted.is_empty() || !wanted.split('.').all(|part| part.parse::<u32>().is_ok()) {
-        bail!("--kernel {wanted}: neither a series such as 6.12 nor a folder with boot/vmlinuz-* and lib/modules");
+        bail!(
+            "--kernel {wanted}: neither a series such as 6.12 nor a folder with boot/vmlinuz-* and lib/modules"
+        );
     }
     let root = folder.join(wanted);
     if !root.join("boot").is_dir() {
@@ -60,13 +68,23 @@ fn inspect(root: &Path) -> Result<Kernel> {
         .into_iter()
         .find(|root| root.join("lib/modules").join(&release).is_dir())
         .with_context(|| format!("{}: no lib/modules/{release}", root.display()))?;
-    if !root.join("lib/modules").join(&release).join("modules.dep").is_file() {
+    if !root
+        .join("lib/modules")
+        .join(&release)
+        .join("modules.dep")
+        .is_file()
+    {
         run(Command::new("depmod").arg("-b").arg(&root).arg(&release))?;
     }
-    Ok(Kernel { release, image, root })
+    Ok(Kernel {
+        release,
+        image,
+        root,
+    })
 }
 
-/// Takes the newest package of a series apart into `root`, with package lists of its own: this machine's are left alone.
+/// Takes the newest package of a series apart into `root`, with package lists of its own: this
+/// machine's are left alone.
 fn fetch(folder: &Path, series: &str, root: &Path) -> Result<()> {
     let apt = folder.join("apt");
     let lists = apt.join("lists/partial");
@@ -95,9 +113,15 @@ fn fetch(folder: &Path, series: &str, root: &Path) -> Result<()> {
         }
         command
     };
-    say("kernel", format_args!("looking for Linux {series} in Debian"));
+    say(
+        "kernel",
+        format_args!("looking for Linux {series} in Debian"),
+    );
     capture(tool("apt-get").args(["update", "-qq"]))?;
-    let pattern = format!("^linux-image-{}\\..*-amd64-unsigned$", series.replace('.', "\\."));
+    let pattern = format!(
+        "^linux-image-{}\\..*-amd64-unsigned$",
+        series.replace('.', "\\.")
+    );
     let found = capture(tool("apt-cache").args(["search", "--names-only", &pattern]))?;
     let newest = found
         .lines()
@@ -114,7 +138,12 @@ fn fetch(folder: &Path, series: &str, root: &Path) -> Result<()> {
         .with_context(|| format!("apt-get download {newest} left no package"))?;
     // Not under its name before it is whole.
     let part = folder.join(format!("{series}.part"));
-    capture(Command::new("dpkg-deb").arg("--extract").arg(&archive).arg(&part))?;
+    capture(
+        Command::new("dpkg-deb")
+            .arg("--extract")
+            .arg(&archive)
+            .arg(&part),
+    )?;
     fs::remove_file(&archive)?;
     fs::rename(&part, root).with_context(|| format!("{}", root.display()))
 }
@@ -137,6 +166,9 @@ mod tests {
             "linux-image-6.12.95+deb13-amd64-unsigned",
         ];
         assert!(numbers(old) < numbers(new));
-        assert!(numbers("linux-image-6.1.0-9-amd64-unsigned") < numbers("linux-image-6.1.0-53-amd64-unsigned"));
+        assert!(
+            numbers("linux-image-6.1.0-9-amd64-unsigned")
+                < numbers("linux-image-6.1.0-53-amd64-unsigned")
+        );
     }
 }

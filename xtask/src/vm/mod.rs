@@ -1,8 +1,9 @@
 //! `cargo xtask vm`: tests inside another kernel.
 //!
-//! One of Debian's kernel packages boots under QEMU's own emulation, which needs nothing of the machine (KVM hangs on some hosts that
-//! are virtual themselves). Its root is this machine's, read through 9p with a layer in memory on top: the test programs that cargo has
-//! built here run there as they are, and what they leave is gone with the machine.
+//! One of Debian's kernel packages boots under QEMU's own emulation, which needs nothing of the
+//! machine (KVM hangs on some hosts that are virtual themselves). Its root is this machine's, read
+//! through 9p with a layer in memory on top: the test programs that cargo has built here run there
+//! as they are, and what they leave is gone with the machine.
 
 mod guest;
 mod kernel;
@@ -23,17 +24,20 @@ use crate::{
     shell::{cargo, say, target},
 };
 
-/// Printed by the guest before the first test program and after the last, with the number of programs that failed.
+/// Printed by the guest before the first test program and after the last, with the number of
+/// programs that failed.
 const BEGIN: &str = "shunt-vm: begin";
 const END: &str = "shunt-vm: end, failed: ";
 
 /// Arguments of `vm`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Debian's newest kernel of this series (6.1, 6.12, …), or a folder with `boot/vmlinuz-*` and `lib/modules`.
+    /// Debian's newest kernel of this series (6.1, 6.12, …), or a folder with `boot/vmlinuz-*` and
+    /// `lib/modules`.
     #[arg(long, default_value = "6.12", value_name = "SERIES|DIR")]
     kernel: String,
-    /// Test programs of `proxy-userspace/tests`, each with a part of the names of its tests that are run if not all are.
+    /// Test programs of `proxy-userspace/tests`, each with a part of the names of its tests that
+    /// are run if not all are.
     #[arg(long = "test", value_name = "NAME[:FILTER]", default_values = ["packet", "cluster:sctp::"])]
     tests: Vec<String>,
     /// The machine is turned off after so many minutes: emulation is some twenty times slower.
@@ -50,8 +54,14 @@ pub(crate) struct Args {
 ///
 /// When the set-up or the build fails, the kernel cannot be had or does not boot, or a test fails.
 pub(crate) fn vm(args: &Args) -> Result<()> {
-    let Some((verb, filter)) = args.command.split_first().filter(|(verb, _)| *verb == "test") else {
-        bail!("the verb is test, and what is passed on to the test programs follows: there is no other verb in a VM");
+    let Some((verb, filter)) = args
+        .command
+        .split_first()
+        .filter(|(verb, _)| *verb == "test")
+    else {
+        bail!(
+            "the verb is test, and what is passed on to the test programs follows: there is no other verb in a VM"
+        );
     };
     if std::env::consts::ARCH != "x86_64" {
         bail!("{verb} in a VM: only x86-64 machines are emulated");
@@ -72,28 +82,37 @@ pub(crate) fn vm(args: &Args) -> Result<()> {
     let initramfs = guest::initramfs(&folder, &kernel, &programs, filter)?;
     say("boot", format_args!("Linux {}", kernel.release));
     let mut qemu = Command::new("qemu-system-x86_64");
-    qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "4096"])
-        .args([
-            "-display",
-            "none",
-            "-monitor",
-            "none",
-            "-serial",
-            "stdio",
-            "-nic",
-            "none",
-            "-no-reboot",
-        ])
-        .arg("-kernel")
-        .arg(&kernel.image)
-        .arg("-initrd")
-        .arg(&initramfs)
-        .args(["-append", "console=ttyS0 quiet panic=-1 rdinit=/init"])
-        .args([
-            "-fsdev",
-            "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap",
-        ])
-        .args(["-device", "virtio-9p-pci,fsdev=root,mount_tag=root"]);
+    qemu.args([
+        "-accel",
+        "tcg,thread=multi",
+        "-cpu",
+        "max",
+        "-smp",
+        "2",
+        "-m",
+        "4096",
+    ])
+    .args([
+        "-display",
+        "none",
+        "-monitor",
+        "none",
+        "-serial",
+        "stdio",
+        "-nic",
+        "none",
+        "-no-reboot",
+    ])
+    .arg("-kernel")
+    .arg(&kernel.image)
+    .arg("-initrd")
+    .arg(&initramfs)
+    .args(["-append", "console=ttyS0 quiet panic=-1 rdinit=/init"])
+    .args([
+        "-fsdev",
+        "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap",
+    ])
+    .args(["-device", "virtio-9p-pci,fsdev=root,mount_tag=root"]);
     let failed = watch(&mut qemu, Duration::from_secs(60 * args.timeout))?;
     if failed > 0 {
         bail!(

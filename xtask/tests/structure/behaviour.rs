@@ -15,7 +15,11 @@ const NONE: &str = "none: ";
 fn rows() -> BTreeMap<String, String> {
     let text = fs::read_to_string(root().join("docs/behaviour.md")).expect("docs/behaviour.md");
     let row = |line: &str| {
-        let cells: Vec<&str> = line.strip_prefix("| ")?.strip_suffix(" |")?.split(" | ").collect();
+        let cells: Vec<&str> = line
+            .strip_prefix("| ")?
+            .strip_suffix(" |")?
+            .split(" | ")
+            .collect();
         let id = *cells.first().filter(|id| is_id(id))?;
         assert!(cells.len() >= 4, "row {id} has no column of tests");
         Some((id.to_owned(), cells.last()?.trim().to_owned()))
@@ -25,14 +29,19 @@ fn rows() -> BTreeMap<String, String> {
 
 fn is_id(word: &str) -> bool {
     let mut letters = word.chars();
-    letters.next().is_some_and(|first| first.is_ascii_uppercase())
+    letters
+        .next()
+        .is_some_and(|first| first.is_ascii_uppercase())
         && (2..=3).contains(&word.len())
         && letters.all(|letter| letter.is_ascii_digit())
 }
 
 /// Calls `see` with every Rust source of the workspace.
 fn sources(folder: &Path, see: &mut impl FnMut(&Path, &str)) {
-    for entry in fs::read_dir(folder).expect("a folder of the workspace").flatten() {
+    for entry in fs::read_dir(folder)
+        .expect("a folder of the workspace")
+        .flatten()
+    {
         let (path, name) = (entry.path(), entry.file_name());
         if path.is_dir() {
             if !name.to_string_lossy().starts_with('.') && name != "target" {
@@ -75,12 +84,17 @@ fn every_row_names_tests_that_exist_or_says_why_not() {
     let rows = rows();
     assert!(rows.len() > 60, "docs/behaviour.md has {} rows", rows.len());
     for (id, cell) in rows {
-        if cell.strip_prefix(NONE).is_some_and(|reason| !reason.is_empty()) {
+        if cell
+            .strip_prefix(NONE)
+            .is_some_and(|reason| !reason.is_empty())
+        {
             continue;
         }
         let named: Vec<&str> = cell.split('`').skip(1).step_by(2).collect();
         if named.is_empty() {
-            wrong.push(format!("{id}: names no test and does not say why (`{NONE}…`)"));
+            wrong.push(format!(
+                "{id}: names no test and does not say why (`{NONE}…`)"
+            ));
         }
         let missing = named.iter().filter(|name| !tests.contains(**name));
         wrong.extend(missing.map(|name| format!("{id}: there is no test {name}")));
@@ -98,7 +112,11 @@ fn comments_cite_rows_that_exist() {
                 continue;
             };
             // A citation stands in brackets, alone or with others: (L4), (B3, B7).
-            for bracket in comment.split('(').skip(1).filter_map(|rest| rest.split_once(')')) {
+            for bracket in comment
+                .split('(')
+                .skip(1)
+                .filter_map(|rest| rest.split_once(')'))
+            {
                 let words: Vec<&str> = bracket.0.split(", ").collect();
                 if words.iter().all(|word| is_id(word)) {
                     let unknown = words.iter().filter(|word| !rows.contains_key(**word));

@@ -22,8 +22,8 @@ const CRATES: [&str; 7] = [
     "xtask/lab/src/lib.rs",
 ];
 
-/// Circles that are still there, by their crate's root and one module that is on them. An entry whose
-/// circle is gone fails the test, so that the list only gets shorter.
+/// Circles that are still there, by their crate's root and one module that is on them. An entry
+/// whose circle is gone fails the test, so that the list only gets shorter.
 const KNOWN: [(&str, &str); 13] = [
     ("proxy-userspace/src/lib.rs", "cli"),
     ("proxy-userspace/src/lib.rs", "config"),
@@ -47,7 +47,9 @@ fn modules_depend_downwards_only() {
     for crate_root in CRATES {
         let graph = Graph::read(&super::root().join(crate_root));
         for circle in graph.circles() {
-            let is_on = |(root, module): &(&str, &str)| *root == crate_root && circle.iter().any(|name| name == module);
+            let is_on = |(root, module): &(&str, &str)| {
+                *root == crate_root && circle.iter().any(|name| name == module)
+            };
             match known.iter().position(is_on) {
                 Some(at) => drop(known.swap_remove(at)),
                 None => found.push(format!("{crate_root}: {}", circle.join(" / "))),
@@ -143,7 +145,11 @@ impl Graph {
 
     fn arrows(&self) -> BTreeMap<&Name, BTreeSet<Name>> {
         let arrows = |(name, module): (_, &Module)| {
-            let mut to: BTreeSet<Name> = module.uses.iter().filter_map(|path| self.definer(path, 8)).collect();
+            let mut to: BTreeSet<Name> = module
+                .uses
+                .iter()
+                .filter_map(|path| self.definer(path, 8))
+                .collect();
             to.remove(name);
             (name, to)
         };
@@ -194,9 +200,12 @@ fn place(folder: &Path, child: &str) -> (PathBuf, PathBuf) {
 }
 
 fn is_test(attrs: &[syn::Attribute]) -> bool {
-    attrs
-        .iter()
-        .any(|attr| attr.path().is_ident("cfg") && attr.parse_args::<syn::Ident>().is_ok_and(|ident| ident == "test"))
+    attrs.iter().any(|attr| {
+        attr.path().is_ident("cfg")
+            && attr
+                .parse_args::<syn::Ident>()
+                .is_ok_and(|ident| ident == "test")
+    })
 }
 
 impl Module {
@@ -241,7 +250,9 @@ impl Module {
 
     /// Notes a path if it is in this crate.
     fn use_path(&mut self, name: &[String], path: Name, as_name: Option<String>, passes_on: bool) {
-        let Some(path) = self.absolute(name, path) else { return };
+        let Some(path) = self.absolute(name, path) else {
+            return;
+        };
         if !passes_on {
             self.uses.insert(path);
             return;
@@ -264,7 +275,8 @@ impl Module {
             first if self.children.contains(first) => (name.to_vec(), &path[..]),
             _ => return None,
         };
-        while let Some((first, others)) = rest.split_first().filter(|(first, _)| *first == "super") {
+        while let Some((first, others)) = rest.split_first().filter(|(first, _)| *first == "super")
+        {
             debug_assert_eq!(first, "super");
             at.pop()?;
             rest = others;
@@ -296,7 +308,10 @@ fn flatten(tree: &UseTree, so_far: &mut Name, paths: &mut Vec<(Name, Option<Stri
         }
         UseTree::Name(name) => {
             let ident = name.ident.to_string();
-            paths.push(([&so_far[..], std::slice::from_ref(&ident)].concat(), Some(ident)));
+            paths.push((
+                [&so_far[..], std::slice::from_ref(&ident)].concat(),
+                Some(ident),
+            ));
         }
         UseTree::Rename(rename) => {
             let path = [&so_far[..], &[rename.ident.to_string()]].concat();
@@ -317,7 +332,10 @@ struct Paths(Vec<Name>);
 impl Visit<'_> for Paths {
     fn visit_path(&mut self, path: &syn::Path) {
         if path.segments.len() > 1 {
-            let segments = path.segments.iter().map(|segment| segment.ident.to_string());
+            let segments = path
+                .segments
+                .iter()
+                .map(|segment| segment.ident.to_string());
             self.0.push(segments.collect());
         }
         syn::visit::visit_path(self, path);

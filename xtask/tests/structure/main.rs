@@ -11,5 +11,8 @@ mod circles;
 /// The workspace's folder.
 fn root() -> PathBuf {
     let package = Path::new(env!("CARGO_MANIFEST_DIR"));
-    package.parent().expect("xtask stands in the workspace").to_owned()
+    package
+        .parent()
+        .expect("xtask stands in the workspace")
+        .to_owned()
 }

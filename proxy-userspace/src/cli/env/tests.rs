@@ -18,8 +18,13 @@ struct Line {
 
 fn args(line: &str, manifests: &Path) -> EnvArgs {
     let nowhere = ["--bpf-root", "/nonexistent", "--manifests"];
-    let words = ["env"].into_iter().chain(line.split_whitespace()).chain(nowhere);
-    let words = words.map(Into::into).chain([manifests.as_os_str().to_owned()]);
+    let words = ["env"]
+        .into_iter()
+        .chain(line.split_whitespace())
+        .chain(nowhere);
+    let words = words
+        .map(Into::into)
+        .chain([manifests.as_os_str().to_owned()]);
     Line::try_parse_from(words)
         .unwrap_or_else(|error| panic!("{line}: {error}"))
         .args
@@ -53,7 +58,10 @@ fn golden(name: &str) {
         .collect();
     assert!(!played.is_empty(), "{name}: no commands");
     let played = played.join("\n");
-    assert!(played == expected, "{name}: expected\n{expected}\nbut saw\n{played}");
+    assert!(
+        played == expected,
+        "{name}: expected\n{expected}\nbut saw\n{played}"
+    );
 }
 
 #[test]
@@ -126,7 +134,9 @@ fn manifest(text: &str) -> tempfile::NamedTempFile {
 
 fn host(args: &EnvArgs) -> String {
     let (text, _) = text(args).unwrap();
-    let line = text.lines().find_map(|line| line.strip_prefix("WEB_SERVICE_HOST="));
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("WEB_SERVICE_HOST="));
     line.unwrap_or_else(|| panic!("{text}")).to_owned()
 }
 
@@ -208,10 +218,16 @@ fn a_cluster_is_asked_for_the_namespace_and_for_default() {
     args.manifests.clear();
     args.kubeconfig = Some(server.kubeconfig());
     let (found, warnings) = text(&args).unwrap();
-    let hosts: Vec<&str> = found.lines().filter(|line| line.contains("_SERVICE_HOST=")).collect();
+    let hosts: Vec<&str> = found
+        .lines()
+        .filter(|line| line.contains("_SERVICE_HOST="))
+        .collect();
     assert_eq!(
         hosts,
-        ["KUBERNETES_SERVICE_HOST=10.96.0.1", "WEB_SERVICE_HOST=10.96.0.3"]
+        [
+            "KUBERNETES_SERVICE_HOST=10.96.0.1",
+            "WEB_SERVICE_HOST=10.96.0.3"
+        ]
     );
     assert!(warnings.is_empty(), "{warnings:?}");
 

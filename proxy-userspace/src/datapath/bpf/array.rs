@@ -11,7 +11,8 @@ use std::{
 use aya::Pod;
 use shunt_common::layout::{Octets, SnatSlot};
 
-/// An array map with `BPF_F_MMAPABLE`, mapped into this process: reads and writes without a system call.
+/// An array map with `BPF_F_MMAPABLE`, mapped into this process: reads and writes without a system
+/// call.
 pub struct MappedArray<T> {
     base: NonNull<u8>,
     bytes: usize,
@@ -19,8 +20,8 @@ pub struct MappedArray<T> {
     _element: PhantomData<T>,
 }
 
-// SAFETY: the memory is shared with the kernel anyway; elements are plain bytes, read and written whole without
-// references to them, and words that several write at once are atomics.
+// SAFETY: the memory is shared with the kernel anyway; elements are plain bytes, read and written
+// whole without references to them, and words that several write at once are atomics.
 unsafe impl<T: Pod + Send> Send for MappedArray<T> {}
 // SAFETY: as above.
 unsafe impl<T: Pod + Sync> Sync for MappedArray<T> {}
@@ -71,18 +72,25 @@ impl<T: Pod> MappedArray<T> {
     }
 
     fn at(&self, index: u32) -> *mut T {
-        assert!(index < self.len, "index {index} of an array of {}", self.len);
-        // SAFETY: in the mapping, by the assertion above; aligned, because the base is a page and the stride a multiple of 8.
+        assert!(
+            index < self.len,
+            "index {index} of an array of {}",
+            self.len
+        );
+        // SAFETY: in the mapping, by the assertion above; aligned, because the base is a page and
+        // the stride a multiple of 8.
         unsafe { self.base.as_ptr().add(index as usize * Self::STRIDE).cast() }
     }
 
     /// One element. Whoever writes it at the same time may be seen half done.
     pub fn get(&self, index: u32) -> T {
-        // SAFETY: valid and aligned (see `at`); volatile, because others write it; any bytes are a Pod.
+        // SAFETY: valid and aligned (see `at`); volatile, because others write it; any bytes are a
+        // Pod.
         unsafe { self.at(index).read_volatile() }
     }
 
-    /// Writes one element, which nobody may be reading yet: publish it afterwards with a release operation or a system call.
+    /// Writes one element, which nobody may be reading yet: publish it afterwards with a release
+    /// operation or a system call.
     pub fn set(&self, index: u32, value: T) {
         // SAFETY: valid and aligned (see `at`).
         unsafe { self.at(index).write_volatile(value) }
@@ -92,7 +100,8 @@ impl<T: Pod> MappedArray<T> {
 impl<A: Octets> MappedArray<SnatSlot<A>> {
     /// When a slot's flow was last seen, as an atomic: programs claim slots by it.
     pub fn last_seen(&self, index: u32) -> &AtomicU32 {
-        // SAFETY: valid and alive as long as the mapping (see `at`), an aligned field; all writers use atomics to claim it.
+        // SAFETY: valid and alive as long as the mapping (see `at`), an aligned field; all writers
+        // use atomics to claim it.
         unsafe { AtomicU32::from_ptr(&raw mut (*self.at(index)).last_seen) }
     }
 }
@@ -100,7 +109,8 @@ impl<A: Octets> MappedArray<SnatSlot<A>> {
 impl MappedArray<u64> {
     /// One word as an atomic, for words that several write at once.
     pub fn atomic(&self, index: u32) -> &AtomicU64 {
-        // SAFETY: valid, aligned to eight bytes and alive as long as the mapping; all writers use atomics.
+        // SAFETY: valid, aligned to eight bytes and alive as long as the mapping; all writers use
+        // atomics.
         unsafe { AtomicU64::from_ptr(self.at(index)) }
     }
 }

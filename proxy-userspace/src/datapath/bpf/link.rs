@@ -1,7 +1,8 @@
 //! The few commands about links that aya keeps to itself.
 //!
-//! aya hands a link out only together with the program object that made it. The agent needs links on their own: it
-//! finds them pinned, moves them to a new program, asks where they are attached and lets them go.
+//! aya hands a link out only together with the program object that made it. The agent needs links
+//! on their own: it finds them pinned, moves them to a new program, asks where they are attached
+//! and lets them go.
 
 use std::{
     io,
@@ -76,11 +77,13 @@ pub struct LinkInfo {
     pub target: Target,
 }
 
-/// Attaches `program` to a cgroup (`target` = its directory) or a device (`target` = its index in this namespace).
+/// Attaches `program` to a cgroup (`target` = its directory) or a device (`target` = its index in
+/// this namespace).
 ///
 /// # Errors
-/// The kernel's: `EEXIST`/`EBUSY` when another program has the hook for itself, `ENODEV` when the device is gone,
-/// `EOPNOTSUPP` when the driver has no native XDP, `EINVAL` when the kernel does not know the hook.
+/// The kernel's: `EEXIST`/`EBUSY` when another program has the hook for itself, `ENODEV` when the
+/// device is gone, `EOPNOTSUPP` when the driver has no native XDP, `EINVAL` when the kernel does
+/// not know the hook.
 pub fn create(program: BorrowedFd<'_>, target: u32, hook: Hook, flags: u32) -> io::Result<OwnedFd> {
     #[repr(C)]
     struct Attr {
@@ -158,7 +161,9 @@ pub fn info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     let mut info = Info::default();
     object_info(link, &mut info)?;
     let target = match info.kind {
-        BPF_LINK_TYPE_XDP | BPF_LINK_TYPE_TCX => Target::Device { index: info.target[0] },
+        BPF_LINK_TYPE_XDP | BPF_LINK_TYPE_TCX => Target::Device {
+            index: info.target[0],
+        },
         BPF_LINK_TYPE_CGROUP => {
             // One __u64 in the machine's byte order.
             let [a, b] = info.target.map(u32::to_ne_bytes);

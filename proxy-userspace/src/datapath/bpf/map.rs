@@ -106,7 +106,13 @@ pub fn map_info(fd: BorrowedFd<'_>) -> io::Result<MapInfo> {
 ///
 /// # Errors
 /// The kernel's: `EPERM` without `CAP_BPF`.
-pub(crate) fn create(map_type: u32, key: usize, value: usize, max_entries: u32, map_flags: u32) -> io::Result<OwnedFd> {
+pub(crate) fn create(
+    map_type: u32,
+    key: usize,
+    value: usize,
+    max_entries: u32,
+    map_flags: u32,
+) -> io::Result<OwnedFd> {
     create_named("", map_type, key, value, max_entries, map_flags)
 }
 
@@ -161,7 +167,8 @@ pub fn lookup<K: Pod, V: Pod>(fd: BorrowedFd<'_>, key: &K) -> io::Result<Option<
         value: value.as_mut_ptr() as u64,
         ..Default::default()
     };
-    // SAFETY: the kernel reads key_size bytes and writes value_size bytes; `Map::open` has compared both to the types.
+    // SAFETY: the kernel reads key_size bytes and writes value_size bytes; `Map::open` has compared
+    // both to the types.
     match unsafe { bpf(Command::MapLookup, &mut attr) } {
         // SAFETY: the kernel has filled it, and every bit pattern is a value of a Pod.
         Ok(_) => Ok(Some(unsafe { value.assume_init() })),
@@ -170,11 +177,16 @@ pub fn lookup<K: Pod, V: Pod>(fd: BorrowedFd<'_>, key: &K) -> io::Result<Option<
     }
 }
 
-/// The values of a key in a per-CPU map, one per possible CPU. `cpus` is their number ([`aya::util::nr_cpus`]).
+/// The values of a key in a per-CPU map, one per possible CPU. `cpus` is their number
+/// ([`aya::util::nr_cpus`]).
 ///
 /// # Errors
 /// The kernel's.
-pub fn lookup_per_cpu<V: Pod + Default>(fd: BorrowedFd<'_>, key: &u32, cpus: usize) -> io::Result<Vec<V>> {
+pub fn lookup_per_cpu<V: Pod + Default>(
+    fd: BorrowedFd<'_>,
+    key: &u32,
+    cpus: usize,
+) -> io::Result<Vec<V>> {
     const { assert!(size_of::<V>().is_multiple_of(8)) };
     let mut values = vec![V::default(); cpus];
     let mut attr = ElemAttr {
@@ -183,7 +195,8 @@ pub fn lookup_per_cpu<V: Pod + Default>(fd: BorrowedFd<'_>, key: &u32, cpus: usi
         value: values.as_mut_ptr() as u64,
         ..Default::default()
     };
-    // SAFETY: the kernel writes a value, a multiple of 8 bytes, per possible CPU, and there is room for as many.
+    // SAFETY: the kernel writes a value, a multiple of 8 bytes, per possible CPU, and there is room
+    // for as many.
     unsafe { bpf(Command::MapLookup, &mut attr) }?;
     Ok(values)
 }
@@ -192,7 +205,12 @@ pub fn lookup_per_cpu<V: Pod + Default>(fd: BorrowedFd<'_>, key: &u32, cpus: usi
 ///
 /// # Errors
 /// The kernel's: `E2BIG` or `ENOMEM` when the map is full.
-pub fn update<K: Pod, V: Pod>(fd: BorrowedFd<'_>, key: &K, value: &V, flags: u64) -> io::Result<()> {
+pub fn update<K: Pod, V: Pod>(
+    fd: BorrowedFd<'_>,
+    key: &K,
+    value: &V,
+    flags: u64,
+) -> io::Result<()> {
     let mut attr = ElemAttr {
         map_fd: raw(fd),
         key: address(key),
@@ -200,7 +218,8 @@ pub fn update<K: Pod, V: Pod>(fd: BorrowedFd<'_>, key: &K, value: &V, flags: u64
         flags,
         ..Default::default()
     };
-    // SAFETY: the kernel reads key_size and value_size bytes; `Map::open` has compared both to the types.
+    // SAFETY: the kernel reads key_size and value_size bytes; `Map::open` has compared both to the
+    // types.
     unsafe { bpf(Command::MapUpdate, &mut attr) }.map(drop)
 }
 
@@ -225,15 +244,17 @@ pub fn delete<K: Pod>(fd: BorrowedFd<'_>, key: &K) -> io::Result<bool> {
 /// Where a walk over a map stands.
 #[derive(Default)]
 pub struct Cursor {
-    /// The kernel's position: a bucket number (hash) or a key (array), opaque to us. At least as long as any key.
+    /// The kernel's position: a bucket number (hash) or a key (array), opaque to us. At least as
+    /// long as any key.
     position: [u64; 8],
     started: bool,
 }
 
-/// Appends up to `room` entries to `keys` and `values` and moves the cursor. Returns whether the walk is at its end.
+/// Appends up to `room` entries to `keys` and `values` and moves the cursor. Returns whether the
+/// walk is at its end.
 ///
-/// A hash map is read bucket by bucket: entries that are there during the whole walk are seen exactly once, and LRU
-/// entries are not marked as used.
+/// A hash map is read bucket by bucket: entries that are there during the whole walk are seen
+/// exactly once, and LRU entries are not marked as used.
 ///
 /// # Errors
 /// The kernel's: `ENOSPC` when `room` is smaller than one hash bucket's chain.
@@ -257,8 +278,8 @@ pub fn lookup_batch<K: Pod, V: Pod>(
         map_fd: raw(fd),
         ..Default::default()
     };
-    // SAFETY: both vectors have room for `count` more entries of the sizes that `Map::open` has compared to the map's;
-    // the cursor is as long as any key.
+    // SAFETY: both vectors have room for `count` more entries of the sizes that `Map::open` has
+    // compared to the map's; the cursor is as long as any key.
     let at_end = match unsafe { bpf(Command::MapLookupBatch, &mut attr) } {
         Ok(_) => false,
         // The end: `count` entries were still written.
@@ -268,7 +289,8 @@ pub fn lookup_batch<K: Pod, V: Pod>(
     cursor.started = true;
     let count = attr.count as usize;
     debug_assert!(count <= room);
-    // SAFETY: the kernel has written `count` entries behind the old ends, and every bit pattern is a value of a Pod.
+    // SAFETY: the kernel has written `count` entries behind the old ends, and every bit pattern is
+    // a value of a Pod.
     unsafe {
         keys.set_len(keys.len() + count);
         values.set_len(values.len() + count);
@@ -293,7 +315,12 @@ pub struct RawBatch {
 ///
 /// # Errors
 /// The kernel's: `ENOSPC` when `room` is smaller than one hash bucket's chain.
-pub fn lookup_batch_raw(fd: BorrowedFd<'_>, info: &MapInfo, cursor: &mut Cursor, room: usize) -> io::Result<RawBatch> {
+pub fn lookup_batch_raw(
+    fd: BorrowedFd<'_>,
+    info: &MapInfo,
+    cursor: &mut Cursor,
+    room: usize,
+) -> io::Result<RawBatch> {
     assert!(
         info.key_size as usize <= size_of_val(&cursor.position),
         "a key longer than the cursor"
@@ -314,7 +341,8 @@ pub fn lookup_batch_raw(fd: BorrowedFd<'_>, info: &MapInfo, cursor: &mut Cursor,
         map_fd: raw(fd),
         ..Default::default()
     };
-    // SAFETY: both vectors have room for `count` entries of the map's own sizes; the cursor is as long as any key.
+    // SAFETY: both vectors have room for `count` entries of the map's own sizes; the cursor is as
+    // long as any key.
     batch.at_end = match unsafe { bpf(Command::MapLookupBatch, &mut attr) } {
         Ok(_) => false,
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
@@ -331,7 +359,13 @@ pub fn lookup_batch_raw(fd: BorrowedFd<'_>, info: &MapInfo, cursor: &mut Cursor,
 ///
 /// # Errors
 /// The kernel's.
-pub fn update_raw(fd: BorrowedFd<'_>, info: &MapInfo, key: &[u8], value: &[u8], flags: u64) -> io::Result<()> {
+pub fn update_raw(
+    fd: BorrowedFd<'_>,
+    info: &MapInfo,
+    key: &[u8],
+    value: &[u8],
+    flags: u64,
+) -> io::Result<()> {
     assert_eq!(
         (key.len(), value.len()),
         (info.key_size as usize, info.value_size as usize)
@@ -347,11 +381,16 @@ pub fn update_raw(fd: BorrowedFd<'_>, info: &MapInfo, key: &[u8], value: &[u8], 
     unsafe { bpf(Command::MapUpdate, &mut attr) }.map(drop)
 }
 
-/// Writes many entries. On an error the first `n` were written, where `n` is the error's second part.
+/// Writes many entries. On an error the first `n` were written, where `n` is the error's second
+/// part.
 ///
 /// # Errors
 /// The kernel's.
-pub fn update_batch<K: Pod, V: Pod>(fd: BorrowedFd<'_>, keys: &[K], values: &[V]) -> Result<(), (io::Error, usize)> {
+pub fn update_batch<K: Pod, V: Pod>(
+    fd: BorrowedFd<'_>,
+    keys: &[K],
+    values: &[V],
+) -> Result<(), (io::Error, usize)> {
     assert_eq!(keys.len(), values.len());
     if keys.is_empty() {
         return Ok(());
@@ -363,7 +402,8 @@ pub fn update_batch<K: Pod, V: Pod>(fd: BorrowedFd<'_>, keys: &[K], values: &[V]
         map_fd: raw(fd),
         ..Default::default()
     };
-    // SAFETY: both slices hold `count` entries of the sizes that `Map::open` has compared to the map's.
+    // SAFETY: both slices hold `count` entries of the sizes that `Map::open` has compared to the
+    // map's.
     match unsafe { bpf(Command::MapUpdateBatch, &mut attr) } {
         Ok(_) => Ok(()),
         Err(error) => Err((error, attr.count as usize)),

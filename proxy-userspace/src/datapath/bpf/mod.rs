@@ -65,10 +65,19 @@ struct InfoAttr {
 /// bpf(2).
 ///
 /// # Safety
-/// `attr` must be a prefix of the command's part of `union bpf_attr`, and the pointers in it valid for the command.
+/// `attr` must be a prefix of the command's part of `union bpf_attr`, and the pointers in it valid
+/// for the command.
 unsafe fn bpf<T>(command: Command, attr: &mut T) -> io::Result<i64> {
-    // SAFETY: the caller's promise; the kernel reads and writes at most `size_of::<T>()` bytes at `attr`.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command as i32, ptr::from_mut(attr), size_of::<T>()) };
+    // SAFETY: the caller's promise; the kernel reads and writes at most `size_of::<T>()` bytes at
+    // `attr`.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command as i32,
+            ptr::from_mut(attr),
+            size_of::<T>(),
+        )
+    };
     if result < 0 {
         Err(io::Error::last_os_error())
     } else {
@@ -97,13 +106,15 @@ fn address<T: ?Sized>(value: &T) -> u64 {
 }
 
 fn path_attr(path: &Path) -> io::Result<CString> {
-    CString::new(path.as_os_str().as_bytes()).map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))
+    CString::new(path.as_os_str().as_bytes())
+        .map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))
 }
 
 /// Pins a map, program or link at `path`.
 ///
 /// # Errors
-/// `EEXIST` when there is one already, `EINVAL`/`EPERM` when `path` is not on a bpffs or its name has a dot.
+/// `EEXIST` when there is one already, `EINVAL`/`EPERM` when `path` is not on a bpffs or its name
+/// has a dot.
 pub fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     let path = path_attr(path)?;
     let mut attr = ObjAttr {
@@ -115,7 +126,8 @@ pub fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     unsafe { bpf(Command::ObjPin, &mut attr) }.map(drop)
 }
 
-/// Pins a map, program or link at `path` in the place of what is pinned there, if anything, without a moment of neither.
+/// Pins a map, program or link at `path` in the place of what is pinned there, if anything, without
+/// a moment of neither.
 ///
 /// # Errors
 /// As [`pin`].

@@ -10,7 +10,8 @@ use super::{Command, bpf, bpf_fd, link::Hook, map, raw};
 /// Flag of `bpf_l4_csum_replace` (kernel 6.16): the packet is an IPv6 one.
 pub const BPF_F_IPV6: u32 = 1 << 7;
 
-/// Loads the smallest program there is, `return verdict`, to probe what the kernel lets one do with it.
+/// Loads the smallest program there is, `return verdict`, to probe what the kernel lets one do with
+/// it.
 ///
 /// # Errors
 /// The kernel's: `EPERM` without `CAP_BPF`, `EINVAL` when it does not know the type.
@@ -20,7 +21,12 @@ pub fn load_trivial(program_type: u32, hook: Option<Hook>, verdict: i32) -> io::
 }
 
 /// The same under a name of at most 15 characters.
-pub(crate) fn load_named(name: &str, program_type: u32, hook: Option<Hook>, verdict: i32) -> io::Result<OwnedFd> {
+pub(crate) fn load_named(
+    name: &str,
+    program_type: u32,
+    hook: Option<Hook>,
+    verdict: i32,
+) -> io::Result<OwnedFd> {
     load_code(
         name,
         program_type,
@@ -30,7 +36,12 @@ pub(crate) fn load_named(name: &str, program_type: u32, hook: Option<Hook>, verd
 }
 
 /// Loads a program of so many instructions, as they stand in memory on a little-endian machine.
-fn load_code<const N: usize>(name: &str, program_type: u32, hook: Option<Hook>, code: [u64; N]) -> io::Result<OwnedFd> {
+fn load_code<const N: usize>(
+    name: &str,
+    program_type: u32,
+    hook: Option<Hook>,
+    code: [u64; N],
+) -> io::Result<OwnedFd> {
     #[repr(C)]
     struct Attr {
         prog_type: u32,
@@ -46,10 +57,14 @@ fn load_code<const N: usize>(name: &str, program_type: u32, hook: Option<Hook>, 
         prog_ifindex: u32,
         expected_attach_type: u32,
     }
-    // An instruction is bytes (code, registers), a __s16 and a __s32: on big-endian machines not the same as one number.
+    // An instruction is bytes (code, registers), a __s16 and a __s32: on big-endian machines not
+    // the same as one number.
     let code = code.map(|word| {
         let [op, regs, o0, o1, i0, i1, i2, i3] = word.to_le_bytes();
-        let (offset, immediate) = (i16::from_le_bytes([o0, o1]), i32::from_le_bytes([i0, i1, i2, i3]));
+        let (offset, immediate) = (
+            i16::from_le_bytes([o0, o1]),
+            i32::from_le_bytes([i0, i1, i2, i3]),
+        );
         let ([o0, o1], [i0, i1, i2, i3]) = (offset.to_ne_bytes(), immediate.to_ne_bytes());
         [op, regs, o0, o1, i0, i1, i2, i3]
     });
@@ -73,8 +88,9 @@ fn load_code<const N: usize>(name: &str, program_type: u32, hook: Option<Hook>, 
     unsafe { bpf_fd(Command::ProgLoad, &mut attr) }
 }
 
-/// Whether `bpf_l4_csum_replace` knows [`BPF_F_IPV6`]. Before, it spoiled the sum that a device had computed over an IPv6
-/// packet (`CHECKSUM_COMPLETE`): an IPv4 header's own checksum makes up for new addresses, and IPv6 has none.
+/// Whether `bpf_l4_csum_replace` knows [`BPF_F_IPV6`]. Before, it spoiled the sum that a device had
+/// computed over an IPv6 packet (`CHECKSUM_COMPLETE`): an IPv4 header's own checksum makes up for
+/// new addresses, and IPv6 has none.
 ///
 /// # Errors
 /// The kernel's: `EPERM` without `CAP_BPF` and `CAP_NET_ADMIN`.
@@ -99,7 +115,8 @@ pub fn probe_csum_ipv6() -> io::Result<bool> {
     Ok(run(program.as_fd())? == 0)
 }
 
-/// Flags of `bpf_fib_lookup`: no look at neighbours (kernel 6.3), and the source address of the route (kernel 6.7).
+/// Flags of `bpf_fib_lookup`: no look at neighbours (kernel 6.3), and the source address of the
+/// route (kernel 6.7).
 pub const BPF_FIB_LOOKUP_SOURCE: u32 = 1 << 2 | 1 << 4;
 
 /// Whether `bpf_fib_lookup` knows [`BPF_FIB_LOOKUP_SOURCE`].
@@ -111,7 +128,8 @@ pub fn probe_fib_source() -> io::Result<bool> {
     /// `sizeof(struct bpf_fib_lookup)`.
     const SIZE: u32 = 64;
     let set = |register: u64, value: u32| 0xb7 | register << 8 | u64::from(value) << 32;
-    // r1 is the context. r0 = 0; eight times *(u64 *)(r10 - n) = r0; r2 = r10; r2 += -64: a question about no family
+    // r1 is the context. r0 = 0; eight times *(u64 *)(r10 - n) = r0; r2 = r10; r2 += -64: a
+    // question about no family
     let zero = |n: i16| 0x7b | 0x0a << 8 | u64::from((-n).cast_unsigned()) << 16;
     let program = load_code(
         "shunt_check",
@@ -165,7 +183,8 @@ fn run(program: BorrowedFd<'_>) -> io::Result<u32> {
         duration: 0,
         rest: [0; 6],
     };
-    // SAFETY: `data_in` outlives the call and is as long as said; nothing is written but the attribute.
+    // SAFETY: `data_in` outlives the call and is as long as said; nothing is written but the
+    // attribute.
     unsafe { bpf(Command::ProgTestRun, &mut attr) }?;
     Ok(attr.retval)
 }

@@ -7,7 +7,8 @@ use std::{
 
 use super::{Command, bpf, object_info, raw};
 
-/// Most maps of one program that [`info`] lists; the kernel admits 64 (`MAX_USED_MAPS`), and [`bind_map`] more.
+/// Most maps of one program that [`info`] lists; the kernel admits 64 (`MAX_USED_MAPS`), and
+/// [`bind_map`] more.
 const MAPS_MAX: usize = 128;
 
 /// Part of `struct bpf_prog_info`.
@@ -21,7 +22,8 @@ pub struct ProgramInfo {
     pub name: String,
     /// Ids of the maps that it uses, and of those that are bound to it.
     pub maps: Vec<u32>,
-    /// How many instructions the verifier walked through, on all paths. 0 before kernel 5.16, which does not say.
+    /// How many instructions the verifier walked through, on all paths. 0 before kernel 5.16, which
+    /// does not say.
     pub verified_instructions: u32,
 }
 
@@ -58,7 +60,11 @@ pub fn info(program: impl AsFd) -> io::Result<ProgramInfo> {
     };
     // The kernel writes at most `nr_map_ids` ids to the array, which outlives the call.
     object_info(program.as_fd(), &mut info)?;
-    let name = info.name.split(|&byte| byte == 0).next().unwrap_or_default();
+    let name = info
+        .name
+        .split(|&byte| byte == 0)
+        .next()
+        .unwrap_or_default();
     Ok(ProgramInfo {
         program_type: info.kind,
         id: info.id,
@@ -76,7 +82,8 @@ pub fn id(program: impl AsFd) -> io::Result<u32> {
     Ok(info(program)?.id)
 }
 
-/// Makes `map` live as long as `program`, and be listed among its maps, though no instruction uses it (kernel 5.10).
+/// Makes `map` live as long as `program`, and be listed among its maps, though no instruction uses
+/// it (kernel 5.10).
 ///
 /// # Errors
 /// The kernel's: `EINVAL` before 5.10.

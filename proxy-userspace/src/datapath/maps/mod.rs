@@ -1,4 +1,5 @@
-//! The pinned maps with the types of [`shunt_common::layout`]: all that the agent and the command line know of the kernel.
+//! The pinned maps with the types of [`shunt_common::layout`]: all that the agent and the command
+//! line know of the kernel.
 
 use std::{
     fs, io,
@@ -10,8 +11,9 @@ use shunt_common::{
     event::Event,
     family::{Family, V4, V6},
     layout::{
-        Affinity, AffinityKey, BackendState, Config, FLOW_SNAT, Flow, FlowKey, Frontend, FrontendKey, MemberKey,
-        NAME_LEN, ServiceInfo, Slot, SnatSlot, SocketPeer, SourceRangeKey, Traffic, names,
+        Affinity, AffinityKey, BackendState, Config, FLOW_SNAT, Flow, FlowKey, Frontend,
+        FrontendKey, MemberKey, NAME_LEN, ServiceInfo, Slot, SnatSlot, SocketPeer, SourceRangeKey,
+        Traffic, names,
     },
     snat,
 };
@@ -37,7 +39,8 @@ pub use self::{
 
 /// The settings of `shunt run` that say how large a map is, for messages.
 pub mod settings {
-    /// Entries of `frontends4`, `frontends6`, `services`, `addresses4`, `addresses6`, `source_ranges4` and `source_ranges6`.
+    /// Entries of `frontends4`, `frontends6`, `services`, `addresses4`, `addresses6`,
+    /// `source_ranges4` and `source_ranges6`.
     pub const MAX_FRONTENDS: &str = "--max-frontends";
     /// Entries of `slots4` and `slots6`.
     pub const MAX_SLOTS: &str = "--max-slots";
@@ -109,7 +112,8 @@ impl<F: MapFamily> PerFamily<F> {
         [&self.new_flows, &self.flows]
     }
 
-    /// Gives back the translated source port of a flow that is being deleted, unless another flow owns it by now.
+    /// Gives back the translated source port of a flow that is being deleted, unless another flow
+    /// owns it by now.
     pub fn release_snat(&self, config: &Config, key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>) {
         if flow.state & FLOW_SNAT == 0 {
             return;
@@ -121,7 +125,9 @@ impl<F: MapFamily> PerFamily<F> {
             flow.backend_port,
             key.proto,
         );
-        let Some(slot) = self.snat.get(index) else { return };
+        let Some(slot) = self.snat.get(index) else {
+            return;
+        };
         let owned = slot.client == key.client
             && slot.client_port == key.client_port
             && slot.proto == key.proto
@@ -208,7 +214,13 @@ impl Maps {
             sockets: Map::open(bpf_root, names::SOCKETS, settings::MAX_SOCKETS)?,
             config: Map::open(bpf_root, names::CONFIG, "")?,
             events: open_pin(bpf_root, names::EVENTS, size_of::<u32>(), size_of::<u64>())?.0,
-            traffic: open_pin(bpf_root, names::TRAFFIC, size_of::<u32>(), size_of::<Traffic>())?.0,
+            traffic: open_pin(
+                bpf_root,
+                names::TRAFFIC,
+                size_of::<u32>(),
+                size_of::<Traffic>(),
+            )?
+            .0,
             cpus,
             root: bpf_root.into(),
         })
@@ -247,7 +259,8 @@ impl Maps {
         Event::ALL
             .iter()
             .map(|&event| {
-                let per_cpu = map::lookup_per_cpu::<u64>(self.events.as_fd(), &(event as u32), self.cpus);
+                let per_cpu =
+                    map::lookup_per_cpu::<u64>(self.events.as_fd(), &(event as u32), self.cpus);
                 let per_cpu = per_cpu.map_err(|source| MapError::Kernel {
                     action: "read",
                     map: names::EVENTS,
@@ -294,7 +307,8 @@ impl Maps {
         }
     }
 
-    /// Writes to all maps by this process since it opened them: what the kernel was asked to change.
+    /// Writes to all maps by this process since it opened them: what the kernel was asked to
+    /// change.
     pub fn writes(&self) -> u64 {
         let shared = [
             self.filter.writes(),

@@ -17,7 +17,8 @@ use crate::datapath::bpf::{
     map::{self, Cursor},
 };
 
-/// Entries read by one batch call: enough to make its cost vanish, few enough for the second-level cache.
+/// Entries read by one batch call: enough to make its cost vanish, few enough for the second-level
+/// cache.
 const BATCH: usize = 2048;
 
 /// Folder of the pinned maps.
@@ -35,7 +36,12 @@ pub fn links_dir(bpf_root: &Path) -> PathBuf {
     bpf_root.join(format!("v{LAYOUT_VERSION}")).join("links")
 }
 
-pub(super) fn open_pin(bpf_root: &Path, name: &'static str, key: usize, value: usize) -> Result<(OwnedFd, u32)> {
+pub(super) fn open_pin(
+    bpf_root: &Path,
+    name: &'static str,
+    key: usize,
+    value: usize,
+) -> Result<(OwnedFd, u32)> {
     let path = maps_dir(bpf_root).join(name);
     let fd = bpf::open(&path).map_err(|source| match source.kind() {
         io::ErrorKind::NotFound => MapError::NoAgent {
@@ -128,13 +134,15 @@ impl<K: Pod, V: Pod> Map<K, V> {
 
     fn error(&self, action: &'static str, source: io::Error) -> MapError {
         match source.raw_os_error() {
-            // A hash map says E2BIG when its entries are used up, and ENOMEM when the kernel cannot allocate one.
-            // And an LPM trie ENOSPC.
-            Some(libc::E2BIG | libc::ENOMEM | libc::ENOSPC) if action == "write" => MapError::Full {
-                map: self.name,
-                capacity: self.capacity,
-                setting: self.setting,
-            },
+            // A hash map says E2BIG when its entries are used up, and ENOMEM when the kernel cannot
+            // allocate one. And an LPM trie ENOSPC.
+            Some(libc::E2BIG | libc::ENOMEM | libc::ENOSPC) if action == "write" => {
+                MapError::Full {
+                    map: self.name,
+                    capacity: self.capacity,
+                    setting: self.setting,
+                }
+            }
             _ => MapError::Kernel {
                 action,
                 map: self.name,
@@ -157,7 +165,8 @@ impl<K: Pod, V: Pod> Map<K, V> {
     /// [`MapError::Full`], or the kernel's.
     pub fn set(&self, key: &K, value: &V) -> Result<()> {
         self.writes.fetch_add(1, Ordering::Relaxed);
-        map::update(self.fd.as_fd(), key, value, map::BPF_ANY).map_err(|error| self.error("write", error))
+        map::update(self.fd.as_fd(), key, value, map::BPF_ANY)
+            .map_err(|error| self.error("write", error))
     }
 
     /// Deletes an entry; says whether it was there.
@@ -178,8 +187,8 @@ impl<K: Pod, V: Pod> Map<K, V> {
         map::delete_batch(self.fd.as_fd(), keys).map_err(|error| self.error("delete from", error))
     }
 
-    /// Calls `visit` with every entry, a batch at a time, without marking LRU entries as used. An error of `visit`
-    /// ends the walk.
+    /// Calls `visit` with every entry, a batch at a time, without marking LRU entries as used. An
+    /// error of `visit` ends the walk.
     ///
     /// # Errors
     /// The kernel's, or that of `visit`.
@@ -198,7 +207,12 @@ impl<K: Pod, V: Pod> Map<K, V> {
                     }
                 }
                 // One bucket's chain is longer than the room.
-                Err(error) if error.raw_os_error() == Some(libc::ENOSPC) && room < self.capacity as usize => room *= 2,
+                Err(error)
+                    if error.raw_os_error() == Some(libc::ENOSPC)
+                        && room < self.capacity as usize =>
+                {
+                    room *= 2
+                }
                 Err(error) => return Err(self.error("walk", error)),
             }
         }
@@ -305,7 +319,8 @@ impl Array<u64> {
 }
 
 impl<A: Octets> Array<SnatSlot<A>> {
-    /// Gives a translated source port back that was last used at `seen`, unless a program was first to claim it.
+    /// Gives a translated source port back that was last used at `seen`, unless a program was first
+    /// to claim it.
     pub fn release(&self, index: u32, seen: u32) -> bool {
         // 0 is "never used", which every new flow may claim.
         let released = self

@@ -44,7 +44,12 @@ impl Root {
         this.family::<V4>(capacities);
         this.family::<V6>(capacities);
         use map::types::{ARRAY, HASH, PERCPU_ARRAY, PERCPU_HASH};
-        this.make::<u32, u64>(names::FILTER, ARRAY, FILTER_WORDS as u32, map::BPF_F_MMAPABLE);
+        this.make::<u32, u64>(
+            names::FILTER,
+            ARRAY,
+            FILTER_WORDS as u32,
+            map::BPF_F_MMAPABLE,
+        );
         this.make::<u32, u64>(names::CLIENTS, ARRAY, CLIENT_WORDS as u32, 0);
         this.make::<u32, u64>(names::WAITING, ARRAY, 2, 0);
         this.make::<u32, u64>(names::COLLIDED, ARRAY, COLLIDED_WORDS as u32, 0);
@@ -53,7 +58,12 @@ impl Root {
         this.make::<u64, SocketPeer>(names::SOCKETS, HASH, 1024, 0);
         this.make::<u32, Config>(names::CONFIG, ARRAY, 1, 0);
         this.make::<u32, u64>(names::EVENTS, PERCPU_ARRAY, MAX_EVENTS as u32, 0);
-        this.make::<u32, Traffic>(names::TRAFFIC, PERCPU_HASH, capacities.backends, map::BPF_F_NO_PREALLOC);
+        this.make::<u32, Traffic>(
+            names::TRAFFIC,
+            PERCPU_HASH,
+            capacities.backends,
+            map::BPF_F_NO_PREALLOC,
+        );
         this
     }
 
@@ -61,15 +71,45 @@ impl Root {
         use map::types::{ARRAY, HASH, LPM_TRIE, LRU_HASH};
         let i = F::INDEX;
         let (trie, frontends) = (names::SOURCE_RANGES[i], capacities.frontends);
-        self.make::<SourceRangeKey<F::Addr>, u32>(trie, LPM_TRIE, frontends, map::BPF_F_NO_PREALLOC);
+        self.make::<SourceRangeKey<F::Addr>, u32>(
+            trie,
+            LPM_TRIE,
+            frontends,
+            map::BPF_F_NO_PREALLOC,
+        );
         for affinity in [names::AFFINITY[i], names::NEW_AFFINITY[i]] {
             self.make::<AffinityKey<F::Addr>, Affinity>(affinity, LRU_HASH, capacities.flows, 0);
         }
-        self.make::<MemberKey, u32>(names::MEMBERS[i], HASH, capacities.backends, map::BPF_F_NO_PREALLOC);
-        self.make::<FrontendKey<F::Addr>, Frontend>(names::FRONTENDS[i], HASH, capacities.frontends, 0);
-        self.make::<u32, Slot<F::Addr>>(names::SLOTS[i], ARRAY, capacities.slots, map::BPF_F_MMAPABLE);
-        self.make::<FlowKey<F::Addr>, Flow<F::Addr>>(names::FLOWS[i], LRU_HASH, capacities.flows, 0);
-        self.make::<FlowKey<F::Addr>, Flow<F::Addr>>(names::NEW_FLOWS[i], LRU_HASH, capacities.flows, 0);
+        self.make::<MemberKey, u32>(
+            names::MEMBERS[i],
+            HASH,
+            capacities.backends,
+            map::BPF_F_NO_PREALLOC,
+        );
+        self.make::<FrontendKey<F::Addr>, Frontend>(
+            names::FRONTENDS[i],
+            HASH,
+            capacities.frontends,
+            0,
+        );
+        self.make::<u32, Slot<F::Addr>>(
+            names::SLOTS[i],
+            ARRAY,
+            capacities.slots,
+            map::BPF_F_MMAPABLE,
+        );
+        self.make::<FlowKey<F::Addr>, Flow<F::Addr>>(
+            names::FLOWS[i],
+            LRU_HASH,
+            capacities.flows,
+            0,
+        );
+        self.make::<FlowKey<F::Addr>, Flow<F::Addr>>(
+            names::NEW_FLOWS[i],
+            LRU_HASH,
+            capacities.flows,
+            0,
+        );
         self.make::<u32, SnatSlot<F::Addr>>(names::SNAT[i], ARRAY, 1024, map::BPF_F_MMAPABLE);
         self.make::<F::Addr, u32>(names::NODE_ADDRS[i], HASH, 64, 0);
         self.make::<F::Addr, u32>(names::ADDRESSES[i], HASH, capacities.frontends, 0);

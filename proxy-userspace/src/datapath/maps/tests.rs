@@ -40,8 +40,14 @@ fn a_map_of_another_layout_is_not_touched() {
     fs::remove_file(&path).expect("pin");
     let fd = map::create(map::types::HASH, 4, 8, 16, 0).expect("map");
     bpf::pin(fd.as_fd(), &path).expect("pin");
-    let message = Maps::open(&root.0).err().expect("wrong value size").to_string();
-    assert!(message.contains("the value's size is 8, expected 128"), "{message}");
+    let message = Maps::open(&root.0)
+        .err()
+        .expect("wrong value size")
+        .to_string();
+    assert!(
+        message.contains("the value's size is 8, expected 128"),
+        "{message}"
+    );
 }
 
 #[test]
@@ -72,7 +78,10 @@ fn what_is_written_is_walked_and_deleted_in_batches() {
     assert_eq!(map.delete_all(&doomed).expect("delete"), 1010);
     assert_eq!(map.count(|_| true).expect("walk"), 3990);
     assert!(!map.delete(&key(4000)).expect("delete"));
-    assert_eq!(map.get(&key(11)).expect("read").map(|f| f.slot_base), Some(11));
+    assert_eq!(
+        map.get(&key(11)).expect("read").map(|f| f.slot_base),
+        Some(11)
+    );
 }
 
 #[test]
@@ -105,7 +114,8 @@ fn mapped_slots_and_the_kernel_see_one_memory() {
         };
         maps.v4.slots.set(index, slot);
     }
-    let by_syscall: Map<u32, Slot<[u8; 4]>> = Map::open(&root.0, names::SLOTS[0], "").expect("open");
+    let by_syscall: Map<u32, Slot<[u8; 4]>> =
+        Map::open(&root.0, names::SLOTS[0], "").expect("open");
     for index in 0..10 {
         let slot = by_syscall.get(&index).expect("read").expect("there");
         assert_eq!((slot.addr[3], slot.backend), (index as u8, index));

@@ -48,7 +48,8 @@ impl Maps {
             });
             usage.push(of(&maps.new_flows, |_| true)?);
             usage.push(of(&maps.flows, |_| true)?);
-            let in_use = |&index: &u32| maps.snat.get(index).is_some_and(|slot| slot.last_seen != 0);
+            let in_use =
+                |&index: &u32| maps.snat.get(index).is_some_and(|slot| slot.last_seen != 0);
             usage.push(Usage {
                 map: maps.snat.name(),
                 entries: (0..maps.snat.capacity()).filter(in_use).count() as u64,
@@ -66,7 +67,9 @@ impl Maps {
         let mut usage = Vec::new();
         family(&self.v4, &mut usage)?;
         family(&self.v6, &mut usage)?;
-        usage.push(of(&self.backends, |state| *state != BackendState::default())?);
+        usage.push(of(&self.backends, |state| {
+            *state != BackendState::default()
+        })?);
         usage.push(of(&self.services, |_| true)?);
         usage.push(of(&self.sockets, |_| true)?);
         Ok(usage)

@@ -1,7 +1,8 @@
-//! Addresses as Go read them before 1.17 and Kubernetes still reads what it has stored: leading zeros are only zeros.
+//! Addresses as Go read them before 1.17 and Kubernetes still reads what it has stored: leading
+//! zeros are only zeros.
 //!
-//! `010` is eight to C's `inet_aton` and ten to Kubernetes (`ParseIPSloppy`); Rust takes neither. New objects with such numbers
-//! are refused since Kubernetes 1.36, old ones go on.
+//! `010` is eight to C's `inet_aton` and ten to Kubernetes (`ParseIPSloppy`); Rust takes neither.
+//! New objects with such numbers are refused since Kubernetes 1.36, old ones go on.
 
 use std::{net::IpAddr, str::FromStr};
 

@@ -13,7 +13,8 @@ use crate::{
 /// Label of a slice that names its Service.
 pub const LABEL_SERVICE: &str = "kubernetes.io/service-name";
 
-/// An EndpointSlice; `None` when it names no Service, or holds domain names. What is wrong with another proxy's is not told.
+/// An EndpointSlice; `None` when it names no Service, or holds domain names. What is wrong with
+/// another proxy's is not told.
 pub fn slice(slice: &EndpointSlice, problems: &mut Vec<Problem>) -> Option<object::EndpointSlice> {
     let names_only = left_alone(&slice.metadata);
     let mut untold = Vec::new();
@@ -47,7 +48,10 @@ pub fn slice(slice: &EndpointSlice, problems: &mut Vec<Problem>) -> Option<objec
             return None;
         }
         other => {
-            report.push("addressType", format!("{other:?} is no address type; use IPv4 or IPv6"));
+            report.push(
+                "addressType",
+                format!("{other:?} is no address type; use IPv4 or IPv6"),
+            );
             return None;
         }
     };
@@ -55,7 +59,10 @@ pub fn slice(slice: &EndpointSlice, problems: &mut Vec<Problem>) -> Option<objec
     let mut ports = Vec::new();
     for (i, port) in slice.ports.iter().enumerate() {
         let Some(number) = port.port else {
-            report.push(format!("ports[{i}].port"), "is missing; a Service needs a number here");
+            report.push(
+                format!("ports[{i}].port"),
+                "is missing; a Service needs a number here",
+            );
             continue;
         };
         let number = report.port(|| format!("ports[{i}].port"), number);
@@ -140,7 +147,10 @@ pub fn endpoints(endpoints: &Endpoints, problems: &mut Vec<Problem>) -> Vec<obje
                 || format!("subsets[{s}].ports[{i}].port"),
                 port.port.unwrap_or_default(),
             );
-            let protocol = report.protocol(|| format!("subsets[{s}].ports[{i}].protocol"), port.protocol.as_deref());
+            let protocol = report.protocol(
+                || format!("subsets[{s}].ports[{i}].protocol"),
+                port.protocol.as_deref(),
+            );
             if let (Some(number), Some(protocol)) = (number, protocol) {
                 ports.push(object::EndpointPort {
                     name: port.name.as_deref().unwrap_or_default().into(),
@@ -155,7 +165,9 @@ pub fn endpoints(endpoints: &Endpoints, problems: &mut Vec<Problem>) -> Vec<obje
             ("notReadyAddresses", &subset.not_ready_addresses, false),
         ] {
             for (i, address) in addresses.iter().enumerate() {
-                if let Some(ip) = report.backend_ip(|| format!("subsets[{s}].{list}[{i}].ip"), &address.ip) {
+                if let Some(ip) =
+                    report.backend_ip(|| format!("subsets[{s}].{list}[{i}].ip"), &address.ip)
+                {
                     families[usize::from(ip.is_ipv6())].push(object::Endpoint {
                         address: ip,
                         hostname: address
@@ -165,7 +177,8 @@ pub fn endpoints(endpoints: &Endpoints, problems: &mut Vec<Problem>) -> Vec<obje
                             .map(Into::into),
                         node: address.node_name.as_deref().map(Into::into),
                         ready,
-                        // Not said: the controller that makes slices of such objects leaves the condition out.
+                        // Not said: the controller that makes slices of such objects leaves the
+                        // condition out.
                         serving: true,
                         terminating: false,
                         zones: BTreeSet::new(),
@@ -192,7 +205,8 @@ pub fn endpoints(endpoints: &Endpoints, problems: &mut Vec<Problem>) -> Vec<obje
     slices
 }
 
-/// When the change of a pod or Service happened that an EndpointSlice tells of, as the endpoint slice controller notes it.
+/// When the change of a pod or Service happened that an EndpointSlice tells of, as the endpoint
+/// slice controller notes it.
 pub fn triggered(meta: &Meta) -> Option<SystemTime> {
     let text = meta.annotations.trigger_time.as_ref()?;
     Some(text.parse::<Timestamp>().ok()?.into())

@@ -80,12 +80,18 @@ pub fn pod(pod: &Pod, problems: &mut Vec<Problem>) -> Option<PodFacts> {
             let field = |name: &str| format!("spec.{list}[{c}].ports[{i}].{name}");
             let number = report.port(|| field("containerPort"), port.container_port);
             let protocol = report.protocol(|| field("protocol"), port.protocol.as_deref());
-            if let (Some(port_name), Some(number), Some(protocol)) = (&port.name, number, protocol) {
+            if let (Some(port_name), Some(number), Some(protocol)) = (&port.name, number, protocol)
+            {
                 ports.push((port_name.clone(), protocol, number));
             }
         }
     }
-    let text = |field: &Option<String>| field.as_deref().filter(|text| !text.is_empty()).map(Into::into);
+    let text = |field: &Option<String>| {
+        field
+            .as_deref()
+            .filter(|text| !text.is_empty())
+            .map(Into::into)
+    };
     Some(PodFacts {
         hostname: text(&pod.spec.hostname),
         subdomain: text(&pod.spec.subdomain),
@@ -119,6 +125,10 @@ pub fn node(node: &Node) -> NodeFacts {
             .filter_map(|address| Some(decimal::ip(&address.address)?.0))
             .collect(),
         leaves: node.metadata.deletion_timestamp.is_some()
-            || node.spec.taints.iter().any(|taint| taint.key == TAINT_TO_BE_DELETED),
+            || node
+                .spec
+                .taints
+                .iter()
+                .any(|taint| taint.key == TAINT_TO_BE_DELETED),
     }
 }

@@ -21,7 +21,8 @@ pub(super) struct Report<'a> {
 
 impl Report<'_> {
     pub(super) fn push(&mut self, field: impl Into<String>, message: impl Into<String>) {
-        self.problems.push(Problem::new(self.kind, self.name, field, message));
+        self.problems
+            .push(Problem::new(self.kind, self.name, field, message));
     }
 
     /// Says something about a field that is served as it is written.
@@ -40,13 +41,20 @@ impl Report<'_> {
         }
     }
 
-    pub(super) fn protocol(&mut self, field: impl FnOnce() -> String, protocol: Option<&str>) -> Option<Protocol> {
+    pub(super) fn protocol(
+        &mut self,
+        field: impl FnOnce() -> String,
+        protocol: Option<&str>,
+    ) -> Option<Protocol> {
         match protocol {
             None | Some("" | "TCP") => Some(Protocol::Tcp),
             Some("UDP") => Some(Protocol::Udp),
             Some("SCTP") => Some(Protocol::Sctp),
             Some(other) => {
-                self.push(field(), format!("{other:?} is no protocol; use TCP, UDP or SCTP"));
+                self.push(
+                    field(),
+                    format!("{other:?} is no protocol; use TCP, UDP or SCTP"),
+                );
                 None
             }
         }
@@ -59,7 +67,9 @@ impl Report<'_> {
             Some(other) => {
                 self.push(
                     field,
-                    format!("{other:?} is no traffic policy; use Cluster or Local (Cluster is served)"),
+                    format!(
+                        "{other:?} is no traffic policy; use Cluster or Local (Cluster is served)"
+                    ),
                 );
                 TrafficPolicy::Cluster
             }
@@ -132,8 +142,8 @@ impl Report<'_> {
         }
     }
 
-    /// An address that clients may dial. The API forbids external IPs what it forbids endpoints, and leaves a load balancer
-    /// whatever its controller found (`ValidateLoadBalancerStatus`).
+    /// An address that clients may dial. The API forbids external IPs what it forbids endpoints,
+    /// and leaves a load balancer whatever its controller found (`ValidateLoadBalancerStatus`).
     pub(super) fn frontend_ip(
         &mut self,
         field: impl Fn() -> String,
@@ -145,7 +155,10 @@ impl Report<'_> {
             None => Some(ip),
             Some(LINK_LOCAL) if may_be_link_local => Some(ip),
             Some(what) => {
-                self.push(field(), format!("{ip} is {what}; no Service can be reached there"));
+                self.push(
+                    field(),
+                    format!("{ip} is {what}; no Service can be reached there"),
+                );
                 None
             }
         }

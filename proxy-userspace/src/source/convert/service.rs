@@ -9,11 +9,12 @@ use crate::{
 };
 use ipnet::IpNet;
 
-/// Annotation of a Service: `false`, and no connection tries another backend; `true`, and those of pods' sockets do too
-/// ([`Retry`]).
+/// Annotation of a Service: `false`, and no connection tries another backend; `true`, and those of
+/// pods' sockets do too ([`Retry`]).
 pub const ANNOTATION_RETRY: &str = "shunt.dev/retry";
 
-/// Seconds that `sessionAffinity: ClientIP` lasts unless said otherwise (API reference, `ClientIPConfig`).
+/// Seconds that `sessionAffinity: ClientIP` lasts unless said otherwise (API reference,
+/// `ClientIPConfig`).
 pub const DEFAULT_AFFINITY_SECS: u32 = 10_800;
 /// Most seconds that the API admits in `timeoutSeconds`: a day.
 const MAX_AFFINITY_SECS: u32 = 86_400;
@@ -30,9 +31,15 @@ pub fn service(service: &Service, problems: &mut Vec<Problem>) -> Option<object:
         problems,
     };
     // Namespaces are DNS labels and so are Services' names: the map of names has room for no more.
-    for (field, part) in [("metadata.namespace", &name.namespace), ("metadata.name", &name.name)] {
+    for (field, part) in [
+        ("metadata.namespace", &name.namespace),
+        ("metadata.name", &name.name),
+    ] {
         if part.len() >= shunt_common::layout::NAME_LEN {
-            report.push(field, "is longer than the 63 characters of a DNS label; shorten it");
+            report.push(
+                field,
+                "is longer than the 63 characters of a DNS label; shorten it",
+            );
             return None;
         }
     }
@@ -64,25 +71,39 @@ pub fn service(service: &Service, problems: &mut Vec<Problem>) -> Option<object:
 
     let cluster_ips = distinct(cluster_ips_of(service), true, &mut report);
     let external_ips = spec.external_ips.iter().enumerate();
-    let external_ips = external_ips.map(|(i, text)| (format!("spec.externalIPs[{i}]"), text.as_str()));
+    let external_ips =
+        external_ips.map(|(i, text)| (format!("spec.externalIPs[{i}]"), text.as_str()));
     let external_ips = distinct(external_ips, false, &mut report);
-    let load_balancer_ips = distinct(load_balancer_ips_of(service, &mut report), true, &mut report);
+    let load_balancer_ips = distinct(
+        load_balancer_ips_of(service, &mut report),
+        true,
+        &mut report,
+    );
     let ports = ports(spec, has_node_ports, &mut report);
     if spec.ports.is_empty() {
         report.push("spec.ports", "is empty; nothing can be served");
     }
     let affinity_secs = affinity_secs(spec, &mut report);
-    let external_policy = report.policy("spec.externalTrafficPolicy", spec.external_traffic_policy.as_deref());
-    let internal_policy = report.policy("spec.internalTrafficPolicy", spec.internal_traffic_policy.as_deref());
+    let external_policy = report.policy(
+        "spec.externalTrafficPolicy",
+        spec.external_traffic_policy.as_deref(),
+    );
+    let internal_policy = report.policy(
+        "spec.internalTrafficPolicy",
+        spec.internal_traffic_policy.as_deref(),
+    );
     // Only there does the API give it a meaning.
     let health_checked = service_type == "LoadBalancer" && external_policy == TrafficPolicy::Local;
     let health_check_node_port = match spec.health_check_node_port {
-        Some(port) if port != 0 && health_checked => report.port(|| "spec.healthCheckNodePort".to_owned(), port),
+        Some(port) if port != 0 && health_checked => {
+            report.port(|| "spec.healthCheckNodePort".to_owned(), port)
+        }
         _ => None,
     };
 
     let is_balanced = service_type == "LoadBalancer" || !load_balancer_ips.is_empty();
-    let (source_ranges, limits_sources) = source_ranges(spec, &cluster_ips, is_balanced, &mut report);
+    let (source_ranges, limits_sources) =
+        source_ranges(spec, &cluster_ips, is_balanced, &mut report);
 
     let retry = report.retry(service.metadata.annotations.retry.as_deref());
 
@@ -109,11 +130,20 @@ pub fn service(service: &Service, problems: &mut Vec<Problem>) -> Option<object:
 }
 
 fn created(service: &Service) -> Option<i64> {
-    service.metadata.creation_timestamp.0.map(|time| time.as_second())
+    service
+        .metadata
+        .creation_timestamp
+        .0
+        .map(|time| time.as_second())
 }
 
 /// A Service without addresses of its own.
-fn addressless(name: ObjectName, service: &Service, exposure: Exposure, ports: Vec<ServicePort>) -> object::Service {
+fn addressless(
+    name: ObjectName,
+    service: &Service,
+    exposure: Exposure,
+    ports: Vec<ServicePort>,
+) -> object::Service {
     let spec = service.spec.as_ref();
     object::Service {
         name,
@@ -129,7 +159,9 @@ fn addressless(name: ObjectName, service: &Service, exposure: Exposure, ports: V
         health_check_node_port: None,
         source_ranges: Vec::new(),
         limits_sources: [false; 2],
-        publish_not_ready: spec.and_then(|spec| spec.publish_not_ready_addresses).unwrap_or(false),
+        publish_not_ready: spec
+            .and_then(|spec| spec.publish_not_ready_addresses)
+            .unwrap_or(false),
         retry: Retry::default(),
     }
 }
@@ -144,7 +176,11 @@ fn external_name(spec: &ServiceSpec, report: &mut Report<'_>) -> Option<Arc<str>
         format!(
             "{given:?} is an address, which no name can stand for; use a Service without selector and an EndpointSlice"
         )
-    } else if !is_dns_name(&name) || name.split('.').any(|label| label.is_empty() || label.len() > 63) {
+    } else if !is_dns_name(&name)
+        || name
+            .split('.')
+            .any(|label| label.is_empty() || label.len() > 63)
+    {
         format!("{given:?} is no DNS name; use at most 253 of a-z, 0-9, - and .")
     } else {
         return Some(name.into());
@@ -175,10 +211,15 @@ fn ports(spec: &ServiceSpec, has_node_ports: bool, report: &mut Report<'_>) -> V
     let mut ports: Vec<ServicePort> = Vec::new();
     for (i, port) in spec.ports.iter().enumerate() {
         let number = report.port(|| format!("spec.ports[{i}].port"), port.port);
-        let protocol = report.protocol(|| format!("spec.ports[{i}].protocol"), port.protocol.as_deref());
+        let protocol = report.protocol(
+            || format!("spec.ports[{i}].protocol"),
+            port.protocol.as_deref(),
+        );
         let node_port = match port.node_port {
             None | Some(0) => None,
-            Some(number) if has_node_ports => report.port(|| format!("spec.ports[{i}].nodePort"), number),
+            Some(number) if has_node_ports => {
+                report.port(|| format!("spec.ports[{i}].nodePort"), number)
+            }
             Some(number) => {
                 report.push(
                     format!("spec.ports[{i}].nodePort"),
@@ -211,8 +252,9 @@ fn ports(spec: &ServiceSpec, has_node_ports: bool, report: &mut Report<'_>) -> V
             );
             continue;
         }
-        let twice =
-            |other: &ServicePort| node_port.is_some() && (other.node_port, other.protocol) == (node_port, protocol);
+        let twice = |other: &ServicePort| {
+            node_port.is_some() && (other.node_port, other.protocol) == (node_port, protocol)
+        };
         let node_port = match ports.iter().any(twice) {
             false => node_port,
             true => {
@@ -267,9 +309,9 @@ fn affinity_secs(spec: &ServiceSpec, report: &mut Report<'_>) -> Option<u32> {
     }
 }
 
-/// The ranges, and whether they limit clients of IPv4 and IPv6. Ranges limit their own family. What cannot be read may have
-/// been of either, so a family of which nothing can be read is limited to nobody then: everybody is the opposite of what was
-/// asked for.
+/// The ranges, and whether they limit clients of IPv4 and IPv6. Ranges limit their own family. What
+/// cannot be read may have been of either, so a family of which nothing can be read is limited to
+/// nobody then: everybody is the opposite of what was asked for.
 fn source_ranges(
     spec: &ServiceSpec,
     cluster_ips: &[IpAddr],
@@ -279,10 +321,18 @@ fn source_ranges(
     const FIELD: &str = "spec.loadBalancerSourceRanges";
     let mut ranges: Vec<IpNet> = Vec::new();
     for (i, text) in spec.load_balancer_source_ranges.iter().enumerate() {
-        ranges.extend(report.net(|| format!("{FIELD}[{i}]"), text).map(|range| range.trunc()));
+        ranges.extend(
+            report
+                .net(|| format!("{FIELD}[{i}]"), text)
+                .map(|range| range.trunc()),
+        );
     }
     let some_unreadable = ranges.len() < spec.load_balancer_source_ranges.len();
-    let of_family = |v6: bool| ranges.iter().filter(move |range| range.addr().is_ipv6() == v6);
+    let of_family = |v6: bool| {
+        ranges
+            .iter()
+            .filter(move |range| range.addr().is_ipv6() == v6)
+    };
     // Everybody writes 0.0.0.0/0 to mean everybody.
     let lets_all_in = |v6: bool| of_family(v6).any(|range| range.prefix_len() == 0);
     let limits = [false, true].map(|v6| match of_family(v6).next() {
@@ -322,7 +372,9 @@ fn is_headless(service: &Service) -> bool {
 
 /// `spec.clusterIPs`, or `spec.clusterIP` alone as older objects have it, each with its field.
 fn cluster_ips_of(service: &Service) -> Vec<(String, &str)> {
-    let Some(spec) = &service.spec else { return Vec::new() };
+    let Some(spec) = &service.spec else {
+        return Vec::new();
+    };
     let mut all: Vec<(String, &str)> = spec
         .cluster_ips
         .iter()
@@ -339,7 +391,10 @@ fn cluster_ips_of(service: &Service) -> Vec<(String, &str)> {
 }
 
 /// `status.loadBalancer.ingress[].ip`, each with its field.
-fn load_balancer_ips_of<'s>(service: &'s Service, report: &mut Report<'_>) -> Vec<(String, &'s str)> {
+fn load_balancer_ips_of<'s>(
+    service: &'s Service,
+    report: &mut Report<'_>,
+) -> Vec<(String, &'s str)> {
     let mut all = Vec::new();
     for (i, ingress) in service.status.load_balancer.ingress.iter().enumerate() {
         let Some(text) = ingress.ip.as_deref().filter(|text| !text.is_empty()) else {
@@ -347,7 +402,8 @@ fn load_balancer_ips_of<'s>(service: &'s Service, report: &mut Report<'_>) -> Ve
         };
         match ingress.ip_mode.as_deref() {
             None | Some("" | "VIP") => all.push((format!("status.loadBalancer.ingress[{i}].ip"), text)),
-            // The load balancer terminates or rewrites, packets never carry its address to a node (SPEC F3).
+            // The load balancer terminates or rewrites, packets never carry its address to a node
+            // (SPEC F3).
             Some("Proxy") => {}
             Some(other) => report.push(
                 format!("status.loadBalancer.ingress[{i}].ipMode"),

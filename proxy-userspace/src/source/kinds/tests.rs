@@ -8,7 +8,8 @@ use crate::{
     source::convert,
 };
 
-/// Objects in which everything that is used has a value, and everything else is as odd as it can be.
+/// Objects in which everything that is used has a value, and everything else is as odd as it can
+/// be.
 fn service() -> Value {
     json!({
         "apiVersion": "v1", "kind": "Service",
@@ -66,7 +67,10 @@ fn fields_without_use_may_be_anything() {
     let (found, problems) = read_service(&service());
     assert_eq!(problems, []);
     let found = found.unwrap();
-    assert_eq!((found.created, found.affinity_secs), (Some(1_767_323_045), Some(60)));
+    assert_eq!(
+        (found.created, found.affinity_secs),
+        (Some(1_767_323_045), Some(60))
+    );
     assert_eq!(
         (found.health_check_node_port, found.ports[0].node_port),
         (Some(32_000), Some(30_080))
@@ -79,7 +83,10 @@ fn fields_without_use_may_be_anything() {
 
     let mut problems = Vec::new();
     let found = convert::slice(&read(&slice()), &mut problems).unwrap();
-    assert_eq!((found.endpoints.len(), found.ports.len(), problems), (1, 1, Vec::new()));
+    assert_eq!(
+        (found.endpoints.len(), found.ports.len(), problems),
+        (1, 1, Vec::new())
+    );
     assert!(found.endpoints[0].zones.contains("zone-a"));
 
     let node: Node = read(&json!({
@@ -107,7 +114,10 @@ fn fields_without_use_may_be_anything() {
         },
     }));
     let facts = convert::pod(&pod, &mut Vec::new()).unwrap();
-    assert_eq!((facts.ready, facts.terminating, facts.addresses.len()), (true, true, 1));
+    assert_eq!(
+        (facts.ready, facts.terminating, facts.addresses.len()),
+        (true, true, 1)
+    );
 }
 
 /// Go writes nothing and `null` for the same: each field by itself, in every object.
@@ -169,11 +179,16 @@ fn a_time_that_is_none_is_no_reason() {
         let mut object = service();
         object["metadata"]["creationTimestamp"] = odd.clone();
         let (found, problems) = read_service(&object);
-        assert_eq!((found.unwrap().created, problems), (None, Vec::new()), "{odd}");
+        assert_eq!(
+            (found.unwrap().created, problems),
+            (None, Vec::new()),
+            "{odd}"
+        );
     }
 }
 
-/// Values of later releases in fields that are used: one message that names the field, and the rest is served.
+/// Values of later releases in fields that are used: one message that names the field, and the rest
+/// is served.
 #[test]
 fn unknown_values_are_named_and_the_rest_is_served() {
     for (path, field) in [
@@ -182,9 +197,15 @@ fn unknown_values_are_named_and_the_rest_is_served() {
         ("/spec/externalTrafficPolicy", "spec.externalTrafficPolicy"),
         ("/spec/internalTrafficPolicy", "spec.internalTrafficPolicy"),
         ("/spec/ports/0/protocol", "spec.ports[0].protocol"),
-        ("/spec/loadBalancerSourceRanges/0", "spec.loadBalancerSourceRanges[0]"),
+        (
+            "/spec/loadBalancerSourceRanges/0",
+            "spec.loadBalancerSourceRanges[0]",
+        ),
         ("/spec/externalIPs/0", "spec.externalIPs[0]"),
-        ("/status/loadBalancer/ingress/0/ip", "status.loadBalancer.ingress[0].ip"),
+        (
+            "/status/loadBalancer/ingress/0/ip",
+            "status.loadBalancer.ingress[0].ip",
+        ),
         (
             "/status/loadBalancer/ingress/0/ipMode",
             "status.loadBalancer.ingress[0].ipMode",

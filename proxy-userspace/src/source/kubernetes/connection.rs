@@ -27,7 +27,8 @@ use crate::metrics::Metrics;
 const ANSWER: Duration = Duration::from_secs(60);
 /// How long a connection may take.
 const CONNECT: Duration = Duration::from_secs(10);
-/// A connection that is silent for so long is asked whether it lives (HTTP/2), while requests or watches wait on it.
+/// A connection that is silent for so long is asked whether it lives (HTTP/2), while requests or
+/// watches wait on it.
 const PING: Duration = Duration::from_secs(10);
 /// It is given up when it has not answered by then.
 const PONG: Duration = Duration::from_secs(10);
@@ -59,18 +60,29 @@ impl Connection {
 
     /// The client of now.
     pub(super) fn client(&self) -> Client {
-        self.current.read().unwrap_or_else(PoisonError::into_inner).0.clone()
+        self.current
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .0
+            .clone()
     }
 
     fn server(&self) -> String {
-        self.current.read().unwrap_or_else(PoisonError::into_inner).1.clone()
+        self.current
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .1
+            .clone()
     }
 
     /// The server's address, if it has no name.
     pub(super) fn address(&self) -> Option<IpAddr> {
         let server: http::Uri = self.server().parse().ok()?;
         let host = server.host()?;
-        host.trim_start_matches('[').trim_end_matches(']').parse().ok()
+        host.trim_start_matches('[')
+            .trim_end_matches(']')
+            .parse()
+            .ok()
     }
 
     /// What to do about a server that cannot be reached.
@@ -86,7 +98,8 @@ impl Connection {
         }
     }
 
-    /// Reads the credentials again: a client keeps the token of a file for a minute, certificates and addresses for ever.
+    /// Reads the credentials again: a client keeps the token of a file for a minute, certificates
+    /// and addresses for ever.
     pub(super) async fn renew(&self) {
         match read(self.kubeconfig.as_deref()).await {
             Ok(new) => *self.current.write().unwrap_or_else(PoisonError::into_inner) = new,
@@ -94,7 +107,8 @@ impl Connection {
         }
     }
 
-    /// Waits; less long when the server could not be reached and another request is answered meanwhile.
+    /// Waits; less long when the server could not be reached and another request is answered
+    /// meanwhile.
     pub(super) async fn pause(&self, time: Duration, was_unreachable: bool) {
         let answered = async {
             match was_unreachable {
@@ -180,14 +194,19 @@ pub(super) async fn read(kubeconfig: Option<&Path>) -> anyhow::Result<(Client, S
     // Retries are ours: they know what else fails, and wait as long as the server asks for.
     config.default_retry = false;
     config.connect_timeout = Some(CONNECT);
-    let server = config.cluster_url.to_string().trim_end_matches('/').to_owned();
-    let client = client(config)
-        .with_context(|| format!("the credentials for {server} cannot be used: check token and certificates"))?;
+    let server = config
+        .cluster_url
+        .to_string()
+        .trim_end_matches('/')
+        .to_owned();
+    let client = client(config).with_context(|| {
+        format!("the credentials for {server} cannot be used: check token and certificates")
+    })?;
     Ok((client, server))
 }
 
-/// A client as kube builds it, which speaks HTTP/2 where the server offers it: all watches share a connection, and one that is
-/// dead is noticed by its pings.
+/// A client as kube builds it, which speaks HTTP/2 where the server offers it: all watches share a
+/// connection, and one that is dead is noticed by its pings.
 fn client(config: kube::Config) -> anyhow::Result<Client> {
     if config.proxy_url.is_some() {
         // Says that proxies are not supported.
@@ -200,7 +219,9 @@ fn client(config: kube::Config) -> anyhow::Result<Client> {
         .with_tls_config(config.rustls_client_config()?)
         .https_or_http();
     let tls = match &config.tls_server_name {
-        Some(name) => tls.with_server_name_resolver(FixedServerNameResolver::new(name.clone().try_into()?)),
+        Some(name) => {
+            tls.with_server_name_resolver(FixedServerNameResolver::new(name.clone().try_into()?))
+        }
         None => tls,
     };
     let http = hyper_util::client::legacy::Builder::new(TokioExecutor::new())
@@ -218,7 +239,12 @@ fn client(config: kube::Config) -> anyhow::Result<Client> {
 
 /// Parsers go on with the text around the mistake.
 fn first_line(error: &impl std::fmt::Display) -> String {
-    error.to_string().lines().next().unwrap_or_default().to_owned()
+    error
+        .to_string()
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .to_owned()
 }
 
 /// The innermost cause: outer layers of an HTTP client say little ("client error (Connect)").

@@ -1,8 +1,9 @@
 //! Tells users about objects that cannot be served, with Events of `events.k8s.io/v1`.
 //!
-//! Every node finds the same mistake in an object, so the Event's name is made from the object and the message: the first node's
-//! counts, and the API server refuses the others' as already there. What only this node cannot do has a name of its own.
-//! Rules: <https://kubernetes.io/docs/reference/kubernetes-api/cluster-resources/event-v1/>.
+//! Every node finds the same mistake in an object, so the Event's name is made from the object and
+//! the message: the first node's counts, and the API server refuses the others' as already there.
+//! What only this node cannot do has a name of its own. Rules:
+//! <https://kubernetes.io/docs/reference/kubernetes-api/cluster-resources/event-v1/>.
 
 use std::{
     collections::HashMap,
@@ -87,13 +88,20 @@ async fn post(connection: &Connection, report: &Report, node_name: &str) -> Resu
     let root = if version == "v1" { "api" } else { "apis" };
     // A Node has no namespace; Events about it stand in `default`, as a kubelet's do.
     let (path, namespace) = match &*name.namespace {
-        "" => (format!("/{root}/{version}/{plural}/{}", name.name), "default"),
+        "" => (
+            format!("/{root}/{version}/{plural}/{}", name.name),
+            "default",
+        ),
         namespace => (
-            format!("/{root}/{version}/namespaces/{namespace}/{plural}/{}", name.name),
+            format!(
+                "/{root}/{version}/namespaces/{namespace}/{plural}/{}",
+                name.name
+            ),
             namespace,
         ),
     };
-    // `kubectl describe` asks for Events by the object's UID. Its metadata is enough where the server can send that alone.
+    // `kubectl describe` asks for Events by the object's UID. Its metadata is enough where the
+    // server can send that alone.
     let request = Request::builder()
         .method(Method::GET)
         .uri(path)
@@ -104,11 +112,14 @@ async fn post(connection: &Connection, report: &Report, node_name: &str) -> Resu
         .body(Vec::new())
         .map_err(|error| Failure::Unreadable(error.to_string()))?;
     let object = whole(connection.send(request).await?).await?;
-    let object: Value = serde_json::from_slice(&object).map_err(|error| Failure::Unreadable(error.to_string()))?;
+    let object: Value =
+        serde_json::from_slice(&object).map_err(|error| Failure::Unreadable(error.to_string()))?;
     let event = event(report, version, &object["metadata"], node_name);
     let request = Request::builder()
         .method(Method::POST)
-        .uri(format!("/apis/events.k8s.io/v1/namespaces/{namespace}/events"))
+        .uri(format!(
+            "/apis/events.k8s.io/v1/namespaces/{namespace}/events"
+        ))
         .header(http::header::CONTENT_TYPE, "application/json")
         .body(event.to_string().into_bytes())
         .map_err(|error| Failure::Unreadable(error.to_string()))?;
@@ -166,11 +177,15 @@ mod tests {
     fn events_are_what_the_api_accepts() {
         let long = "ä".repeat(2000);
         let longest = format!("{}-{}", "a".repeat(235), "b".repeat(17));
-        let metadata = json!({ "name": longest, "namespace": "shop", "uid": "1-2", "resourceVersion": "7" });
+        let metadata =
+            json!({ "name": longest, "namespace": "shop", "uid": "1-2", "resourceVersion": "7" });
         let value = event(&report(&long, false), "v1", &metadata, &"n".repeat(253));
-        let typed: k8s_openapi::api::events::v1::Event = serde_json::from_value(value.clone()).unwrap();
+        let typed: k8s_openapi::api::events::v1::Event =
+            serde_json::from_value(value.clone()).unwrap();
         assert_eq!(
-            typed.event_time.map(|time| time.0.as_second() > 1_700_000_000),
+            typed
+                .event_time
+                .map(|time| time.0.as_second() > 1_700_000_000),
             Some(true)
         );
         assert!(
@@ -190,7 +205,9 @@ mod tests {
     #[test]
     fn nodes_agree_on_the_name() {
         let metadata = json!({ "name": "web", "namespace": "shop", "uid": "1-2" });
-        let name = |report: &Report, node| event(report, "v1", &metadata, node)["metadata"]["name"].clone();
+        let name = |report: &Report, node| {
+            event(report, "v1", &metadata, node)["metadata"]["name"].clone()
+        };
         let everywhere = report("0 is no port", false);
         assert_eq!(name(&everywhere, "node-a"), name(&everywhere, "node-b"));
         assert_ne!(

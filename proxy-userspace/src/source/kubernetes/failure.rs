@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-/// HTTP status 410: the server has forgotten the version that a watch or a list wants to go on from.
+/// HTTP status 410: the server has forgotten the version that a watch or a list wants to go on
+/// from.
 const GONE: u16 = 410;
 
 /// `metav1.Status`, as far as it is told on.
@@ -51,18 +52,20 @@ impl Failure {
         matches!(self, Self::Unreachable { .. }) || self.code() == 401
     }
 
-    /// Whether it happens every day (restarts, time-outs of load balancers) and matters only if it lasts.
+    /// Whether it happens every day (restarts, time-outs of load balancers) and matters only if it
+    /// lasts.
     pub(super) fn is_everyday(&self) -> bool {
         self.is_gone() || matches!(self, Self::Cut(_) | Self::Silent(_))
     }
 
-    /// Whether the server does not stream initial lists: it forbids the parameter (its feature gate is off), or knows none
-    /// of that name.
+    /// Whether the server does not stream initial lists: it forbids the parameter (its feature gate
+    /// is off), or knows none of that name.
     pub(super) fn is_unsupported(&self) -> bool {
         matches!(self.code(), 400 | 422)
     }
 
-    /// Whether the server would say the same again: what was to be written is there already, or cannot be, or may not.
+    /// Whether the server would say the same again: what was to be written is there already, or
+    /// cannot be, or may not.
     pub(super) fn is_final(&self) -> bool {
         matches!(self.code(), 400 | 403..=405 | 409 | 413 | 422)
     }
@@ -116,6 +119,9 @@ impl Failure {
                 "check the address in the kubeconfig".to_owned(),
             ),
         };
-        (what.split_whitespace().collect::<Vec<_>>().join(" "), advice)
+        (
+            what.split_whitespace().collect::<Vec<_>>().join(" "),
+            advice,
+        )
     }
 }

@@ -1,11 +1,12 @@
 //! Lists one kind of objects and watches it, for as long as the agent runs
 //! (<https://kubernetes.io/docs/reference/using-api/api-concepts/#efficient-detection-of-changes>).
 //!
-//! Like client-go's reflector: the initial list is streamed where the server does that, read in pages elsewhere; a watch goes
-//! on from the last version that was seen (bookmarks count); when that version is gone the list is read again. Where it
-//! is stricter: versions never go back. A server that tells old changes again (a lagging member of a cluster, a cache behind a
-//! proxy) is not believed, and asked for a consistent list. Every object becomes what the agent keeps of it as soon as it
-//! is read; a list is never whole in memory.
+//! Like client-go's reflector: the initial list is streamed where the server does that, read in
+//! pages elsewhere; a watch goes on from the last version that was seen (bookmarks count); when
+//! that version is gone the list is read again. Where it is stricter: versions never go back. A
+//! server that tells old changes again (a lagging member of a cluster, a cache behind a proxy) is
+//! not believed, and asked for a consistent list. Every object becomes what the agent keeps of it
+//! as soon as it is read; a list is never whole in memory.
 
 use std::{
     borrow::Cow,
@@ -36,17 +37,21 @@ use super::{
 
 /// Objects in a page, as client-go has it.
 const PAGE: u32 = 500;
-/// A watch ends after 5 to 10 minutes (client-go); by chance, so that nodes do not come all at once.
+/// A watch ends after 5 to 10 minutes (client-go); by chance, so that nodes do not come all at
+/// once.
 const WATCH_SECS: std::ops::Range<u64> = 300..600;
-/// Servers send bookmarks every minute. When nothing comes for longer than that, the connection is taken for dead.
+/// Servers send bookmarks every minute. When nothing comes for longer than that, the connection is
+/// taken for dead.
 const SILENCE: Duration = Duration::from_secs(100);
 /// A watch whose version is gone is told so first thing.
 const VERDICT: Duration = Duration::from_secs(1);
-/// Within a list there should be no pauses; a server that does not know streaming sends its objects and then nothing.
+/// Within a list there should be no pauses; a server that does not know streaming sends its objects
+/// and then nothing.
 const LIST_SILENCE: Duration = Duration::from_secs(10);
 /// A watch that lasted so long, or told something, is no reason to be patient with the next.
 const STEADY: Duration = Duration::from_secs(2);
-/// Between attempts: from one to the other, doubled each time; half of it by chance (client-go: 0.8 s to 30 s).
+/// Between attempts: from one to the other, doubled each time; half of it by chance (client-go: 0.8
+/// s to 30 s).
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
 /// A server that repeats itself is asked for a new list at most this often.
 const DOUBT: Duration = Duration::from_secs(60);
@@ -146,7 +151,8 @@ struct Annotations {
     list_end: Option<IgnoredAny>,
 }
 
-/// A `resourceVersion`. Those of one kind can be compared as numbers (KEP 5504), which etcd's have always been.
+/// A `resourceVersion`. Those of one kind can be compared as numbers (KEP 5504), which etcd's have
+/// always been.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Version {
     text: String,
@@ -189,7 +195,12 @@ where
     C: From<Told<T>>,
     F: Fn(K) -> T,
 {
-    pub(super) fn new(connection: Arc<Connection>, selection: Selection, slim: F, tell: mpsc::Sender<C>) -> Self {
+    pub(super) fn new(
+        connection: Arc<Connection>,
+        selection: Selection,
+        slim: F,
+        tell: mpsc::Sender<C>,
+    ) -> Self {
         Self {
             connection,
             request: Request::new(K::PATH),
@@ -252,7 +263,10 @@ where
         if self.version.is_none() && self.streams {
             match self.stream_list().await {
                 Err(Stop::Failed(failure)) if failure.is_unsupported() => {
-                    tracing::debug!("{}: initial lists are not streamed: {failure:?}", self.request.url_path);
+                    tracing::debug!(
+                        "{}: initial lists are not streamed: {failure:?}",
+                        self.request.url_path
+                    );
                     self.streams = false;
                 }
                 result => return result,
@@ -276,8 +290,8 @@ where
             let request = self.request.list(&params).map_err(unsendable)?;
             let body = self.connection.send(request).await?;
             let text = whole(body).await?;
-            let page: Page<'_> =
-                serde_json::from_slice(&text).map_err(|error| Failure::Unreadable(error.to_string()))?;
+            let page: Page<'_> = serde_json::from_slice(&text)
+                .map_err(|error| Failure::Unreadable(error.to_string()))?;
             for item in page.items.into_iter().flatten() {
                 match serde_json::from_str(item.get()) {
                     Ok(object) => self.tell(Told::Listed((self.slim)(object))).await?,
@@ -286,7 +300,9 @@ where
             }
             if page.metadata.next.is_empty() {
                 if page.metadata.resource_version.is_empty() {
-                    return Err(Failure::Unreadable("a list without resourceVersion".to_owned()).into());
+                    return Err(
+                        Failure::Unreadable("a list without resourceVersion".to_owned()).into(),
+                    );
                 }
                 return self.listed(page.metadata.resource_version).await;
             }
@@ -358,8 +374,14 @@ where
     }
 
     async fn watch(&mut self) -> Result<(), Stop> {
-        let from = self.version.as_ref().map_or("", |version| version.text.as_str());
-        let request = self.request.watch(&self.watch_params(), from).map_err(unsendable)?;
+        let from = self
+            .version
+            .as_ref()
+            .map_or("", |version| version.text.as_str());
+        let request = self
+            .request
+            .watch(&self.watch_params(), from)
+            .map_err(unsendable)?;
         let lines = Lines::new(self.connection.send(request).await?);
         self.began = Some(Instant::now());
         self.read(lines).await
@@ -390,22 +412,28 @@ where
             if self.is_old(&version) {
                 if self.listed.elapsed() >= DOUBT {
                     self.version = None;
-                    return Err(Failure::Cut(format!("it tells of version {} again", version.text)).into());
+                    return Err(Failure::Cut(format!(
+                        "it tells of version {} again",
+                        version.text
+                    ))
+                    .into());
                 }
                 continue;
             }
             match &*line.verb {
-                verb @ ("ADDED" | "MODIFIED" | "DELETED") => match serde_json::from_str(line.object.get()) {
-                    Ok(object) => {
-                        let object = (self.slim)(object);
-                        self.tell(match verb {
-                            "DELETED" => Told::Deleted(object),
-                            _ => Told::Changed(object),
-                        })
-                        .await?;
+                verb @ ("ADDED" | "MODIFIED" | "DELETED") => {
+                    match serde_json::from_str(line.object.get()) {
+                        Ok(object) => {
+                            let object = (self.slim)(object);
+                            self.tell(match verb {
+                                "DELETED" => Told::Deleted(object),
+                                _ => Told::Changed(object),
+                            })
+                            .await?;
+                        }
+                        Err(error) => self.unreadable(line.object, &error).await?,
                     }
-                    Err(error) => self.unreadable(line.object, &error).await?,
-                },
+                }
                 "BOOKMARK" => {}
                 // Of a later version of the protocol.
                 _ => continue,
@@ -417,7 +445,8 @@ where
         }
     }
 
-    /// Whether a watch tells of what was before the version that is known. Bookmarks may repeat that one.
+    /// Whether a watch tells of what was before the version that is known. Bookmarks may repeat
+    /// that one.
     fn is_old(&self, version: &Version) -> bool {
         let known = self.version.as_ref().and_then(|known| known.number);
         known
@@ -425,7 +454,11 @@ where
             .is_some_and(|(known, version)| version < known)
     }
 
-    async fn unreadable(&mut self, object: &RawValue, error: &serde_json::Error) -> Result<(), Stop> {
+    async fn unreadable(
+        &mut self,
+        object: &RawValue,
+        error: &serde_json::Error,
+    ) -> Result<(), Stop> {
         let meta = meta(object)?;
         let name = format!("{}/{}", meta.namespace, meta.name);
         Ok(self.tell(Told::Unreadable(name, error.to_string())).await?)
@@ -437,7 +470,8 @@ fn parse(text: &[u8]) -> Result<Line<'_>, Failure> {
 }
 
 fn meta(object: &RawValue) -> Result<Meta, Failure> {
-    let any: Any = serde_json::from_str(object.get()).map_err(|error| Failure::Unreadable(error.to_string()))?;
+    let any: Any = serde_json::from_str(object.get())
+        .map_err(|error| Failure::Unreadable(error.to_string()))?;
     Ok(any.metadata)
 }
 
@@ -485,7 +519,10 @@ impl Lines {
     /// The next line; `None` at an orderly end.
     async fn next(&mut self, silence: Duration) -> Result<Option<BytesMut>, Failure> {
         loop {
-            if let Some(end) = self.buffer[self.scanned..].iter().position(|&byte| byte == b'\n') {
+            if let Some(end) = self.buffer[self.scanned..]
+                .iter()
+                .position(|&byte| byte == b'\n')
+            {
                 let line = self.buffer.split_to(self.scanned + end);
                 self.buffer.advance(1);
                 self.scanned = 0;

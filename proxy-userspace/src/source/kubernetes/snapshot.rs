@@ -1,4 +1,5 @@
-//! Services and a Pod of a cluster, read once: for verbs that look at objects as the API server has them.
+//! Services and a Pod of a cluster, read once: for verbs that look at objects as the API server has
+//! them.
 
 use std::path::Path;
 
@@ -35,9 +36,17 @@ pub async fn snapshot(
     let mut services = Vec::new();
     for namespace in namespaces {
         let request = Request::new(format!("/api/v1/namespaces/{namespace}/services"));
-        let request = request.list(&ListParams::default()).context("cannot ask for a list")?;
+        let request = request
+            .list(&ListParams::default())
+            .context("cannot ask for a list")?;
         let list = client.request::<List<Service>>(request).await;
-        let list = list.map_err(|error| refused(&error, &format!("list the Services of {namespace}"), &server))?;
+        let list = list.map_err(|error| {
+            refused(
+                &error,
+                &format!("list the Services of {namespace}"),
+                &server,
+            )
+        })?;
         services.extend(list.items.into_iter().flatten());
     }
     let pod = match (pod, namespaces.first()) {
@@ -47,17 +56,26 @@ pub async fn snapshot(
     Ok((services, pod))
 }
 
-async fn read_pod(client: Client, namespace: &str, name: &str, server: &str) -> anyhow::Result<Pod> {
+async fn read_pod(
+    client: Client,
+    namespace: &str,
+    name: &str,
+    server: &str,
+) -> anyhow::Result<Pod> {
     let request = Request::new(format!("/api/v1/namespaces/{namespace}/pods"));
     let request = request
         .get(name, &GetParams::default())
         .context("cannot ask for a Pod")?;
     match client.request::<Pod>(request).await {
         Ok(pod) => Ok(pod),
-        Err(kube::Error::Api(status)) if status.code == 404 => {
-            Err(anyhow!("--pod {name}: there is no such Pod in namespace {namespace}"))
-        }
-        Err(error) => Err(refused(&error, &format!("read the Pod {namespace}/{name}"), server)),
+        Err(kube::Error::Api(status)) if status.code == 404 => Err(anyhow!(
+            "--pod {name}: there is no such Pod in namespace {namespace}"
+        )),
+        Err(error) => Err(refused(
+            &error,
+            &format!("read the Pod {namespace}/{name}"),
+            server,
+        )),
     }
 }
 

@@ -20,7 +20,10 @@ fn service(name: &str, ip: &str) -> Value {
 }
 
 fn slice(name: &str, service: &str, addresses: &[&str]) -> Value {
-    let endpoints: Vec<Value> = addresses.iter().map(|a| json!({ "addresses": [a] })).collect();
+    let endpoints: Vec<Value> = addresses
+        .iter()
+        .map(|a| json!({ "addresses": [a] }))
+        .collect();
     json!({
         "kind": "EndpointSlice", "addressType": "IPv4",
         "metadata": { "name": name, "labels": { "kubernetes.io/service-name": service } },
@@ -108,7 +111,8 @@ impl Agent {
         assert!(batch.is_err(), "nothing changed, but there came {batch:?}");
     }
 
-    /// Waits until the server has so many of this agent's watches, and nothing was yielded meanwhile.
+    /// Waits until the server has so many of this agent's watches, and nothing was yielded
+    /// meanwhile.
     async fn silence_until_watches(&mut self, server: &ApiServer, count: usize) {
         let began = Instant::now();
         while server.watches() != count {
@@ -152,29 +156,54 @@ async fn differences_only(streaming: Streaming, gone: Gone) {
     });
     let mut agent = Agent::start(&server);
     let first = agent.until("complete", Model::is_complete).await;
-    assert_eq!(first.iter().filter(|event| **event == Event::Complete).count(), 1);
+    assert_eq!(
+        first
+            .iter()
+            .filter(|event| **event == Event::Complete)
+            .count(),
+        1
+    );
     assert_eq!(first.last(), Some(&Event::Complete), "all lists before");
     assert_eq!(
         (backends(&agent.model, "a"), backends(&agent.model, "b")),
         (Some(1), Some(0))
     );
     assert_eq!(agent.model.node().zone.as_deref(), Some("zone-a"));
-    assert!(agent.model.node().addresses.contains(&"192.0.2.1".parse().unwrap()));
+    assert!(
+        agent
+            .model
+            .node()
+            .addresses
+            .contains(&"192.0.2.1".parse().unwrap())
+    );
     // One page for each Service and slice, and one for the Node.
     let paged = server.requests("limit=500");
-    assert_eq!(paged, if streaming == Streaming::Refused { 4 } else { 0 });
+    assert_eq!(
+        paged,
+        if streaming == Streaming::Refused {
+            4
+        } else {
+            0
+        }
+    );
 
     // A watch tells of changes; of those that change nothing here, nothing is yielded.
     server.apply(slice("a-1", "a", &["10.0.0.1", "10.0.0.2"]));
-    agent.until("a change", |model| backends(model, "a") == Some(2)).await;
+    agent
+        .until("a change", |model| backends(model, "a") == Some(2))
+        .await;
     let mut annotated = service("a", "10.96.0.1");
     annotated["metadata"]["annotations"] = json!({ "a": "b" });
     server.apply(annotated);
     agent.silence().await;
     server.delete(Kind::Services, "default", "b");
-    agent.until("a deletion", |model| backends(model, "b").is_none()).await;
+    agent
+        .until("a deletion", |model| backends(model, "b").is_none())
+        .await;
     server.apply(service("d", "10.96.0.4"));
-    agent.until("d", |model| backends(model, "d").is_some()).await;
+    agent
+        .until("d", |model| backends(model, "d").is_some())
+        .await;
 
     // A gap: one Service is gone, one is new, one stays; then the list is read again.
     server.close().unwrap();
@@ -205,18 +234,24 @@ async fn the_server_leaves_out_what_is_not_ours() {
         object["metadata"]["labels"][label] = "".into();
         object
     };
-    server.apply(labelled(service("headless", "None"), "service.kubernetes.io/headless"));
+    server.apply(labelled(
+        service("headless", "None"),
+        "service.kubernetes.io/headless",
+    ));
     server.apply(labelled(
         service("foreign", "10.96.0.9"),
         "service.kubernetes.io/service-proxy-name",
     ));
     let mut agent = Agent::start(&server);
     let first = agent.until("complete", Model::is_complete).await;
-    assert_eq!(first.len(), 5, "two Services, a slice, the Node, Complete: {first:?}");
+    assert_eq!(
+        first.len(),
+        5,
+        "two Services, a slice, the Node, Complete: {first:?}"
+    );
     for plural in ["/services?", "/endpointslices?"] {
         let request = server.request(plural).unwrap();
-        let selector =
-            "labelSelector=%21service.kubernetes.io%2Fheadless%2C%21service.kubernetes.io%2Fservice-proxy-name";
+        let selector = "labelSelector=%21service.kubernetes.io%2Fheadless%2C%21service.kubernetes.io%2Fservice-proxy-name";
         assert!(request.contains(selector), "{request}");
     }
     let request = server.request("/nodes?").unwrap();
@@ -233,7 +268,9 @@ async fn the_server_leaves_out_what_is_not_ours() {
         .until("a is another's", |model| backends(model, "a").is_none())
         .await;
     server.apply(service("a", "10.96.0.1"));
-    agent.until("a is ours", |model| backends(model, "a") == Some(1)).await;
+    agent
+        .until("a is ours", |model| backends(model, "a") == Some(1))
+        .await;
 }
 
 /// SPEC L5: watches that end, in order or in the middle of an object, go on where they were.
@@ -257,7 +294,9 @@ async fn broken_watches_go_on_where_they_were() {
         let addresses: Vec<&str> = addresses.iter().map(String::as_str).collect();
         server.apply(slice("a-1", "a", &addresses));
         let events = agent
-            .until("what was missed", |model| backends(model, "a") == Some(addresses.len()))
+            .until("what was missed", |model| {
+                backends(model, "a") == Some(addresses.len())
+            })
             .await;
         assert_eq!(events.len(), 1, "{events:?}");
         agent.silence_until_watches(&server, 3).await;
@@ -281,9 +320,19 @@ async fn a_gone_version_is_a_new_list_at_once() {
         agent.silence().await;
         server.apply(slice("a-1", "a", &[]));
         let began = Instant::now();
-        agent.until("a change", |model| backends(model, "a") == Some(0)).await;
-        assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
-        assert_eq!(server.requests("sendInitialEvents"), 3, "one list of each kind");
+        agent
+            .until("a change", |model| backends(model, "a") == Some(0))
+            .await;
+        assert!(
+            began.elapsed() < Duration::from_secs(5),
+            "{:?}",
+            began.elapsed()
+        );
+        assert_eq!(
+            server.requests("sendInitialEvents"),
+            3,
+            "one list of each kind"
+        );
     }
 }
 
@@ -306,7 +355,10 @@ async fn bookmarks_save_lists() {
         version.contains("resourceVersion=1006 "),
         "the bookmark's, not that of the last Service: {version}"
     );
-    assert_eq!(server.requests("sendInitialEvents") + server.requests("limit="), 0);
+    assert_eq!(
+        server.requests("sendInitialEvents") + server.requests("limit="),
+        0
+    );
 }
 
 /// SPEC L5: an error takes nothing away, and what happened meanwhile comes when it is over.
@@ -336,7 +388,9 @@ async fn a_connection_that_has_died_in_silence_is_noticed() {
     server.apply(service("c", "10.96.0.3"));
     let began = Instant::now();
     agent
-        .until("the new Service", |model| model.service(&name("c")).is_some())
+        .until("the new Service", |model| {
+            model.service(&name("c")).is_some()
+        })
         .await;
     assert!(
         began.elapsed() > Duration::from_secs(1),
@@ -358,7 +412,9 @@ async fn errors_take_nothing_away() {
         assert_eq!(backends(&agent.model, "a"), Some(1));
         server.faults(|faults| faults.refuse = None);
         agent
-            .until("the server is back", |model| backends(model, "a") == Some(0))
+            .until("the server is back", |model| {
+                backends(model, "a") == Some(0)
+            })
             .await;
     }
 }
@@ -390,7 +446,10 @@ async fn short_watches_are_begun_ever_more_seldom() {
     server.drop_watches();
     tokio::time::sleep(Duration::from_secs(3)).await;
     let count = server.requests("watch=true");
-    assert!((6..=24).contains(&count), "3 kinds, about 0.4, 0.8, 1.5, 3 s: {count}");
+    assert!(
+        (6..=24).contains(&count),
+        "3 kinds, about 0.4, 0.8, 1.5, 3 s: {count}"
+    );
     server.faults(|faults| faults.short_watches = false);
     agent.silence_until_watches(&server, 3).await;
 }
@@ -417,7 +476,10 @@ async fn old_versions_are_not_believed() {
     server.delete(Kind::Services, "default", "b");
     let last = |model: &Model| {
         let a = name("a");
-        let address = model.slices(&a).next().map(|slice| slice.endpoints[0].address);
+        let address = model
+            .slices(&a)
+            .next()
+            .map(|slice| slice.endpoints[0].address);
         backends(model, "b").is_none() && address == Some("10.0.0.3".parse().unwrap())
     };
     agent.until("the last of them", last).await;
@@ -430,12 +492,14 @@ async fn old_versions_are_not_believed() {
     }
     // And the watch goes on.
     server.apply(slice("a-1", "a", &[]));
-    let events = agent.until("a change", |model| backends(model, "a") == Some(0)).await;
+    let events = agent
+        .until("a change", |model| backends(model, "a") == Some(0))
+        .await;
     assert_eq!(events.len(), 1, "{events:?}");
 }
 
-/// A kubelet writes a new token before the old one expires; one that the server refuses is read again at once, though the
-/// client would keep it for a minute.
+/// A kubelet writes a new token before the old one expires; one that the server refuses is read
+/// again at once, though the client would keep it for a minute.
 #[tokio::test]
 async fn a_rotated_token_is_read_again() {
     let server = server();
@@ -450,10 +514,15 @@ async fn a_rotated_token_is_read_again() {
     agent
         .until("let in again", |model| backends(model, "a") == Some(0))
         .await;
-    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+    assert!(
+        began.elapsed() < Duration::from_secs(20),
+        "{:?}",
+        began.elapsed()
+    );
 }
 
-/// After an absence Services and slices change together, though their lists come one after the other.
+/// After an absence Services and slices change together, though their lists come one after the
+/// other.
 #[tokio::test]
 async fn lists_after_an_absence_are_yielded_together() {
     let server = server();
@@ -472,7 +541,10 @@ async fn lists_after_an_absence_are_yielded_together() {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     server.faults(|faults| faults.refuse = None);
-    let batch = tokio::time::timeout(LONG, agent.events.recv()).await.unwrap().unwrap();
+    let batch = tokio::time::timeout(LONG, agent.events.recv())
+        .await
+        .unwrap()
+        .unwrap();
     assert_eq!(batch.len(), 2, "the Service and its slice: {batch:?}");
 }
 
@@ -486,7 +558,9 @@ async fn an_unreadable_object_is_named_and_the_rest_goes_on() {
     broken["spec"]["ports"] = json!("none");
     server.apply(broken);
     server.apply(service("c", "10.96.0.3"));
-    let events = agent.until("c", |model| backends(model, "c").is_some()).await;
+    let events = agent
+        .until("c", |model| backends(model, "c").is_some())
+        .await;
     assert_eq!(events.len(), 1, "{events:?}");
     server.close().unwrap();
     server.expire();
@@ -540,15 +614,18 @@ async fn a_node_that_is_not_there_is_named_with_those_that_are() {
     agent.until("complete", Model::is_complete).await;
     // And it may come later.
     server.apply(node("node-a"));
-    agent.until("the Node", |model| model.node().zone.is_some()).await;
+    agent
+        .until("the Node", |model| model.node().zone.is_some())
+        .await;
 }
 
-/// Everything that needs a permission is asked for: the ClusterRole of `deploy/` has just these. (`tests/deploy` has them too.)
+/// Everything that needs a permission is asked for: the ClusterRole of `deploy/` has just these.
+/// (`tests/deploy` has them too.)
 #[tokio::test]
 async fn the_role_allows_what_is_asked_for_and_nothing_else() {
     let server = server();
-    // A name that no Node has is looked for among all; lists in pages need another verb than streamed ones; Events are about
-    // objects that are got.
+    // A name that no Node has is looked for among all; lists in pages need another verb than
+    // streamed ones; Events are about objects that are got.
     server.delete(Kind::Nodes, "", "node-a");
     server.faults(|faults| faults.streaming = Streaming::Refused);
     let mut odd = service("a", "10.96.0.1");
@@ -578,7 +655,10 @@ async fn the_role_allows_what_is_asked_for_and_nothing_else() {
         .unwrap();
     assert_eq!(of_node["regarding"]["name"], "node-a");
     assert_eq!(of_node["metadata"]["namespace"], "default");
-    assert_eq!(of_node["note"], "on node node-a: --config: is not taken over");
+    assert_eq!(
+        of_node["note"],
+        "on node node-a: --config: is not taken over"
+    );
     let text = include_str!("../../../../deploy/base/rbac.yaml");
     let objects: Vec<Value> = serde_saphyr::from_multiple(text).unwrap();
     let role = objects
@@ -590,14 +670,19 @@ async fn the_role_allows_what_is_asked_for_and_nothing_else() {
     for rule in role.rules.unwrap() {
         for group in rule.api_groups.iter().flatten() {
             for resource in rule.resources.iter().flatten() {
-                allowed.extend(rule.verbs.iter().map(|verb| format!("{group}/{resource} {verb}")));
+                allowed.extend(
+                    rule.verbs
+                        .iter()
+                        .map(|verb| format!("{group}/{resource} {verb}")),
+                );
             }
         }
     }
     assert_eq!(server.permissions(), allowed);
 }
 
-/// SPEC F7 from the other side: with a name of its own, this proxy serves what carries the name and nothing else.
+/// SPEC F7 from the other side: with a name of its own, this proxy serves what carries the name and
+/// nothing else.
 #[tokio::test]
 async fn a_proxy_with_a_name_serves_what_has_its_label() {
     const LABEL: &str = "service.kubernetes.io/service-proxy-name";
@@ -621,7 +706,9 @@ async fn a_proxy_with_a_name_serves_what_has_its_label() {
 
     // A Service that gives the label up is kube-proxy's from then on.
     server.apply(service("ours", "10.96.0.1"));
-    agent.until("given up", |model| backends(model, "ours").is_none()).await;
+    agent
+        .until("given up", |model| backends(model, "ours").is_none())
+        .await;
     server.apply(labelled(service("common", "10.96.0.3"), "shunt"));
     agent
         .until("taken over", |model| backends(model, "common").is_some())
@@ -655,7 +742,10 @@ async fn a_configuration_that_cannot_be_used_is_named() {
     let folder = tempfile::tempdir().unwrap();
     for (text, said) in [
         ("{ a: [", "cannot be used"),
-        ("apiVersion: v1\nkind: Config\n", "its current context cannot be used"),
+        (
+            "apiVersion: v1\nkind: Config\n",
+            "its current context cannot be used",
+        ),
         (
             "current-context: x\ncontexts: [{ name: x, context: { cluster: nowhere } }]\n",
             "its current context cannot be used",
@@ -683,7 +773,9 @@ async fn failures_say_what_to_do() {
         .unwrap();
     let ask = async || {
         let request = kube::core::Request::new("/api/v1/services");
-        let answer = connection.send(request.list(&ListParams::default()).unwrap()).await;
+        let answer = connection
+            .send(request.list(&ListParams::default()).unwrap())
+            .await;
         let (what, advice) = answer.unwrap_err().explain("services");
         format!("{what}; {advice}")
     };
@@ -716,7 +808,9 @@ async fn a_foreign_certificate_is_named() {
         .await
         .unwrap();
     let request = kube::core::Request::new("/api/v1/services");
-    let answer = connection.send(request.list(&ListParams::default()).unwrap()).await;
+    let answer = connection
+        .send(request.list(&ListParams::default()).unwrap())
+        .await;
     let (what, advice) = answer.unwrap_err().explain("services");
     assert!(what.contains("certificate"), "{what}");
     assert_eq!(advice, "check the certificate authority in the kubeconfig");

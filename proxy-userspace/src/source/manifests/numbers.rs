@@ -1,5 +1,5 @@
-//! What Services do not name: cluster IPs, load balancer IPs and node ports, as the API server and a cloud's controller give
-//! them.
+//! What Services do not name: cluster IPs, load balancer IPs and node ports, as the API server and
+//! a cloud's controller give them.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -56,7 +56,8 @@ impl Numbers {
                     owners: &[BTreeMap<ObjectName, String>; 2],
                     ranges: &[Vec<Range>; 2],
                     taken: &[HashSet<u128>; 2]| {
-            [0, 1].map(|family| pools[family].give(&owners[family], &ranges[family], &taken[family]))
+            [0, 1]
+                .map(|family| pools[family].give(&owners[family], &ranges[family], &taken[family]))
         };
         let cluster_ips = give(
             &mut self.cluster_ips,
@@ -74,9 +75,9 @@ impl Numbers {
             &ranges.load_balancer_ips,
             &wanted.taken_ips,
         );
-        let node_ports = self
-            .node_ports
-            .give(&wanted.node_ports, &ranges.node_ports, &wanted.taken_ports);
+        let node_ports =
+            self.node_ports
+                .give(&wanted.node_ports, &ranges.node_ports, &wanted.taken_ports);
         Given {
             cluster_ips,
             load_balancer_ips,
@@ -100,15 +101,20 @@ impl Ranges {
             nets.map(Range::of_net).collect()
         };
         Self {
-            default_is_v6: config.service_cidrs.first().is_some_and(|net| net.addr().is_ipv6()),
+            default_is_v6: config
+                .service_cidrs
+                .first()
+                .is_some_and(|net| net.addr().is_ipv6()),
             cluster_ips: [false, true].map(|is_v6| of_family(&config.service_cidrs, is_v6)),
-            load_balancer_ips: [false, true].map(|is_v6| of_family(&config.load_balancer_cidrs, is_v6)),
+            load_balancer_ips: [false, true]
+                .map(|is_v6| of_family(&config.load_balancer_cidrs, is_v6)),
             node_ports: [Range::of_ports(&config.node_ports)],
         }
     }
 }
 
-/// What Services want, each with the text that its search begins at; and what is not to be had, because a manifest names it.
+/// What Services want, each with the text that its search begins at; and what is not to be had,
+/// because a manifest names it.
 #[derive(Default)]
 struct Wanted<'a> {
     taken_ips: [HashSet<u128>; 2],
@@ -123,15 +129,26 @@ struct Wanted<'a> {
 impl<'a> Wanted<'a> {
     fn add(&mut self, name: &'a ObjectName, manifest: &ServiceManifest, ranges: &Ranges) {
         let service = &manifest.service;
-        let explicit = [&service.cluster_ips, &service.external_ips, &service.load_balancer_ips];
-        for ip in explicit.into_iter().flatten().chain(&manifest.load_balancer_ip) {
+        let explicit = [
+            &service.cluster_ips,
+            &service.external_ips,
+            &service.load_balancer_ips,
+        ];
+        for ip in explicit
+            .into_iter()
+            .flatten()
+            .chain(&manifest.load_balancer_ip)
+        {
             self.taken_ips[usize::from(ip.is_ipv6())].insert(to_number(*ip));
         }
         let ports = service.ports.iter().filter_map(|port| port.node_port);
         self.taken_ports
             .extend(ports.chain(service.health_check_node_port).map(u128::from));
 
-        if matches!(service.exposure, Exposure::Headless | Exposure::ExternalName(_)) {
+        if matches!(
+            service.exposure,
+            Exposure::Headless | Exposure::ExternalName(_)
+        ) {
             self.families.insert(name, Vec::new());
             return;
         }
@@ -163,13 +180,16 @@ impl<'a> Wanted<'a> {
 
 /// Families of a Service's cluster IPs, those that it names first.
 fn families(manifest: &ServiceManifest, ranges: &Ranges) -> Vec<bool> {
-    let mut families: Vec<bool> = manifest.service.cluster_ips.iter().map(IpAddr::is_ipv6).collect();
-    for is_v6 in manifest
-        .families
+    let mut families: Vec<bool> = manifest
+        .service
+        .cluster_ips
         .iter()
-        .flatten()
-        .copied()
-        .chain((families.is_empty() && manifest.families.is_none()).then_some(ranges.default_is_v6))
+        .map(IpAddr::is_ipv6)
+        .collect();
+    for is_v6 in
+        manifest.families.iter().flatten().copied().chain(
+            (families.is_empty() && manifest.families.is_none()).then_some(ranges.default_is_v6),
+        )
     {
         if !families.contains(&is_v6) {
             families.push(is_v6);
@@ -177,7 +197,9 @@ fn families(manifest: &ServiceManifest, ranges: &Ranges) -> Vec<bool> {
     }
     let other = !families[0];
     let other_possible = !ranges.cluster_ips[usize::from(other)].is_empty();
-    if manifest.dual_stack == DualStack::Required || manifest.dual_stack == DualStack::Preferred && other_possible {
+    if manifest.dual_stack == DualStack::Required
+        || manifest.dual_stack == DualStack::Preferred && other_possible
+    {
         families.extend((!families.contains(&other)).then_some(other));
     }
     families
@@ -201,7 +223,8 @@ fn fill_in(
     problems: &mut Vec<Problem>,
 ) -> Service {
     let mut service = manifest.service.clone();
-    let mut problem = |field: &str, message: String| problems.push(Problem::new("Service", name, field, message));
+    let mut problem =
+        |field: &str, message: String| problems.push(Problem::new("Service", name, field, message));
     for is_v6 in wanted.families[name].iter().copied() {
         let family = usize::from(is_v6);
         let family_name = ["IPv4", "IPv6"][family];
@@ -216,7 +239,9 @@ fn fill_in(
                 ),
                 None => problem(
                     "spec.clusterIP",
-                    format!("is missing and the {family_name} range is full; give a larger --service-cidr"),
+                    format!(
+                        "is missing and the {family_name} range is full; give a larger --service-cidr"
+                    ),
                 ),
             }
         }
@@ -233,7 +258,11 @@ fn fill_in(
     if manifest.wants_load_balancer_ip
         && let Some(ip) = manifest.load_balancer_ip
     {
-        match config.load_balancer_cidrs.iter().any(|net| net.contains(&ip)) {
+        match config
+            .load_balancer_cidrs
+            .iter()
+            .any(|net| net.contains(&ip))
+        {
             true => service.load_balancer_ips.push(ip),
             false => problem(
                 "spec.loadBalancerIP",
@@ -241,7 +270,12 @@ fn fill_in(
             ),
         }
     }
-    let node_port = |port: u16| given.node_ports.get(&(name.clone(), port)).map(|number| *number as u16);
+    let node_port = |port: u16| {
+        given
+            .node_ports
+            .get(&(name.clone(), port))
+            .map(|number| *number as u16)
+    };
     if manifest.wants_node_ports {
         for (i, port) in service
             .ports

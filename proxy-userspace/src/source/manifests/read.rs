@@ -67,8 +67,9 @@ pub(super) fn read_file(path: &Path, text: &str, before: KnownFile) -> KnownFile
                     .as_ref()
                     .map(|(namespace, name)| ObjectName::new(namespace, name));
                 let is_it = |known: &&Known| {
-                    name.as_ref()
-                        .is_none_or(|name| known.key == (known.key.0, name.clone()) && known.key.0 == parsed.kind)
+                    name.as_ref().is_none_or(|name| {
+                        known.key == (known.key.0, name.clone()) && known.key.0 == parsed.kind
+                    })
                 };
                 let kept: Vec<Key> = before
                     .objects
@@ -95,13 +96,20 @@ pub(super) fn read_file(path: &Path, text: &str, before: KnownFile) -> KnownFile
                 let mut found = Vec::new();
                 let content = check(object, &mut found);
                 let clean = found.iter().all(|problem| problem.is_served);
-                let good_before = |key: &Key| before.objects.iter().any(|known| known.key == *key && known.clean);
+                let good_before = |key: &Key| {
+                    before
+                        .objects
+                        .iter()
+                        .any(|known| known.key == *key && known.clean)
+                };
                 let rejected = matches!(object, Object::Service(_)) && !clean;
                 let key = content.as_ref().map(|(key, _)| key.clone());
                 for mut problem in found {
                     problem.file = Some(path.to_owned());
                     problem.line = parsed.line_of(&problem.field);
-                    let key = key.clone().or_else(|| Some(("Service", problem.name.clone()?)));
+                    let key = key
+                        .clone()
+                        .or_else(|| Some(("Service", problem.name.clone()?)));
                     if rejected && key.as_ref().is_some_and(good_before) {
                         problem.message += "; the Service as it was before goes on serving";
                         keep.extend(key);
@@ -148,7 +156,10 @@ fn check(object: &Object, problems: &mut Vec<Problem>) -> Option<(Key, Content)>
         }
         Object::EndpointSlice(raw) => {
             let slice = convert::slice(raw, problems)?;
-            Some((("EndpointSlice", slice.name.clone()), Content::Slice(Arc::new(slice))))
+            Some((
+                ("EndpointSlice", slice.name.clone()),
+                Content::Slice(Arc::new(slice)),
+            ))
         }
         Object::Endpoints(raw) => {
             let slices = convert::endpoints(raw, problems);
@@ -161,7 +172,10 @@ fn check(object: &Object, problems: &mut Vec<Problem>) -> Option<(Key, Content)>
         }
         Object::Node(raw) => {
             let facts = convert::node(raw);
-            Some((("Node", ObjectName::new("", &facts.name)), Content::Node(facts)))
+            Some((
+                ("Node", ObjectName::new("", &facts.name)),
+                Content::Node(facts),
+            ))
         }
         Object::Other => None,
     }

@@ -11,8 +11,9 @@ use super::{
 };
 use crate::object::{Endpoint, EndpointPort, EndpointSlice, ObjectName, Protocol, ServicePort};
 
-/// The slices that the EndpointSlice controller would make of a Service and the Pods of its namespace: Pods whose
-/// ports have the same numbers share one. `zones`: by node; they become hints where `trafficDistribution` asks for some.
+/// The slices that the EndpointSlice controller would make of a Service and the Pods of its
+/// namespace: Pods whose ports have the same numbers share one. `zones`: by node; they become hints
+/// where `trafficDistribution` asks for some.
 pub(super) fn select(
     manifest: &ServiceManifest,
     pods: &[Arc<PodFacts>],
@@ -33,8 +34,9 @@ pub(super) fn select(
                 Target::Number(number) => *number,
                 // A pod without that name does not serve that port.
                 Target::Name(name) => {
-                    let is_it =
-                        |(other, protocol, _): &&(String, Protocol, u16)| other == name && *protocol == port.protocol;
+                    let is_it = |(other, protocol, _): &&(String, Protocol, u16)| {
+                        other == name && *protocol == port.protocol
+                    };
                     pod.ports.iter().find(is_it)?.2
                 }
             };
@@ -59,7 +61,8 @@ pub(super) fn select(
             .as_ref()
             .and_then(|node| zones.get(node))
             .filter(|_| manifest.distribution.is_some());
-        // As the controller has it: a pod is called by its host name below the Service of its subdomain only.
+        // As the controller has it: a pod is called by its host name below the Service of its
+        // subdomain only.
         let hostname = pod
             .hostname
             .as_ref()
@@ -90,7 +93,11 @@ pub(super) fn select(
             // No real slice has blanks in its name.
             name: ObjectName::new(
                 &service.name.namespace,
-                &format!("{} (Pods, {family}, {})", service.name.name, numbers.join(" ")),
+                &format!(
+                    "{} (Pods, {family}, {})",
+                    service.name.name,
+                    numbers.join(" ")
+                ),
             ),
             service: service.name.clone(),
             names_only: false,

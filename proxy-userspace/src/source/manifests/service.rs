@@ -51,14 +51,20 @@ pub(super) enum DualStack {
 }
 
 /// What a checked Service asks for beside what it is.
-pub(super) fn service_manifest(raw: &kinds::Service, service: Service, problems: &mut Vec<Problem>) -> ServiceManifest {
+pub(super) fn service_manifest(
+    raw: &kinds::Service,
+    service: Service,
+    problems: &mut Vec<Problem>,
+) -> ServiceManifest {
     let spec = raw.spec.clone().unwrap_or_default();
-    let mut problem =
-        |field: String, message: String| problems.push(Problem::new("Service", &service.name, field, message));
+    let mut problem = |field: String, message: String| {
+        problems.push(Problem::new("Service", &service.name, field, message))
+    };
     let mut targets = Vec::new();
     for port in &service.ports {
         let raw_port = spec.ports.iter().enumerate().find(|(_, raw)| {
-            raw.name.as_deref().unwrap_or_default() == &*port.name && raw.port == i32::from(port.port)
+            raw.name.as_deref().unwrap_or_default() == &*port.name
+                && raw.port == i32::from(port.port)
         });
         targets.push(match raw_port.and_then(|(i, raw)| Some((i, raw.target_port.as_ref()?))) {
             None | Some((_, IntOrString::Int(0))) => Target::Number(port.port),
@@ -134,12 +140,19 @@ pub(super) fn service_manifest(raw: &kinds::Service, service: Service, problems:
         .and_then(|ip| {
             let parsed = decimal::ip(ip).map(|(ip, _)| ip);
             if parsed.is_none() {
-                problem("spec.loadBalancerIP".to_owned(), format!("{ip:?} is no IP address"));
+                problem(
+                    "spec.loadBalancerIP".to_owned(),
+                    format!("{ip:?} is no IP address"),
+                );
             }
             parsed
         });
     // A class names a controller of its own.
-    let ours = spec.load_balancer_class.as_deref().unwrap_or_default().is_empty();
+    let ours = spec
+        .load_balancer_class
+        .as_deref()
+        .unwrap_or_default()
+        .is_empty();
     ServiceManifest {
         selector: spec.selector.0.clone(),
         targets,

@@ -1,4 +1,5 @@
-//! Services and Pods as manifests have them, read once: for verbs that look at objects as an API server would show them.
+//! Services and Pods as manifests have them, read once: for verbs that look at objects as an API
+//! server would show them.
 
 use std::collections::BTreeMap;
 
@@ -24,7 +25,8 @@ pub struct Snapshot {
     pub problems: Vec<Problem>,
 }
 
-/// Reads the manifests once. Cluster IPs are those that an agent gives which starts with the same configuration now.
+/// Reads the manifests once. Cluster IPs are those that an agent gives which starts with the same
+/// configuration now.
 ///
 /// # Errors
 /// A path that does not exist or cannot be read.
@@ -42,7 +44,10 @@ pub async fn snapshot(config: Config) -> anyhow::Result<Snapshot> {
             // Where an object stands twice, the first counts.
             match parsed.object {
                 Ok(Object::Service(service)) => {
-                    snapshot.services.entry(name(&service.metadata)).or_insert(*service);
+                    snapshot
+                        .services
+                        .entry(name(&service.metadata))
+                        .or_insert(*service);
                 }
                 Ok(Object::Pod(pod)) => {
                     snapshot.pods.entry(name(&pod.metadata)).or_insert(*pod);
@@ -54,7 +59,10 @@ pub async fn snapshot(config: Config) -> anyhow::Result<Snapshot> {
     let mut state = State::new(config);
     (_, snapshot.problems) = state.update(read);
     for (name, service) in &mut snapshot.services {
-        let served = state.services.get(name).and_then(|served| served.cluster_ips.first());
+        let served = state
+            .services
+            .get(name)
+            .and_then(|served| served.cluster_ips.first());
         let (Some(first), Some(spec)) = (served, service.spec.as_mut()) else {
             continue;
         };
@@ -72,6 +80,12 @@ pub async fn snapshot(config: Config) -> anyhow::Result<Snapshot> {
 }
 
 fn name(meta: &Meta) -> ObjectName {
-    let namespace = meta.namespace.as_deref().filter(|namespace| !namespace.is_empty());
-    ObjectName::new(namespace.unwrap_or("default"), meta.name.as_deref().unwrap_or_default())
+    let namespace = meta
+        .namespace
+        .as_deref()
+        .filter(|namespace| !namespace.is_empty());
+    ObjectName::new(
+        namespace.unwrap_or("default"),
+        meta.name.as_deref().unwrap_or_default(),
+    )
 }

@@ -27,7 +27,10 @@ impl Cluster {
     fn with(change: impl FnOnce(&mut Config)) -> Self {
         let mut config = Config {
             paths: Vec::new(),
-            service_cidrs: vec!["10.96.0.0/12".parse().unwrap(), "fd00:96::/108".parse().unwrap()],
+            service_cidrs: vec![
+                "10.96.0.0/12".parse().unwrap(),
+                "fd00:96::/108".parse().unwrap(),
+            ],
             node_ports: 30_000..=32_767,
             load_balancer_cidrs: Vec::new(),
             node_name: "node-a".to_owned(),
@@ -107,13 +110,19 @@ impl Cluster {
 
     fn service(&self, name: &str) -> &Service {
         let (namespace, name) = name.split_once('/').unwrap_or(("default", name));
-        self.model.service(&ObjectName::new(namespace, name)).unwrap()
+        self.model
+            .service(&ObjectName::new(namespace, name))
+            .unwrap()
     }
 }
 
 /// A file from `tests/fixtures`.
 fn fixture(name: &str) -> String {
-    std::fs::read_to_string(format!("{}/tests/fixtures/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap()
+    std::fs::read_to_string(format!(
+        "{}/tests/fixtures/{name}",
+        env!("CARGO_MANIFEST_DIR")
+    ))
+    .unwrap()
 }
 
 const NONE: [&str; 0] = [];
@@ -163,7 +172,10 @@ fn whoami_named_target_ports() {
     // The third turns ready: the Service is touched, its address stays.
     let ready = fixture("whoami.yaml").replace(r#"status: "False""#, r#"status: "True""#);
     assert_eq!(cluster.write("whoami.yaml", &ready), NONE);
-    assert_eq!(cluster.touched, ["default/http-whoami-srv".to_owned()].into());
+    assert_eq!(
+        cluster.touched,
+        ["default/http-whoami-srv".to_owned()].into()
+    );
     assert_eq!(
         cluster.plan("http-whoami-srv")[0],
         format!("{ip}:80/TCP ClusterIp -> 10.44.0.1:8080* 10.44.0.2:8080* 10.44.1.1:9080")
@@ -173,7 +185,10 @@ fn whoami_named_target_ports() {
 #[test]
 fn external_endpoints_written_by_hand() {
     let mut cluster = Cluster::new();
-    assert_eq!(cluster.write("external.yaml", &fixture("external.yaml")), NONE);
+    assert_eq!(
+        cluster.write("external.yaml", &fixture("external.yaml")),
+        NONE
+    );
     assert_eq!(
         cluster.plan("external-service"),
         ["10.97.153.150:80/TCP ClusterIp -> 192.0.2.42:9376 198.51.100.22:9376"]
@@ -185,7 +200,10 @@ fn external_endpoints_written_by_hand() {
 #[test]
 fn dns_and_edge() {
     let mut cluster = Cluster::new();
-    assert_eq!(cluster.write("dns-and-edge.yaml", &fixture("dns-and-edge.yaml")), NONE);
+    assert_eq!(
+        cluster.write("dns-and-edge.yaml", &fixture("dns-and-edge.yaml")),
+        NONE
+    );
     assert_eq!(
         cluster.plan("kube-system/kube-dns"),
         [
@@ -197,10 +215,18 @@ fn dns_and_edge() {
     let service = cluster.service("ingress-nginx/ingress-nginx");
     assert_eq!(service.health_check_node_port, Some(32_765));
     assert_eq!(service.source_ranges, ["203.0.113.0/24".parse().unwrap()]);
-    assert_eq!(cluster.service("my-nginx-app-svc").ports[0].node_port, Some(32_143));
-    assert_eq!(cluster.service("my-nginx-app-svc").cluster_ips.len(), 1, "allocated");
+    assert_eq!(
+        cluster.service("my-nginx-app-svc").ports[0].node_port,
+        Some(32_143)
+    );
+    assert_eq!(
+        cluster.service("my-nginx-app-svc").cluster_ips.len(),
+        1,
+        "allocated"
+    );
 
-    // An ingress controller on the other node: outside clients are dropped here, inside ones are served (SPEC P2).
+    // An ingress controller on the other node: outside clients are dropped here, inside ones are
+    // served (SPEC P2).
     let pod = "
 kind: Pod
 metadata: { name: nginx, namespace: ingress-nginx, labels: { app: ingress-nginx } }
@@ -246,22 +272,38 @@ fn objects_come_change_and_go_with_their_files() {
     let mut cluster = Cluster::new();
     cluster.write("web.yaml", WEB);
     assert_eq!(cluster.plan("web"), ["10.96.1.1:80/TCP ClusterIp ->"]);
-    cluster.write("pods.yaml", &(pod("a", "10.44.1.1") + &pod("b", "10.44.1.2")));
+    cluster.write(
+        "pods.yaml",
+        &(pod("a", "10.44.1.1") + &pod("b", "10.44.1.2")),
+    );
     assert_eq!(
         cluster.plan("web"),
         ["10.96.1.1:80/TCP ClusterIp -> 10.44.1.1:80 10.44.1.2:80"]
     );
     cluster.write("pods.yaml", &pod("b", "10.44.1.2"));
-    assert_eq!(cluster.plan("web"), ["10.96.1.1:80/TCP ClusterIp -> 10.44.1.2:80"]);
-    cluster.write("web.yaml", &WEB.replace("port: 80", "port: 81, targetPort: 8081"));
-    assert_eq!(cluster.plan("web"), ["10.96.1.1:81/TCP ClusterIp -> 10.44.1.2:8081"]);
+    assert_eq!(
+        cluster.plan("web"),
+        ["10.96.1.1:80/TCP ClusterIp -> 10.44.1.2:80"]
+    );
+    cluster.write(
+        "web.yaml",
+        &WEB.replace("port: 80", "port: 81, targetPort: 8081"),
+    );
+    assert_eq!(
+        cluster.plan("web"),
+        ["10.96.1.1:81/TCP ClusterIp -> 10.44.1.2:8081"]
+    );
     cluster.remove("pods.yaml");
     assert_eq!(cluster.plan("web"), ["10.96.1.1:81/TCP ClusterIp ->"]);
     cluster.remove("web.yaml");
     assert_eq!(cluster.touched, ["default/web".to_owned()].into());
     assert_eq!(cluster.plan("web"), NONE);
     cluster.read();
-    assert_eq!(cluster.touched, [].into(), "nothing changed, nothing is yielded");
+    assert_eq!(
+        cluster.touched,
+        [].into(),
+        "nothing changed, nothing is yielded"
+    );
 }
 
 #[test]
@@ -272,7 +314,10 @@ fn a_broken_file_goes_on_serving_its_last_good_content() {
     let before = cluster.plan("web");
 
     // No YAML any more: nobody knows which object it was.
-    let broken = good.replace("spec: { nodeName: node-b, containers: [] }", "spec: { nodeName: node-b");
+    let broken = good.replace(
+        "spec: { nodeName: node-b, containers: [] }",
+        "spec: { nodeName: node-b",
+    );
     assert_eq!(
         cluster.write("web.yaml", &broken),
         [
@@ -280,7 +325,10 @@ fn a_broken_file_goes_on_serving_its_last_good_content() {
           what was read before goes on serving"
         ]
     );
-    assert_eq!((cluster.plan("web"), cluster.touched.len()), (before.clone(), 0));
+    assert_eq!(
+        (cluster.plan("web"), cluster.touched.len()),
+        (before.clone(), 0)
+    );
     assert_eq!(cluster.read(), NONE, "told once");
 
     // A field of the wrong type.
@@ -290,7 +338,10 @@ fn a_broken_file_goes_on_serving_its_last_good_content() {
             "web.yaml:4: Service default/web: spec.ports[0].port: wants a whole number; what was read before goes on serving"
         ]
     );
-    assert_eq!((cluster.plan("web"), cluster.touched.len()), (before.clone(), 0));
+    assert_eq!(
+        (cluster.plan("web"), cluster.touched.len()),
+        (before.clone(), 0)
+    );
 
     // A value that an API server would not take.
     assert_eq!(
@@ -300,7 +351,10 @@ fn a_broken_file_goes_on_serving_its_last_good_content() {
           the Service as it was before goes on serving"
         ]
     );
-    assert_eq!((cluster.plan("web"), cluster.touched.len()), (before.clone(), 0));
+    assert_eq!(
+        (cluster.plan("web"), cluster.touched.len()),
+        (before.clone(), 0)
+    );
 
     // A file that cannot be read.
     let denied = std::io::Error::from(std::io::ErrorKind::PermissionDenied);
@@ -312,11 +366,20 @@ fn a_broken_file_goes_on_serving_its_last_good_content() {
         told,
         ["web.yaml: cannot be read, its last content goes on serving: permission denied"]
     );
-    assert_eq!((cluster.plan("web"), cluster.touched.len()), (before.clone(), 0));
+    assert_eq!(
+        (cluster.plan("web"), cluster.touched.len()),
+        (before.clone(), 0)
+    );
 
     // Good again.
-    assert_eq!(cluster.write("web.yaml", &good.replace("port: 80", "port: 82")), NONE);
-    assert_eq!(cluster.plan("web"), ["10.96.1.1:82/TCP ClusterIp -> 10.44.1.1:82"]);
+    assert_eq!(
+        cluster.write("web.yaml", &good.replace("port: 80", "port: 82")),
+        NONE
+    );
+    assert_eq!(
+        cluster.plan("web"),
+        ["10.96.1.1:82/TCP ClusterIp -> 10.44.1.1:82"]
+    );
 }
 
 #[test]
@@ -359,8 +422,13 @@ fn an_object_that_stands_twice_counts_where_it_comes_first() {
     let mut cluster = Cluster::new();
     cluster.write("b.yaml", WEB);
     assert_eq!(
-        cluster.write("c.yaml", &format!("\n\n{}", WEB.replace("10.96.1.1", "10.96.1.2"))),
-        ["c.yaml:4: Service default/web: stands in b.yaml:2 as well, which counts; remove one of them"]
+        cluster.write(
+            "c.yaml",
+            &format!("\n\n{}", WEB.replace("10.96.1.1", "10.96.1.2"))
+        ),
+        [
+            "c.yaml:4: Service default/web: stands in b.yaml:2 as well, which counts; remove one of them"
+        ]
     );
     assert_eq!(cluster.plan("web"), ["10.96.1.1:80/TCP ClusterIp ->"]);
     assert_eq!(cluster.remove("b.yaml"), NONE);
@@ -388,13 +456,32 @@ fn pods_are_endpoints_by_the_endpoint_controllers_rules() {
         selected("unready", "", "podIP: 10.44.0.3"),
         selected("leaving", deleted, &format!("podIP: 10.44.0.4, {ready}")),
         selected("starting", "", "phase: Pending"),
-        selected("done", "", &format!("podIP: 10.44.0.6, phase: Succeeded, {ready}")),
-        selected("failed", "", &format!("podIP: 10.44.0.7, phase: Failed, {ready}")),
-        selected("elsewhere", ", namespace: other", &format!("podIP: 10.44.0.8, {ready}")),
-        selected("other", "", &format!("podIP: 10.44.0.9, {ready}")).replace("app: web", "app: not-web"),
+        selected(
+            "done",
+            "",
+            &format!("podIP: 10.44.0.6, phase: Succeeded, {ready}"),
+        ),
+        selected(
+            "failed",
+            "",
+            &format!("podIP: 10.44.0.7, phase: Failed, {ready}"),
+        ),
+        selected(
+            "elsewhere",
+            ", namespace: other",
+            &format!("podIP: 10.44.0.8, {ready}"),
+        ),
+        selected("other", "", &format!("podIP: 10.44.0.9, {ready}"))
+            .replace("app: web", "app: not-web"),
     ];
-    let dual = WEB.replace("clusterIP: 10.96.1.1", "clusterIPs: [10.96.1.1, 'fd00:96::1']");
-    assert_eq!(cluster.write("all.yaml", &(dual.clone() + &pods.concat())), NONE);
+    let dual = WEB.replace(
+        "clusterIP: 10.96.1.1",
+        "clusterIPs: [10.96.1.1, 'fd00:96::1']",
+    );
+    assert_eq!(
+        cluster.write("all.yaml", &(dual.clone() + &pods.concat())),
+        NONE
+    );
     assert_eq!(
         cluster.plan("web"),
         [
@@ -403,11 +490,20 @@ fn pods_are_endpoints_by_the_endpoint_controllers_rules() {
         ]
     );
     // Nobody is ready but one that leaves and still serves (SPEC B3).
-    assert_eq!(cluster.write("all.yaml", &(dual.clone() + &pods[2..4].concat())), NONE);
-    assert_eq!(cluster.plan("web")[0], "10.96.1.1:80/TCP ClusterIp -> 10.44.0.4:80*");
+    assert_eq!(
+        cluster.write("all.yaml", &(dual.clone() + &pods[2..4].concat())),
+        NONE
+    );
+    assert_eq!(
+        cluster.plan("web")[0],
+        "10.96.1.1:80/TCP ClusterIp -> 10.44.0.4:80*"
+    );
     // SPEC B4.
     let published = dual.replace("selector", "publishNotReadyAddresses: true, selector");
-    assert_eq!(cluster.write("all.yaml", &(published + &pods.concat())), NONE);
+    assert_eq!(
+        cluster.write("all.yaml", &(published + &pods.concat())),
+        NONE
+    );
     assert_eq!(
         cluster.plan("web")[0],
         "10.96.1.1:80/TCP ClusterIp -> 10.44.0.1:80* 10.44.0.2:80* 10.44.0.3:80* 10.44.0.4:80*"
@@ -421,9 +517,15 @@ fn an_endpoint_slice_by_hand_goes_before_endpoints() {
     let endpoints = "---\nkind: Endpoints\nmetadata: { name: db }\nsubsets: [{ addresses: [{ ip: 192.0.2.1 }], notReadyAddresses: [{ ip: 192.0.2.2 }], ports: [{ port: 1 }] }]\n";
     let slice = "---\nkind: EndpointSlice\nmetadata: { name: db-1, labels: { kubernetes.io/service-name: db } }\naddressType: IPv4\nports: [{ port: 2 }]\nendpoints: [{ addresses: [192.0.2.3] }]\n";
     cluster.write("all.yaml", &format!("{service}{endpoints}"));
-    assert_eq!(cluster.plan("db"), ["10.96.1.1:80/TCP ClusterIp -> 192.0.2.1:1"]);
+    assert_eq!(
+        cluster.plan("db"),
+        ["10.96.1.1:80/TCP ClusterIp -> 192.0.2.1:1"]
+    );
     cluster.write("all.yaml", &format!("{service}{endpoints}{slice}"));
-    assert_eq!(cluster.plan("db"), ["10.96.1.1:80/TCP ClusterIp -> 192.0.2.3:2"]);
+    assert_eq!(
+        cluster.plan("db"),
+        ["10.96.1.1:80/TCP ClusterIp -> 192.0.2.3:2"]
+    );
 }
 
 #[test]
@@ -483,8 +585,14 @@ subsets: [{ addresses: [{ ip: 10.96.1.1 }, { ip: 192.0.2.4 }], ports: [{ port: 8
             "EndpointSlice default/other (Endpoints subset 0, IPv4): endpoints: 10.96.1.1 is the cluster IP of Service default/db; a Service cannot stand behind a Service, it is skipped".to_owned(),
         ]
     );
-    assert_eq!(cluster.plan("db"), ["10.96.1.1:80/TCP ClusterIp -> 192.0.2.3:2"]);
-    assert_eq!(cluster.plan("other"), ["10.96.1.2:80/TCP ClusterIp -> 192.0.2.4:80"]);
+    assert_eq!(
+        cluster.plan("db"),
+        ["10.96.1.1:80/TCP ClusterIp -> 192.0.2.3:2"]
+    );
+    assert_eq!(
+        cluster.plan("other"),
+        ["10.96.1.2:80/TCP ClusterIp -> 192.0.2.4:80"]
+    );
 }
 
 #[test]
@@ -551,7 +659,8 @@ status:
 fn policies_that_make_no_sense_are_named_and_get_their_default() {
     let written = |spec: &str| {
         let mut cluster = Cluster::new();
-        let spec = format!("type: LoadBalancer, clusterIP: 10.96.1.1, ports: [{{ port: 80 }}], {spec}");
+        let spec =
+            format!("type: LoadBalancer, clusterIP: 10.96.1.1, ports: [{{ port: 80 }}], {spec}");
         let status = "status: { loadBalancer: { ingress: [{ ip: 198.51.100.1 }] } }\n";
         let told = cluster.write("web.yaml", &(bare("web", &spec) + status));
         (told, cluster.service("web").clone())
@@ -568,7 +677,9 @@ fn policies_that_make_no_sense_are_named_and_get_their_default() {
         ..plain.clone()
     };
     let timeout = |secs: &str| {
-        format!("sessionAffinity: ClientIP, sessionAffinityConfig: {{ clientIP: {{ timeoutSeconds: {secs} }} }}")
+        format!(
+            "sessionAffinity: ClientIP, sessionAffinityConfig: {{ clientIP: {{ timeoutSeconds: {secs} }} }}"
+        )
     };
     for (spec, field, served) in [
         (
@@ -635,10 +746,14 @@ endpoints: [{ addresses: [10.44.0.1], hints: { forZones: [{ name: '' }], forNode
     );
     assert_eq!(told.len(), 1, "{told:?}");
     assert!(
-        told[0].contains("EndpointSlice default/web-1: endpoints[0].hints.forZones[0].name: is empty"),
+        told[0]
+            .contains("EndpointSlice default/web-1: endpoints[0].hints.forZones[0].name: is empty"),
         "{told:?}"
     );
-    assert_eq!(cluster.plan("web"), ["10.96.1.1:80/TCP ClusterIp -> 10.44.0.1:8080"]);
+    assert_eq!(
+        cluster.plan("web"),
+        ["10.96.1.1:80/TCP ClusterIp -> 10.44.0.1:8080"]
+    );
 }
 
 #[test]
@@ -661,13 +776,18 @@ fn the_annotation_of_retries_decides_or_is_named() {
         ]
         .to_vec()
     };
-    assert_eq!(written("false"), (Vec::new(), plan(" no-retry", " no-retry")));
+    assert_eq!(
+        written("false"),
+        (Vec::new(), plan(" no-retry", " no-retry"))
+    );
     // Datagrams are not sent again by the kernel: their sockets stay where they are.
     assert_eq!(written("true"), (Vec::new(), plan(" packets-only", "")));
     let (told, served) = written("often");
     assert_eq!(told.len(), 1, "{told:?}");
     assert!(
-        told[0].contains("Service default/web: metadata.annotations[shunt.dev/retry]: \"often\" is neither"),
+        told[0].contains(
+            "Service default/web: metadata.annotations[shunt.dev/retry]: \"often\" is neither"
+        ),
         "{told:?}"
     );
     assert_eq!(served, plan("", ""));
@@ -680,20 +800,35 @@ fn bare(name: &str, spec: &str) -> String {
 
 #[test]
 fn allocation_does_not_depend_on_what_else_comes_and_goes() {
-    let lb = |config: &mut Config| config.load_balancer_cidrs = vec!["198.51.100.0/24".parse().unwrap()];
+    let lb =
+        |config: &mut Config| config.load_balancer_cidrs = vec!["198.51.100.0/24".parse().unwrap()];
     let spec = "type: LoadBalancer, ports: [{ port: 80 }, { name: tls, port: 443 }]";
     let mut first = Cluster::with(lb);
     assert_eq!(first.write("b.yaml", &bare("web", spec)), NONE);
     let alone = first.service("web").clone();
-    assert!("10.96.0.0/12".parse::<IpNet>().unwrap().contains(&alone.cluster_ips[0]));
+    assert!(
+        "10.96.0.0/12"
+            .parse::<IpNet>()
+            .unwrap()
+            .contains(&alone.cluster_ips[0])
+    );
     assert!(
         "198.51.100.0/24"
             .parse::<IpNet>()
             .unwrap()
             .contains(&alone.load_balancer_ips[0])
     );
-    let node_ports: BTreeSet<u16> = alone.ports.iter().map(|port| port.node_port.unwrap()).collect();
-    assert!(node_ports.len() == 2 && node_ports.iter().all(|port| (30_000..=32_767).contains(port)));
+    let node_ports: BTreeSet<u16> = alone
+        .ports
+        .iter()
+        .map(|port| port.node_port.unwrap())
+        .collect();
+    assert!(
+        node_ports.len() == 2
+            && node_ports
+                .iter()
+                .all(|port| (30_000..=32_767).contains(port))
+    );
 
     let others: String = (0..50).map(|i| bare(&format!("a{i}"), spec)).collect();
     assert_eq!(first.write("a.yaml", &others), NONE);
@@ -704,7 +839,11 @@ fn allocation_does_not_depend_on_what_else_comes_and_goes() {
 
     let mut second = Cluster::with(lb);
     second.write("x.yaml", &bare("web", spec));
-    assert_eq!(*second.service("web"), alone, "another agent comes to the same");
+    assert_eq!(
+        *second.service("web"),
+        alone,
+        "another agent comes to the same"
+    );
 }
 
 #[test]
@@ -720,7 +859,8 @@ fn what_a_manifest_asks_for_is_not_given_to_others() {
         cluster.service("a").cluster_ips[0],
         cluster.service("a").ports[0].node_port.unwrap(),
     );
-    let asks = format!("type: NodePort, clusterIP: {ip}, ports: [{{ port: 80, nodePort: {port} }}]");
+    let asks =
+        format!("type: NodePort, clusterIP: {ip}, ports: [{{ port: 80, nodePort: {port} }}]");
     assert_eq!(cluster.write("b.yaml", &bare("b", &asks)), NONE);
     let (a, b) = (cluster.service("a").clone(), cluster.service("b").clone());
     assert_eq!((b.cluster_ips[0], b.ports[0].node_port), (ip, Some(port)));
@@ -744,18 +884,30 @@ fn families_are_those_that_are_asked_for() {
         ("ipFamilies: [IPv6],", "6"),
         ("ipFamilies: [IPv6, IPv4],", "64"),
         ("ipFamilyPolicy: PreferDualStack,", "46"),
-        ("ipFamilyPolicy: RequireDualStack, ipFamilies: [IPv6],", "64"),
+        (
+            "ipFamilyPolicy: RequireDualStack, ipFamilies: [IPv6],",
+            "64",
+        ),
         ("ipFamilyPolicy: SingleStack,", "4"),
         ("clusterIP: 'fd00:96::5',", "6"),
-        ("clusterIP: 'fd00:96::5', ipFamilyPolicy: PreferDualStack,", "64"),
+        (
+            "clusterIP: 'fd00:96::5', ipFamilyPolicy: PreferDualStack,",
+            "64",
+        ),
     ] {
         let mut cluster = Cluster::new();
         assert_eq!(
-            cluster.write("web.yaml", &bare("web", &format!("{spec} ports: [{{ port: 80 }}]"))),
+            cluster.write(
+                "web.yaml",
+                &bare("web", &format!("{spec} ports: [{{ port: 80 }}]"))
+            ),
             NONE
         );
         let ips = &cluster.service("web").cluster_ips;
-        let families: String = ips.iter().map(|ip| if ip.is_ipv6() { '6' } else { '4' }).collect();
+        let families: String = ips
+            .iter()
+            .map(|ip| if ip.is_ipv6() { '6' } else { '4' })
+            .collect();
         assert_eq!(families, want, "{spec}");
     }
     let v4 = |config: &mut Config| config.service_cidrs.truncate(1);
@@ -784,15 +936,23 @@ fn a_list_of_ten_thousand_services_gets_ten_thousand_addresses() {
     let items: String = (0..10_000)
         .map(|i| format!("- {{ kind: Service, metadata: {{ name: s{i} }}, spec: {{ ports: [{{ port: 80 }}] }} }}\n"))
         .collect();
-    assert_eq!(cluster.write("all.yaml", &format!("kind: List\nitems:\n{items}")), NONE);
-    let distinct: HashSet<IpAddr> = cluster.model.services().map(|service| service.cluster_ips[0]).collect();
+    assert_eq!(
+        cluster.write("all.yaml", &format!("kind: List\nitems:\n{items}")),
+        NONE
+    );
+    let distinct: HashSet<IpAddr> = cluster
+        .model
+        .services()
+        .map(|service| service.cluster_ips[0])
+        .collect();
     assert_eq!(distinct.len(), 10_000);
 }
 
 #[test]
 fn one_node_port_for_both_protocols_of_a_port() {
     let mut cluster = Cluster::new();
-    let spec = "type: NodePort, ports: [{ name: t, port: 53 }, { name: u, port: 53, protocol: UDP }]";
+    let spec =
+        "type: NodePort, ports: [{ name: t, port: 53 }, { name: u, port: 53, protocol: UDP }]";
     assert_eq!(cluster.write("dns.yaml", &bare("dns", spec)), NONE);
     let ports = &cluster.service("dns").ports;
     assert_eq!(ports[0].node_port, ports[1].node_port);
@@ -802,7 +962,10 @@ fn one_node_port_for_both_protocols_of_a_port() {
 fn the_own_node_tells_zone_and_addresses() {
     let mut cluster = Cluster::new();
     cluster.write("web.yaml", &(WEB.to_owned() + &pod("a", "192.0.2.7")));
-    assert_eq!(cluster.plan("web"), ["10.96.1.1:80/TCP ClusterIp -> 192.0.2.7:80"]);
+    assert_eq!(
+        cluster.plan("web"),
+        ["10.96.1.1:80/TCP ClusterIp -> 192.0.2.7:80"]
+    );
     let node = |name: &str| {
         format!(
             "kind: Node\nmetadata: {{ name: {name}, labels: {{ topology.kubernetes.io/zone: z1 }} }}\n\
@@ -813,9 +976,15 @@ fn the_own_node_tells_zone_and_addresses() {
     assert_eq!(cluster.model.node().zone, None, "another's");
     cluster.write("node.yaml", &node("node-a"));
     assert_eq!(cluster.model.node().zone.as_deref(), Some("z1"));
-    assert_eq!(cluster.plan("web"), ["10.96.1.1:80/TCP ClusterIp -> 192.0.2.7:80*"]);
+    assert_eq!(
+        cluster.plan("web"),
+        ["10.96.1.1:80/TCP ClusterIp -> 192.0.2.7:80*"]
+    );
     cluster.remove("node.yaml");
-    assert_eq!(cluster.plan("web"), ["10.96.1.1:80/TCP ClusterIp -> 192.0.2.7:80"]);
+    assert_eq!(
+        cluster.plan("web"),
+        ["10.96.1.1:80/TCP ClusterIp -> 192.0.2.7:80"]
+    );
 }
 
 #[test]
@@ -824,7 +993,10 @@ fn a_folder_that_cannot_be_read_keeps_what_is_known_of_it() {
     cluster.write("dir/web.yaml", WEB);
     let told = cluster.update(Files {
         files: Vec::new(),
-        unreadable: vec![("dir".into(), std::io::Error::from(std::io::ErrorKind::PermissionDenied))],
+        unreadable: vec![(
+            "dir".into(),
+            std::io::Error::from(std::io::ErrorKind::PermissionDenied),
+        )],
     });
     assert_eq!(
         told,
@@ -873,7 +1045,8 @@ async fn files_and_folders_are_watched() {
     assert!(model.is_complete());
     assert_eq!(backends(&model), Some(0));
 
-    // A new file in a sub-folder, a replaced file (as editors do), a folder that appears, and removal.
+    // A new file in a sub-folder, a replaced file (as editors do), a folder that appears, and
+    // removal.
     std::fs::write(folder.join("sub/pod.yaml"), pod("a", "10.44.1.1")).unwrap();
     next(&mut rx, &mut model).await;
     assert_eq!(backends(&model), Some(1));
@@ -899,17 +1072,25 @@ async fn files_and_folders_are_watched() {
 
 #[tokio::test]
 async fn a_mounted_config_map_is_followed_and_read_once() {
-    // As a kubelet lays it out, and changes it: files are links through `..data`, which is exchanged as a whole.
+    // As a kubelet lays it out, and changes it: files are links through `..data`, which is
+    // exchanged as a whole.
     let dir = tempfile::tempdir().unwrap();
     let lay_out = |version: &str, port: &str| {
         std::fs::create_dir(dir.path().join(version)).unwrap();
-        std::fs::write(dir.path().join(version).join("web.yaml"), WEB.replace("80", port)).unwrap();
+        std::fs::write(
+            dir.path().join(version).join("web.yaml"),
+            WEB.replace("80", port),
+        )
+        .unwrap();
         std::os::unix::fs::symlink(version, dir.path().join("..data_tmp")).unwrap();
         std::fs::rename(dir.path().join("..data_tmp"), dir.path().join("..data")).unwrap();
     };
     lay_out("..2026_1", "80");
     std::os::unix::fs::symlink("..data/web.yaml", dir.path().join("web.yaml")).unwrap();
-    assert_eq!(files::list(&[dir.path().to_owned()]).0, [dir.path().join("web.yaml")]);
+    assert_eq!(
+        files::list(&[dir.path().to_owned()]).0,
+        [dir.path().join("web.yaml")]
+    );
     for path in [dir.path().to_owned(), dir.path().join("web.yaml")] {
         let source = Manifests::new(Config {
             paths: vec![path.clone()],
@@ -918,7 +1099,11 @@ async fn a_mounted_config_map_is_followed_and_read_once() {
         let (tx, mut rx) = mpsc::channel(16);
         let run = tokio::spawn(source.run(tx));
         let mut model = Model::new(NodeFacts::default());
-        let port = |model: &Model| model.plan(&ObjectName::new("default", "web")).frontends[0].id.port;
+        let port = |model: &Model| {
+            model.plan(&ObjectName::new("default", "web")).frontends[0]
+                .id
+                .port
+        };
         next(&mut rx, &mut model).await;
         let before = port(&model);
         let version = if before == 80 {

@@ -13,8 +13,16 @@ fn read(text: &str) -> Vec<String> {
             };
             match &parsed.object {
                 Ok(_) => format!("{} {}{name}", parsed.line.unwrap(), parsed.kind),
-                Err(Mistake { line, field, message }) => {
-                    format!("{} {}{name}: {field}: {message}", line.unwrap(), parsed.kind)
+                Err(Mistake {
+                    line,
+                    field,
+                    message,
+                }) => {
+                    format!(
+                        "{} {}{name}: {field}: {message}",
+                        line.unwrap(),
+                        parsed.kind
+                    )
                 }
             }
         })
@@ -41,7 +49,11 @@ metadata: { name: c }
 ";
     assert_eq!(
         read(text),
-        ["3 Service default/a", "7 ConfigMap other/b", "13 Pod default/c"]
+        [
+            "3 Service default/a",
+            "7 ConfigMap other/b",
+            "13 Pod default/c"
+        ]
     );
 }
 
@@ -131,7 +143,10 @@ fn what_is_no_object_is_said_to_be_none() {
             "a: b\n",
             "1 : kind: is missing; a Kubernetes object needs apiVersion and kind",
         ),
-        ("kind: Service\nmetadata: [a]\n", "2 : metadata: wants a mapping"),
+        (
+            "kind: Service\nmetadata: [a]\n",
+            "2 : metadata: wants a mapping",
+        ),
         (
             "kind: Service\nmetadata: { name: a\nspec: {}\n",
             "3 : : no valid YAML: while parsing a flow mapping, did not find expected ',' or '}'",

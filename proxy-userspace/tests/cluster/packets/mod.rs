@@ -1,4 +1,5 @@
-//! Packets that others forget, in a cluster of namespaces. Rows of the specification are named at each check. Needs root.
+//! Packets that others forget, in a cluster of namespaces. Rows of the specification are named at
+//! each check. Needs root.
 
 use std::{
     fs,
@@ -18,8 +19,9 @@ const APP: u16 = 8080;
 /// Of Service `near`; `far` has the next, `none` the one after.
 const NODE_PORT: u16 = 30080;
 
-/// Two nodes with an agent each. Service `near` has a backend on node-a, `far` one on node-b, `none` nobody. Clients are on
-/// node-a (`packets` is a pod there whose sockets no hook sees) and outside.
+/// Two nodes with an agent each. Service `near` has a backend on node-a, `far` one on node-b,
+/// `none` nobody. Clients are on node-a (`packets` is a pod there whose sockets no hook sees) and
+/// outside.
 struct Cluster {
     _agents: Vec<Agent>,
     lab: Lab,
@@ -41,7 +43,8 @@ impl Cluster {
             }
             fs::write(manifests.path().join(format!("{name}.yaml")), text).unwrap();
         }
-        lab.add_pod(&PodSpec::new("packets", "node-a", &[])).unwrap();
+        lab.add_pod(&PodSpec::new("packets", "node-a", &[]))
+            .unwrap();
         lab.add_pod(&PodSpec::new("hooked", "node-a", &[])).unwrap();
         let options = AgentOptions::manifests(manifests.path())
             .xdp(xdp)
@@ -90,7 +93,11 @@ impl Cluster {
         let mut lines = text.lines().filter(|line| line.starts_with("Ip: "));
         let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
         let mut both = names.split(' ').zip(values.split(' '));
-        both.find(|(name, _)| *name == "FragFails").unwrap().1.parse().unwrap()
+        both.find(|(name, _)| *name == "FragFails")
+            .unwrap()
+            .1
+            .parse()
+            .unwrap()
     }
 }
 
@@ -132,6 +139,9 @@ fn transfer(client: &Client, proto: Proto, to: SocketAddr, bytes: usize) -> Answ
     };
     match client.once(proto, to, &dial) {
         Ok(answer) => answer,
-        Err(error) => panic!("{proto} {to} from {}, {bytes} bytes: {error}", client.name()),
+        Err(error) => panic!(
+            "{proto} {to} from {}, {bytes} bytes: {error}",
+            client.name()
+        ),
     }
 }

@@ -15,9 +15,15 @@ use super::{Cluster, cluster_ip, transfer};
 /// What a bulk transfer carries each way: some hundred full segments, more than any initial window.
 const BULK: usize = 600_000;
 
-/// Sends what node-a and node-b have for each other's pods, and the fabric for the client, over links with small MTUs.
+/// Sends what node-a and node-b have for each other's pods, and the fabric for the client, over
+/// links with small MTUs.
 fn narrow(lab: &Lab) {
-    let lines = |lines: &[&str]| lines.iter().map(|line| (*line).to_owned()).collect::<Vec<_>>();
+    let lines = |lines: &[&str]| {
+        lines
+            .iter()
+            .map(|line| (*line).to_owned())
+            .collect::<Vec<_>>()
+    };
     let via_fabric = |node: &str, cidrs: [&str; 2]| {
         lab.ns(node)
             .unwrap()
@@ -42,8 +48,8 @@ fn narrow(lab: &Lab) {
         .unwrap();
 }
 
-/// L6 with real transfers: a middle link has a smaller MTU than both ends, in each direction, behind a ClusterIP and behind a
-/// node port whose flows are translated to the node's address.
+/// L6 with real transfers: a middle link has a smaller MTU than both ends, in each direction,
+/// behind a ClusterIP and behind a node port whose flows are translated to the node's address.
 fn path_mtu(xdp: &str) {
     let cluster = Cluster::start(Lab::new().unwrap(), xdp, &[]);
     narrow(&cluster.lab);
@@ -79,16 +85,22 @@ fn path_mtu_discovery_works_without_xdp() {
     path_mtu("off");
 }
 
-/// L6 where the node itself is the router before the narrow link, as with an overlay network: it tells the client about packets
-/// that it has translated already.
+/// L6 where the node itself is the router before the narrow link, as with an overlay network: it
+/// tells the client about packets that it has translated already.
 fn path_mtu_of_the_node(xdp: &str, extra: &[&str]) {
     let lab = Lab::new().unwrap();
-    let narrow = ["10.44.1.0/24 via 192.168.50.12", "fd44:0:0:b::/64 via fd50::12"];
+    let narrow = [
+        "10.44.1.0/24 via 192.168.50.12",
+        "fd44:0:0:b::/64 via fd50::12",
+    ];
     let narrow = narrow.map(|way| format!("route replace {way} mtu lock 1300"));
     lab.ns("node-a").unwrap().ip(&narrow).unwrap();
     let cluster = Cluster::start(lab, xdp, extra);
     for v6 in [false, true] {
-        for (from, to) in [("packets", cluster_ip(2, v6)), ("client", cluster.node_port(2, v6))] {
+        for (from, to) in [
+            ("packets", cluster_ip(2, v6)),
+            ("client", cluster.node_port(2, v6)),
+        ] {
             let before = cluster.too_big("node-a", v6);
             let answer = transfer(&cluster.client(from), Proto::Tcp, to, BULK);
             assert_eq!((answer.echo.len() > BULK, answer.peer), (true, to));
@@ -108,7 +120,8 @@ fn path_mtu_discovery_works_from_the_node_itself() {
     path_mtu_of_the_node("off", &["--fast-path", "on"]);
 }
 
-/// What a datagram with so many hops gets: an answer, or an error, which the kernel gives to the socket that the quoted packet is of.
+/// What a datagram with so many hops gets: an answer, or an error, which the kernel gives to the
+/// socket that the quoted packet is of.
 fn with_hops(cluster: &Cluster, from: &str, to: SocketAddr, hops: u32) -> io::Result<usize> {
     cluster.lab.ns(from).unwrap().run(|| {
         let socket = Socket::new(Domain::for_address(to), Type::DGRAM, Some(Protocol::UDP))?;
@@ -124,7 +137,13 @@ fn with_hops(cluster: &Cluster, from: &str, to: SocketAddr, hops: u32) -> io::Re
         // SAFETY: the call reads a number of the size that it is told.
         let set = unsafe {
             let size = size_of_val(&on) as u32;
-            libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const on).cast(), size)
+            libc::setsockopt(
+                socket.as_raw_fd(),
+                level,
+                option,
+                (&raw const on).cast(),
+                size,
+            )
         };
         assert_eq!(set, 0, "{}", io::Error::last_os_error());
         socket.connect(&to.into())?;
@@ -135,8 +154,9 @@ fn with_hops(cluster: &Cluster, from: &str, to: SocketAddr, hops: u32) -> io::Re
     })
 }
 
-/// The last hop: whoever would have to forward the packet tells the client, about the packet that the client sent, and one hop
-/// more gets an answer. A backend here is one hop behind its node, one there two.
+/// The last hop: whoever would have to forward the packet tells the client, about the packet that
+/// the client sent, and one hop more gets an answer. A backend here is one hop behind its node, one
+/// there two.
 fn hop_limits(xdp: &str) {
     let lab = Lab::new().unwrap();
     for node in ["node-a", "node-b"] {
@@ -152,11 +172,16 @@ fn hop_limits(xdp: &str) {
                     let enough = before + 1 + u32::from(number);
                     for hops in before + 1..enough + 2 {
                         let result = with_hops(&cluster, from, to, hops);
-                        let case = format!("{to} from {from} with {hops} hops, --xdp {xdp}: {result:?}");
+                        let case =
+                            format!("{to} from {from} with {hops} hops, --xdp {xdp}: {result:?}");
                         match result {
                             Ok(_) => assert!(hops >= enough, "{case}"),
                             Err(error) => {
-                                assert_eq!(error.raw_os_error(), Some(libc::EHOSTUNREACH), "{case}");
+                                assert_eq!(
+                                    error.raw_os_error(),
+                                    Some(libc::EHOSTUNREACH),
+                                    "{case}"
+                                );
                                 assert!(hops < enough, "{case}");
                             }
                         }

@@ -20,13 +20,16 @@ fn ping(cluster: &Cluster, from: &str, to: IpAddr, hops: u32) -> bool {
             IpAddr::V4(_) => (Domain::IPV4, Protocol::ICMPV4, 8),
             IpAddr::V6(_) => (Domain::IPV6, Protocol::ICMPV6, 128),
         };
-        // The kernel fills in identifier and checksum, and hands over answers to this socket's requests only.
+        // The kernel fills in identifier and checksum, and hands over answers to this socket's
+        // requests only.
         let socket = Socket::new(domain, Type::DGRAM, Some(protocol)).unwrap();
         match to {
             IpAddr::V4(_) => socket.set_ttl_v4(hops).unwrap(),
             IpAddr::V6(_) => socket.set_unicast_hops_v6(hops).unwrap(),
         }
-        socket.set_read_timeout(Some(Duration::from_millis(400))).unwrap();
+        socket
+            .set_read_timeout(Some(Duration::from_millis(400)))
+            .unwrap();
         let message = [request, 0, 0, 0, 0, 0, 0, 1, b'h', b'e', b'l', b'l', b'o'];
         match socket.send_to(&message, &SocketAddr::new(to, 0).into()) {
             Ok(_) => {}
@@ -46,14 +49,19 @@ fn ping(cluster: &Cluster, from: &str, to: IpAddr, hops: u32) -> bool {
     })
 }
 
-/// F11, and LESSONS' loop: whatever its hop limit, a ping is answered or dropped where it meets the first node.
+/// F11, and LESSONS' loop: whatever its hop limit, a ping is answered or dropped where it meets the
+/// first node.
 fn pings(xdp: &str) {
     let cluster = Cluster::start(Lab::new().unwrap(), xdp, &[]);
     for v6 in [false, true] {
         for from in ["packets", "node-a", "client"] {
             for (number, answered) in [(1, true), (2, true), (3, false), (77, false)] {
                 let to = cluster_ip(number, v6).ip();
-                assert_eq!(ping(&cluster, from, to, 64), answered, "{to} from {from}, --xdp {xdp}");
+                assert_eq!(
+                    ping(&cluster, from, to, 64),
+                    answered,
+                    "{to} from {from}, --xdp {xdp}"
+                );
             }
             // One hop is enough from a pod, two from outside (the fabric is a router).
             assert!(
@@ -104,18 +112,26 @@ fn unknown(xdp: &str) {
                     let error = client.once(proto, to, &dial(connected, 3000)).unwrap_err();
                     // See `nobody_is_refused_at_once_and_oneself_is_reached` about TCP over IPv6.
                     let limit = if v6 && proto == Proto::Tcp { 1500 } else { 500 };
-                    let quick = error.after().is_some_and(|after| after < Duration::from_millis(limit));
+                    let quick = error
+                        .after()
+                        .is_some_and(|after| after < Duration::from_millis(limit));
                     assert!(
                         error.is_refused() && quick,
                         "{proto} {to} from {name}, --xdp {xdp}: {error}"
                     );
                 }
                 if name != "node-a" {
-                    let error = client.once(proto, cluster_ip(77, v6), &dial(true, 400)).unwrap_err();
-                    assert!(error.is_timeout(), "{proto} from {name}, --xdp {xdp}: {error}");
+                    let error = client
+                        .once(proto, cluster_ip(77, v6), &dial(true, 400))
+                        .unwrap_err();
+                    assert!(
+                        error.is_timeout(),
+                        "{proto} from {name}, --xdp {xdp}: {error}"
+                    );
                 }
             }
-            // A port of a node that no Service has is the node's own affair: its kernel refuses, or a process answers.
+            // A port of a node that no Service has is the node's own affair: its kernel refuses, or
+            // a process answers.
             let node = cluster.lab.node_ips("node-b").unwrap()[usize::from(v6)];
             let server = cluster.lab.client("node-b", Sockets::Hooked).unwrap();
             let own = SocketAddr::new(node, 9000);

@@ -7,11 +7,13 @@ use crate::forged::Forger;
 
 const AFFINITY: &str = "  sessionAffinity: ClientIP\n";
 
-/// P1: every frontend of a Service port leads a client to one backend, an outside client through whichever node; when that
-/// backend goes, to one other; and a new agent knows it still.
+/// P1: every frontend of a Service port leads a client to one backend, an outside client through
+/// whichever node; when that backend goes, to one other; and a new agent knows it still.
 fn affinity(xdp: &str) {
     let all = ["web-a", "web-b", "web-c", "web-d"];
-    let mut cluster = Cluster::start_with(xdp, &[], |cluster| cluster.documents("web", 1, AFFINITY, &ready(&all)));
+    let mut cluster = Cluster::start_with(xdp, &[], |cluster| {
+        cluster.documents("web", 1, AFFINITY, &ready(&all))
+    });
     let clients = cluster.clients();
     let frontends = |cluster: &Cluster, v6| {
         [
@@ -91,16 +93,23 @@ fn a_client_keeps_its_backend_without_xdp() {
 fn affinity_ends_when_the_client_is_idle_for_the_time_out() {
     let spec = "  sessionAffinity: ClientIP\n  sessionAffinityConfig: { clientIP: { timeoutSeconds: 5 } }\n";
     let all = ["web-a", "web-b", "web-c", "web-d"];
-    let cluster = Cluster::start_with("native", &[], |cluster| cluster.documents("web", 1, spec, &ready(&all)));
+    let cluster = Cluster::start_with("native", &[], |cluster| {
+        cluster.documents("web", 1, spec, &ready(&all))
+    });
     // An outside client's backend follows from its address, so that all nodes agree.
     let clients: Vec<_> = cluster.clients().into_iter().take(3).collect();
     let dial_all = || -> Vec<(String, String)> {
-        let cases = clients.iter().flat_map(|client| BOTH.map(|proto| (client, proto)));
+        let cases = clients
+            .iter()
+            .flat_map(|client| BOTH.map(|proto| (client, proto)));
         cases
             .flat_map(|(client, proto)| {
                 [false, true].map(|v6| {
                     let server = dial(client, proto, cluster_ip(1, v6)).server;
-                    (format!("{} {proto} IPv{}", client.name(), 4 + 2 * u8::from(v6)), server)
+                    (
+                        format!("{} {proto} IPv{}", client.name(), 4 + 2 * u8::from(v6)),
+                        server,
+                    )
                 })
             })
             .collect()
@@ -121,8 +130,9 @@ fn affinity_ends_when_the_client_is_idle_for_the_time_out() {
     assert!(changed.len() >= 9, "only these moved: {changed:?}");
 }
 
-/// P1 for a client outside, whose backend follows from its address and is the same through both nodes: it leaves a backend that
-/// goes, does not come back to it while it opens flows, and does once it has been idle for the time-out.
+/// P1 for a client outside, whose backend follows from its address and is the same through both
+/// nodes: it leaves a backend that goes, does not come back to it while it opens flows, and does
+/// once it has been idle for the time-out.
 fn affinity_of_outside_clients(xdp: &str) {
     const TIME_OUT: Duration = Duration::from_secs(3);
     let spec = format!(
@@ -149,7 +159,8 @@ fn affinity_of_outside_clients(xdp: &str) {
     let client = cluster.client("client");
     let servers = || -> Vec<String> {
         let of = |&(number, v6, proto): &(u8, bool, Proto)| {
-            let dialled = NODES.map(|node| SocketAddr::new(cluster.ip(node, v6), node_port(number)));
+            let dialled =
+                NODES.map(|node| SocketAddr::new(cluster.ip(node, v6), node_port(number)));
             let [first, second] = dialled.map(|to| dial(&client, proto, to).server);
             assert_eq!(first, second, "{proto} to {dialled:?}");
             first
@@ -159,7 +170,12 @@ fn affinity_of_outside_clients(xdp: &str) {
     let first = servers();
     cluster.apply(&documents(&cluster, &first));
     let second = servers();
-    assert!(first.iter().zip(&second).all(|(first, second)| first != second));
+    assert!(
+        first
+            .iter()
+            .zip(&second)
+            .all(|(first, second)| first != second)
+    );
     cluster.apply(&documents(&cluster, &[]));
     let began = Instant::now();
     while began.elapsed() < 2 * TIME_OUT {
@@ -187,7 +203,9 @@ fn flood(cluster: &Cluster, to: SocketAddr, count: u32) {
         for n in 0..count {
             let from = match to {
                 SocketAddr::V4(_) => IpAddr::from(Ipv4Addr::from(0xc612_0000 + n)),
-                SocketAddr::V6(_) => IpAddr::from(Ipv6Addr::from((0x2001_0db8_0018 << 80) + u128::from(n))),
+                SocketAddr::V6(_) => {
+                    IpAddr::from(Ipv6Addr::from((0x2001_0db8_0018 << 80) + u128::from(n)))
+                }
             };
             let from = SocketAddr::new(from, 1024 + (n % 60_000) as u16);
             // A full queue is waited for.

@@ -2,8 +2,8 @@
 
 use super::*;
 
-/// B3 and B4: only ready endpoints get new flows; when none is, those that serve while they terminate; then nobody.
-/// `publishNotReadyAddresses` makes all of them ready.
+/// B3 and B4: only ready endpoints get new flows; when none is, those that serve while they
+/// terminate; then nobody. `publishNotReadyAddresses` makes all of them ready.
 #[test]
 fn endpoints_are_eligible_by_their_conditions() {
     let cluster = Cluster::start_with("native", &[], |cluster| {
@@ -51,7 +51,12 @@ fn endpoints_are_eligible_by_their_conditions() {
     let none_serving = [endpoint("web-c", NOT_READY), endpoint("web-d", DEAD)];
     cluster.apply(&cluster.documents("web", 1, "", &none_serving));
     expect(&[]);
-    cluster.apply(&cluster.documents("web", 1, "  publishNotReadyAddresses: true\n", &none_serving));
+    cluster.apply(&cluster.documents(
+        "web",
+        1,
+        "  publishNotReadyAddresses: true\n",
+        &none_serving,
+    ));
     expect(&["web-c", "web-d"]);
     cluster.apply(&cluster.documents("web", 1, "", &ready(&["web-a"])));
     expect(&["web-a"]);
@@ -66,8 +71,9 @@ fn nodes_in_zones() -> Vec<String> {
     [("node-a", "east"), ("node-b", "west")].map(node).to_vec()
 }
 
-/// B5: hints keep new flows of clients inside in their zone or on their node, when all endpoints have them and some are
-/// for this node; clients outside likewise, through whichever node of the zone they come.
+/// B5: hints keep new flows of clients inside in their zone or on their node, when all endpoints
+/// have them and some are for this node; clients outside likewise, through whichever node of the
+/// zone they come.
 #[test]
 fn hints_keep_flows_near() {
     const EAST: &str = ", hints: { forZones: [{ name: east }] }";
@@ -85,7 +91,8 @@ fn hints_keep_flows_near() {
     };
     let cluster = Cluster::start_with("native", &CLUSTER_CIDRS, |_| nodes_in_zones());
     let inside = ["hooked", "packets", "node-a"].map(|name| cluster.client(name));
-    let other_node = [Sockets::Hooked, Sockets::Unhooked].map(|sockets| cluster.lab.client("web-b", sockets).unwrap());
+    let other_node = [Sockets::Hooked, Sockets::Unhooked]
+        .map(|sockets| cluster.lab.client("web-b", sockets).unwrap());
     let outside = cluster.client("client");
     let expect = |endpoints: &[(&'static str, &'static str)], on_a: &[&str], on_b: &[&str]| {
         let documents = cluster.documents("web", 1, "", &hinted(endpoints));
@@ -120,7 +127,11 @@ fn hints_keep_flows_near() {
     );
     // One without: hints are not to be trusted.
     let all = ["web-a", "web-b", "web-c"];
-    expect(&[("web-a", EAST), ("web-b", WEST), ("web-c", "")], &all, &all);
+    expect(
+        &[("web-a", EAST), ("web-b", WEST), ("web-c", "")],
+        &all,
+        &all,
+    );
     // None for the west.
     expect(
         &[("web-a", EAST), ("web-c", EAST)],
@@ -139,7 +150,8 @@ fn hints_keep_flows_near() {
     );
 }
 
-/// B5 without an EndpointSlice controller: `trafficDistribution` over the manifests' own Pods and Nodes.
+/// B5 without an EndpointSlice controller: `trafficDistribution` over the manifests' own Pods and
+/// Nodes.
 #[test]
 fn traffic_distribution_keeps_flows_near() {
     let cluster = Cluster::start_with("native", &[], |_| nodes_in_zones());
@@ -166,9 +178,14 @@ fn traffic_distribution_keeps_flows_near() {
         ("PreferSameNode", &["web-a", "web-d"]),
     ] {
         let spec = format!("  trafficDistribution: {distribution}\n  selector: {{ app: web }}\n");
-        let text =
-            service("web", 1, &spec).replace("protocol: TCP, port: 80", "protocol: TCP, port: 80, targetPort: 8080");
-        let text = text.replace("protocol: UDP, port: 80", "protocol: UDP, port: 80, targetPort: 8080");
+        let text = service("web", 1, &spec).replace(
+            "protocol: TCP, port: 80",
+            "protocol: TCP, port: 80, targetPort: 8080",
+        );
+        let text = text.replace(
+            "protocol: UDP, port: 80",
+            "protocol: UDP, port: 80, targetPort: 8080",
+        );
         cluster.apply(&[nodes_in_zones(), pods.clone(), vec![text]].concat());
         each_case(|v6, proto| {
             for client in &inside {
@@ -177,5 +194,7 @@ fn traffic_distribution_keeps_flows_near() {
         });
     }
     let warning = "Service default/web: spec.trafficDistribution: \"Nearby\" is no distribution";
-    cluster.agents[0].wait_for(warning, Duration::from_secs(5)).unwrap();
+    cluster.agents[0]
+        .wait_for(warning, Duration::from_secs(5))
+        .unwrap();
 }

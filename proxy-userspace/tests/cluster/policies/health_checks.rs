@@ -7,13 +7,16 @@ use std::{
 
 use super::*;
 
-/// An HTTP response from a process on a node: status line and headers, body. `None` when nobody answers.
+/// An HTTP response from a process on a node: status line and headers, body. `None` when nobody
+/// answers.
 fn get(cluster: &Cluster, node: &str, to: SocketAddr, request: &str) -> Option<(String, String)> {
     let ns = cluster.lab.ns(node).unwrap();
     let request = request.to_owned();
     ns.run(move || {
         let mut stream = TcpStream::connect(to).ok()?;
-        stream.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(3)))
+            .unwrap();
         stream.write_all(request.as_bytes()).ok()?;
         let mut text = String::new();
         stream.read_to_string(&mut text).ok()?;
@@ -22,8 +25,8 @@ fn get(cluster: &Cluster, node: &str, to: SocketAddr, request: &str) -> Option<(
     })
 }
 
-/// P4, F13: as node ports, health checks are answered on the addresses that are admitted, as kube-proxy's `nodePortAddresses`
-/// says, each family by itself.
+/// P4, F13: as node ports, health checks are answered on the addresses that are admitted, as
+/// kube-proxy's `nodePortAddresses` says, each family by itself.
 #[test]
 fn load_balancers_are_answered_on_admitted_addresses() {
     let spec = "  externalTrafficPolicy: Local\n  healthCheckNodePort: 32001\n";
@@ -48,13 +51,20 @@ fn load_balancers_are_answered_on_admitted_addresses() {
     assert_eq!(asked(false), None);
 }
 
-/// P4: `healthCheckNodePort` follows the Service and its ready local endpoints, on each node, over IPv4 and IPv6.
+/// P4: `healthCheckNodePort` follows the Service and its ready local endpoints, on each node, over
+/// IPv4 and IPv6.
 #[test]
 fn load_balancers_are_told_about_local_endpoints() {
     const REQUEST: &str = "GET /any/path?x HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n";
-    let spec = |port: u16| format!("  externalTrafficPolicy: Local\n  healthCheckNodePort: {port}\n");
+    let spec =
+        |port: u16| format!("  externalTrafficPolicy: Local\n  healthCheckNodePort: {port}\n");
     let cluster = Cluster::start_with("off", &[], |cluster| {
-        cluster.documents("web", 1, &spec(32_001), &ready(&["web-a", "web-b", "web-c"]))
+        cluster.documents(
+            "web",
+            1,
+            &spec(32_001),
+            &ready(&["web-a", "web-b", "web-c"]),
+        )
     });
     let status = |node: &str, v6: bool, port: u16| -> Option<u16> {
         let to = SocketAddr::new(cluster.ip(node, v6), port);
@@ -66,7 +76,11 @@ fn load_balancers_are_told_about_local_endpoints() {
     let until = |port: u16, wanted: [[Option<u16>; 2]; 2]| {
         let began = Instant::now();
         while all(port) != wanted {
-            assert!(began.elapsed() < Duration::from_secs(5), "port {port}: {:?}", all(port));
+            assert!(
+                began.elapsed() < Duration::from_secs(5),
+                "port {port}: {:?}",
+                all(port)
+            );
             thread::sleep(Duration::from_millis(50));
         }
     };
@@ -83,7 +97,10 @@ fn load_balancers_are_told_about_local_endpoints() {
                     "x-content-type-options: nosniff",
                     &format!("x-load-balancing-endpoint-weight: {count}"),
                 ] {
-                    assert!(head.lines().any(|found| found == line), "{node}: no {line} in {head}");
+                    assert!(
+                        head.lines().any(|found| found == line),
+                        "{node}: no {line} in {head}"
+                    );
                 }
                 let body: serde_json::Value = serde_json::from_str(&body).unwrap();
                 let expected = serde_json::json!({
@@ -115,7 +132,11 @@ fn load_balancers_are_told_about_local_endpoints() {
         });
         let mut documents: Vec<String> = without.collect();
         let other = cluster.slices("web", &ready(&["web-b"]));
-        documents.extend(other.iter().map(|text| text.replace("name: web-", "name: whole-")));
+        documents.extend(
+            other
+                .iter()
+                .map(|text| text.replace("name: web-", "name: whole-")),
+        );
         cluster.apply(&documents);
         until(32_001, [[Some(503); 2], [Some(200); 2]]);
     }
@@ -127,9 +148,15 @@ fn load_balancers_are_told_about_local_endpoints() {
     both.extend(cluster.documents("web2", 2, &spec(32_002), &ready(&["web-a"])));
     cluster.apply(&both);
     let warning = "Service default/web2: spec.healthCheckNodePort: cannot listen on 0.0.0.0:32002";
-    cluster.agents[0].wait_for(warning, Duration::from_secs(5)).unwrap();
+    cluster.agents[0]
+        .wait_for(warning, Duration::from_secs(5))
+        .unwrap();
     thread::sleep(Duration::from_millis(1500));
-    assert_eq!(cluster.agents[0].output().matches(warning).count(), 1, "said once");
+    assert_eq!(
+        cluster.agents[0].output().matches(warning).count(),
+        1,
+        "said once"
+    );
     until(32_002, [[Some(503); 2], [Some(200); 2]]);
     // The first is gone: the second has the port.
     cluster.apply(&cluster.documents("web2", 2, &spec(32_002), &ready(&["web-a"])));

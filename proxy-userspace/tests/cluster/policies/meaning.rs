@@ -1,20 +1,22 @@
-//! What objects mean to kube-proxy's users: fields that are left out, addresses that several endpoints have, families that a
-//! Service is not of, numbers as they are stored.
+//! What objects mean to kube-proxy's users: fields that are left out, addresses that several
+//! endpoints have, families that a Service is not of, numbers as they are stored.
 
 use super::*;
 
 /// The same slices with these conditions instead of those.
 fn with_conditions(documents: &[String], from: [bool; 3], to: &str) -> Vec<String> {
     let [ready, serving, terminating] = from;
-    let from = format!("conditions: {{ ready: {ready}, serving: {serving}, terminating: {terminating} }}");
+    let from =
+        format!("conditions: {{ ready: {ready}, serving: {serving}, terminating: {terminating} }}");
     documents
         .iter()
         .map(|text| text.replace(&from, &format!("conditions: {{ {to} }}")))
         .collect()
 }
 
-/// B3: what is left out of `serving` is true and of `terminating` false, so an endpoint that goes is the last resort, one that
-/// is not ready is none for new flows, and an open UDP flow stays with it.
+/// B3: what is left out of `serving` is true and of `terminating` false, so an endpoint that goes
+/// is the last resort, one that is not ready is none for new flows, and an open UDP flow stays with
+/// it.
 #[test]
 fn conditions_left_out_mean_what_the_api_says() {
     let cluster = Cluster::start_with("native", &[], |cluster| {
@@ -39,7 +41,12 @@ fn conditions_left_out_mean_what_the_api_says() {
     cluster.apply(&with_conditions(&unready, NOT_READY, "ready: false"));
     for (client, to, dial) in &open {
         let answer = client.once(Proto::Udp, *to, dial).unwrap();
-        assert_eq!(answer.server, "web-b", "the flow of {} to {to} stays", client.name());
+        assert_eq!(
+            answer.server,
+            "web-b",
+            "the flow of {} to {to} stays",
+            client.name()
+        );
     }
     each_case(|v6, proto| {
         for client in &clients {
@@ -75,8 +82,9 @@ fn conditions_left_out_mean_what_the_api_says() {
     });
 }
 
-/// B8: a pod that hangs in termination on one node and its successor with the same address on another: the successor counts,
-/// with its node, or its answers to a node port would not come back this way.
+/// B8: a pod that hangs in termination on one node and its successor with the same address on
+/// another: the successor counts, with its node, or its answers to a node port would not come back
+/// this way.
 #[test]
 fn one_address_in_two_endpoints_is_where_it_serves() {
     let cluster = Cluster::start_with("native", &CLUSTER_CIDRS, |_| Vec::new());
@@ -160,9 +168,15 @@ fn addresses_of_another_family_are_left_to_their_owner() {
             .iter()
             .map(|text| {
                 let (ip, family) = [("10.96.0.1", "IPv4"), ("fd96::1", "IPv6")][usize::from(mine)];
-                text.replace("clusterIPs: [10.96.0.1, 'fd96::1']", &format!("clusterIPs: ['{ip}']"))
-                    .replace("clusterIP: 10.96.0.1\n", &format!("clusterIP: '{ip}'\n"))
-                    .replace("ipFamilies: [IPv4, IPv6]", &format!("ipFamilies: [{family}]"))
+                text.replace(
+                    "clusterIPs: [10.96.0.1, 'fd96::1']",
+                    &format!("clusterIPs: ['{ip}']"),
+                )
+                .replace("clusterIP: 10.96.0.1\n", &format!("clusterIP: '{ip}'\n"))
+                .replace(
+                    "ipFamilies: [IPv4, IPv6]",
+                    &format!("ipFamilies: [{family}]"),
+                )
             })
             .collect();
         cluster.apply(&single);
@@ -170,7 +184,12 @@ fn addresses_of_another_family_are_left_to_their_owner() {
             for v6 in [false, true] {
                 for proto in BOTH {
                     for to in owned(v6) {
-                        reaches(client, proto, to, &[if v6 == mine { "web-a" } else { "owner" }]);
+                        reaches(
+                            client,
+                            proto,
+                            to,
+                            &[if v6 == mine { "web-a" } else { "owner" }],
+                        );
                     }
                 }
             }
@@ -186,13 +205,17 @@ fn addresses_of_another_family_are_left_to_their_owner() {
     });
 }
 
-/// Leading zeros are only zeros, and a load balancer's address may be link-local: what the API server has stored is served.
+/// Leading zeros are only zeros, and a load balancer's address may be link-local: what the API
+/// server has stored is served.
 #[test]
 fn stored_numbers_and_link_local_balancers_are_served() {
     let odd = |cluster: &Cluster, text: &str| {
         let zeros = |ip: IpAddr| match ip {
             IpAddr::V4(ip) => ip.octets().map(|octet| format!("{octet:03}")).join("."),
-            IpAddr::V6(ip) => ip.segments().map(|segment| format!("{segment:05x}")).join(":"),
+            IpAddr::V6(ip) => ip
+                .segments()
+                .map(|segment| format!("{segment:05x}"))
+                .join(":"),
         };
         let mut text = text.to_owned();
         for v6 in [false, true] {
@@ -231,19 +254,26 @@ fn stored_numbers_and_link_local_balancers_are_served() {
             }
         }
         for name in ["hooked", "packets", "node-a"] {
-            let to = if v6 { load_balancer_ip(1, true) } else { link_local };
+            let to = if v6 {
+                load_balancer_ip(1, true)
+            } else {
+                link_local
+            };
             reaches(&cluster.client(name), proto, to, &["web-b"]);
         }
         silence(&cluster.client("client"), proto, load_balancer_ip(1, true));
     });
 }
 
-/// L9: two Services swap their addresses, and one is renamed and keeps all of its own, while clients dial without a pause: every
-/// dial is answered by one or the other, whichever name comes first.
+/// L9: two Services swap their addresses, and one is renamed and keeps all of its own, while
+/// clients dial without a pause: every dial is answered by one or the other, whichever name comes
+/// first.
 #[test]
 fn frontends_change_their_service_while_they_are_dialled() {
     let cluster = Cluster::start_with("native", &CLUSTER_CIDRS, |_| Vec::new());
-    let external = |number: u8| format!("externalIPs: [198.51.100.1{number:02}, '2001:db8:198::1{number:02}']");
+    let external = |number: u8| {
+        format!("externalIPs: [198.51.100.1{number:02}, '2001:db8:198::1{number:02}']")
+    };
     let state = |first: &str, swapped: bool| {
         let mut documents = cluster.documents(first, 1, "", &ready(&["web-a"]));
         let mut others = cluster.documents("mm", 2, "", &ready(&["web-b"]));
@@ -301,6 +331,10 @@ fn frontends_change_their_service_while_they_are_dialled() {
         }
     });
     for agent in &cluster.agents {
-        assert!(!agent.output().contains("already belongs"), "{}", agent.output());
+        assert!(
+            !agent.output().contains("already belongs"),
+            "{}",
+            agent.output()
+        );
     }
 }

@@ -1,5 +1,6 @@
-//! Policies in a cluster of namespaces: who is sent where, and who is not let in. Hand-written EndpointSlices say what a
-//! cluster's controllers would. Rows of the specification are named at each check. Needs root.
+//! Policies in a cluster of namespaces: who is sent where, and who is not let in. Hand-written
+//! EndpointSlices say what a cluster's controllers would. Rows of the specification are named at
+//! each check. Needs root.
 
 use std::{
     collections::BTreeSet,
@@ -95,8 +96,8 @@ impl Cluster {
         cluster
     }
 
-    /// Replaces all manifests at once, and waits until every agent has brought them into its maps: the Service that comes
-    /// last by name has another port each time.
+    /// Replaces all manifests at once, and waits until every agent has brought them into its maps:
+    /// the Service that comes last by name has another port each time.
     fn apply(&self, documents: &[String]) {
         let port = 1 + self.changes.fetch_add(1, Ordering::Relaxed);
         let marker = format!(
@@ -131,7 +132,12 @@ impl Cluster {
                  endpoints:\n",
                 family = if v6 { 6 } else { 4 },
             );
-            for Endpoint { pod, conditions, more } in endpoints {
+            for Endpoint {
+                pod,
+                conditions,
+                more,
+            } in endpoints
+            {
                 let [ready, serving, terminating] = conditions;
                 let node = PODS.iter().find(|(name, _)| name == pod).unwrap().1;
                 text += &format!(
@@ -205,14 +211,18 @@ fn load_balancer_ip(number: u8, v6: bool) -> SocketAddr {
 }
 
 fn external_ip(number: u8, v6: bool) -> SocketAddr {
-    at(["198.51.100.", "2001:db8:198::"][usize::from(v6)], 100 + number)
+    at(
+        ["198.51.100.", "2001:db8:198::"][usize::from(v6)],
+        100 + number,
+    )
 }
 
 fn at(prefix: &str, number: u8) -> SocketAddr {
     SocketAddr::new(format!("{prefix}{number}").parse().unwrap(), 80)
 }
 
-/// How to dial: UDP from a port that no dial had before, for a flow that the node remembers goes where it went.
+/// How to dial: UDP from a port that no dial had before, for a flow that the node remembers goes
+/// where it went.
 fn how(proto: Proto, to: SocketAddr) -> Dial {
     const FIRST: u16 = 1024;
     /// Up to where node ports and the kernel's own choice begin.
@@ -244,7 +254,12 @@ fn servers(client: &Client, proto: Proto, to: SocketAddr, dials: usize) -> BTree
 /// The one server that answers several dials.
 fn one_server(client: &Client, proto: Proto, to: SocketAddr) -> String {
     let servers = servers(client, proto, to, 6);
-    assert_eq!(servers.len(), 1, "{proto} {to} from {}: {servers:?}", client.name());
+    assert_eq!(
+        servers.len(),
+        1,
+        "{proto} {to} from {}: {servers:?}",
+        client.name()
+    );
     servers.into_iter().next().unwrap()
 }
 
@@ -256,8 +271,16 @@ fn silence(client: &Client, proto: Proto, to: SocketAddr) {
         ..how(proto, to)
     };
     match client.once(proto, to, &dial) {
-        Ok(answer) => panic!("{proto} {to} from {}: answered by {}", client.name(), answer.server),
-        Err(error) => assert!(error.is_timeout(), "{proto} {to} from {}: {error}", client.name()),
+        Ok(answer) => panic!(
+            "{proto} {to} from {}: answered by {}",
+            client.name(),
+            answer.server
+        ),
+        Err(error) => assert!(
+            error.is_timeout(),
+            "{proto} {to} from {}: {error}",
+            client.name()
+        ),
     }
 }
 
@@ -302,10 +325,16 @@ fn is_refused(client: &Client, proto: Proto, to: SocketAddr) {
         ..how(proto, to)
     };
     match client.once(proto, to, &dial) {
-        Ok(answer) => panic!("{proto} {to} from {}: answered by {}", client.name(), answer.server),
+        Ok(answer) => panic!(
+            "{proto} {to} from {}: answered by {}",
+            client.name(),
+            answer.server
+        ),
         // IPv6 keeps an early error until the first retransmission: see `services`.
         Err(error) => {
-            let quick = error.after().is_some_and(|after| after < Duration::from_millis(1500));
+            let quick = error
+                .after()
+                .is_some_and(|after| after < Duration::from_millis(1500));
             assert!(
                 error.is_refused() && quick,
                 "{proto} {to} from {}: {error}",

@@ -2,14 +2,15 @@
 
 use super::*;
 
-/// P5: sources outside of the ranges are dropped on the load balancer addresses, pods included, and nowhere else; the node
-/// is let through; changes are followed.
+/// P5: sources outside of the ranges are dropped on the load balancer addresses, pods included, and
+/// nowhere else; the node is let through; changes are followed.
 fn source_ranges(xdp: &str) {
     let cluster = Cluster::start_with(xdp, &[], |cluster| {
         cluster.documents("web", 1, "", &ready(&["web-a", "web-b"]))
     });
     let clients = cluster.clients();
-    let ranges = |ranges: &[String]| format!("  loadBalancerSourceRanges: [{}]\n", ranges.join(", "));
+    let ranges =
+        |ranges: &[String]| format!("  loadBalancerSourceRanges: [{}]\n", ranges.join(", "));
     let ip = |name: &str, v6| format!("'{}/{}'", cluster.ip(name, v6), if v6 { 128 } else { 32 });
     let wide = |cidrs: [&str; 2]| cidrs.map(|cidr| format!("'{cidr}'")).to_vec();
     // Each step: the ranges, and who may dial the load balancer addresses, by family.
@@ -24,18 +25,37 @@ fn source_ranges(xdp: &str) {
             [vec!["hooked", "node-a"], vec!["packets", "node-a"]],
         ),
         // Each family by itself, and everybody is everybody.
-        (vec!["0.0.0.0/0".to_owned()], [everyone.clone(), everyone.clone()]),
-        (vec!["'::/0'".to_owned()], [everyone.clone(), everyone.clone()]),
-        (vec![ip("hooked", false)], [vec!["hooked", "node-a"], everyone.clone()]),
-        (vec![ip("packets", true)], [everyone.clone(), vec!["packets", "node-a"]]),
+        (
+            vec!["0.0.0.0/0".to_owned()],
+            [everyone.clone(), everyone.clone()],
+        ),
+        (
+            vec!["'::/0'".to_owned()],
+            [everyone.clone(), everyone.clone()],
+        ),
+        (
+            vec![ip("hooked", false)],
+            [vec!["hooked", "node-a"], everyone.clone()],
+        ),
+        (
+            vec![ip("packets", true)],
+            [everyone.clone(), vec!["packets", "node-a"]],
+        ),
         (
             wide(["10.44.0.0/16", "fd44::/48"]),
-            [vec!["hooked", "packets", "node-a"], vec!["hooked", "packets", "node-a"]],
+            [
+                vec!["hooked", "packets", "node-a"],
+                vec!["hooked", "packets", "node-a"],
+            ],
         ),
         (Vec::new(), [everyone.clone(), everyone.clone()]),
     ];
     for (list, allowed) in steps {
-        let spec = if list.is_empty() { String::new() } else { ranges(&list) };
+        let spec = if list.is_empty() {
+            String::new()
+        } else {
+            ranges(&list)
+        };
         cluster.apply(&cluster.documents("web", 1, &spec, &ready(&["web-a", "web-b"])));
         for client in &clients {
             for v6 in [false, true] {
@@ -55,7 +75,11 @@ fn source_ranges(xdp: &str) {
             }
         }
     }
-    let denied: u64 = cluster.agents.iter().map(|agent| event(agent, "source_denied")).sum();
+    let denied: u64 = cluster
+        .agents
+        .iter()
+        .map(|agent| event(agent, "source_denied"))
+        .sum();
     assert!(denied > 0, "drops are counted");
 }
 

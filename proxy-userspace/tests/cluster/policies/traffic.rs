@@ -2,8 +2,9 @@
 
 use super::*;
 
-/// P2, at every hook: outside clients reach local backends only and are seen with their own address, also those that serve
-/// while they terminate when no other is local; none local is silence, none anywhere a refusal; clients inside get all.
+/// P2, at every hook: outside clients reach local backends only and are seen with their own
+/// address, also those that serve while they terminate when no other is local; none local is
+/// silence, none anywhere a refusal; clients inside get all.
 fn external_policy_local(xdp: &str) {
     const LOCAL: &str = "  externalTrafficPolicy: Local\n";
     let cluster = Cluster::start_with(xdp, &CLUSTER_CIDRS, |cluster| {
@@ -13,7 +14,13 @@ fn external_policy_local(xdp: &str) {
     let inside = ["hooked", "packets", "node-a"].map(|name| cluster.client(name));
     let at_node = |node: &str, v6| SocketAddr::new(cluster.ip(node, v6), node_port(1));
     // All of these come in at node-a.
-    let frontends = |v6| [at_node("node-a", v6), load_balancer_ip(1, v6), external_ip(1, v6)];
+    let frontends = |v6| {
+        [
+            at_node("node-a", v6),
+            load_balancer_ip(1, v6),
+            external_ip(1, v6),
+        ]
+    };
     each_case(|v6, proto| {
         for to in frontends(v6) {
             reaches(&outside, proto, to, &["web-a"]);
@@ -59,7 +66,12 @@ fn external_policy_local(xdp: &str) {
         }
     });
 
-    cluster.apply(&cluster.documents("web", 1, LOCAL, &[endpoint("web-a", DEAD), endpoint("web-b", READY)]));
+    cluster.apply(&cluster.documents(
+        "web",
+        1,
+        LOCAL,
+        &[endpoint("web-a", DEAD), endpoint("web-b", READY)],
+    ));
     each_case(|v6, proto| {
         for to in frontends(v6) {
             silence(&outside, proto, to);
@@ -99,8 +111,8 @@ fn external_traffic_stays_local_without_xdp() {
     external_policy_local("off");
 }
 
-/// P3: clients inside reach backends of their node only, and are refused when it has none; other frontends of the
-/// Service go by the other policy.
+/// P3: clients inside reach backends of their node only, and are refused when it has none; other
+/// frontends of the Service go by the other policy.
 #[test]
 fn internal_traffic_stays_local() {
     const LOCAL: &str = "  internalTrafficPolicy: Local\n";
@@ -108,12 +120,19 @@ fn internal_traffic_stays_local() {
         cluster.documents("web", 1, LOCAL, &ready(&["web-a", "web-b", "web-c"]))
     });
     let clients = cluster.clients();
-    let far = [Sockets::Hooked, Sockets::Unhooked].map(|sockets| cluster.lab.client("web-d", sockets).unwrap());
-    let other_node = [Sockets::Hooked, Sockets::Unhooked].map(|sockets| cluster.lab.client("web-b", sockets).unwrap());
+    let far = [Sockets::Hooked, Sockets::Unhooked]
+        .map(|sockets| cluster.lab.client("web-d", sockets).unwrap());
+    let other_node = [Sockets::Hooked, Sockets::Unhooked]
+        .map(|sockets| cluster.lab.client("web-b", sockets).unwrap());
     each_case(|v6, proto| {
         for client in clients.iter().chain(&far) {
             reaches(client, proto, cluster_ip(1, v6), &["web-a"]);
-            reaches(client, proto, load_balancer_ip(1, v6), &["web-a", "web-b", "web-c"]);
+            reaches(
+                client,
+                proto,
+                load_balancer_ip(1, v6),
+                &["web-a", "web-b", "web-c"],
+            );
         }
         for client in &other_node {
             reaches(client, proto, cluster_ip(1, v6), &["web-b", "web-c"]);

@@ -17,9 +17,12 @@ fn slice(name: &str, service: &str, endpoints: &[String]) -> String {
 fn only_eligible_endpoints_are_reached() {
     let cluster = Cluster::start("native", &[]);
     let [a, b, c] = ["web-a", "web-b", "web-c"].map(|pod| cluster.ip(pod, false));
-    let endpoint = |ip: IpAddr, conditions: &str| format!("{{ addresses: ['{ip}'], conditions: {{ {conditions} }} }}");
-    let bare =
-        |name: &str, number: u8| service(name, number, "").replace(&format!("  selector: {{ app: {name} }}\n"), "");
+    let endpoint = |ip: IpAddr, conditions: &str| {
+        format!("{{ addresses: ['{ip}'], conditions: {{ {conditions} }} }}")
+    };
+    let bare = |name: &str, number: u8| {
+        service(name, number, "").replace(&format!("  selector: {{ app: {name} }}\n"), "")
+    };
     let ready = "ready: true";
     let leaving = "ready: false, serving: true, terminating: true";
     let labelled = bare("foreign", 15).replace(
@@ -49,7 +52,9 @@ fn only_eligible_endpoints_are_reached() {
         service("proxied", 17, "  type: LoadBalancer\n")
             + "status: { loadBalancer: { ingress: [{ ip: 198.51.100.17, ipMode: Proxy }] } }\n",
     ]);
-    cluster.agents[0].wait_for("odd-1", Duration::from_secs(5)).unwrap();
+    cluster.agents[0]
+        .wait_for("odd-1", Duration::from_secs(5))
+        .unwrap();
     let rows: [(u8, &[&str]); 6] = [
         (10, &["web-a", "web-b", "web-c"]),
         (11, &["web-a"]),
@@ -65,11 +70,19 @@ fn only_eligible_endpoints_are_reached() {
     for name in ["hooked", "packets", "client"] {
         let client = cluster.client(name);
         wait_until("the rows are served", || {
-            client.once(Proto::Tcp, at("10.96.0.16", 80), &short).is_ok()
+            client
+                .once(Proto::Tcp, at("10.96.0.16", 80), &short)
+                .is_ok()
         });
         for proto in BOTH {
             for (number, servers) in rows {
-                every_backend(&client, proto, at(&format!("10.96.0.{number}"), 80), servers, |_| ());
+                every_backend(
+                    &client,
+                    proto,
+                    at(&format!("10.96.0.{number}"), 80),
+                    servers,
+                    |_| (),
+                );
             }
             for nobodys in ["10.96.0.15", "198.51.100.17"] {
                 assert!(

@@ -2,7 +2,8 @@
 
 use super::*;
 
-/// L2: a full conntrack refuses nobody, and a live flow that was evicted finds its backend and its source port again.
+/// L2: a full conntrack refuses nobody, and a live flow that was evicted finds its backend and its
+/// source port again.
 #[test]
 fn a_full_conntrack_refuses_nobody() {
     let cluster = Cluster::start("native", &["--max-flows", "256", "--max-new-flows", "256"]);
@@ -53,10 +54,13 @@ fn nobody_is_refused_at_once_and_oneself_is_reached() {
                             ..Dial::default()
                         };
                         let error = client.once(proto, to, &dial).unwrap_err();
-                        // In a cluster of namespaces the ICMPv6 error is back before `connect` lets go of its socket, and
-                        // Linux then keeps it until the first retransmission, a second later (IPv4 does not).
+                        // In a cluster of namespaces the ICMPv6 error is back before `connect` lets
+                        // go of its socket, and Linux then keeps it until the first retransmission,
+                        // a second later (IPv4 does not).
                         let limit = if v6 && proto == Proto::Tcp { 1500 } else { 500 };
-                        let quick = error.after().is_some_and(|after| after < Duration::from_millis(limit));
+                        let quick = error
+                            .after()
+                            .is_some_and(|after| after < Duration::from_millis(limit));
                         assert!(
                             error.is_refused() && quick,
                             "{proto} {to} from {name}, --xdp {xdp}: {error}"
@@ -82,8 +86,14 @@ fn nobody_is_refused_at_once_and_oneself_is_reached() {
 fn flows_spread_evenly() {
     let cluster = Cluster::start("native", &[]);
     for name in ["hooked", "packets", "client"] {
-        let counts = cluster.client(name).tcp_many(at("10.96.0.1", 80), 2000).unwrap();
-        let chi: f64 = counts.values().map(|&n| (n as f64 - 1000.0).powi(2) / 1000.0).sum();
+        let counts = cluster
+            .client(name)
+            .tcp_many(at("10.96.0.1", 80), 2000)
+            .unwrap();
+        let chi: f64 = counts
+            .values()
+            .map(|&n| (n as f64 - 1000.0).powi(2) / 1000.0)
+            .sum();
         assert!(counts.len() == 2 && chi < 10.83, "{name}: {counts:?}");
     }
 }
@@ -96,10 +106,19 @@ fn open_flows_keep_their_backend() {
         ("hooked", at("10.96.0.1", 80)),
         ("packets", at("10.96.0.1", 80)),
         ("packets", at("fd96::1", 80)),
-        ("client", SocketAddr::new(cluster.node_ip("node-a", false), NODE_PORT)),
-        ("client", SocketAddr::new(cluster.node_ip("node-a", true), NODE_PORT)),
+        (
+            "client",
+            SocketAddr::new(cluster.node_ip("node-a", false), NODE_PORT),
+        ),
+        (
+            "client",
+            SocketAddr::new(cluster.node_ip("node-a", true), NODE_PORT),
+        ),
     ];
-    let clients: Vec<Client> = frontends.iter().map(|(name, _)| cluster.client(name)).collect();
+    let clients: Vec<Client> = frontends
+        .iter()
+        .map(|(name, _)| cluster.client(name))
+        .collect();
     let mut open = Vec::new();
     for (client, (_, to)) in clients.iter().zip(frontends) {
         for proto in BOTH {
@@ -116,13 +135,19 @@ fn open_flows_keep_their_backend() {
         cluster.serve(&pods);
         cluster.wait_for_backends(count);
         for (conn, server, client, proto, to) in &open {
-            // B7 lets a UDP flow leave a backend that is gone; TCP stays, for the pod still answers.
+            // B7 lets a UDP flow leave a backend that is gone; TCP stays, for the pod still
+            // answers.
             if *proto == Proto::Tcp || pods.contains(&server.as_str()) {
                 let answer = conn
                     .ask("again")
                     .unwrap_or_else(|error| panic!("{to} from {}: {error}", client.name()));
                 if *proto == Proto::Tcp {
-                    assert_eq!(&answer.server, server, "{proto} {to} from {}", client.name());
+                    assert_eq!(
+                        &answer.server,
+                        server,
+                        "{proto} {to} from {}",
+                        client.name()
+                    );
                 }
             }
             // New flows reach who is there now.
@@ -145,9 +170,17 @@ fn one_source_port_serves_two_frontends_at_once() {
     for v6 in [false, true] {
         let from = SocketAddr::new(cluster.ip("packets", v6), 45_000);
         let to = if v6 {
-            [at("fd96::1", 80), at("2001:db8:198::1", 80), at("2001:db8:198::2", 80)]
+            [
+                at("fd96::1", 80),
+                at("2001:db8:198::1", 80),
+                at("2001:db8:198::2", 80),
+            ]
         } else {
-            [at("10.96.0.1", 80), at("198.51.100.1", 80), at("198.51.100.2", 80)]
+            [
+                at("10.96.0.1", 80),
+                at("198.51.100.1", 80),
+                at("198.51.100.2", 80),
+            ]
         };
         for proto in BOTH {
             // Connected, so that the client's own kernel tells the three UDP sockets apart.

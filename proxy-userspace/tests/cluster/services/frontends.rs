@@ -16,9 +16,17 @@ fn frontends_with(lab: Lab, xdp: &str, extra: &[&str]) {
     let web = ["web-a", "web-b"];
     for v6 in [false, true] {
         let addresses: Vec<SocketAddr> = if v6 {
-            vec![at("fd96::1", 80), at("2001:db8:198::1", 80), at("2001:db8:198::2", 80)]
+            vec![
+                at("fd96::1", 80),
+                at("2001:db8:198::1", 80),
+                at("2001:db8:198::2", 80),
+            ]
         } else {
-            vec![at("10.96.0.1", 80), at("198.51.100.1", 80), at("198.51.100.2", 80)]
+            vec![
+                at("10.96.0.1", 80),
+                at("198.51.100.1", 80),
+                at("198.51.100.2", 80),
+            ]
         };
         let [node_a, node_b] = ["node-a", "node-b"].map(|node| cluster.node_ip(node, v6));
         let loopback: IpAddr = if v6 {
@@ -33,26 +41,52 @@ fn frontends_with(lab: Lab, xdp: &str, extra: &[&str]) {
                 for to in &addresses {
                     every_backend(&client, proto, *to, &web, |answer| {
                         let seen = answer.seen_peer.ip();
-                        // P7: an outside client comes in at node-a, and is translated towards node-b only.
+                        // P7: an outside client comes in at node-a, and is translated towards
+                        // node-b only.
                         if name == "client" && answer.server == "web-b" {
                             assert_eq!(seen, node_a, "{proto} {to}");
                         } else if name != "node-a" {
-                            assert!(own.contains(&seen), "{proto} {to} from {name} is seen as {seen}");
+                            assert!(
+                                own.contains(&seen),
+                                "{proto} {to} from {name} is seen as {seen}"
+                            );
                         }
                     });
                 }
                 // F2, on the own node and on the other.
-                every_backend(&client, proto, SocketAddr::new(node_a, NODE_PORT), &web, |_| ());
-                every_backend(&client, proto, SocketAddr::new(node_b, NODE_PORT), &web, |answer| {
-                    let seen = answer.seen_peer.ip();
-                    match answer.server.as_str() {
-                        "web-a" if name != "node-a" => assert_eq!(seen, node_b, "{proto} from {name}"),
-                        "web-b" if name != "node-a" => assert!(own.contains(&seen), "{proto} from {name}: {seen}"),
-                        _ => {}
-                    }
-                });
+                every_backend(
+                    &client,
+                    proto,
+                    SocketAddr::new(node_a, NODE_PORT),
+                    &web,
+                    |_| (),
+                );
+                every_backend(
+                    &client,
+                    proto,
+                    SocketAddr::new(node_b, NODE_PORT),
+                    &web,
+                    |answer| {
+                        let seen = answer.seen_peer.ip();
+                        match answer.server.as_str() {
+                            "web-a" if name != "node-a" => {
+                                assert_eq!(seen, node_b, "{proto} from {name}")
+                            }
+                            "web-b" if name != "node-a" => {
+                                assert!(own.contains(&seen), "{proto} from {name}: {seen}")
+                            }
+                            _ => {}
+                        }
+                    },
+                );
                 if name == "node-a" {
-                    every_backend(&client, proto, SocketAddr::new(loopback, NODE_PORT), &web, |_| ());
+                    every_backend(
+                        &client,
+                        proto,
+                        SocketAddr::new(loopback, NODE_PORT),
+                        &web,
+                        |_| (),
+                    );
                 }
                 if name == "hooked" {
                     // A pod's loopback is the pod.
@@ -102,12 +136,17 @@ fn frontends_are_reached_in_a_bridged_network() {
 #[test]
 fn frontends_are_reached_with_strict_filters_and_offloads() {
     frontends(
-        Lab::builder().strict_rp_filter().checksum_offload().build().unwrap(),
+        Lab::builder()
+            .strict_rp_filter()
+            .checksum_offload()
+            .build()
+            .unwrap(),
         "off",
     );
 }
 
-/// `--fast-path on`, with routed and bridged pods, strict filters and offloads: everything is reached as without it, ...
+/// `--fast-path on`, with routed and bridged pods, strict filters and offloads: everything is
+/// reached as without it, ...
 #[test]
 fn frontends_are_reached_by_the_fast_path() {
     let strict = Lab::builder().strict_rp_filter().checksum_offload();
@@ -116,7 +155,8 @@ fn frontends_are_reached_by_the_fast_path() {
     }
 }
 
-/// ... packets between pods, or a pod and the network, do not meet the node's own stack on their way, and are counted all the same.
+/// ... packets between pods, or a pod and the network, do not meet the node's own stack on their
+/// way, and are counted all the same.
 #[test]
 fn the_fast_path_leaves_the_nodes_stack_out() {
     for on in [false, true] {
@@ -139,14 +179,20 @@ fn the_fast_path_leaves_the_nodes_stack_out() {
                         dial(&client, proto, to);
                     }
                     let [to_backend, from_backend] = traffic(&maps);
-                    let counted = [to_backend - traffic_before[0], from_backend - traffic_before[1]];
+                    let counted = [
+                        to_backend - traffic_before[0],
+                        from_backend - traffic_before[1],
+                    ];
                     // A datagram each way; of a connection three packets at least.
                     let as_sent = if proto == Proto::Udp {
                         counted == [10, 10]
                     } else {
                         counted[0] >= 30 && counted[1] >= 30
                     };
-                    assert!(as_sent, "{proto} {to} from {name}, fast path {on}: counted {counted:?}");
+                    assert!(
+                        as_sent,
+                        "{proto} {to} from {name}, fast path {on}: counted {counted:?}"
+                    );
                 }
                 let packets = forwarded(&cluster, v6) - before;
                 let expected = if on { packets == 0 } else { packets >= 100 };
@@ -158,10 +204,19 @@ fn the_fast_path_leaves_the_nodes_stack_out() {
         }
         for v6 in [false, true] {
             for proto in BOTH {
-                // P8: the second half of the translation is done although the pod's own device is left out.
+                // P8: the second half of the translation is done although the pod's own device is
+                // left out.
                 let to = at(if v6 { "fd96::2" } else { "10.96.0.2" }, 80);
-                let answer = dial(&cluster.lab.client("solo", Sockets::Unhooked).unwrap(), proto, to);
-                assert_eq!((answer.server.as_str(), answer.peer), ("solo", to), "{proto}");
+                let answer = dial(
+                    &cluster.lab.client("solo", Sockets::Unhooked).unwrap(),
+                    proto,
+                    to,
+                );
+                assert_eq!(
+                    (answer.server.as_str(), answer.peer),
+                    ("solo", to),
+                    "{proto}"
+                );
             }
         }
     }

@@ -22,7 +22,10 @@ fn the_datapath_outlives_its_agents() {
         .flat_map(|client| to.map(|to| client.open_tcp(to).unwrap()))
         .collect();
     let links = |cluster: &Cluster| -> BTreeSet<String> {
-        let path = cluster.lab.bpf_root("node-a").join(format!("v{LAYOUT_VERSION}/links"));
+        let path = cluster
+            .lab
+            .bpf_root("node-a")
+            .join(format!("v{LAYOUT_VERSION}/links"));
         fs::read_dir(path)
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
@@ -66,9 +69,14 @@ fn services_change_and_go() {
     dial(&client, Proto::Tcp, to);
     fs::remove_file(cluster.manifests.path().join("solo.yaml")).unwrap();
     let short = Dial::within(Duration::from_millis(300));
-    let gone = |error: &DialError| error.is_timeout() || error.is_refused() || !error.to_string().is_empty();
+    let gone = |error: &DialError| {
+        error.is_timeout() || error.is_refused() || !error.to_string().is_empty()
+    };
     wait_until("the Service is gone", || {
-        client.once(Proto::Tcp, to, &short).as_ref().is_err_and(gone)
+        client
+            .once(Proto::Tcp, to, &short)
+            .as_ref()
+            .is_err_and(gone)
     });
     cluster.write(
         "solo.yaml",
@@ -83,7 +91,9 @@ fn services_change_and_go() {
     assert!(client.once(Proto::Tcp, to, &short).is_err());
     // Bad input: one clear message, and what was goes on.
     cluster.write("solo.yaml", &["kind: Service\nspec: [\n".to_owned()]);
-    cluster.agents[0].wait_for("solo.yaml", Duration::from_secs(5)).unwrap();
+    cluster.agents[0]
+        .wait_for("solo.yaml", Duration::from_secs(5))
+        .unwrap();
     dial(&client, Proto::Tcp, at("10.96.0.2", 81));
 }
 
@@ -97,10 +107,20 @@ fn cleanup_leaves_nothing() {
     assert!(!refused.status.success(), "cleanup beside a running agent");
     cluster.agents[0].stop().unwrap();
     dial(&client, Proto::Tcp, at("10.96.0.1", 80));
-    assert!(cluster.agents[0].cli(&["cleanup"]).unwrap().status.success());
+    assert!(
+        cluster.agents[0]
+            .cli(&["cleanup"])
+            .unwrap()
+            .status
+            .success()
+    );
     assert!(is_empty(&root), "{} is not empty", root.display());
     let short = Dial::within(Duration::from_millis(300));
-    assert!(client.once(Proto::Tcp, at("10.96.0.1", 80), &short).is_err());
+    assert!(
+        client
+            .once(Proto::Tcp, at("10.96.0.1", 80), &short)
+            .is_err()
+    );
 }
 
 fn is_empty(path: &Path) -> bool {

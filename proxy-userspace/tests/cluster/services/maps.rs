@@ -7,8 +7,8 @@ use shunt_common::layout::LAYOUT_VERSION;
 
 use super::*;
 
-/// What connected sockets dialled is remembered while they are open, and not longer; when there is no room for it, they
-/// connect all the same.
+/// What connected sockets dialled is remembered while they are open, and not longer; when there is
+/// no room for it, they connect all the same.
 #[test]
 fn connected_sockets_are_remembered_until_they_close() {
     let cluster = Cluster::start("off", &["--max-sockets", "16"]);
@@ -21,19 +21,26 @@ fn connected_sockets_are_remembered_until_they_close() {
     for proto in BOTH {
         for frontend in ["10.96.0.1", "fd96::1"] {
             let to = at(frontend, 80);
-            let open: Vec<_> = (0..5).map(|_| client.open(proto, to, &dial).unwrap()).collect();
+            let open: Vec<_> = (0..5)
+                .map(|_| client.open(proto, to, &dial).unwrap())
+                .collect();
             for conn in &open {
                 conn.ask("who").unwrap();
                 assert_eq!(conn.peer, to);
             }
-            assert_eq!(maps.sockets.count(|peer| peer.frontend_port == 80).unwrap(), 5);
+            assert_eq!(
+                maps.sockets.count(|peer| peer.frontend_port == 80).unwrap(),
+                5
+            );
             drop(open);
             wait_until("closed sockets are forgotten", || {
                 maps.sockets.count(|_| true).unwrap() == 0
             });
         }
     }
-    let open: Vec<_> = (0..20).map(|_| client.open_tcp(at("10.96.0.1", 80)).unwrap()).collect();
+    let open: Vec<_> = (0..20)
+        .map(|_| client.open_tcp(at("10.96.0.1", 80)).unwrap())
+        .collect();
     assert_eq!(maps.sockets.count(|_| true).unwrap(), 16);
     let status = cluster.agents[0].json(&["status"]).unwrap();
     assert_eq!(status["events"]["sockets_full"], 4, "{status}");
@@ -44,7 +51,10 @@ fn connected_sockets_are_remembered_until_they_close() {
 #[test]
 fn bpftool_reads_the_maps() {
     let cluster = Cluster::start("native", &[]);
-    let root = cluster.lab.bpf_root("node-a").join(format!("v{LAYOUT_VERSION}"));
+    let root = cluster
+        .lab
+        .bpf_root("node-a")
+        .join(format!("v{LAYOUT_VERSION}"));
     let bpftool = |args: &[&str], path: &Path| -> serde_json::Value {
         let output = std::process::Command::new("bpftool")
             .args(["-j"])
@@ -52,18 +62,30 @@ fn bpftool_reads_the_maps() {
             .arg(path)
             .output()
             .unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         serde_json::from_slice(&output.stdout).unwrap()
     };
     for entry in fs::read_dir(root.join("maps")).unwrap() {
         let path = entry.unwrap().path();
         let map = bpftool(&["map", "show", "pinned"], &path);
-        assert_eq!(map["name"].as_str(), path.file_name().unwrap().to_str(), "{map}");
-        assert!(map["btf_id"].as_u64().is_some_and(|id| id > 0), "{map} has no BTF");
+        assert_eq!(
+            map["name"].as_str(),
+            path.file_name().unwrap().to_str(),
+            "{map}"
+        );
+        assert!(
+            map["btf_id"].as_u64().is_some_and(|id| id > 0),
+            "{map} has no BTF"
+        );
     }
     for entry in fs::read_dir(root.join("progs")).unwrap() {
         let path = entry.unwrap().path();
-        // Maps of one entry beside the programs: what they were loaded from, and how the start went (`datapath::takeover`).
+        // Maps of one entry beside the programs: what they were loaded from, and how the start went
+        // (`datapath::takeover`).
         if path.ends_with("build") || path.ends_with("start") {
             continue;
         }

@@ -1,5 +1,5 @@
-//! Services in a cluster of namespaces: real clients, real servers, an agent per node. Rows of the specification are
-//! named at each check. Needs root.
+//! Services in a cluster of namespaces: real clients, real servers, an agent per node. Rows of the
+//! specification are named at each check. Needs root.
 
 use std::{
     collections::BTreeSet,
@@ -29,7 +29,8 @@ struct Cluster {
 }
 
 impl Cluster {
-    /// Pods `web-a`, `web-b` behind Service `web`, `solo` alone behind `solo`, nobody behind `empty`.
+    /// Pods `web-a`, `web-b` behind Service `web`, `solo` alone behind `solo`, nobody behind
+    /// `empty`.
     fn start(xdp: &str, extra: &[&str]) -> Self {
         Self::start_in(Lab::new().unwrap(), xdp, extra)
     }
@@ -56,7 +57,10 @@ impl Cluster {
         cluster.serve(&["web-a", "web-b"]);
         cluster.write(
             "solo.yaml",
-            &[service("solo", 2, ""), cluster.pod("solo", "solo", "node-a")],
+            &[
+                service("solo", 2, ""),
+                cluster.pod("solo", "solo", "node-a"),
+            ],
         );
         cluster.write("empty.yaml", &[service("empty", 3, "  type: NodePort\n")]);
         let options = AgentOptions::manifests(cluster.manifests.path())
@@ -189,7 +193,13 @@ fn dial(client: &Client, proto: Proto, to: SocketAddr) -> Answer {
 }
 
 /// Dials until every server has answered, and checks each answer.
-fn every_backend(client: &Client, proto: Proto, to: SocketAddr, servers: &[&str], check: impl Fn(&Answer)) {
+fn every_backend(
+    client: &Client,
+    proto: Proto,
+    to: SocketAddr,
+    servers: &[&str],
+    check: impl Fn(&Answer),
+) {
     let mut seen = BTreeSet::new();
     for _ in 0..64 {
         let answer = dial(client, proto, to);
@@ -216,7 +226,10 @@ fn every_backend(client: &Client, proto: Proto, to: SocketAddr, servers: &[&str]
 fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     let began = Instant::now();
     while !done() {
-        assert!(began.elapsed() < Duration::from_secs(10), "timed out: {what}");
+        assert!(
+            began.elapsed() < Duration::from_secs(10),
+            "timed out: {what}"
+        );
         std::thread::sleep(Duration::from_millis(50));
     }
 }

@@ -1,5 +1,5 @@
-//! An agent as a process, with an API server: what its first sync costs, how much memory it keeps, and how soon the maps
-//! show a change that the server told.
+//! An agent as a process, with an API server: what its first sync costs, how much memory it keeps,
+//! and how soon the maps show a change that the server told.
 
 use std::{
     fs,
@@ -71,7 +71,10 @@ pub(super) fn measure(services: u32, changes: u32) -> Result<Vec<Line>> {
     fs::remove_file(&kubeconfig)?;
     let agent = agent?;
     let (ready, cpu_ready) = (Instant::now(), cpu());
-    let expected = format!("ready: {services} services, {} backends", services * super::ENDPOINTS);
+    let expected = format!(
+        "ready: {services} services, {} backends",
+        services * super::ENDPOINTS
+    );
     ensure!(
         agent.ready_line().starts_with(&expected),
         "{} instead of {expected}",
@@ -81,8 +84,9 @@ pub(super) fn measure(services: u32, changes: u32) -> Result<Vec<Line>> {
 
     thread::sleep(SETTLED);
     let pid = agent.pid().context("the agent has ended")?;
-    let memory =
-        |key: &str| -> Result<f64> { Ok(field(&fs::read_to_string(format!("/proc/{pid}/status"))?, key)? / 1024.0) };
+    let memory = |key: &str| -> Result<f64> {
+        Ok(field(&fs::read_to_string(format!("/proc/{pid}/status"))?, key)? / 1024.0)
+    };
     let (rss, anonymous) = (memory("VmRSS")?, memory("RssAnon")?);
     let maps_mib = map_memory(agent.bpf_root())?;
 
@@ -102,7 +106,10 @@ pub(super) fn measure(services: u32, changes: u32) -> Result<Vec<Line>> {
         let old = table.get(&id)?.context("a Service is not in the map")?;
         let told = server.change(n, change)?;
         while table.get(&id)? == Some(old) {
-            ensure!(told.elapsed() < PATIENCE, "a change does not come into the map");
+            ensure!(
+                told.elapsed() < PATIENCE,
+                "a change does not come into the map"
+            );
             thread::sleep(LOOK);
         }
         times.push(told.elapsed().as_secs_f64() * 1e6);
@@ -121,7 +128,10 @@ pub(super) fn measure(services: u32, changes: u32) -> Result<Vec<Line>> {
     Ok(vec![
         match services {
             // NUMBERS: one `nft -f` of 10,000 Services, in a run of its own.
-            super::TARGETED => first.beside("kube-proxy's nftables rules loaded at once (2026-11-20)", 70.0),
+            super::TARGETED => first.beside(
+                "kube-proxy's nftables rules loaded at once (2026-11-20)",
+                70.0,
+            ),
             _ => first,
         },
         line(
@@ -165,7 +175,10 @@ fn map_memory(bpf_root: &Path) -> Result<f64> {
     let mut bytes = 0.0;
     for entry in fs::read_dir(shunt::datapath::maps::maps_dir(bpf_root))? {
         let map = aya::maps::MapData::from_pin(entry?.path())?;
-        let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", map.fd().as_fd().as_raw_fd()))?;
+        let info = fs::read_to_string(format!(
+            "/proc/self/fdinfo/{}",
+            map.fd().as_fd().as_raw_fd()
+        ))?;
         bytes += field(&info, "memlock")?;
     }
     Ok(bytes / f64::from(1 << 20))

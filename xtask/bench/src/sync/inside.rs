@@ -1,4 +1,5 @@
-//! The model, the plan and the syncer in this process: what one event costs without anything around it.
+//! The model, the plan and the syncer in this process: what one event costs without anything around
+//! it.
 
 use std::{sync::Arc, time::Instant};
 
@@ -63,7 +64,10 @@ fn in_namespace(lab: &Lab, services: u32, changes: u32) -> Result<Vec<Line>> {
     for event in events {
         model.apply(event);
     }
-    let names: Vec<_> = model.services().map(|service| service.name.clone()).collect();
+    let names: Vec<_> = model
+        .services()
+        .map(|service| service.name.clone())
+        .collect();
     for name in &names {
         syncer.apply(&model.plan(name))?;
     }
@@ -76,7 +80,10 @@ fn in_namespace(lab: &Lab, services: u32, changes: u32) -> Result<Vec<Line>> {
         let began = Instant::now();
         for name in model.apply(event) {
             let applied = syncer.apply(&model.plan(&name))?;
-            anyhow::ensure!(applied.frontends == 2, "the change of {name} changed {applied:?}");
+            anyhow::ensure!(
+                applied.frontends == 2,
+                "the change of {name} changed {applied:?}"
+            );
         }
         times.push(began.elapsed().as_secs_f64() * 1e6);
     }

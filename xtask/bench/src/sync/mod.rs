@@ -1,5 +1,6 @@
-//! How an agent starts ([`start`]), and from objects to maps: time, CPU and memory by number of Services, through the agent's own
-//! code in this process ([`inside`]), and through an agent that lists and watches an API server ([`agent`]).
+//! How an agent starts ([`start`]), and from objects to maps: time, CPU and memory by number of
+//! Services, through the agent's own code in this process ([`inside`]), and through an agent that
+//! lists and watches an API server ([`agent`]).
 //!
 //! Every Service has one cluster IP, one port, and one slice with [`ENDPOINTS`] endpoints.
 

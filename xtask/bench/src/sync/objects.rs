@@ -2,7 +2,10 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
-use shunt::object::{Endpoint, EndpointPort, EndpointSlice, ObjectName, Protocol, Service, ServicePort, TrafficPolicy};
+use shunt::object::{
+    Endpoint, EndpointPort, EndpointSlice, ObjectName, Protocol, Service, ServicePort,
+    TrafficPolicy,
+};
 
 use super::ENDPOINTS;
 
@@ -16,7 +19,8 @@ const PER_NAMESPACE: u32 = 100;
 const NODES: u32 = 50;
 const PORT: u16 = 8080;
 
-/// Which endpoints a slice has: those it begins with, but for one that was replaced `generation` times.
+/// Which endpoints a slice has: those it begins with, but for one that was replaced `generation`
+/// times.
 #[derive(Clone, Copy)]
 pub(super) struct Generation(pub(super) u32);
 

@@ -1,5 +1,6 @@
-//! As much of an API server as an agent needs that lists and watches: lists in pages or as a stream, and watches. Objects are
-//! written when they are asked for, so that a million endpoints take no memory here.
+//! As much of an API server as an agent needs that lists and watches: lists in pages or as a
+//! stream, and watches. Objects are written when they are asked for, so that a million endpoints
+//! take no memory here.
 
 use std::{
     io::{BufRead, BufReader, Write},
@@ -75,12 +76,18 @@ impl Kind {
 fn event(kind: Kind, what: &str, object: &str) -> String {
     let (name, version) = kind.names();
     let rest = object.strip_prefix('{').unwrap_or(object);
-    format!("{{\"type\":\"{what}\",\"object\":{{\"kind\":\"{name}\",\"apiVersion\":\"{version}\",{rest}}}\n")
+    format!(
+        "{{\"type\":\"{what}\",\"object\":{{\"kind\":\"{name}\",\"apiVersion\":\"{version}\",{rest}}}\n"
+    )
 }
 
 impl Server {
-    /// Serves in the network namespace of this thread; `at_end` is asked when a list of Services or slices ends.
-    pub(super) fn start(services: u32, at_end: impl Fn() -> f64 + Send + Sync + 'static) -> Result<Self> {
+    /// Serves in the network namespace of this thread; `at_end` is asked when a list of Services or
+    /// slices ends.
+    pub(super) fn start(
+        services: u32,
+        at_end: impl Fn() -> f64 + Send + Sync + 'static,
+    ) -> Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").context("API server")?;
         let address = listener.local_addr()?;
         let shared = Arc::new(Shared {
@@ -102,14 +109,23 @@ impl Server {
 
     /// When the last list was written, and what was noted then.
     pub(super) fn lists_ended(&self) -> Option<(Instant, f64)> {
-        *self.shared.ended.lock().unwrap_or_else(PoisonError::into_inner)
+        *self
+            .shared
+            .ended
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Tells the watches of slices that one has changed; returns the time just before.
     pub(super) fn change(&self, n: u32, generation: u32) -> Result<Instant> {
-        let object = objects::slice_json(n, Generation(generation), VERSION + u64::from(generation));
+        let object =
+            objects::slice_json(n, Generation(generation), VERSION + u64::from(generation));
         let chunk = chunk(&event(Kind::Slices, "MODIFIED", &object));
-        let mut watches = self.shared.watches.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut watches = self
+            .shared
+            .watches
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         anyhow::ensure!(!watches.is_empty(), "nobody watches slices");
         let now = Instant::now();
         watches.retain_mut(|watch| watch.write_all(chunk.as_bytes()).is_ok());
@@ -138,7 +154,8 @@ fn serve(stream: TcpStream, shared: &Shared) -> Option<()> {
         };
         let Some(kind) = Kind::of(path) else {
             let body = r#"{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"NotFound","code":404}"#;
-            let head = "HTTP/1.1 404 Not Found\r\nContent-Type: application/json\r\nContent-Length:";
+            let head =
+                "HTTP/1.1 404 Not Found\r\nContent-Type: application/json\r\nContent-Length:";
             write!(out, "{head} {}\r\n\r\n{body}", body.len()).ok()?;
             continue;
         };
@@ -149,17 +166,33 @@ fn serve(stream: TcpStream, shared: &Shared) -> Option<()> {
                 stream_list(&mut out, kind, shared)?;
             }
             if kind == Kind::Slices {
-                shared.watches.lock().unwrap_or_else(PoisonError::into_inner).push(out);
+                shared
+                    .watches
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .push(out);
             }
             // Open until the client hangs up; it sends nothing more.
             return lines.next().map(drop);
         }
-        page(&mut out, kind, shared, parameter("limit"), parameter("continue"))?;
+        page(
+            &mut out,
+            kind,
+            shared,
+            parameter("limit"),
+            parameter("continue"),
+        )?;
     }
 }
 
 /// A page of a list.
-fn page(out: &mut TcpStream, kind: Kind, shared: &Shared, limit: Option<&str>, from: Option<&str>) -> Option<()> {
+fn page(
+    out: &mut TcpStream,
+    kind: Kind,
+    shared: &Shared,
+    limit: Option<&str>,
+    from: Option<&str>,
+) -> Option<()> {
     let count = kind.count(shared.services);
     let from: u32 = from.map_or(Some(0), |text| text.parse().ok())?;
     let limit = limit
@@ -169,7 +202,10 @@ fn page(out: &mut TcpStream, kind: Kind, shared: &Shared, limit: Option<&str>, f
     let to = count.min(from.saturating_add(limit));
     let items: Vec<String> = (from..to).map(|n| kind.object(n)).collect();
     let next = if to < count {
-        format!(",\"continue\":\"{to}\",\"remainingItemCount\":{}", count - to)
+        format!(
+            ",\"continue\":\"{to}\",\"remainingItemCount\":{}",
+            count - to
+        )
     } else {
         String::new()
     };
@@ -195,7 +231,8 @@ fn stream_list(out: &mut TcpStream, kind: Kind, shared: &Shared) -> Option<()> {
     let end = format!(
         "{{\"metadata\":{{\"resourceVersion\":\"{VERSION}\",\"annotations\":{{\"k8s.io/initial-events-end\":\"true\"}}}}}}"
     );
-    out.write_all(chunk(&event(kind, "BOOKMARK", &end)).as_bytes()).ok()?;
+    out.write_all(chunk(&event(kind, "BOOKMARK", &end)).as_bytes())
+        .ok()?;
     note_end(kind, shared);
     Some(())
 }

@@ -1,4 +1,5 @@
-//! How long an agent takes from exec to its `ready:` line, part by part: cold, and with the programs of the same build pinned.
+//! How long an agent takes from exec to its `ready:` line, part by part: cold, and with the
+//! programs of the same build pinned.
 
 use std::{
     fs,
@@ -41,14 +42,18 @@ struct Manifests(PathBuf);
 
 impl Manifests {
     fn new() -> Result<Self> {
-        let folder = std::env::temp_dir().join(format!("shunt-bench-manifests-{}", std::process::id()));
+        let folder =
+            std::env::temp_dir().join(format!("shunt-bench-manifests-{}", std::process::id()));
         fs::create_dir_all(&folder)?;
         let manifests = Self(folder);
         let mut text = String::new();
         for n in 0..SERVICES {
             // Written as items of a list, which have no type of their own.
             let typed = |version: &str, kind: &str, item: &str| {
-                format!(r#"{{"apiVersion":"{version}","kind":"{kind}",{}"#, &item[1..])
+                format!(
+                    r#"{{"apiVersion":"{version}","kind":"{kind}",{}"#,
+                    &item[1..]
+                )
             };
             text += &typed("v1", "Service", &objects::service_json(n));
             text += "\n---\n";
@@ -110,7 +115,9 @@ fn start(agent: &mut Agent, expect_taken_over: bool) -> Result<(f64, [f64; PARTS
     let total = began.elapsed().as_secs_f64();
     let status = agent.json(&["status"])?;
     let start = &status["start"];
-    let taken_over = start["takenOver"].as_bool().context("status tells no start")?;
+    let taken_over = start["takenOver"]
+        .as_bool()
+        .context("status tells no start")?;
     ensure!(
         taken_over == expect_taken_over,
         "the programs were {}taken over: {}",
@@ -119,7 +126,9 @@ fn start(agent: &mut Agent, expect_taken_over: bool) -> Result<(f64, [f64; PARTS
     );
     let mut parts = [0.0; PARTS.len()];
     for (time, (key, _)) in parts.iter_mut().zip(PARTS) {
-        *time = start[key].as_f64().with_context(|| format!("status tells no {key}"))?;
+        *time = start[key]
+            .as_f64()
+            .with_context(|| format!("status tells no {key}"))?;
     }
     Ok((total, parts))
 }

@@ -89,7 +89,10 @@ pub struct Lab {
 /// The pod CIDRs of the node with this index: `10.44.0.0/24`, `fd44:0:0:a::/64` for the first.
 #[must_use]
 pub fn pod_cidrs(node: usize) -> [String; 2] {
-    [format!("10.44.{node}.0/24"), format!("fd44:0:0:{:x}::/64", 0xa + node)]
+    [
+        format!("10.44.{node}.0/24"),
+        format!("fd44:0:0:{:x}::/64", 0xa + node),
+    ]
 }
 
 fn pod_address_v4(node: usize, host: u16) -> IpAddr {
@@ -123,7 +126,8 @@ impl Lab {
         }
     }
 
-    /// Removes what labs of killed processes left; labs of living ones stay. Returns how many there were.
+    /// Removes what labs of killed processes left; labs of living ones stay. Returns how many there
+    /// were.
     ///
     /// # Errors
     ///
@@ -278,9 +282,13 @@ impl Lab {
         let node = self.place(name, |place| place.node.clone())?;
         match (sockets, node) {
             (Sockets::Unhooked, _) => Ok(self.cgroup.join("unhooked")),
-            (Sockets::Hooked, Some(node)) if node == name => Ok(self.node_cgroup(&node).join("host")),
+            (Sockets::Hooked, Some(node)) if node == name => {
+                Ok(self.node_cgroup(&node).join("host"))
+            }
             (Sockets::Hooked, Some(node)) => Ok(self.node_cgroup(&node).join("pods")),
-            (Sockets::Hooked, None) => bail!("{name} is outside of the cluster: no node hooks its sockets"),
+            (Sockets::Hooked, None) => {
+                bail!("{name} is outside of the cluster: no node hooks its sockets")
+            }
         }
     }
 
@@ -298,10 +306,18 @@ impl Lab {
     /// # Errors
     ///
     /// When the lab has none of that name, or an outside host's sockets are to be hooked.
-    pub fn command(&self, name: &str, sockets: Sockets, program: impl AsRef<std::ffi::OsStr>) -> Result<Command> {
+    pub fn command(
+        &self,
+        name: &str,
+        sockets: Sockets,
+        program: impl AsRef<std::ffi::OsStr>,
+    ) -> Result<Command> {
         let mut command = Command::new(program);
         if name == "fabric" {
-            ensure!(sockets == Sockets::Unhooked, "no node hooks the fabric's sockets");
+            ensure!(
+                sockets == Sockets::Unhooked,
+                "no node hooks the fabric's sockets"
+            );
             client::join_cgroup(&mut command, &self.cgroup.join("unhooked"))?;
         } else {
             client::join_cgroup(&mut command, &self.cgroup_of(name, sockets)?)?;

@@ -1,4 +1,5 @@
-//! Networks that clusters have, as data: how nodes and pods are joined, and what the network lets pass.
+//! Networks that clusters have, as data: how nodes and pods are joined, and what the network lets
+//! pass.
 
 /// How packets get from a pod to another node's pods.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,13 +32,15 @@ pub struct Network {
     pub pods: PodLink,
     /// The nodes' LAN drops what does not bear the address of the node that sends it.
     pub guarded: bool,
-    /// A second NIC per node, whose own answers (and its pods') leave by it: rules and a table of their own.
+    /// A second NIC per node, whose own answers (and its pods') leave by it: rules and a table of
+    /// their own.
     pub second_nic: bool,
     /// The CNI masquerades what pods send out of the cluster (nftables).
     pub masquerade: bool,
     /// Nodes check packets' sources by reverse path (RFC 3704 strict mode).
     pub strict_rp_filter: bool,
-    /// The outside client comes through a tunnel without link-layer header to the first node (a VPN).
+    /// The outside client comes through a tunnel without link-layer header to the first node (a
+    /// VPN).
     pub vpn_client: bool,
 }
 
@@ -92,7 +95,8 @@ pub const NETWORKS: [Network; 8] = [
     Network {
         name: "rp-filter-strict",
         overlay: Overlay::Vxlan,
-        // Without it a pod's packets to a node would come in by another device than its answers leave by, which the filter drops.
+        // Without it a pod's packets to a node would come in by another device than its answers
+        // leave by, which the filter drops.
         masquerade: true,
         strict_rp_filter: true,
         ..PLAIN

@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use anyhow::{Context, Result, ensure};
 
 use super::{
-    BRIDGE_HOST, Cni, Lab, MAX_DEVICE_NAME, NODE_LAN_V4, NODE_LAN_V6, Node, Overlay, POD_CIDRS, Place, WAN_GATEWAY_V4,
-    WAN_GATEWAY_V6, pod_address_v4, pod_address_v6, pod_cidrs,
+    BRIDGE_HOST, Cni, Lab, MAX_DEVICE_NAME, NODE_LAN_V4, NODE_LAN_V6, Node, Overlay, POD_CIDRS,
+    Place, WAN_GATEWAY_V4, WAN_GATEWAY_V6, pod_address_v4, pod_address_v6, pod_cidrs,
 };
 use crate::{cgroup, netns::NetNs, tunnel::Tunnel};
 
@@ -16,10 +16,15 @@ const SECOND_TABLE: u32 = 60;
 const VXLAN: &str = "id 1 dstport 8472";
 
 impl Lab {
-    /// Makes a namespace in which addresses are usable at once and packets are forwarded if it is a router.
+    /// Makes a namespace in which addresses are usable at once and packets are forwarded if it is a
+    /// router.
     pub(super) fn make_ns(&self, name: &str, router: bool) -> Result<NetNs> {
         let ns = NetNs::create(&format!("{}-{name}", self.id.prefix()))?;
-        configure(&ns, router, self.settings.network.strict_rp_filter && name != "fabric")?;
+        configure(
+            &ns,
+            router,
+            self.settings.network.strict_rp_filter && name != "fabric",
+        )?;
         Ok(ns)
     }
 
@@ -41,13 +46,19 @@ impl Lab {
         let ns = self.make_ns(name, true)?;
         let host = 11 + index;
         // The same digits in both families; IPv6 reads them as hexadecimal.
-        let addresses = [format!("192.168.50.{host}").parse()?, format!("fd50::{host}").parse()?];
+        let addresses = [
+            format!("192.168.50.{host}").parse()?,
+            format!("fd50::{host}").parse()?,
+        ];
         ensure!(
             name.len() <= MAX_DEVICE_NAME,
             "node {name}: the name has more than {MAX_DEVICE_NAME} bytes"
         );
         self.fabric.ip(&[
-            format!("link add name {name} type veth peer name eth0 netns {}", ns.name()),
+            format!(
+                "link add name {name} type veth peer name eth0 netns {}",
+                ns.name()
+            ),
             format!("link set {name} master lan0 up"),
         ])?;
         let mut lines = vec![
@@ -61,12 +72,19 @@ impl Lab {
             lines.extend([
                 "link add cni0 type bridge mcast_snooping 0".to_owned(),
                 "link set cni0 up".to_owned(),
-                format!("address add {}/24 dev cni0", pod_address_v4(index, BRIDGE_HOST)),
-                format!("address add {}/64 dev cni0 nodad", pod_address_v6(index, BRIDGE_HOST)),
+                format!(
+                    "address add {}/24 dev cni0",
+                    pod_address_v4(index, BRIDGE_HOST)
+                ),
+                format!(
+                    "address add {}/64 dev cni0 nodad",
+                    pod_address_v6(index, BRIDGE_HOST)
+                ),
             ]);
         }
         ns.ip(&lines)?;
-        // XDP on the node's eth0 sends back through this peer, which takes frames from XDP only with NAPI, so GRO, on.
+        // XDP on the node's eth0 sends back through this peer, which takes frames from XDP only
+        // with NAPI, so GRO, on.
         self.offloads(&self.fabric, &[name], true)?;
         self.offloads(&ns, &["eth0"], false)?;
         let network = self.settings.network;
@@ -95,7 +113,14 @@ impl Lab {
             state.places.insert(name.to_owned(), place).is_none(),
             "two nodes have the name {name}"
         );
-        state.nodes.insert(name.to_owned(), Node { index, ns, addresses });
+        state.nodes.insert(
+            name.to_owned(),
+            Node {
+                index,
+                ns,
+                addresses,
+            },
+        );
         Ok(())
     }
 
@@ -112,7 +137,10 @@ impl Lab {
             ])?;
         }
         self.fabric.ip(&[
-            format!("link add name {port} type veth peer name eth1 netns {}", ns.name()),
+            format!(
+                "link add name {port} type veth peer name eth1 netns {}",
+                ns.name()
+            ),
             format!("link set {port} master lan1 up"),
         ])?;
         let [pods4, pods6] = pod_cidrs(index);
@@ -123,19 +151,24 @@ impl Lab {
             format!("route add default via 192.168.60.1 dev eth1 table {SECOND_TABLE}"),
             format!("route add ::/0 via fd60::1 dev eth1 table {SECOND_TABLE}"),
         ])?;
-        let rules = |family: &str, own: IpAddr, pods: &str, cluster: &str, lan: &str| -> Result<()> {
-            for rule in [
-                format!("from {own} table {SECOND_TABLE} priority 100"),
-                // Within the cluster the main table goes first; the rest of what pods send leaves by the second NIC.
-                format!("from {pods} to {cluster} table main priority 99"),
-                format!("from {pods} to {lan} table main priority 99"),
-                format!("from {pods} table {SECOND_TABLE} priority 101"),
-            ] {
-                let args: Vec<_> = [family, "rule", "add"].into_iter().chain(rule.split(' ')).collect();
-                ns.output("ip", &args)?;
-            }
-            Ok(())
-        };
+        let rules =
+            |family: &str, own: IpAddr, pods: &str, cluster: &str, lan: &str| -> Result<()> {
+                for rule in [
+                    format!("from {own} table {SECOND_TABLE} priority 100"),
+                    // Within the cluster the main table goes first; the rest of what pods send
+                    // leaves by the second NIC.
+                    format!("from {pods} to {cluster} table main priority 99"),
+                    format!("from {pods} to {lan} table main priority 99"),
+                    format!("from {pods} table {SECOND_TABLE} priority 101"),
+                ] {
+                    let args: Vec<_> = [family, "rule", "add"]
+                        .into_iter()
+                        .chain(rule.split(' '))
+                        .collect();
+                    ns.output("ip", &args)?;
+                }
+                Ok(())
+            };
         rules("-4", v4, &pods4, POD_CIDRS[0], NODE_LAN_V4)?;
         rules("-6", v6, &pods6, POD_CIDRS[1], NODE_LAN_V6)?;
         self.offloads(&self.fabric, &[&port], true)?;
@@ -162,7 +195,8 @@ impl Lab {
         }
     }
 
-    /// A `vxlan` device on each node with an address of its own, and routes over it, as flannel sets them.
+    /// A `vxlan` device on each node with an address of its own, and routes over it, as flannel
+    /// sets them.
     fn overlay_vxlan(&self) -> Result<()> {
         let state = self.state();
         for node in state.nodes.values() {
@@ -177,18 +211,28 @@ impl Lab {
                 format!("address add {own4}/32 dev flannel.1"),
                 format!("address add {own6}/128 dev flannel.1 nodad"),
             ];
-            for other in state.nodes.values().filter(|other| other.index != node.index) {
+            for other in state
+                .nodes
+                .values()
+                .filter(|other| other.index != node.index)
+            {
                 let mac = overlay_mac(other.index);
                 let gateways = overlay_addresses(other.index);
                 for (cidr, gateway) in pod_cidrs(other.index).iter().zip(gateways) {
                     lines.push(format!(
                         "neigh replace {gateway} lladdr {mac} dev flannel.1 nud permanent"
                     ));
-                    lines.push(format!("route add {cidr} via {gateway} dev flannel.1 onlink"));
+                    lines.push(format!(
+                        "route add {cidr} via {gateway} dev flannel.1 onlink"
+                    ));
                 }
             }
             node.ns.ip(&lines)?;
-            for other in state.nodes.values().filter(|other| other.index != node.index) {
+            for other in state
+                .nodes
+                .values()
+                .filter(|other| other.index != node.index)
+            {
                 let (mac, to) = (overlay_mac(other.index), other.addresses[0].to_string());
                 let entry = ["fdb", "append", &mac, "dev", "flannel.1", "dst", &to];
                 node.ns.output("bridge", &entry)?;
@@ -221,7 +265,8 @@ impl Lab {
         Ok(())
     }
 
-    /// Routes to the nodes' pod CIDRs on the other nodes and in the fabric, as host-gw and BGP set them.
+    /// Routes to the nodes' pod CIDRs on the other nodes and in the fabric, as host-gw and BGP set
+    /// them.
     fn route_nodes(&self) -> Result<()> {
         let state = self.state();
         let to = |node: &Node| {
@@ -232,13 +277,17 @@ impl Lab {
                 .collect::<Vec<_>>()
         };
         for node in state.nodes.values() {
-            let others = state.nodes.values().filter(|other| other.index != node.index);
+            let others = state
+                .nodes
+                .values()
+                .filter(|other| other.index != node.index);
             let lines: Vec<_> = others.flat_map(to).collect();
             if !lines.is_empty() {
                 node.ns.ip(&lines)?;
             }
         }
-        self.fabric.ip(&state.nodes.values().flat_map(to).collect::<Vec<_>>())
+        self.fabric
+            .ip(&state.nodes.values().flat_map(to).collect::<Vec<_>>())
     }
 
     /// Makes the fabric route a CIDR to a node, instead of to another if it did.
@@ -253,7 +302,8 @@ impl Lab {
             .get(node)
             .with_context(|| format!("the lab has no node {node}"))?;
         let gateway = node.addresses[usize::from(cidr.contains(':'))];
-        self.fabric.ip(&[format!("route replace {cidr} via {gateway}")])
+        self.fabric
+            .ip(&[format!("route replace {cidr} via {gateway}")])
     }
 
     /// Turns transmit checksums off, so that packets look as on a wire, and GRO on if asked to.
@@ -279,7 +329,10 @@ impl Lab {
 /// The addresses of a node's second NIC.
 pub(super) fn second_addresses(index: usize) -> Result<[IpAddr; 2]> {
     let host = 11 + index;
-    Ok([format!("192.168.60.{host}").parse()?, format!("fd60::{host}").parse()?])
+    Ok([
+        format!("192.168.60.{host}").parse()?,
+        format!("fd60::{host}").parse()?,
+    ])
 }
 
 /// The addresses of a node's device of the overlay: the first of its pod CIDRs.
@@ -301,7 +354,8 @@ fn masquerade(ns: &NetNs) -> Result<()> {
     ns.output("nft", &[&rules]).map(drop)
 }
 
-/// Addresses usable at once (no duplicate address detection), no router advertisements and redirects.
+/// Addresses usable at once (no duplicate address detection), no router advertisements and
+/// redirects.
 fn configure(ns: &NetNs, router: bool, strict_rp_filter: bool) -> Result<()> {
     let forward = if router { "1" } else { "0" };
     let rp_filter = if strict_rp_filter { "1" } else { "0" };

@@ -9,12 +9,13 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 
 use super::{
-    BRIDGE_HOST, Cni, Lab, MAX_DEVICE_NAME, Place, PodLink, PodSpec, Port, Sockets, State, WAN_GATEWAY_V4,
-    WAN_GATEWAY_V6, pod_address_v4, pod_address_v6,
+    BRIDGE_HOST, Cni, Lab, MAX_DEVICE_NAME, Place, PodLink, PodSpec, Port, Sockets, State,
+    WAN_GATEWAY_V4, WAN_GATEWAY_V6, pod_address_v4, pod_address_v6,
 };
 use crate::{client::Client, netns::NetNs, protocol::Proto, tunnel::Tunnel};
 
-/// Every pod's gateway with [`Cni::Routed`], as Calico has it: no device has it, the node answers ARP by proxy.
+/// Every pod's gateway with [`Cni::Routed`], as Calico has it: no device has it, the node answers
+/// ARP by proxy.
 const POD_GATEWAY_V4: &str = "169.254.1.1";
 const POD_GATEWAY_V6: &str = "fe80::ee:ee";
 /// Last byte of the first pod address that the lab gives itself.
@@ -28,9 +29,11 @@ impl Lab {
     ///
     /// # Errors
     ///
-    /// When the name is taken, the lab has no such node, or a namespace, device, route or socket cannot be made.
+    /// When the name is taken, the lab has no such node, or a namespace, device, route or socket
+    /// cannot be made.
     pub fn add_pod(&self, pod: &PodSpec) -> Result<()> {
-        self.add_pod_inner(pod).with_context(|| format!("pod {}", pod.name))
+        self.add_pod_inner(pod)
+            .with_context(|| format!("pod {}", pod.name))
     }
 
     fn add_pod_inner(&self, pod: &PodSpec) -> Result<()> {
@@ -78,7 +81,9 @@ impl Lab {
             }
             Cni::Routed => {
                 on_node.push(format!("link set {device} up"));
-                on_node.push(format!("address add {POD_GATEWAY_V6}/64 dev {device} nodad"));
+                on_node.push(format!(
+                    "address add {POD_GATEWAY_V6}/64 dev {device} nodad"
+                ));
                 on_node.extend(
                     ips.iter()
                         .map(|&ip| format!("route add {} dev {device}", host_route(ip))),
@@ -134,12 +139,13 @@ impl Lab {
         Ok(())
     }
 
-    /// Makes a host outside of the cluster; its server, if it has ports, answers when this returns. The fabric routes
-    /// addresses of any range to it.
+    /// Makes a host outside of the cluster; its server, if it has ports, answers when this returns.
+    /// The fabric routes addresses of any range to it.
     ///
     /// # Errors
     ///
-    /// When the name or an address is taken, or a namespace, device, route or socket cannot be made.
+    /// When the name or an address is taken, or a namespace, device, route or socket cannot be
+    /// made.
     pub fn add_outside(&self, name: &str, ips: &[IpAddr], ports: &[Port]) -> Result<()> {
         self.add_outside_inner(name, ips, ports)
             .with_context(|| format!("outside host {name}"))
@@ -151,7 +157,10 @@ impl Lab {
         let device = device_name(name, "", &state.places);
         let ns = self.make_ns(name, false)?;
         let mut in_fabric = vec![
-            format!("link add name {device} type veth peer name eth0 netns {}", ns.name()),
+            format!(
+                "link add name {device} type veth peer name eth0 netns {}",
+                ns.name()
+            ),
             format!("link set {device} master wan0 up"),
         ];
         let mut inside = vec!["link set eth0 up".to_owned()];
@@ -174,7 +183,9 @@ impl Lab {
                 inside.push(add_address(ip, &host_route(ip)));
                 in_fabric.push(format!("route add {} dev wan0", host_route(ip)));
             }
-            inside.push(format!("route replace default via {gateway} dev eth0 onlink"));
+            inside.push(format!(
+                "route replace default via {gateway} dev eth0 onlink"
+            ));
         }
         self.fabric.ip(&in_fabric)?;
         ns.ip(&inside)?;
@@ -227,25 +238,32 @@ impl Lab {
         Ok(())
     }
 
-    /// Removes a pod or an outside host with its devices and routes; clients in it lose their network.
+    /// Removes a pod or an outside host with its devices and routes; clients in it lose their
+    /// network.
     ///
     /// # Errors
     ///
     /// When the lab has none of that name.
     pub fn remove(&self, name: &str) -> Result<()> {
         let mut state = self.state();
-        ensure!(!state.nodes.contains_key(name), "{name} is a node: nodes stay");
+        ensure!(
+            !state.nodes.contains_key(name),
+            "{name} is a node: nodes stay"
+        );
         let place = state
             .places
             .remove(name)
             .with_context(|| format!("the lab has no pod {name}"))?;
         drop(place.server);
-        let device = place.device.with_context(|| format!("{name} has no device"))?;
+        let device = place
+            .device
+            .with_context(|| format!("{name} has no device"))?;
         let other = place
             .node
             .and_then(|node| state.nodes.get(&node))
             .map_or(&self.fabric, |node| &node.ns);
-        // The namespace may outlive its name (a client in it), so the device does not go with it at once. A tunnel's may be gone.
+        // The namespace may outlive its name (a client in it), so the device does not go with it at
+        // once. A tunnel's may be gone.
         if place.tunnel.is_some() {
             return Ok(());
         }
@@ -296,8 +314,15 @@ fn add_address(ip: IpAddr, with_length: &str) -> String {
     )
 }
 
-/// A server on every address and port, without loopback: UDP answers then come from the address that was asked.
-fn start_server(name: &str, ns: &NetNs, cgroup: &Path, ips: &[IpAddr], ports: &[Port]) -> Result<Option<Client>> {
+/// A server on every address and port, without loopback: UDP answers then come from the address
+/// that was asked.
+fn start_server(
+    name: &str,
+    ns: &NetNs,
+    cgroup: &Path,
+    ips: &[IpAddr],
+    ports: &[Port],
+) -> Result<Option<Client>> {
     let server = Client::start(name, ns, cgroup)?;
     let listen: Vec<(Proto, SocketAddr)> = ips
         .iter()
@@ -311,12 +336,14 @@ fn start_server(name: &str, ns: &NetNs, cgroup: &Path, ips: &[IpAddr], ports: &[
     Ok(Some(server))
 }
 
-/// `veth-<pod>`, with the pod's end only where the whole is too long, and a number where that is taken.
+/// `veth-<pod>`, with the pod's end only where the whole is too long, and a number where that is
+/// taken.
 fn device_name(pod: &str, node: &str, places: &BTreeMap<String, Place>) -> String {
     let taken = |name: &str| {
-        places
-            .values()
-            .any(|place| place.node.as_deref().unwrap_or_default() == node && place.device.as_deref() == Some(name))
+        places.values().any(|place| {
+            place.node.as_deref().unwrap_or_default() == node
+                && place.device.as_deref() == Some(name)
+        })
     };
     let mut tail: String = pod
         .chars()

@@ -13,7 +13,8 @@ pub enum Cni {
     /// A route per pod to its veth, gateway by proxy ARP (Calico, Cilium).
     #[default]
     Routed,
-    /// A bridge `cni0` per node that switches between its pods at layer 2 (flannel, kubenet), without br_netfilter.
+    /// A bridge `cni0` per node that switches between its pods at layer 2 (flannel, kubenet),
+    /// without br_netfilter.
     Bridge,
 }
 
@@ -131,8 +132,8 @@ impl LabBuilder {
         self
     }
 
-    /// Leaves transmit checksums to devices, so that packets between veths carry `CHECKSUM_PARTIAL` and large segments.
-    /// For tc and sockets: XDP on a veth would see checksums that no wire has.
+    /// Leaves transmit checksums to devices, so that packets between veths carry `CHECKSUM_PARTIAL`
+    /// and large segments. For tc and sockets: XDP on a veth would see checksums that no wire has.
     #[must_use]
     pub fn checksum_offload(mut self) -> Self {
         self.checksum_offload = true;

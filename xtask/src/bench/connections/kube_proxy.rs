@@ -1,7 +1,8 @@
 //! The rules that kube-proxy writes for the same Services, in iptables and nftables mode.
 //!
-//! As kube-proxy 1.33 writes them for a node with `clusterCIDR` (`pkg/proxy/iptables/proxier.go`, `pkg/proxy/nftables/proxier.go`),
-//! less what needs kernel modules beyond netfilter's own (nfacct). Chains of all Services come in the order of their names.
+//! As kube-proxy 1.33 writes them for a node with `clusterCIDR` (`pkg/proxy/iptables/proxier.go`,
+//! `pkg/proxy/nftables/proxier.go`), less what needs kernel modules beyond netfilter's own
+//! (nfacct). Chains of all Services come in the order of their names.
 
 use std::{
     fmt::Write as _,
@@ -18,8 +19,9 @@ use shunt_lab::{Lab, Sockets};
 const CLUSTER_CIDR: &str = "10.44.0.0/16";
 /// Of ClusterIPs.
 const SERVICE_CIDR: &str = "10.96.0.0/12";
-/// Up to so many Services, each has its own map of endpoints, as kube-proxy writes it. The kernel finds a name for a map without one
-/// by going through all others of the table (`nf_tables_set_alloc_name`): 15 s for 10,000, 74 s for 20,000. Among more, a Service that
+/// Up to so many Services, each has its own map of endpoints, as kube-proxy writes it. The kernel
+/// finds a name for a map without one by going through all others of the table
+/// (`nf_tables_set_alloc_name`): 15 s for 10,000, 74 s for 20,000. Among more, a Service that
 /// nobody dials has a plain `goto` instead, in a chain that no packet comes to.
 const ENDPOINT_MAPS_MOST: usize = 10_000;
 
@@ -91,13 +93,18 @@ impl Mode {
         let output = child.wait_with_output().context(self.program())?;
         if !output.status.success() {
             let message = String::from_utf8_lossy(&output.stderr);
-            bail!("{}: {}", self.program(), message.lines().next().unwrap_or("no message"));
+            bail!(
+                "{}: {}",
+                self.program(),
+                message.lines().next().unwrap_or("no message")
+            );
         }
         Ok(())
     }
 }
 
-/// The 16 characters that name a Service's chains: here its number in kube-proxy's alphabet, there a hash.
+/// The 16 characters that name a Service's chains: here its number in kube-proxy's alphabet, there
+/// a hash.
 fn code(number: usize) -> String {
     const ALPHABET: &[u8; 32] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ234567";
     // An odd factor keeps numbers apart, and spreads them as a hash would.
@@ -251,7 +258,10 @@ fn nftables(services: &[Service], node_ip: &str) -> String {
         .collect();
     let elements = |map: &str, elements: &[String]| match elements {
         [] => String::new(),
-        _ => format!("add element ip kube-proxy {map} {{ {} }}\n", elements.join(", ")),
+        _ => format!(
+            "add element ip kube-proxy {map} {{ {} }}\n",
+            elements.join(", ")
+        ),
     };
     format!(
         "table ip kube-proxy {{
@@ -328,7 +338,9 @@ mod tests {
 
     #[test]
     fn chains_of_many_services_have_names_of_their_own() {
-        let mut codes: Vec<String> = (0..100_000).map(|number| code(number)[..8].to_owned()).collect();
+        let mut codes: Vec<String> = (0..100_000)
+            .map(|number| code(number)[..8].to_owned())
+            .collect();
         codes.sort();
         codes.dedup();
         assert_eq!(codes.len(), 100_000);
@@ -350,7 +362,11 @@ mod tests {
     #[test]
     fn dialled_services_have_their_map_of_endpoints_among_however_many() {
         let many = |count| -> Vec<_> { services().into_iter().cycle().take(count).collect() };
-        let maps = |count| nftables(&many(count), "192.168.50.11").matches("numgen random").count();
+        let maps = |count| {
+            nftables(&many(count), "192.168.50.11")
+                .matches("numgen random")
+                .count()
+        };
         assert_eq!(maps(9_999), 9_999);
         assert_eq!(maps(30_000), 10_000, "those with a node port");
     }
@@ -358,7 +374,11 @@ mod tests {
     #[test]
     fn nftables_rules_have_an_element_per_service() {
         let rules = nftables(&services(), "192.168.50.11");
-        assert_eq!(rules.matches(". tcp . 80 : goto service-").count(), 3, "{rules}");
+        assert_eq!(
+            rules.matches(". tcp . 80 : goto service-").count(),
+            3,
+            "{rules}"
+        );
         assert_eq!(rules.matches("tcp . 30080 : goto external-").count(), 1);
         assert_eq!(rules.matches("dnat to 10.44.0.").count(), 3);
     }

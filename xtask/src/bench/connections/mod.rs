@@ -1,11 +1,12 @@
-//! Connections, requests and bytes per second in a cluster of namespaces, beside direct routing and kube-proxy's rules.
+//! Connections, requests and bytes per second in a cluster of namespaces, beside direct routing and
+//! kube-proxy's rules.
 //!
-//! Every means has a cluster of its own, so nothing of one is in another's way; all of them stand there during the whole
-//! run, and are measured in turn. The programs at both ends run on one CPU: what a transaction costs the machine is
-//! then what it takes.
+//! Every means has a cluster of its own, so nothing of one is in another's way; all of them stand
+//! there during the whole run, and are measured in turn. The programs at both ends run on one CPU:
+//! what a transaction costs the machine is then what it takes.
 //!
-//! With `SHUNT_BENCH_LOCK=FILE`, the file is locked exclusively while something is measured, and not while clusters are made:
-//! others on the machine can wait for it.
+//! With `SHUNT_BENCH_LOCK=FILE`, the file is locked exclusively while something is measured, and
+//! not while clusters are made: others on the machine can wait for it.
 
 mod kube_proxy;
 pub(crate) mod peer;
@@ -88,7 +89,10 @@ struct Worlds(Vec<((Means, usize), World)>);
 
 impl Worlds {
     fn get(&mut self, way: Way) -> Result<&mut World> {
-        let found = self.0.iter_mut().find(|(key, _)| *key == (way.means, way.count));
+        let found = self
+            .0
+            .iter_mut()
+            .find(|(key, _)| *key == (way.means, way.count));
         found.map(|(_, world)| world).context("no such cluster")
     }
 
@@ -126,8 +130,8 @@ pub(super) fn measure(bench: &mut Bench) -> Result<()> {
     } else {
         (plan(15, 200), plan(11, 150))
     };
-    // Each takes a source port of the node towards the one backend, which is not taken again within TIME_WAIT: more than a few
-    // thousand a minute would measure how the range is used up.
+    // Each takes a source port of the node towards the one backend, which is not taken again within
+    // TIME_WAIT: more than a few thousand a minute would measure how the range is used up.
     let few = Plan {
         rounds: connect.rounds,
         part: Duration::from_millis(15),
@@ -141,7 +145,11 @@ pub(super) fn measure(bench: &mut Bench) -> Result<()> {
         connections(bench, &mut worlds, counts, typical, dialled, plan)?;
     }
     for load in [Load::Request, Load::Bulk] {
-        for dialled in [Dialled::ClusterIp, Dialled::NodePortNear, Dialled::NodePortFar] {
+        for dialled in [
+            Dialled::ClusterIp,
+            Dialled::NodePortNear,
+            Dialled::NodePortFar,
+        ] {
             kept(bench, &mut worlds, typical, dialled, load, &other)?;
         }
     }
@@ -161,7 +169,11 @@ fn make(bench: &Bench, counts: &[usize], tools: &Tools) -> Result<Worlds> {
         if which(mode.program()).is_none() {
             say(
                 "missing",
-                format!("{}: no figures for kube-proxy's {} rules", mode.program(), mode.name()),
+                format!(
+                    "{}: no figures for kube-proxy's {} rules",
+                    mode.program(),
+                    mode.name()
+                ),
             );
             continue;
         }
@@ -175,7 +187,9 @@ fn make(bench: &Bench, counts: &[usize], tools: &Tools) -> Result<Worlds> {
         let mut made = Vec::new();
         loop {
             let next = queue.lock().ok().and_then(|mut queue| queue.next());
-            let Some((means, count)) = next else { return Ok(made) };
+            let Some((means, count)) = next else {
+                return Ok(made);
+            };
             bench.step(format!(
                 "a cluster with {}",
                 Way {
@@ -195,7 +209,9 @@ fn make(bench: &Bench, counts: &[usize], tools: &Tools) -> Result<Worlds> {
                     );
                 }
                 Err(error) => {
-                    return Err(error.context(format!("the cluster with {means:?} and {count} Services")));
+                    return Err(
+                        error.context(format!("the cluster with {means:?} and {count} Services"))
+                    );
                 }
             }
         }
@@ -293,9 +309,15 @@ impl Results<'_> {
     /// The rate of one way by that of another.
     fn rate(&self, way: Way, against: Way, counted: bool) -> Option<Row> {
         let (samples, baseline) = (self.of(way)?, self.of(against)?);
-        let counted_baseline = counted && matches!(against.means, Means::Shunt | Means::KubeProxy(_));
+        let counted_baseline =
+            counted && matches!(against.means, Means::Shunt | Means::KubeProxy(_));
         let row = Row::median(
-            format!("{}, {}, {}", self.what, name(self.dialled), way.name(counted)),
+            format!(
+                "{}, {}, {}",
+                self.what,
+                name(self.dialled),
+                way.name(counted)
+            ),
             stats::median(&samples.rate),
             self.unit,
         );
@@ -327,7 +349,11 @@ fn connections(
         ..way(Means::Shunt, count)
     };
     let shunt = |count| way(Means::Shunt, count);
-    let (direct, floor, fast) = (way(Means::Direct, 0), way(Means::Floor, 0), way(Means::FastPath, 1));
+    let (direct, floor, fast) = (
+        way(Means::Direct, 0),
+        way(Means::Floor, 0),
+        way(Means::FastPath, 1),
+    );
     let floor_on_pods = way(Means::FloorOnPods, 0);
     let mut ways = vec![direct, fast];
     if dialled != Dialled::NodePortFar {
@@ -352,7 +378,10 @@ fn connections(
     };
     let mut rows: Vec<Option<Row>> = Vec::new();
     let at_least = |row: Option<Row>, least| row.map(|row| row.target(Target::AtLeast(least)));
-    let made = counts.iter().copied().filter(|&count| worlds.has(Means::Shunt, count));
+    let made = counts
+        .iter()
+        .copied()
+        .filter(|&count| worlds.has(Means::Shunt, count));
     let most = made.max().unwrap_or(1);
     let fewest = counts.iter().copied().min().unwrap_or(1);
     let nftables = way(Means::KubeProxy(Mode::Nftables), typical);
@@ -366,7 +395,10 @@ fn connections(
         let row = results.rate(many, few, true);
         rows.push(row.map(|row| row.target(Target::Within(0.03))));
     }
-    rows.push(at_least(results.rate(socket(typical), nftables, true), 1.12));
+    rows.push(at_least(
+        results.rate(socket(typical), nftables, true),
+        1.12,
+    ));
     let by_tc = results.rate(shunt(typical), nftables, true);
     rows.push(if dialled == Dialled::ClusterIp {
         at_least(by_tc, 1.04)
@@ -429,7 +461,11 @@ fn kept(
         ways.push(way(Means::Floor, 0));
     }
     let modes = MODES.map(|mode| way(Means::KubeProxy(mode), typical));
-    ways.extend(modes.into_iter().filter(|way| worlds.has(way.means, typical)));
+    ways.extend(
+        modes
+            .into_iter()
+            .filter(|way| worlds.has(way.means, typical)),
+    );
     let mut samples = rounds(bench, worlds, &ways, dialled, load, plan)?;
     let (unit, what) = match load {
         Load::Bulk => ("Gbit/s", "bulk"),
@@ -464,7 +500,12 @@ fn kept(
 
 /// p50 and p99 of some ways.
 fn latencies(bench: &mut Bench, results: &Results<'_>, which: impl Fn(&Way) -> bool) {
-    for (way, samples) in results.ways.iter().zip(results.samples).filter(|(way, _)| which(way)) {
+    for (way, samples) in results
+        .ways
+        .iter()
+        .zip(results.samples)
+        .filter(|(way, _)| which(way))
+    {
         for (part, samples) in [("p50", &samples.p50), ("p99", &samples.p99)] {
             let name = format!(
                 "{}, {}, {}, {part}",
@@ -480,11 +521,19 @@ fn latencies(bench: &mut Bench, results: &Results<'_>, which: impl Fn(&Way) -> b
 fn draw(bench: &Bench, results: &Results<'_>, what: &str) -> Result<()> {
     let bars = results.ways.iter().zip(results.samples);
     let chart = Chart {
-        title: format!("{}, {}, {}", results.what, name(results.dialled), results.unit),
+        title: format!(
+            "{}, {}, {}",
+            results.what,
+            name(results.dialled),
+            results.unit
+        ),
         bars: bars
             .map(|(way, samples)| (way.name(true), stats::median(&samples.rate).value, None))
             .collect(),
-        line: results.samples.first().map(|direct| stats::median(&direct.rate).value),
+        line: results
+            .samples
+            .first()
+            .map(|direct| stats::median(&direct.rate).value),
     };
     let dialled = match results.dialled {
         Dialled::ClusterIp => "clusterip",

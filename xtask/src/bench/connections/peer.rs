@@ -1,7 +1,9 @@
-//! The two ends of what is measured: a server and a client in tight loops, as processes of their own inside the lab.
+//! The two ends of what is measured: a server and a client in tight loops, as processes of their
+//! own inside the lab.
 //!
-//! Both are pinned to one CPU, with a real-time priority, so that a machine with other work to do is still measured and
-//! not its scheduler. The client is told by lines on its standard input what to do, and answers each with a line.
+//! Both are pinned to one CPU, with a real-time priority, so that a machine with other work to do
+//! is still measured and not its scheduler. The client is told by lines on its standard input what
+//! to do, and answers each with a line.
 
 use std::{
     io::{self, BufRead, BufReader, Read, Write},
@@ -88,13 +90,15 @@ fn pin(cpu: usize) -> Result<()> {
         libc::sched_setscheduler(0, libc::SCHED_FIFO, urgent.as_ptr())
     };
     if result != 0 {
-        // A machine may keep real-time priorities to itself; then its other work shows in the spread.
+        // A machine may keep real-time priorities to itself; then its other work shows in the
+        // spread.
         eprintln!("no real-time priority: {}", io::Error::last_os_error());
     }
     Ok(())
 }
 
-/// The CPU to measure on: the last that this process may use, since the first often takes the interrupts.
+/// The CPU to measure on: the last that this process may use, since the first often takes the
+/// interrupts.
 pub(super) fn cpu() -> Result<usize> {
     let cpus = sched_getaffinity(None).context("CPUs")?;
     (0..CpuSet::MAX_CPU)
@@ -149,7 +153,9 @@ fn obey() -> Result<()> {
             Ok(rate) => {
                 samples.sort_unstable();
                 let quantile = |hundredths: usize| {
-                    let nanos = samples.get(samples.len().saturating_sub(1) * hundredths / 100).copied();
+                    let nanos = samples
+                        .get(samples.len().saturating_sub(1) * hundredths / 100)
+                        .copied();
                     f64::from(nanos.unwrap_or(0)) / 1000.0
                 };
                 println!("{rate} {} {}", quantile(50), quantile(99));
@@ -261,7 +267,9 @@ impl Peer {
     fn start(lab: &Lab, place: &str, sockets: Sockets, args: &[&str]) -> Result<Self> {
         let this = std::env::current_exe().context("this program's path")?;
         let mut command: Command = lab.command(place, sockets, this)?;
-        command.args(["bench-peer", "--cpu", &cpu()?.to_string()]).args(args);
+        command
+            .args(["bench-peer", "--cpu", &cpu()?.to_string()])
+            .args(args);
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -290,7 +298,10 @@ impl Peer {
     pub(super) fn play(&mut self, load: Load, to: SocketAddr, time: Duration) -> Result<Round> {
         writeln!(self.stdin, "{} {to} {}", load.word(), time.as_millis()).context("a peer")?;
         let line = self.line()?;
-        let numbers: Vec<f64> = line.split(' ').map_while(|word| word.parse().ok()).collect();
+        let numbers: Vec<f64> = line
+            .split(' ')
+            .map_while(|word| word.parse().ok())
+            .collect();
         match numbers[..] {
             [rate, p50, p99] => Ok(Round { rate, p50, p99 }),
             _ => bail!("{}: {line}", load.word()),

@@ -34,7 +34,8 @@ pub(super) enum Means {
     Direct,
     /// By the floor program at tc, on the client's device and the node's.
     Floor,
-    /// By the same on every pod's device as well: any pod may be a client, which nobody knows beforehand.
+    /// By the same on every pod's device as well: any pod may be a client, which nobody knows
+    /// beforehand.
     FloorOnPods,
     /// By shunt with the settings that it has without being asked.
     Shunt,
@@ -49,8 +50,9 @@ pub(super) enum Means {
 pub(super) enum Seat {
     /// A pod whose sockets the node's hooks see.
     HookedPod,
-    /// One outside of the node's cgroup, as a VM or a sandboxed pod. Not the same pod: Linux gives the time stamps of a TCP
-    /// connection an offset by address dialled, so a backend that still has one in TIME_WAIT may not take the other.
+    /// One outside of the node's cgroup, as a VM or a sandboxed pod. Not the same pod: Linux gives
+    /// the time stamps of a TCP connection an offset by address dialled, so a backend that still
+    /// has one in TIME_WAIT may not take the other.
     Pod,
     /// A neighbour of the nodes on their network.
     Lan,
@@ -122,7 +124,10 @@ impl World {
                 .context("no IPv4 address")
         };
         let pods = [pod("near")?, pod("far")?];
-        let servers = vec![Peer::server(&lab, "near", APP)?, Peer::server(&lab, "far", APP)?];
+        let servers = vec![
+            Peer::server(&lab, "near", APP)?,
+            Peer::server(&lab, "far", APP)?,
+        ];
         let (mut agent, mut floor, mut folder) = (None, None, None);
         match means {
             Means::Direct => {
@@ -131,15 +136,27 @@ impl World {
             }
             Means::Floor => floor = Some(start_floor(&lab, tools, pods[0], node, &["front"])?),
             Means::FloorOnPods => {
-                floor = Some(start_floor(&lab, tools, pods[0], node, &["front", "hooked", "near"])?);
+                floor = Some(start_floor(
+                    &lab,
+                    tools,
+                    pods[0],
+                    node,
+                    &["front", "hooked", "near"],
+                )?);
             }
             Means::Shunt | Means::FastPath => {
                 let manifests = Folder::make()?;
-                fs::write(manifests.0.join("services.yaml"), yaml(&services(count, pods)?))?;
-                let mut options = AgentOptions::manifests(&manifests.0).xdp("auto").shunt(&tools.shunt);
+                fs::write(
+                    manifests.0.join("services.yaml"),
+                    yaml(&services(count, pods)?),
+                )?;
+                let mut options = AgentOptions::manifests(&manifests.0)
+                    .xdp("auto")
+                    .shunt(&tools.shunt);
                 if count > 20_000 {
                     // More than fit by default.
-                    options = options.args(&["--max-frontends", "262144", "--max-backends", "262144"]);
+                    options =
+                        options.args(&["--max-frontends", "262144", "--max-backends", "262144"]);
                 }
                 if means == Means::FastPath {
                     options = options.args(&["--fast-path", "on"]);
@@ -173,7 +190,9 @@ impl World {
     /// The address that stands for what is dialled, here.
     pub(super) fn address(&self, dialled: Dialled) -> SocketAddr {
         match (self.means, dialled) {
-            (Means::Direct, Dialled::ClusterIp | Dialled::NodePortNear) => SocketAddr::new(self.pods[0], APP),
+            (Means::Direct, Dialled::ClusterIp | Dialled::NodePortNear) => {
+                SocketAddr::new(self.pods[0], APP)
+            }
             (Means::Direct, Dialled::NodePortFar) => SocketAddr::new(self.pods[1], APP),
             (_, Dialled::ClusterIp) => SocketAddr::new(NEAR.0.into(), PORT),
             (_, Dialled::NodePortNear) => SocketAddr::new(self.node, NEAR.1),
@@ -191,13 +210,22 @@ impl World {
     }
 }
 
-fn start_floor(lab: &Lab, tools: &Tools, backend: IpAddr, node: IpAddr, pods: &[&str]) -> Result<Child> {
+fn start_floor(
+    lab: &Lab,
+    tools: &Tools,
+    backend: IpAddr,
+    node: IpAddr,
+    pods: &[&str],
+) -> Result<Child> {
     let mut command = lab.command("node-a", Sockets::Unhooked, &tools.bench)?;
     command.args(["nat", "--device", "eth0"]);
     for pod in pods {
         command.args(["--device", &lab.device(pod)?]);
     }
-    let frontends = [SocketAddr::new(NEAR.0.into(), PORT), SocketAddr::new(node, NEAR.1)];
+    let frontends = [
+        SocketAddr::new(NEAR.0.into(), PORT),
+        SocketAddr::new(node, NEAR.1),
+    ];
     for frontend in frontends {
         command.args(["--service", &format!("{frontend}={backend}:{APP}")]);
     }
@@ -218,20 +246,21 @@ fn start_floor(lab: &Lab, tools: &Tools, backend: IpAddr, node: IpAddr, pods: &[
     Ok(child)
 }
 
-/// The two Services that are dialled among so many, in the middle: rules that are gone through one by one meet half of
-/// the others first.
+/// The two Services that are dialled among so many, in the middle: rules that are gone through one
+/// by one meet half of the others first.
 fn services(count: usize, pods: [IpAddr; 2]) -> Result<Vec<Service>> {
     let [IpAddr::V4(near), IpAddr::V4(far)] = pods else {
         bail!("pods without IPv4 addresses");
     };
-    let dialled = [("near", NEAR, near), ("far", FAR, far)].map(|(name, (ip, node_port), backend)| Service {
-        name: name.to_owned(),
-        ip,
-        port: PORT,
-        node_port: Some(node_port),
-        backend,
-        backend_port: APP,
-    });
+    let dialled =
+        [("near", NEAR, near), ("far", FAR, far)].map(|(name, (ip, node_port), backend)| Service {
+            name: name.to_owned(),
+            ip,
+            port: PORT,
+            node_port: Some(node_port),
+            backend,
+            backend_port: APP,
+        });
     let other = |number: usize| {
         // At most 17 bits.
         let number = number as u32;
@@ -246,7 +275,10 @@ fn services(count: usize, pods: [IpAddr; 2]) -> Result<Vec<Service>> {
     };
     let others = count.saturating_sub(1);
     let before = (0..others / 2).map(other);
-    Ok(before.chain(dialled).chain((others / 2..others).map(other)).collect())
+    Ok(before
+        .chain(dialled)
+        .chain((others / 2..others).map(other))
+        .collect())
 }
 
 /// The Services as manifests.
@@ -286,7 +318,8 @@ impl Folder {
         use std::sync::atomic::{AtomicU32, Ordering};
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("shunt-bench-{}-{number}", std::process::id()));
+        let path =
+            std::env::temp_dir().join(format!("shunt-bench-{}-{number}", std::process::id()));
         fs::create_dir(&path).with_context(|| format!("{}", path.display()))?;
         Ok(Self(path))
     }
@@ -307,7 +340,10 @@ mod tests {
         let pods = [IpAddr::from([10, 44, 0, 1]), IpAddr::from([10, 44, 1, 1])];
         let names = |count| {
             let services = services(count, pods).unwrap();
-            services.into_iter().map(|service| service.name).collect::<Vec<_>>()
+            services
+                .into_iter()
+                .map(|service| service.name)
+                .collect::<Vec<_>>()
         };
         assert_eq!(names(1), ["near", "far"]);
         let names = names(1001);
