@@ -39,7 +39,7 @@ pub fn may_be_service<F: Family>(config: &Config, dst: F::Words) -> bool {
 /// a port that no frontend has.
 #[inline(never)]
 pub fn unknown_port<F: Family, M: Maps<F>>(maps: &M, dst: F::Words) -> Unmatched {
-    let verdict = judge(maps, dst);
+    let verdict = classify(maps, dst);
     match verdict {
         Unmatched::Pass => {}
         Unmatched::Refuse => maps.count(Event::UnknownPort),
@@ -51,7 +51,7 @@ pub fn unknown_port<F: Family, M: Maps<F>>(maps: &M, dst: F::Words) -> Unmatched
 /// The same for a packet of another protocol, which no socket behind a Service could take.
 #[inline(never)]
 pub fn unknown_protocol<F: Family, M: Maps<F>>(maps: &M, dst: F::Words) -> Unmatched {
-    match judge(maps, dst) {
+    match classify(maps, dst) {
         Unmatched::Pass => Unmatched::Pass,
         Unmatched::Refuse | Unmatched::Drop => {
             maps.count(Event::UnknownAddress);
@@ -61,7 +61,7 @@ pub fn unknown_protocol<F: Family, M: Maps<F>>(maps: &M, dst: F::Words) -> Unmat
 }
 
 #[inline(always)]
-fn judge<F: Family, M: Maps<F>>(maps: &M, dst: F::Words) -> Unmatched {
+fn classify<F: Family, M: Maps<F>>(maps: &M, dst: F::Words) -> Unmatched {
     let Some(config) = maps.config() else {
         return Unmatched::Pass;
     };

@@ -62,7 +62,7 @@ pub fn client<F: Family>(addr: F::Words) -> u32 {
     hash(F::fold(addr), CLIENT, CLIENT_BITS)
 }
 
-/// The bit in `clients` of a client that has, or had, flows in `new_flows`.
+/// The bit in `clients` of a client that has, or had, flows in `unconfirmed`.
 #[inline(always)]
 pub fn unconfirmed<F: Family>(addr: F::Words) -> u32 {
     hash(F::fold(addr), UNCONFIRMED, CLIENT_BITS)

@@ -8,7 +8,7 @@
 //! A change of any layout here must raise [`LAYOUT_VERSION`].
 
 /// Version of everything in this module; maps are pinned under `<bpf-root>/v<LAYOUT_VERSION>/`.
-pub const LAYOUT_VERSION: u32 = 5;
+pub const LAYOUT_VERSION: u32 = 6;
 
 /// Names of the maps (at most 15 bytes: the kernel cuts them). Suffix `4`/`6`: one map per family.
 pub mod names {
@@ -21,28 +21,28 @@ pub mod names {
     pub const FLOWS: [&str; 2] = ["flows4", "flows6"];
     /// `LRU_HASH` [`FlowKey`](super::FlowKey) → [`Flow`](super::Flow): flows not yet confirmed (a
     /// SYN flood fills this).
-    pub const NEW_FLOWS: [&str; 2] = ["new_flows4", "new_flows6"];
+    pub const UNCONFIRMED: [&str; 2] = ["unconfirmed4", "unconfirmed6"];
     /// `ARRAY`, memory-mappable: index by port and backend → [`SnatSlot`](super::SnatSlot).
     pub const SNAT: [&str; 2] = ["snat4", "snat6"];
     /// `HASH` address → `u32` flags: the node addresses that node ports answer on.
     pub const NODE_ADDRS: [&str; 2] = ["node_addrs4", "node_addrs6"];
     /// `HASH` address → `u32` of `ADDRESS_*` bits: every address of a Service, whatever the port.
-    pub const ADDRESSES: [&str; 2] = ["addresses4", "addresses6"];
+    pub const SERVICE_ADDRS: [&str; 2] = ["service_addrs4", "service_addrs6"];
     /// `LRU_HASH` [`FragmentKey`](super::FragmentKey) → [`FragmentPorts`](super::FragmentPorts):
     /// see `slow_path::fragment`.
     pub const FRAGMENTS: [&str; 2] = ["fragments4", "fragments6"];
     /// `ARRAY`, memory-mappable, of [`FILTER_WORDS`](super::FILTER_WORDS) words: see
     /// [`crate::filter`].
     pub const FILTER: &str = "filter";
-    /// `ARRAY`, memory-mappable, of [`COLLIDED_WORDS`](super::COLLIDED_WORDS) words: client ports
+    /// `ARRAY`, memory-mappable, of [`SHARED_PORT_WORDS`](super::SHARED_PORT_WORDS) words: client ports
     /// with more than one frontend at once.
-    pub const COLLIDED: &str = "collided";
+    pub const SHARED_PORTS: &str = "shared_ports";
     /// `ARRAY`, memory-mappable, of [`CLIENT_WORDS`](super::CLIENT_WORDS) words: clients with flows
     /// in the connection tables.
     pub const CLIENTS: &str = "clients";
-    /// `ARRAY` of two, per family: flows with [`FLOW_WAITING`](super::FLOW_WAITING) in `flows`,
+    /// `ARRAY` of two, per family: flows with [`FLOW_HALF_OPEN`](super::FLOW_HALF_OPEN) in `flows`,
     /// about.
-    pub const WAITING: &str = "waiting";
+    pub const HALF_OPEN: &str = "half_open";
     /// `ARRAY` backend id → [`BackendState`](super::BackendState).
     pub const BACKENDS: &str = "backends";
     /// `PERCPU_HASH` backend id → [`Traffic`](super::Traffic): with `--count-traffic on` only.
@@ -61,9 +61,9 @@ pub mod names {
     pub const POD_DEVICES: &str = "pod_devices";
     /// `LRU_HASH` address → device, time and MAC addresses: the programs' own memory of ways to
     /// pods.
-    pub const POD_WAYS: [&str; 2] = ["pod_ways4", "pod_ways6"];
+    pub const POD_ROUTES: [&str; 2] = ["pod_routes4", "pod_routes6"];
     /// `PERCPU_ARRAY` of one: the fast path's own memory.
-    pub const FAST_WORK: &str = "fast_work";
+    pub const HOST_ROUTING: &str = "host_routing";
     /// `LRU_HASH` [`AffinityKey`](super::AffinityKey) → [`Affinity`](super::Affinity): see
     /// [`crate::affinity`].
     pub const AFFINITY: [&str; 2] = ["affinity4", "affinity6"];
@@ -72,7 +72,7 @@ pub mod names {
     pub const NEW_AFFINITY: [&str; 2] = ["new_affinity4", "new_affinity6"];
     /// `HASH` [`MemberKey`](super::MemberKey) → `u32` index into `slots`: which backends a frontend
     /// with affinity has.
-    pub const MEMBERS: [&str; 2] = ["members4", "members6"];
+    pub const SET_MEMBERS: [&str; 2] = ["set_members4", "set_members6"];
     /// `LPM_TRIE` [`SourceRangeKey`](super::SourceRangeKey) → `u32`: who may dial a frontend with
     /// [`FRONTEND_SOURCE_RANGES`](super::FRONTEND_SOURCE_RANGES).
     pub const SOURCE_RANGES: [&str; 2] = ["source_ranges4", "source_ranges6"];
@@ -81,7 +81,7 @@ pub mod names {
     pub const SOCKETS: &str = "sockets";
     /// `SK_STORAGE` → [`SocketPeers`](super::SocketPeers): which frontends an unconnected UDP
     /// socket sent to.
-    pub const SENDERS: &str = "senders";
+    pub const UDP_PEERS: &str = "udp_peers";
 }
 
 /// IANA protocol number of TCP.
@@ -219,7 +219,7 @@ pub struct FlowKey<A> {
 pub const TICK_NS: u64 = 1 << 30;
 
 /// [`Flow::state`]: the backend has answered.
-pub const FLOW_ANSWERED: u16 = 1 << 0;
+pub const FLOW_SEEN_REPLY: u16 = 1 << 0;
 /// [`Flow::state`]: the client sent FIN.
 pub const FLOW_CLIENT_FIN: u16 = 1 << 1;
 /// [`Flow::state`]: the backend sent FIN.
@@ -236,7 +236,7 @@ pub const FLOW_LOCAL_CLIENT: u16 = 1 << 6;
 pub const FLOW_SUPERSEDED: u16 = 1 << 7;
 
 /// [`Flow::state`]: the backend is no endpoint any more ([`BACKEND_GONE`]), and has not answered since the client sent last.
-pub const FLOW_ASKED: u16 = 1 << 8;
+pub const FLOW_UNANSWERED: u16 = 1 << 8;
 /// [`Flow::state`]: the backend has answered and the client has sent again: datagrams are a stream. Of TCP it is not always
 /// noted.
 pub const FLOW_CONFIRMED: u16 = 1 << 9;
@@ -245,16 +245,16 @@ pub const FLOW_RETRY: u16 = 1 << 10;
 /// [`Flow::state`]: the backend refused the SYN, and the client was not told.
 pub const FLOW_REFUSED: u16 = 1 << 11;
 /// [`Flow::state`]: the backend has been sent the SYN twice, or gets no second one.
-pub const FLOW_AGAIN: u16 = 1 << 12;
-/// [`Flow::state`]: the SYN finds out whether a silent backend answers again.
-pub const FLOW_TRIAL: u16 = 1 << 13;
+pub const FLOW_RETRANSMITTED: u16 = 1 << 12;
+/// [`Flow::state`]: the SYN finds out whether a backend in quarantine answers again.
+pub const FLOW_PROBE: u16 = 1 << 13;
 
 /// [`Flow::state`]: the backend sent RST, or somebody in its name: taken back when it sends anything else.
 pub const FLOW_BACKEND_RESET: u16 = 1 << 14;
 /// [`Flow::state`]: either side sent RST.
 pub const FLOW_RESET: u16 = FLOW_CLIENT_RESET | FLOW_BACKEND_RESET;
-/// [`Flow::state`]: in `flows` from the first packet on, and counted in `waiting` until the client has spoken after an answer.
-pub const FLOW_WAITING: u16 = 1 << 15;
+/// [`Flow::state`]: in `flows` from the first packet on, and counted in `half_open` until the client has spoken after an answer.
+pub const FLOW_HALF_OPEN: u16 = 1 << 15;
 
 /// One flow: what its packets carry on either side of this node.
 ///
@@ -285,9 +285,9 @@ pub struct Flow<A> {
     /// The programs' cheap clock as it stood when `last_seen` was written: at most 2.6 s, at least
     /// 0.25 s long.
     pub epoch: u16,
-    /// With [`FLOW_ASKED`]: `epoch` of the first packet that was not answered. Else with
+    /// With [`FLOW_UNANSWERED`]: `epoch` of the first packet that was not answered. Else with
     /// [`FLOW_RETRY`]: when the SYN was sent last, low half of a time in [`AFFINITY_TICK_NS`].
-    pub asked: u16,
+    pub unanswered_since: u16,
     /// With [`FLOW_RETRY`]: the backends that were given up, one bit for each id modulo 31.
     /// [`TRIED_KEEP`].
     pub tried: u32,
@@ -409,9 +409,9 @@ pub struct BackendState {
     /// How often in a row it left a SYN unanswered or refused it; the next answer sets it to zero.
     /// Written by programs.
     pub failures: u16,
-    /// With `failures`: the end of its silence, when it is tried again, in [`AFFINITY_TICK_NS`].
+    /// With `failures`: the end of its quarantine, when it is tried again, in [`AFFINITY_TICK_NS`].
     /// Written by programs.
-    pub silent_until: u32,
+    pub quarantined_until: u32,
 }
 
 /// What the packet path carried to and from a backend. Bytes are those of IP packets; segments that
@@ -468,8 +468,8 @@ pub const FILTER_HASHED_WORDS: usize = 1 << 18;
 pub const FILTER_WORDS: usize = FILTER_HASHED_WORDS + 2 * (1 << 10);
 /// Words of the `clients` map: 2^20 bits, 128 KiB.
 pub const CLIENT_WORDS: usize = 1 << 14;
-/// Words of the `collided` map: 2^16 bits.
-pub const COLLIDED_WORDS: usize = 1 << 10;
+/// Words of the `shared_ports` map: 2^16 bits.
+pub const SHARED_PORT_WORDS: usize = 1 << 10;
 
 /// A CIDR prefix in [`Config`].
 #[repr(C)]
@@ -561,10 +561,10 @@ pub struct Config {
     /// When flows are over.
     pub timeouts: Timeouts,
     /// For how long a backend that did not answer gets no new connections, in [`AFFINITY_TICK_NS`];
-    /// doubled each time it does not answer again. 0: no silence.
-    pub silence: u32,
-    /// Longest silence, in [`AFFINITY_TICK_NS`].
-    pub silence_most: u32,
+    /// doubled each time it does not answer again. 0: no quarantine.
+    pub quarantine: u32,
+    /// Longest quarantine, in [`AFFINITY_TICK_NS`].
+    pub quarantine_max: u32,
     /// IPv4.
     pub v4: FamilyConfig<[u8; 4]>,
     /// IPv6.

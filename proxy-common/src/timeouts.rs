@@ -7,8 +7,8 @@
 //! <https://docs.kernel.org/networking/nf_conntrack-sysctl.html>).
 
 use crate::layout::{
-    FLOW_ANSWERED, FLOW_BACKEND_FIN, FLOW_CLIENT_FIN, FLOW_CONFIRMED, FLOW_RESET, FLOW_SNAT,
-    FLOW_WAITING, TCP, TICK_NS, Timeouts, UDP,
+    FLOW_BACKEND_FIN, FLOW_CLIENT_FIN, FLOW_CONFIRMED, FLOW_HALF_OPEN, FLOW_RESET, FLOW_SEEN_REPLY,
+    FLOW_SNAT, TCP, TICK_NS, Timeouts, UDP,
 };
 
 /// Both FINs.
@@ -51,8 +51,9 @@ pub fn is_closed(state: u16) -> bool {
 pub fn is_unconfirmed(proto: u8, state: u16) -> bool {
     // Connections that were in `flows` before they were answered are noted there by the one bit,
     // others by the other.
-    let half_open = state & FLOW_WAITING != 0 || state & (FLOW_SNAT | FLOW_CONFIRMED) == FLOW_SNAT;
-    state & FLOW_ANSWERED == 0 || (proto == TCP && half_open)
+    let half_open =
+        state & FLOW_HALF_OPEN != 0 || state & (FLOW_SNAT | FLOW_CONFIRMED) == FLOW_SNAT;
+    state & FLOW_SEEN_REPLY == 0 || (proto == TCP && half_open)
 }
 
 impl Timeouts {
@@ -101,21 +102,21 @@ mod tests {
         let timeouts = Timeouts::default();
         for (proto, state, seconds) in [
             (TCP, 0, 60),
-            (TCP, FLOW_ANSWERED, 86_400),
-            (TCP, FLOW_ANSWERED | FLOW_CONFIRMED, 86_400),
-            (TCP, FLOW_ANSWERED | FLOW_WAITING, 60),
-            (TCP, FLOW_ANSWERED | FLOW_SNAT, 60),
-            (TCP, FLOW_ANSWERED | FLOW_SNAT | FLOW_CONFIRMED, 86_400),
-            (TCP, FLOW_ANSWERED | FLOW_CLIENT_FIN, 3600),
-            (TCP, FLOW_ANSWERED | FLOW_BACKEND_FIN, 3600),
-            (TCP, FLOW_ANSWERED | FINISHED, 10),
+            (TCP, FLOW_SEEN_REPLY, 86_400),
+            (TCP, FLOW_SEEN_REPLY | FLOW_CONFIRMED, 86_400),
+            (TCP, FLOW_SEEN_REPLY | FLOW_HALF_OPEN, 60),
+            (TCP, FLOW_SEEN_REPLY | FLOW_SNAT, 60),
+            (TCP, FLOW_SEEN_REPLY | FLOW_SNAT | FLOW_CONFIRMED, 86_400),
+            (TCP, FLOW_SEEN_REPLY | FLOW_CLIENT_FIN, 3600),
+            (TCP, FLOW_SEEN_REPLY | FLOW_BACKEND_FIN, 3600),
+            (TCP, FLOW_SEEN_REPLY | FINISHED, 10),
             (TCP, FLOW_RESET, 10),
-            (TCP, FLOW_ANSWERED | FLOW_RESET, 10),
+            (TCP, FLOW_SEEN_REPLY | FLOW_RESET, 10),
             (UDP, 0, 30),
-            (UDP, FLOW_ANSWERED, 30),
-            (UDP, FLOW_ANSWERED | FLOW_CONFIRMED, 120),
+            (UDP, FLOW_SEEN_REPLY, 30),
+            (UDP, FLOW_SEEN_REPLY | FLOW_CONFIRMED, 120),
             (SCTP, 0, 60),
-            (SCTP, FLOW_ANSWERED, 210),
+            (SCTP, FLOW_SEEN_REPLY, 210),
         ] {
             assert_eq!(
                 timeouts.of(proto, state),

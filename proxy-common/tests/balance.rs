@@ -119,7 +119,7 @@ fn a_flow_is_confirmed_by_both_sides_and_then_moves() {
     let sent = node.translated(dialled, SYN, Origin::Pod, false).tuple;
     assert_eq!(sent, to(CLIENT, 40_000, REMOTE.0, 8080));
     assert_eq!(
-        (node.new_flows.borrow().len(), node.flows.borrow().len()),
+        (node.unconfirmed.borrow().len(), node.flows.borrow().len()),
         (1, 0)
     );
     assert_eq!(
@@ -138,7 +138,7 @@ fn a_flow_is_confirmed_by_both_sides_and_then_moves() {
         sent
     );
     assert_eq!(
-        (node.new_flows.borrow().len(), node.flows.borrow().len()),
+        (node.unconfirmed.borrow().len(), node.flows.borrow().len()),
         (0, 1)
     );
 }
@@ -148,26 +148,26 @@ fn a_flow_is_confirmed_by_both_sides_and_then_moves() {
 #[test]
 fn few_unanswered_flows_stand_among_the_open_ones() {
     let node = node(&[REMOTE]);
-    node.most_waiting.set(2);
-    let tables = || (node.new_flows.borrow().len(), node.flows.borrow().len());
+    node.max_half_open.set(2);
+    let tables = || (node.unconfirmed.borrow().len(), node.flows.borrow().len());
     let dialled = to(CLIENT, 40_000, ip(10, 96, 0, 1), 80);
     let sent = node.translated(dialled, SYN, Origin::Pod, false).tuple;
-    assert_eq!((tables(), node.waiting.get()), ((0, 1), 1));
+    assert_eq!((tables(), node.half_open.get()), ((0, 1), 1));
     assert_eq!(
         node.translated(dialled, SYN, Origin::Pod, false).tuple,
         sent,
         "sent again"
     );
-    assert_eq!((tables(), node.waiting.get()), ((0, 1), 1));
+    assert_eq!((tables(), node.half_open.get()), ((0, 1), 1));
     assert_eq!(node.leave(back(sent), SYN | ACK), back(dialled));
     for flags in [SYN, RST, RST | ACK] {
         node.translated(dialled, flags, Origin::Pod, false);
-        assert_eq!((tables(), node.waiting.get()), ((0, 1), 1), "answered");
+        assert_eq!((tables(), node.half_open.get()), ((0, 1), 1), "answered");
     }
     for _ in 0..2 {
         node.translated(dialled, ACK, Origin::Pod, false);
         assert_eq!(
-            (tables(), node.waiting.get()),
+            (tables(), node.half_open.get()),
             ((0, 1), 0),
             "confirmed once"
         );
@@ -177,12 +177,12 @@ fn few_unanswered_flows_stand_among_the_open_ones() {
         let sent = node.translated(dialled, SYN, Origin::Pod, false).tuple;
         assert_eq!(node.leave(back(sent), SYN | ACK), back(dialled));
     }
-    assert_eq!((tables(), node.waiting.get()), ((98, 3), 2));
+    assert_eq!((tables(), node.half_open.get()), ((98, 3), 2));
     // One whose source is translated is answered elsewhere.
-    node.most_waiting.set(1000);
+    node.max_half_open.set(1000);
     let dialled = to(ip(203, 0, 113, 1), 40_000, ip(10, 96, 0, 1), 80);
     node.translated(dialled, SYN, Origin::Network, true);
-    assert_eq!((tables(), node.waiting.get()), ((99, 3), 2));
+    assert_eq!((tables(), node.half_open.get()), ((99, 3), 2));
 }
 
 /// A node whose Service has affinity for a minute and eight backends, of which the first `count`
@@ -428,7 +428,7 @@ fn an_evicted_flow_finds_its_source_port_again() {
     let dialled = to(ip(203, 0, 113, 10), 40_000, ip(10, 96, 0, 1), 80);
     let sent = node.translated(dialled, SYN, Origin::Network, true).tuple;
     assert_eq!(sent.src, ip(192, 168, 50, 11));
-    node.new_flows.borrow_mut().clear();
+    node.unconfirmed.borrow_mut().clear();
     assert_eq!(
         node.translated(dialled, ACK, Origin::Network, true).tuple,
         sent
@@ -741,7 +741,7 @@ fn datagrams_that_go_on_after_an_answer_are_a_stream() {
     };
     let sent = node.translated(dialled, 0, Origin::Pod, false).tuple;
     let state = || {
-        let flows = [&node.flows, &node.new_flows]
+        let flows = [&node.flows, &node.unconfirmed]
             .map(|map| map.borrow().values().next().map(|flow| flow.state));
         flows.into_iter().flatten().next().unwrap()
     };
@@ -753,8 +753,8 @@ fn datagrams_that_go_on_after_an_answer_are_a_stream() {
     node.now.set(node.now.get() + 1);
     node.translated(dialled, 0, Origin::Pod, false);
     assert_eq!(
-        state() & (FLOW_ANSWERED | FLOW_CONFIRMED),
-        FLOW_ANSWERED | FLOW_CONFIRMED
+        state() & (FLOW_SEEN_REPLY | FLOW_CONFIRMED),
+        FLOW_SEEN_REPLY | FLOW_CONFIRMED
     );
 }
 

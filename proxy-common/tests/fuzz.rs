@@ -26,7 +26,7 @@ use crate::support::Node;
 mod support;
 
 /// Flows that wait in `flows`: few, so that both ways are taken.
-const MOST_WAITING: i64 = 3;
+const MAX_HALF_OPEN: i64 = 3;
 
 /// A frame that every access is checked against.
 struct Frame(UnsafeCell<Vec<u8>>);
@@ -139,7 +139,7 @@ fn node<F: Addresses>() -> Node<F> {
     config.v6.service_cidr_count = 1;
     config.flags = CONFIG_ANSWER_PING;
     let node = Node::<F>::new(config);
-    node.most_waiting.set(MOST_WAITING);
+    node.max_half_open.set(MAX_HALF_OPEN);
     let backends: Vec<_> = BACKENDS.map(|n| (F::addr(n), 8080, n % 2 == 1)).collect();
     for n in 0..FRONTENDS {
         let addr = F::addr(SERVICES + n);

@@ -38,7 +38,7 @@ const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 type Frontends<A> = HashMap<FrontendKey<A>, Frontend, 65_536>;
 type Slots<A> = Array<Slot<A>, 524_288, MMAPABLE>;
 type Flows<A> = LruHashMap<FlowKey<A>, Flow<A>, 524_288>;
-type NewFlows<A> = LruHashMap<FlowKey<A>, Flow<A>, 65_536>;
+type Unconfirmed<A> = LruHashMap<FlowKey<A>, Flow<A>, 65_536>;
 type Snat<A> = Array<SnatSlot<A>, 262_144, MMAPABLE>;
 type NodeAddrs<A> = HashMap<A, u32, 1024>;
 type AffinityMap<A> = LruHashMap<AffinityKey<A>, Affinity, 65_536>;
@@ -66,17 +66,17 @@ pub(crate) trait KernelFamily: fib::RoutedFamily {
     const FRONTENDS: &'static Frontends<Self::Addr>;
     const SLOTS: &'static Slots<Self::Addr>;
     const FLOWS: &'static Flows<Self::Addr>;
-    const NEW_FLOWS: &'static NewFlows<Self::Addr>;
+    const UNCONFIRMED: &'static Unconfirmed<Self::Addr>;
     const SNAT: &'static Snat<Self::Addr>;
     const NODE_ADDRS: &'static NodeAddrs<Self::Addr>;
     const AFFINITY: &'static AffinityMap<Self::Addr>;
     const NEW_AFFINITY: &'static AffinityMap<Self::Addr>;
-    const MEMBERS: &'static Members;
+    const SET_MEMBERS: &'static Members;
     const SOURCE_RANGES: &'static SourceRanges<Self::Addr>;
     const SERVICE_ADDRS: &'static Addresses<Self::Addr>;
     const FRAGMENTS: &'static Fragments<Self::Addr>;
     const SCRATCH: &'static PerCpuArray<Scratch<Self::Words>, 1>;
-    /// Index into [`WAITING`].
+    /// Index into [`HALF_OPEN`].
     const INDEX: u32;
 }
 
@@ -92,10 +92,10 @@ static SLOTS6: Slots<[u8; 16]> = Slots::new();
 static FLOWS4: Flows<[u8; 4]> = Flows::new();
 #[btf_map(name = "flows6")]
 static FLOWS6: Flows<[u8; 16]> = Flows::new();
-#[btf_map(name = "new_flows4")]
-static NEW_FLOWS4: NewFlows<[u8; 4]> = NewFlows::new();
-#[btf_map(name = "new_flows6")]
-static NEW_FLOWS6: NewFlows<[u8; 16]> = NewFlows::new();
+#[btf_map(name = "unconfirmed4")]
+static UNCONFIRMED4: Unconfirmed<[u8; 4]> = Unconfirmed::new();
+#[btf_map(name = "unconfirmed6")]
+static UNCONFIRMED6: Unconfirmed<[u8; 16]> = Unconfirmed::new();
 #[btf_map(name = "snat4")]
 static SNAT4: Snat<[u8; 4]> = Snat::new();
 #[btf_map(name = "snat6")]
@@ -112,10 +112,10 @@ static AFFINITY6: AffinityMap<[u8; 16]> = AffinityMap::new();
 static NEW_AFFINITY4: AffinityMap<[u8; 4]> = AffinityMap::new();
 #[btf_map(name = "new_affinity6")]
 static NEW_AFFINITY6: AffinityMap<[u8; 16]> = AffinityMap::new();
-#[btf_map(name = "members4")]
-static MEMBERS4: Members = Members::new();
-#[btf_map(name = "members6")]
-static MEMBERS6: Members = Members::new();
+#[btf_map(name = "set_members4")]
+static SET_MEMBERS4: Members = Members::new();
+#[btf_map(name = "set_members6")]
+static SET_MEMBERS6: Members = Members::new();
 #[btf_map(name = "source_ranges4")]
 static SOURCE_RANGES4: SourceRanges<[u8; 4]> = SourceRanges::new();
 #[btf_map(name = "source_ranges6")]
@@ -124,18 +124,18 @@ static SOURCE_RANGES6: SourceRanges<[u8; 16]> = SourceRanges::new();
 static FRAGMENTS4: Fragments<[u8; 4]> = Fragments::new();
 #[btf_map(name = "fragments6")]
 static FRAGMENTS6: Fragments<[u8; 16]> = Fragments::new();
-#[btf_map(name = "addresses4")]
-static ADDRESSES4: Addresses<[u8; 4]> = Addresses::new();
-#[btf_map(name = "addresses6")]
-static ADDRESSES6: Addresses<[u8; 16]> = Addresses::new();
+#[btf_map(name = "service_addrs4")]
+static SERVICE_ADDRS4: Addresses<[u8; 4]> = Addresses::new();
+#[btf_map(name = "service_addrs6")]
+static SERVICE_ADDRS6: Addresses<[u8; 16]> = Addresses::new();
 #[btf_map(name = "filter")]
 static FILTER: Array<u64, FILTER_WORDS, MMAPABLE> = Array::new();
 #[btf_map(name = "clients")]
 static CLIENTS: Array<u64, CLIENT_WORDS, MMAPABLE> = Array::new();
-#[btf_map(name = "waiting")]
-static WAITING: Array<u64, 2> = Array::new();
-#[btf_map(name = "collided")]
-static COLLIDED: Array<u64, COLLIDED_WORDS, MMAPABLE> = Array::new();
+#[btf_map(name = "half_open")]
+static HALF_OPEN: Array<u64, 2> = Array::new();
+#[btf_map(name = "shared_ports")]
+static SHARED_PORTS: Array<u64, SHARED_PORT_WORDS, MMAPABLE> = Array::new();
 #[btf_map(name = "backends")]
 pub(crate) static BACKENDS: Array<BackendState, 131_072> = Array::new();
 #[btf_map(name = "config")]
@@ -149,26 +149,26 @@ static SERVICES: HashMap<u32, ServiceInfo, 65_536> = HashMap::new();
 // when it closes.
 #[btf_map(name = "sockets")]
 pub(crate) static SOCKETS: HashMap<u64, SocketPeer, 131_072> = HashMap::new();
-#[btf_map(name = "senders")]
-pub(crate) static SENDERS: SkStorage<SocketPeers> = SkStorage::new();
+#[btf_map(name = "udp_peers")]
+pub(crate) static UDP_PEERS: SkStorage<SocketPeers> = SkStorage::new();
 
 /// Most flows of a family that may wait in `flows` for both sides to speak: set when the programs
 /// are loaded.
 #[unsafe(no_mangle)]
-static MOST_WAITING: Global<u32> = Global::new(0);
+static MAX_HALF_OPEN: Global<u32> = Global::new(0);
 
 impl KernelFamily for V4 {
     const FRONTENDS: &'static Frontends<[u8; 4]> = &FRONTENDS4;
     const SLOTS: &'static Slots<[u8; 4]> = &SLOTS4;
     const FLOWS: &'static Flows<[u8; 4]> = &FLOWS4;
-    const NEW_FLOWS: &'static NewFlows<[u8; 4]> = &NEW_FLOWS4;
+    const UNCONFIRMED: &'static Unconfirmed<[u8; 4]> = &UNCONFIRMED4;
     const SNAT: &'static Snat<[u8; 4]> = &SNAT4;
     const NODE_ADDRS: &'static NodeAddrs<[u8; 4]> = &NODE_ADDRS4;
     const AFFINITY: &'static AffinityMap<[u8; 4]> = &AFFINITY4;
     const NEW_AFFINITY: &'static AffinityMap<[u8; 4]> = &NEW_AFFINITY4;
-    const MEMBERS: &'static Members = &MEMBERS4;
+    const SET_MEMBERS: &'static Members = &SET_MEMBERS4;
     const SOURCE_RANGES: &'static SourceRanges<[u8; 4]> = &SOURCE_RANGES4;
-    const SERVICE_ADDRS: &'static Addresses<[u8; 4]> = &ADDRESSES4;
+    const SERVICE_ADDRS: &'static Addresses<[u8; 4]> = &SERVICE_ADDRS4;
     const FRAGMENTS: &'static Fragments<[u8; 4]> = &FRAGMENTS4;
     const SCRATCH: &'static PerCpuArray<Scratch<u32>, 1> = &SCRATCH4;
     const INDEX: u32 = 0;
@@ -178,14 +178,14 @@ impl KernelFamily for V6 {
     const FRONTENDS: &'static Frontends<[u8; 16]> = &FRONTENDS6;
     const SLOTS: &'static Slots<[u8; 16]> = &SLOTS6;
     const FLOWS: &'static Flows<[u8; 16]> = &FLOWS6;
-    const NEW_FLOWS: &'static NewFlows<[u8; 16]> = &NEW_FLOWS6;
+    const UNCONFIRMED: &'static Unconfirmed<[u8; 16]> = &UNCONFIRMED6;
     const SNAT: &'static Snat<[u8; 16]> = &SNAT6;
     const NODE_ADDRS: &'static NodeAddrs<[u8; 16]> = &NODE_ADDRS6;
     const AFFINITY: &'static AffinityMap<[u8; 16]> = &AFFINITY6;
     const NEW_AFFINITY: &'static AffinityMap<[u8; 16]> = &NEW_AFFINITY6;
-    const MEMBERS: &'static Members = &MEMBERS6;
+    const SET_MEMBERS: &'static Members = &SET_MEMBERS6;
     const SOURCE_RANGES: &'static SourceRanges<[u8; 16]> = &SOURCE_RANGES6;
-    const SERVICE_ADDRS: &'static Addresses<[u8; 16]> = &ADDRESSES6;
+    const SERVICE_ADDRS: &'static Addresses<[u8; 16]> = &SERVICE_ADDRS6;
     const FRAGMENTS: &'static Fragments<[u8; 16]> = &FRAGMENTS6;
     const SCRATCH: &'static PerCpuArray<Scratch<Words6>, 1> = &SCRATCH6;
     const INDEX: u32 = 1;
@@ -433,7 +433,9 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
     #[inline(always)]
     fn member(&self, key: &MemberKey) -> Option<u32> {
         // SAFETY: one aligned word.
-        F::MEMBERS.get_ptr(key).map(|index| unsafe { index.read() })
+        F::SET_MEMBERS
+            .get_ptr(key)
+            .map(|index| unsafe { index.read() })
     }
 
     #[inline(always)]
@@ -478,14 +480,14 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
     #[inline(always)]
     fn may_wait(&self) -> bool {
         // Below zero, after a recount, is few.
-        WAITING
+        HALF_OPEN
             .get(F::INDEX)
-            .is_some_and(|count| count.cast_signed() < i64::from(MOST_WAITING.load()))
+            .is_some_and(|count| count.cast_signed() < i64::from(MAX_HALF_OPEN.load()))
     }
 
     #[inline(always)]
-    fn add_waiting(&self, more: i64) {
-        if let Some(count) = WAITING.get_ptr_mut(F::INDEX) {
+    fn add_half_open(&self, more: i64) {
+        if let Some(count) = HALF_OPEN.get_ptr_mut(F::INDEX) {
             // SAFETY: an aligned live map value.
             unsafe {
                 atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(count, more.cast_unsigned())
@@ -494,13 +496,13 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
     }
 
     #[inline(always)]
-    fn new_flow(&self, key: &FlowKey<F::Words>) -> Option<Entry<'_, Flow<F::Words>>> {
-        entry(F::NEW_FLOWS.get_ptr_mut(bytes(key)))
+    fn unconfirmed_flow(&self, key: &FlowKey<F::Words>) -> Option<Entry<'_, Flow<F::Words>>> {
+        entry(F::UNCONFIRMED.get_ptr_mut(bytes(key)))
     }
 
     #[inline(always)]
-    fn add_new_flow(&self, key: &FlowKey<F::Words>, flow: &Flow<F::Words>) -> bool {
-        F::NEW_FLOWS
+    fn add_unconfirmed(&self, key: &FlowKey<F::Words>, flow: &Flow<F::Words>) -> bool {
+        F::UNCONFIRMED
             .insert(bytes(key), bytes(flow), BPF_ANY.into())
             .is_ok()
     }
@@ -511,8 +513,8 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
     }
 
     #[inline(always)]
-    fn remove_new_flow(&self, key: &FlowKey<F::Words>) {
-        let _gone_already = F::NEW_FLOWS.remove(bytes(key));
+    fn remove_unconfirmed(&self, key: &FlowKey<F::Words>) {
+        let _gone_already = F::UNCONFIRMED.remove(bytes(key));
     }
 
     #[inline(always)]
@@ -584,12 +586,12 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
     #[inline(always)]
     fn port_is_shared(&self, bit: u32) -> bool {
         let (word, mask) = filter::word_and_mask(bit);
-        COLLIDED.get(word).is_some_and(|word| word & mask != 0)
+        SHARED_PORTS.get(word).is_some_and(|word| word & mask != 0)
     }
 
     #[inline(always)]
     fn set_port_shared(&self, bit: u32) {
-        set_bit(&COLLIDED, bit);
+        set_bit(&SHARED_PORTS, bit);
     }
 
     #[inline(always)]

@@ -2,7 +2,7 @@
 //! when a process asks who its peer is.
 //!
 //! What a connected socket dialled is remembered under its cookie ([`SOCKETS`]) until it closes;
-//! what an unconnected one sent to, with the socket itself ([`SENDERS`]).
+//! what an unconnected one sent to, with the socket itself ([`UDP_PEERS`]).
 
 use core::ffi::c_void;
 
@@ -24,7 +24,7 @@ use shunt_common::{
     layout::*,
 };
 
-use crate::maps::{BACKENDS, KernelFamily, KernelMaps, SENDERS, SOCKETS, Socket, count};
+use crate::maps::{BACKENDS, KernelFamily, KernelMaps, SOCKETS, Socket, UDP_PEERS, count};
 
 /// Let the call go on.
 const ALLOW: i32 = 1;
@@ -232,8 +232,8 @@ fn choose<F: Peer>(
     };
     // Without memory for it the call works all the same; only the peer's name is the backend's.
     match call {
-        Call::Connect => remember_connected(cookie, proto, &peer),
-        Call::Send => remember_sent(ctx, peer),
+        Call::Connect => record_connected(cookie, proto, &peer),
+        Call::Send => record_sent(ctx, peer),
     }
     Maps::<F>::count_flow(&maps, slot.backend);
     Ok((slot.addr, slot.port))
@@ -337,14 +337,14 @@ fn words(addr: &[u8; 16]) -> Words6 {
 fn sent(ctx: &SockAddrContext, accept: impl Fn(&SocketPeer) -> bool) -> Option<&SocketPeer> {
     // SAFETY: the storage lives as long as the socket, which outlives the call; only its own calls
     // write it.
-    let peers = unsafe { SENDERS.get_ptr_mut(ctx).as_ref() }?;
+    let peers = unsafe { UDP_PEERS.get_ptr_mut(ctx).as_ref() }?;
     peers.peers.iter().find(|peer| accept(peer))
 }
 
 #[inline(always)]
-fn remember_sent(ctx: &SockAddrContext, peer: SocketPeer) {
+fn record_sent(ctx: &SockAddrContext, peer: SocketPeer) {
     // SAFETY: as above.
-    let Some(peers) = (unsafe { SENDERS.get_or_insert_ptr_mut(ctx, None).as_mut() }) else {
+    let Some(peers) = (unsafe { UDP_PEERS.get_or_insert_ptr_mut(ctx, None).as_mut() }) else {
         return;
     };
     let i = peers.next as usize % SOCKET_PEERS;
@@ -363,7 +363,7 @@ fn connected(cookie: u64) -> Option<&'static mut SocketPeer> {
 }
 
 #[inline(always)]
-fn remember_connected(cookie: u64, proto: u8, peer: &SocketPeer) {
+fn record_connected(cookie: u64, proto: u8, peer: &SocketPeer) {
     // A UDP socket may be connected anew; most TCP sockets are new.
     if proto == UDP
         && let Some(place) = connected(cookie)

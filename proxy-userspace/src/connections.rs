@@ -48,7 +48,7 @@ struct Table {
     most: usize,
     next: u64,
     open: HashMap<u64, Open>,
-    sources: HashMap<Source, Held>,
+    sources: HashMap<Source, OfSource>,
     /// Every source, those first whose connection is to go first.
     ranks: BTreeSet<(Rank, Source)>,
     evicted: u64,
@@ -62,9 +62,9 @@ struct Open {
 
 /// A source's connections, by number: smaller is older.
 #[derive(Debug, Default)]
-struct Held {
+struct OfSource {
     /// Their requests are not there yet.
-    silent: BTreeSet<u64>,
+    unasked: BTreeSet<u64>,
     /// They wait for us.
     asked: BTreeSet<u64>,
 }
@@ -73,21 +73,21 @@ struct Held {
 /// the one that has waited longest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Rank {
-    held: Reverse<usize>,
+    open: Reverse<usize>,
     all_asked: bool,
     oldest: u64,
 }
 
-impl Held {
+impl OfSource {
     fn len(&self) -> usize {
-        self.silent.len() + self.asked.len()
+        self.unasked.len() + self.asked.len()
     }
 
     fn rank(&self) -> Option<Rank> {
-        let oldest = self.silent.first().or(self.asked.first())?;
+        let oldest = self.unasked.first().or(self.asked.first())?;
         Some(Rank {
-            held: Reverse(self.len()),
-            all_asked: self.silent.is_empty(),
+            open: Reverse(self.len()),
+            all_asked: self.unasked.is_empty(),
             oldest: *oldest,
         })
     }
@@ -151,8 +151,8 @@ impl Connections {
 impl Table {
     fn admit(&mut self, source: Source, abort: AbortHandle) -> u64 {
         let own = self.sources.get(&source);
-        if own.is_some_and(|held| held.len() >= MAX_PER_SOURCE) {
-            let oldest = own.and_then(Held::rank).map(|rank| rank.oldest);
+        if own.is_some_and(|of_source| of_source.len() >= MAX_PER_SOURCE) {
+            let oldest = own.and_then(OfSource::rank).map(|rank| rank.oldest);
             oldest.map(|id| self.close(id));
         } else if self.open.len() >= self.most {
             self.evict();
@@ -160,7 +160,7 @@ impl Table {
         let id = self.next;
         self.next += 1;
         self.open.insert(id, Open { source, abort });
-        self.change(source, |held| held.silent.insert(id));
+        self.change(source, |of_source| of_source.unasked.insert(id));
         id
     }
 
@@ -180,22 +180,22 @@ impl Table {
 
     fn asked(&mut self, id: u64) {
         if let Some(source) = self.open.get(&id).map(|open| open.source) {
-            self.change(source, |held| {
-                held.silent.remove(&id) && held.asked.insert(id)
+            self.change(source, |of_source| {
+                of_source.unasked.remove(&id) && of_source.asked.insert(id)
             });
         }
     }
 
     fn remove(&mut self, id: u64) -> Option<Open> {
         let open = self.open.remove(&id)?;
-        self.change(open.source, |held| {
-            held.silent.remove(&id) || held.asked.remove(&id)
+        self.change(open.source, |of_source| {
+            of_source.unasked.remove(&id) || of_source.asked.remove(&id)
         });
         Some(open)
     }
 
     /// Changes what a source holds, and its rank with that.
-    fn change(&mut self, source: Source, change: impl FnOnce(&mut Held) -> bool) {
+    fn change(&mut self, source: Source, change: impl FnOnce(&mut OfSource) -> bool) {
         let held = self.sources.entry(source).or_default();
         if let Some(rank) = held.rank() {
             self.ranks.remove(&(rank, source));

@@ -47,7 +47,7 @@ pub fn variables<'s>(
     namespace: &str,
     enable_service_links: bool,
 ) -> (Vec<Variable>, Vec<Clash>) {
-    let mut told: BTreeMap<&str, &Service> = BTreeMap::new();
+    let mut shown: BTreeMap<&str, &Service> = BTreeMap::new();
     for service in services {
         let Some(name) = service.metadata.name.as_deref() else {
             continue;
@@ -62,15 +62,15 @@ pub fn variables<'s>(
             continue;
         }
         if of == namespace && enable_service_links {
-            told.insert(name, service);
+            shown.insert(name, service);
         } else if (of, name) == (MASTER_NAMESPACE, MASTER_SERVICE) {
             // A Service of the pod's own namespace with this name stands before it.
-            told.entry(name).or_insert(service);
+            shown.entry(name).or_insert(service);
         }
     }
     let mut variables: Vec<(&str, Variable)> = Vec::new();
     let mut clashes = Vec::new();
-    for (service, object) in told {
+    for (service, object) in shown {
         for variable in of_service(service, object) {
             // `foo` and `foo-service` both have a FOO_SERVICE_PORT.
             if let Some(at) = variables

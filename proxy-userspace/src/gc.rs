@@ -1,6 +1,6 @@
 //! Flows that have ended or fallen silent leave the connection tables.
 //!
-//! A thread of its own walks `new_flows` and `flows` of both families every [`INTERVAL`], a batch
+//! A thread of its own walks `unconfirmed` and `flows` of both families every [`INTERVAL`], a batch
 //! at a time with pauses in between, and never marks entries as used. It deletes by the flow's own
 //! state and age, whoever opened it and whatever became of its Service. Nothing depends on its
 //! speed: the tables are LRU maps, and programming does not wait for it.
@@ -17,7 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use shunt_common::layout::{Config, FLOW_WAITING, Flow, FlowKey, TICK_NS, Timeouts};
+use shunt_common::layout::{Config, FLOW_HALF_OPEN, Flow, FlowKey, TICK_NS, Timeouts};
 use tracing::{debug, warn};
 
 use crate::{
@@ -127,7 +127,7 @@ fn collect_family<F: MapFamily>(
     pause: &mut impl FnMut() -> bool,
 ) -> Result<bool> {
     let mut go_on = true;
-    let mut waiting = 0;
+    let mut half_open = 0;
     for map in maps.flow_maps() {
         map.for_each_batch(|keys, flows| {
             let now = clock();
@@ -140,8 +140,8 @@ fn collect_family<F: MapFamily>(
                 walk.referenced.insert(flow.backend_id);
                 if is_over(key, flow) {
                     over.push(*key);
-                } else if flow.state & FLOW_WAITING != 0 {
-                    waiting += 1;
+                } else if flow.state & FLOW_HALF_OPEN != 0 {
+                    half_open += 1;
                 }
             }
             let deleted = delete_over::<F>(map, &over, is_over)?;
@@ -155,7 +155,7 @@ fn collect_family<F: MapFamily>(
         }
     }
     // The programs' own count runs off when an entry is evicted or collected.
-    all.waiting.set(&(F::INDEX as u32), &waiting)?;
+    all.half_open.set(&(F::INDEX as u32), &half_open)?;
     // A port outlasts its flow for as long as the backend may keep it in TIME_WAIT.
     let mut now = clock();
     for index in 0..maps.snat.capacity() {
@@ -243,7 +243,7 @@ mod tests {
     use shunt_common::{
         family::{Family, V4, V6},
         layout::{
-            FLOW_ANSWERED, FLOW_BACKEND_FIN, FLOW_CLIENT_FIN, FLOW_CONFIRMED, FLOW_RESET,
+            FLOW_BACKEND_FIN, FLOW_CLIENT_FIN, FLOW_CONFIRMED, FLOW_RESET, FLOW_SEEN_REPLY,
             FLOW_SNAT, Flow, FlowKey, SnatSlot, TCP,
         },
     };
@@ -288,7 +288,7 @@ mod tests {
             backend_id,
             last_seen: NOW - age,
             epoch: 0,
-            asked: 0,
+            unanswered_since: 0,
             tried: 0,
         };
         (key, flow)
@@ -297,18 +297,18 @@ mod tests {
     fn check_family<F: MapFamily>(root: &Root, family: impl Fn(&Maps) -> &PerFamily<F>) {
         let maps = root.maps();
         let maps_of = family(&maps);
-        let both = FLOW_ANSWERED | FLOW_CLIENT_FIN | FLOW_BACKEND_FIN;
+        let both = FLOW_SEEN_REPLY | FLOW_CLIENT_FIN | FLOW_BACKEND_FIN;
         let insert = |table: usize, n, state, age, id| {
             let (key, flow) = flow::<F>(n, state, age, id);
             maps_of.flow_maps()[table].set(&key, &flow).unwrap();
         };
         insert(0, 1, 0, 5, 11);
         insert(0, 2, 0, 100, 12);
-        insert(1, 3, FLOW_ANSWERED, 3000, 13);
+        insert(1, 3, FLOW_SEEN_REPLY, 3000, 13);
         insert(1, 4, both, 5, 14);
         insert(1, 5, both, 15, 15);
-        insert(1, 6, FLOW_ANSWERED | FLOW_RESET, 15, 16);
-        insert(1, 7, FLOW_ANSWERED | FLOW_CLIENT_FIN, 15, 17);
+        insert(1, 6, FLOW_SEEN_REPLY | FLOW_RESET, 15, 16);
+        insert(1, 7, FLOW_SEEN_REPLY | FLOW_CLIENT_FIN, 15, 17);
 
         let walk = collect(&maps);
         let left = |table: usize| {
@@ -323,11 +323,11 @@ mod tests {
         assert!((11..=17).all(|id| walk.referenced.contains(id)));
 
         // The count of those that wait for an answer is put right.
-        insert(1, 8, FLOW_WAITING, 5, 18);
-        insert(1, 9, FLOW_WAITING, 100, 19);
-        maps.waiting.set(&(F::INDEX as u32), &1000).unwrap();
+        insert(1, 8, FLOW_HALF_OPEN, 5, 18);
+        insert(1, 9, FLOW_HALF_OPEN, 100, 19);
+        maps.half_open.set(&(F::INDEX as u32), &1000).unwrap();
         collect(&maps);
-        assert_eq!(maps.waiting.get(&(F::INDEX as u32)).unwrap(), Some(1));
+        assert_eq!(maps.half_open.get(&(F::INDEX as u32)).unwrap(), Some(1));
         assert!(!walk.referenced.contains(18));
         let walk = collect(&maps);
         assert!(!walk.referenced.contains(12), "no flow names it any more");
@@ -345,13 +345,13 @@ mod tests {
         let root = Root::new(Capacities::default());
         let maps = root.maps();
         let is_over = |_: &FlowKey<_>, flow: &Flow<_>| NOW.saturating_sub(flow.last_seen) > 60;
-        let entries = [1, 2].map(|n| flow::<V4>(n, FLOW_ANSWERED, 100, 1));
+        let entries = [1, 2].map(|n| flow::<V4>(n, FLOW_SEEN_REPLY, 100, 1));
         for table in maps.v4.flow_maps() {
             for (key, flow) in &entries {
                 table.set(key, flow).unwrap();
             }
             let over = entries.map(|(key, _)| key);
-            let (key, again) = flow::<V4>(2, FLOW_ANSWERED, 0, 1);
+            let (key, again) = flow::<V4>(2, FLOW_SEEN_REPLY, 0, 1);
             table.set(&key, &again).unwrap();
             assert_eq!(delete_over::<V4>(table, &over, is_over).unwrap(), 1);
             assert_eq!(table.entries().unwrap().len(), 1);
@@ -363,7 +363,7 @@ mod tests {
     fn a_source_port_goes_by_its_own_age_and_counts_as_a_reference() {
         let root = Root::new(Capacities::default());
         let maps = root.maps();
-        let closed = FLOW_ANSWERED | FLOW_CLIENT_FIN | FLOW_BACKEND_FIN;
+        let closed = FLOW_SEEN_REPLY | FLOW_CLIENT_FIN | FLOW_BACKEND_FIN;
         let place = |index: u16, state, age| {
             let (key, flow) = flow::<V4>(index, state | FLOW_SNAT, age, u32::from(index));
             let slot = SnatSlot {
@@ -385,10 +385,10 @@ mod tests {
             maps.v4.snat.set(index.into(), slot);
             maps.v4.flows.set(&key, &flow).unwrap();
         };
-        place(1, FLOW_ANSWERED | FLOW_CONFIRMED, 3000);
+        place(1, FLOW_SEEN_REPLY | FLOW_CONFIRMED, 3000);
         place(2, closed, 50);
         place(3, closed, 60);
-        place(4, FLOW_ANSWERED | FLOW_RESET, 20);
+        place(4, FLOW_SEEN_REPLY | FLOW_RESET, 20);
         let walk = collect(&maps);
         assert_eq!(walk.deleted, 3);
         let in_use = |index: u32| maps.v4.snat.get(index).unwrap().last_seen != 0;
@@ -406,8 +406,8 @@ mod tests {
     fn nothing_is_over_just_after_boot() {
         let root = Root::new(Capacities::default());
         let maps = root.maps();
-        let closed = FLOW_ANSWERED | FLOW_CLIENT_FIN | FLOW_BACKEND_FIN;
-        for (n, (state, last_seen)) in [(0, 1), (FLOW_ANSWERED, 1), (closed, 1), (closed, 3)]
+        let closed = FLOW_SEEN_REPLY | FLOW_CLIENT_FIN | FLOW_BACKEND_FIN;
+        for (n, (state, last_seen)) in [(0, 1), (FLOW_SEEN_REPLY, 1), (closed, 1), (closed, 3)]
             .into_iter()
             .enumerate()
         {
@@ -428,7 +428,7 @@ mod tests {
     fn the_time_outs_are_those_of_the_programs() {
         let root = Root::new(Capacities::default());
         let maps = root.maps();
-        let (key, flow) = flow::<V4>(1, FLOW_ANSWERED, 100, 1);
+        let (key, flow) = flow::<V4>(1, FLOW_SEEN_REPLY, 100, 1);
         maps.v4.flows.set(&key, &flow).unwrap();
         let deleted = || collect(&maps).deleted;
         assert_eq!(deleted(), 0);
@@ -449,14 +449,14 @@ mod tests {
             });
             let maps = root.maps();
             for n in 0..3000 {
-                let (key, flow) = flow::<V4>(n, FLOW_ANSWERED, 0, 1);
+                let (key, flow) = flow::<V4>(n, FLOW_SEEN_REPLY, 0, 1);
                 maps.v4.flows.set(&key, &flow).unwrap();
             }
             for _ in 0..walks {
                 collect(&maps);
             }
             for n in 10_000..16_000 {
-                let (key, flow) = flow::<V4>(n, FLOW_ANSWERED, 0, 1);
+                let (key, flow) = flow::<V4>(n, FLOW_SEEN_REPLY, 0, 1);
                 maps.v4.flows.set(&key, &flow).unwrap();
             }
             let entries = maps.v4.flows.entries().unwrap();

@@ -10,7 +10,7 @@
 //! working; among those that came before the first complete list the older object has it (then the
 //! smaller name), so that all nodes and every restart decide alike. A cluster IP always goes before
 //! other uses of its address, since users can write any external IP. The loser is told once, and
-//! takes over when the holder leaves.
+//! takes over when the owner leaves.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -36,7 +36,7 @@ enum Claim {
 
 impl Claim {
     /// Node ports are claimed once per family: one message will do for both.
-    fn told(self) -> Self {
+    fn reported_as(self) -> Self {
         match self {
             Self::Frontend(FrontendAddress::NodePortV6, port, protocol) => {
                 Self::Frontend(FrontendAddress::NodePortV4, port, protocol)
@@ -46,7 +46,7 @@ impl Claim {
     }
 
     /// Who has it, of those who ask.
-    fn holder(self, claimants: &[Claimant]) -> Option<&Claimant> {
+    fn owner(self, claimants: &[Claimant]) -> Option<&Claimant> {
         let first = claimants.first()?;
         match self {
             Self::Address(_) if !first.as_cluster_ip => None,
@@ -382,7 +382,7 @@ impl Model {
         }
         for claim in changed.iter().copied() {
             let claimants = self.claims.entry(claim).or_default();
-            let had = claim.holder(claimants).map(|holder| holder.service.clone());
+            let had = claim.owner(claimants).map(|owner| owner.service.clone());
             claimants.retain(|claimant| claimant.service != *name);
             if let Some((as_cluster_ip, field)) = after.remove(&claim) {
                 claimants.push(Claimant {
@@ -394,14 +394,15 @@ impl Model {
                 });
                 claimants.sort_by(|a, b| a.rank().cmp(&b.rank()));
             }
-            let has = claim.holder(claimants).map(|holder| holder.service.clone());
-            self.reported_claims.remove(&(claim.told(), name.clone()));
+            let has = claim.owner(claimants).map(|owner| owner.service.clone());
+            self.reported_claims
+                .remove(&(claim.reported_as(), name.clone()));
             if had != has {
                 for claimant in claimants.iter() {
                     touched.insert(claimant.service.clone());
                     // Those that still lose are told who has it now.
                     self.reported_claims
-                        .remove(&(claim.told(), claimant.service.clone()));
+                        .remove(&(claim.reported_as(), claimant.service.clone()));
                 }
             }
             if claimants.is_empty() {
@@ -421,7 +422,7 @@ impl Model {
         let Some(claimants) = self.claims.get(&claim) else {
             return;
         };
-        let Some(holder) = claim.holder(claimants) else {
+        let Some(owner) = claim.owner(claimants) else {
             return;
         };
         let what = match claim {
@@ -435,11 +436,11 @@ impl Model {
         };
         for loser in claimants
             .iter()
-            .filter(|claimant| claimant.service != holder.service)
+            .filter(|claimant| claimant.service != owner.service)
         {
             if self
                 .reported_claims
-                .insert((claim.told(), loser.service.clone()))
+                .insert((claim.reported_as(), loser.service.clone()))
             {
                 self.problems.push(Problem::new(
                     "Service",
@@ -447,7 +448,7 @@ impl Model {
                     loser.field.clone(),
                     format!(
                         "{what} already belongs to Service {} ({}) and is not served here; choose another",
-                        holder.service, holder.field
+                        owner.service, owner.field
                     ),
                 ));
             }
@@ -470,7 +471,7 @@ impl Model {
     /// The Service whose cluster IP an address is.
     fn cluster_ip_holder(&self, ip: IpAddr) -> Option<&ObjectName> {
         let claim = Claim::Address(ip);
-        Some(&claim.holder(self.claims.get(&claim)?)?.service)
+        Some(&claim.owner(self.claims.get(&claim)?)?.service)
     }
 
     fn is_cluster_ip(&self, ip: IpAddr) -> bool {
@@ -523,11 +524,11 @@ impl Model {
     fn excluded(&self, service: &Service, slices: &[&EndpointSlice]) -> Excluded {
         let mut excluded = Excluded::default();
         for claim in claims_of(service).into_keys() {
-            let holder = self
+            let owner = self
                 .claims
                 .get(&claim)
-                .and_then(|claimants| claim.holder(claimants));
-            if holder.is_none_or(|holder| holder.service == service.name) {
+                .and_then(|claimants| claim.owner(claimants));
+            if owner.is_none_or(|owner| owner.service == service.name) {
                 continue;
             }
             match claim {

@@ -200,7 +200,7 @@ pub fn plan<'a>(
         service: service.name.clone(),
         frontends: frontends.into_values().collect(),
         source_ranges: service.source_ranges.iter().copied().collect(),
-        endpoints: candidates.standing(),
+        endpoints: candidates.states(),
     }
 }
 
@@ -357,7 +357,7 @@ struct Candidates(BTreeMap<(usize, bool), BTreeMap<(IpAddr, u16), Candidate>>);
 struct Choices {
     /// Ready ones, kept to the node or zone when the hints allow it; else those that still serve
     /// while they terminate.
-    near: BackendSet,
+    cluster: BackendSet,
     /// Those of this node, by the same preference.
     local: BackendSet,
 }
@@ -365,7 +365,7 @@ struct Choices {
 /// A field of [`Choices`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
-    Near,
+    Cluster,
     Local,
 }
 
@@ -375,7 +375,7 @@ const ROLES: u32 = 2;
 impl Choices {
     fn of(&self, role: Role) -> &BackendSet {
         match role {
-            Role::Near => &self.near,
+            Role::Cluster => &self.cluster,
             Role::Local => &self.local,
         }
     }
@@ -414,17 +414,17 @@ impl Candidates {
     }
 
     /// All endpoints, and whether they serve.
-    fn standing(&self) -> BTreeMap<(usize, IpAddr, u16), bool> {
-        let mut standing = BTreeMap::new();
+    fn states(&self) -> BTreeMap<(usize, IpAddr, u16), bool> {
+        let mut states = BTreeMap::new();
         for (&(port_index, _), endpoints) in &self.0 {
             for (&(address, port), candidate) in endpoints {
-                standing.insert(
+                states.insert(
                     (port_index, address, port),
                     candidate.ready || candidate.serving,
                 );
             }
         }
-        standing
+        states
     }
 
     fn choose(&self, port_index: usize, is_v6: bool) -> Choices {
@@ -453,7 +453,7 @@ impl Candidates {
         // Hints count only when every ready endpoint has them and some are meant for us: a
         // half-written set, or one that knows nothing of this node, must not send all traffic to
         // few endpoints.
-        let near = if ready().all(|candidate| candidate.has_node_hint)
+        let cluster = if ready().all(|candidate| candidate.has_node_hint)
             && ready().any(|candidate| candidate.for_this_node)
         {
             pick(&|candidate| candidate.ready && candidate.for_this_node)
@@ -466,7 +466,7 @@ impl Candidates {
         };
         Choices {
             local: best(&|candidate| candidate.local),
-            near,
+            cluster,
         }
     }
 }
@@ -492,17 +492,17 @@ fn role(service: &Service, id: &FrontendId, kind: FrontendKind, choices: &Choice
         (FrontendKind::ClusterIp, _) if service.internal_policy == TrafficPolicy::Local => {
             Role::Local
         }
-        (FrontendKind::ClusterIp, _) => Role::Near,
+        (FrontendKind::ClusterIp, _) => Role::Cluster,
         (_, Scope::External) if service.external_policy == TrafficPolicy::Local => {
             flags |= FRONTEND_KEEP_SOURCE;
-            if choices.local.is_empty() && !choices.near.is_empty() {
+            if choices.local.is_empty() && !choices.cluster.is_empty() {
                 flags |= FRONTEND_DROP;
             }
             Role::Local
         }
         // Internal clients of an external address get all backends, whatever the external policy
         // (SPEC P2); and hints are for everybody (SPEC B5).
-        _ => Role::Near,
+        _ => Role::Cluster,
     };
     (role, flags)
 }

@@ -5,7 +5,7 @@ use super::{
     Entry, Maps, Scratch, Subprogram, Subprograms,
     choose::{choose, look_up, refresh_affinity},
     flow::{client_key, shared_key, shared_port_bit},
-    forward::{explains, is_silent, unconfirmed},
+    forward::{explains, is_unanswered, unconfirmed},
     open::{insert, open},
     port_use::port_use,
     refusal::refuse_arriving,
@@ -149,7 +149,7 @@ fn orphan<F: Family, M: Maps<F>>(
     let is = flow.frontend == tuple.dst
         && flow.frontend_port == tuple.dst_port
         && maps.backend_flags(flow.backend_id) & BACKEND_GONE != 0
-        && is_silent(maps, entry, TCP);
+        && is_unanswered(maps, entry, TCP);
     if is {
         // In its name: that is how the client will see it.
         entry.record(maps, FLOW_BACKEND_RESET);

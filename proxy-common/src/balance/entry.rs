@@ -105,11 +105,11 @@ impl<A: Copy> Tracked for SnatSlot<A> {
 }
 
 impl<A: Copy> Entry<'_, Flow<A>> {
-    /// Notes when a packet went to a backend that may not answer ([`Flow::asked`]).
+    /// Notes when a packet went to a backend that may not answer ([`Flow::unanswered_since`]).
     #[inline(always)]
     pub(crate) fn ask(self, time: u16) {
         // SAFETY: an aligned field of an entry that is valid by `new`'s contract.
-        unsafe { (&raw mut (*self.ptr.as_ptr()).asked).write(time) };
+        unsafe { (&raw mut (*self.ptr.as_ptr()).unanswered_since).write(time) };
     }
 }
 

@@ -33,7 +33,7 @@ pub(crate) fn shared_key<F: Family>(tuple: &Tuple<F::Words>) -> FlowKey<F::Words
 /// The bit that says that two flows of a client's port are to different frontends.
 #[inline(always)]
 pub(crate) fn shared_port_bit<F: Family>(tuple: &Tuple<F::Words>) -> u32 {
-    hash::side::<F>(tuple.src, tuple.src_port, tuple.proto) as u32 % (COLLIDED_WORDS as u32 * 64)
+    hash::side::<F>(tuple.src, tuple.src_port, tuple.proto) as u32 % (SHARED_PORT_WORDS as u32 * 64)
 }
 
 /// The slot of a port in the SNAT range towards a backend, if it is in use for that backend and

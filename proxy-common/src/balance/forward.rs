@@ -19,7 +19,7 @@ use crate::{
 
 /// Epochs ([`Flow::epoch`]) without an answer after which a backend that is no endpoint any more
 /// counts as gone for good.
-const SILENT_EPOCHS: u16 = 2;
+const UNANSWERED_EPOCHS: u16 = 2;
 
 /// The first half of [`arriving`](super::arriving): all there is to do for packets of open flows,
 /// and those of no Service.
@@ -131,7 +131,7 @@ fn forward<F: Family, M: Maps<F>>(
     }
     let state = client_state(tcp_flags);
     let passed = entry.record(maps, state);
-    if flow.state & (FLOW_WAITING | FLOW_CLIENT_RESET) != 0 {
+    if flow.state & (FLOW_HALF_OPEN | FLOW_CLIENT_RESET) != 0 {
         goes_on(maps, entry, tuple.proto, tcp_flags);
     }
     if tuple.proto != UDP {
@@ -139,7 +139,7 @@ fn forward<F: Family, M: Maps<F>>(
         // in a while.
         if passed
             && maps.backend_flags(flow.backend_id) & BACKEND_GONE != 0
-            && is_silent(maps, entry, tuple.proto)
+            && is_unanswered(maps, entry, tuple.proto)
         {
             return None;
         }
@@ -181,7 +181,7 @@ fn resumes<F: Family, M: Maps<F>>(
         return false;
     };
     let flow = entry.read();
-    if flow.state & (FLOW_ANSWERED | FLOW_CONFIRMED) == FLOW_ANSWERED {
+    if flow.state & (FLOW_SEEN_REPLY | FLOW_CONFIRMED) == FLOW_SEEN_REPLY {
         entry.set(FLOW_CONFIRMED);
     }
     if flow.state & FLOW_SNAT == 0 {
@@ -233,12 +233,12 @@ fn goes_on<F: Family, M: Maps<F>>(
     tcp_flags: u8,
 ) {
     let flow = entry.read();
-    if flow.state & (FLOW_WAITING | FLOW_ANSWERED) == FLOW_WAITING | FLOW_ANSWERED
+    if flow.state & (FLOW_HALF_OPEN | FLOW_SEEN_REPLY) == FLOW_HALF_OPEN | FLOW_SEEN_REPLY
         && confirms(proto, tcp_flags)
     {
         // Both sides have spoken.
-        entry.clear(FLOW_WAITING);
-        maps.add_waiting(-1);
+        entry.clear(FLOW_HALF_OPEN);
+        maps.add_half_open(-1);
     }
     // Who resets a connection sends nothing more on it: somebody else did, or the backend did not
     // believe it.
@@ -289,7 +289,7 @@ fn snat_state<F: Family, M: Maps<F>>(
 /// Whether a backend that is no endpoint any more leaves the client without an answer. One that was
 /// only taken from behind its Service still answers, and its connections go on.
 #[inline(never)]
-pub(super) fn is_silent<F: Family, M: Maps<F>>(
+pub(super) fn is_unanswered<F: Family, M: Maps<F>>(
     maps: &M,
     entry: Entry<'_, Flow<F::Words>>,
     proto: u8,
@@ -311,18 +311,18 @@ pub(super) fn is_silent<F: Family, M: Maps<F>>(
         Some((_, slot)) => slot.state,
         None => flow.state,
     };
-    if state & FLOW_ASKED != 0 {
-        return maps.epoch().wrapping_sub(flow.asked) >= SILENT_EPOCHS;
+    if state & FLOW_UNANSWERED != 0 {
+        return maps.epoch().wrapping_sub(flow.unanswered_since) >= UNANSWERED_EPOCHS;
     }
     entry.ask(maps.epoch());
-    entry.record(maps, FLOW_ASKED);
+    entry.record(maps, FLOW_UNANSWERED);
     if let Some((slot, _)) = slot {
-        slot.record(maps, FLOW_ASKED);
+        slot.record(maps, FLOW_UNANSWERED);
     }
     false
 }
 
-/// A packet of the flow in `new_flows` under the key in `scratch`, on its way to the backend: the
+/// A packet of the flow in `unconfirmed` under the key in `scratch`, on its way to the backend: the
 /// flow is moved to `flows` once both sides have spoken.
 #[inline(always)]
 pub(crate) fn unconfirmed<F: Family, M: Subprograms<F>>(
@@ -338,7 +338,7 @@ pub(super) fn unconfirmed_here<F: Family, M: Maps<F>>(
     maps: &M,
     scratch: &mut Scratch<F::Words>,
 ) -> bool {
-    let Some(entry) = maps.new_flow(&scratch.key) else {
+    let Some(entry) = maps.unconfirmed_flow(&scratch.key) else {
         return false;
     };
     if scratch.arrival.tuple.proto == UDP && !resumes(maps, &scratch.key, entry) {
@@ -367,15 +367,15 @@ pub(super) fn unconfirmed_here<F: Family, M: Maps<F>>(
         )
     {
         // Replies of a translated source are seen in its slot only.
-        flow.state |= slot.state & FLOW_ANSWERED;
-        if flow.state & FLOW_ANSWERED != 0 && confirms {
+        flow.state |= slot.state & FLOW_SEEN_REPLY;
+        if flow.state & FLOW_SEEN_REPLY != 0 && confirms {
             entry.record(maps, FLOW_CONFIRMED);
         }
     }
-    if flow.state & FLOW_ANSWERED != 0 && confirms {
+    if flow.state & FLOW_SEEN_REPLY != 0 && confirms {
         flow.state |= FLOW_CONFIRMED;
         if maps.add_flow(&scratch.key, flow) {
-            maps.remove_new_flow(&scratch.key);
+            maps.remove_unconfirmed(&scratch.key);
         }
     }
     true

@@ -52,13 +52,13 @@ pub trait Maps<F: Family>: Clock {
     /// Whether few enough flows wait in `flows` for both sides to speak that one more may.
     fn may_wait(&self) -> bool;
     /// Notes that one more flow waits there, or one less.
-    fn add_waiting(&self, more: i64);
-    /// An entry of `new_flows`.
-    fn new_flow(&self, key: &FlowKey<F::Words>) -> Option<Entry<'_, Flow<F::Words>>>;
-    /// Adds to `new_flows`; `false` when the map refuses.
-    fn add_new_flow(&self, key: &FlowKey<F::Words>, flow: &Flow<F::Words>) -> bool;
-    /// Removes from `new_flows`.
-    fn remove_new_flow(&self, key: &FlowKey<F::Words>);
+    fn add_half_open(&self, more: i64);
+    /// An entry of `unconfirmed`.
+    fn unconfirmed_flow(&self, key: &FlowKey<F::Words>) -> Option<Entry<'_, Flow<F::Words>>>;
+    /// Adds to `unconfirmed`; `false` when the map refuses.
+    fn add_unconfirmed(&self, key: &FlowKey<F::Words>, flow: &Flow<F::Words>) -> bool;
+    /// Removes from `unconfirmed`.
+    fn remove_unconfirmed(&self, key: &FlowKey<F::Words>);
     /// A slot of `snat`.
     fn snat(&self, index: u32) -> Option<Entry<'_, SnatSlot<F::Words>>>;
     /// Sets a SNAT slot's `last_seen` from `seen` to `now`, unless another CPU was first.
@@ -75,9 +75,9 @@ pub trait Maps<F: Family>: Clock {
         reason = "per-CPU memory, asked for once in a run"
     )]
     fn scratch(&self) -> Option<&mut Scratch<F::Words>>;
-    /// Whether a bit of `collided` is set: flows to two frontends share a client's port.
+    /// Whether a bit of `shared_ports` is set: flows to two frontends share a client's port.
     fn port_is_shared(&self, bit: u32) -> bool;
-    /// Sets a bit of `collided`.
+    /// Sets a bit of `shared_ports`.
     fn set_port_shared(&self, bit: u32);
     /// `BACKEND_*` bits.
     fn backend_flags(&self, backend: u32) -> u16;

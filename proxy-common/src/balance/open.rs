@@ -44,12 +44,12 @@ pub(super) fn open<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Wor
         backend_id: slot.backend,
         last_seen: now,
         epoch: maps.epoch(),
-        asked: 0,
+        unanswered_since: 0,
         tried: 0,
     };
     if failover::is_for(tuple.proto, arrival.tcp_flags, frontend.flags) {
         flow.state = FLOW_RETRY | progress.probe_bits();
-        flow.asked = maps.affinity_now() as u16;
+        flow.unanswered_since = maps.affinity_now() as u16;
         flow.tried = progress.tried();
     }
     if frontend.flags & FRONTEND_AFFINITY != 0 {
@@ -111,7 +111,7 @@ fn entry_owner<F: Family, M: Maps<F>>(
 ) -> EntryOwner {
     let entry = match maps.flow(key) {
         Some(entry) => Some(entry),
-        None => maps.new_flow(key),
+        None => maps.unconfirmed_flow(key),
     };
     let Some(entry) = entry else {
         return EntryOwner::Nobody;
@@ -185,21 +185,21 @@ pub(super) fn insert<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::W
         maps.set_client(client);
     }
     // Replies to a translated source are not seen where open flows are, and only the way there from
-    // `new_flows` says that a flow is confirmed.
+    // `unconfirmed` says that a flow is confirmed.
     let may_be_open = flow.state & FLOW_SNAT == 0 && flow.tried & TRIED_KEEP == 0;
     if over.get() {
         if let Some(entry) = maps.flow(key) {
-            let waiting = entry.read().state & FLOW_WAITING;
+            let half_open = entry.read().state & FLOW_HALF_OPEN;
             if may_be_open {
-                flow.state |= waiting;
+                flow.state |= half_open;
                 entry.write(flow);
                 return;
             }
             maps.remove_flow(key);
-            if waiting != 0 {
-                maps.add_waiting(-1);
+            if half_open != 0 {
+                maps.add_half_open(-1);
             }
-        } else if let Some(entry) = maps.new_flow(key) {
+        } else if let Some(entry) = maps.unconfirmed_flow(key) {
             entry.write(flow);
             return;
         }
@@ -207,18 +207,18 @@ pub(super) fn insert<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::W
     // Into `flows` at once, which spares the common flow one insertion and one deletion; but only
     // so many that a flood of first packets cannot push open flows out.
     if may_be_open && maps.may_wait() {
-        flow.state |= FLOW_WAITING;
+        flow.state |= FLOW_HALF_OPEN;
         if maps.add_flow(key, flow) {
-            maps.add_waiting(1);
+            maps.add_half_open(1);
             return;
         }
-        flow.state &= !FLOW_WAITING;
+        flow.state &= !FLOW_HALF_OPEN;
     }
     let unconfirmed = filter::unconfirmed::<F>(arrival.tuple.src);
     if !maps.client(unconfirmed) {
         maps.set_client(unconfirmed);
     }
-    if !maps.add_new_flow(key, flow) {
+    if !maps.add_unconfirmed(key, flow) {
         // Never drop for lack of an entry: the hash finds the same backend again.
         maps.count(Event::ConntrackFull);
     }

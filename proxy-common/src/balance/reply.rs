@@ -65,7 +65,7 @@ pub fn answering<F: Family, M: Maps<F>>(
             Lookup::Unmatched => {}
             lookup => return lookup,
         }
-        match reply(maps, maps.new_flow(&key), tuple, state, tcp_flags) {
+        match reply(maps, maps.unconfirmed_flow(&key), tuple, state, tcp_flags) {
             Lookup::Unmatched => {}
             lookup => return lookup,
         }
@@ -205,18 +205,18 @@ pub(crate) fn snat_reply_arriving<F: Family, M: Maps<F>>(
 /// there, or has reset the connection.
 #[inline(always)]
 fn goes_on<T: Tracked>(entry: Entry<'_, T>, state: u16, tcp_flags: u8) {
-    if state & (FLOW_ASKED | FLOW_BACKEND_RESET) != 0 {
+    if state & (FLOW_UNANSWERED | FLOW_BACKEND_RESET) != 0 {
         entry.clear(if tcp_flags & RST == 0 {
-            FLOW_ASKED | FLOW_BACKEND_RESET
+            FLOW_UNANSWERED | FLOW_BACKEND_RESET
         } else {
-            FLOW_ASKED
+            FLOW_UNANSWERED
         });
     }
 }
 
 #[inline(always)]
 fn reply_state(proto: u8, tcp_flags: u8) -> u16 {
-    let mut state = FLOW_ANSWERED;
+    let mut state = FLOW_SEEN_REPLY;
     if proto != UDP {
         if tcp_flags & FIN != 0 {
             state |= FLOW_BACKEND_FIN;

@@ -156,7 +156,7 @@ pub(super) fn take_port_here<F: Family, M: Maps<F>>(
                 client_port: port,
                 ..client_key::<F>(tuple)
             };
-            if maps.flow(own_port).is_some() || maps.new_flow(own_port).is_some() {
+            if maps.flow(own_port).is_some() || maps.unconfirmed_flow(own_port).is_some() {
                 return false;
             }
         }

@@ -21,7 +21,7 @@ pub enum Subprogram {
     LookUp,
     /// The packet's flow, if it is in `flows` under the key in [`Scratch`].
     Explains,
-    /// The same for `new_flows`.
+    /// The same for `unconfirmed`.
     Unconfirmed,
     /// Takes the source port that the search stands at.
     TakePort,

@@ -29,7 +29,7 @@ pub(super) fn is_translated<F: Family, M: Maps<F>>(
     scratch.key = client_key::<F>(tuple);
     let entry = match maps.flow(&scratch.key) {
         Some(entry) => Some(entry),
-        None => maps.new_flow(&scratch.key),
+        None => maps.unconfirmed_flow(&scratch.key),
     };
     if let Some(entry) = entry {
         let flow = entry.read();

@@ -4,7 +4,7 @@
 //! The client's own retransmissions are the clock. When a backend has answered neither a SYN nor
 //! its first retransmission, the next SYN goes to another backend, and the one that failed is in
 //! *quarantine*: it gets no first SYNs for a while
-//! ([`Config::silence`](crate::layout::Config::silence)), which doubles each time that it fails
+//! ([`Config::quarantine`](crate::layout::Config::quarantine)), which doubles each time that it fails
 //! again. When the while is over one SYN *probes* it; its first answer ends the matter. When all
 //! backends are in quarantine, the choice is as ever.
 //!

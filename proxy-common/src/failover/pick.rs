@@ -163,7 +163,7 @@ pub(super) fn take<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Wor
             now.wrapping_add(quarantine_length(config, state.failures)),
         );
         // It gets no second SYN.
-        scratch.failover.probe.set(FLOW_TRIAL | FLOW_AGAIN);
+        scratch.failover.probe.set(FLOW_PROBE | FLOW_RETRANSMITTED);
     }
     if frontend.flags & FRONTEND_AFFINITY != 0 {
         let key = affinity_key::<F>(&scratch.arrival.tuple, frontend);

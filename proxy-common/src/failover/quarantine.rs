@@ -23,7 +23,7 @@ impl Entry<'_, BackendState> {
         // SAFETY: aligned fields of an entry that is valid by `new`'s contract.
         unsafe {
             (&raw mut (*self.as_ptr()).failures).write(failures);
-            (&raw mut (*self.as_ptr()).silent_until).write(until);
+            (&raw mut (*self.as_ptr()).quarantined_until).write(until);
         }
     }
 }
@@ -31,7 +31,7 @@ impl Entry<'_, BackendState> {
 /// Whether a flow's first answer is still due, and its SYN may go elsewhere.
 #[inline(always)]
 pub(crate) fn is_open(state: u16) -> bool {
-    state & (FLOW_RETRY | FLOW_ANSWERED) == FLOW_RETRY
+    state & (FLOW_RETRY | FLOW_SEEN_REPLY) == FLOW_RETRY
 }
 
 /// Whether a packet opens a flow that this module is for.
@@ -53,14 +53,14 @@ pub(crate) fn answered<F: Family, M: Maps<F>>(maps: &M, backend: u32) {
 /// Whether a backend gets no first SYNs now.
 #[inline(always)]
 pub(super) fn is_quarantined(state: &BackendState, now: u32) -> bool {
-    (state.failures != 0) & ((state.silent_until.wrapping_sub(now) as i32) > 0)
+    (state.failures != 0) & ((state.quarantined_until.wrapping_sub(now) as i32) > 0)
 }
 
 /// How long a backend is in quarantine after so many failures.
 #[inline(always)]
 pub(super) fn quarantine_length(config: &Config, failures: u16) -> u32 {
-    let doubled = u64::from(config.silence) << (u32::from(failures).wrapping_sub(1) & 15);
-    doubled.min(config.silence_most.into()) as u32
+    let doubled = u64::from(config.quarantine) << (u32::from(failures).wrapping_sub(1) & 15);
+    doubled.min(config.quarantine_max.into()) as u32
 }
 
 /// Records that the backend of the flow has failed. A flow that was on its way when the quarantine
@@ -72,7 +72,7 @@ pub(super) fn fail<F: Family, M: Maps<F>>(maps: &M, flow: &Flow<F::Words>, grows
         return;
     };
     let (state, now) = (entry.read(), maps.affinity_now());
-    if config.silence == 0 || (is_quarantined(&state, now) && flow.state & FLOW_TRIAL == 0) {
+    if config.quarantine == 0 || (is_quarantined(&state, now) && flow.state & FLOW_PROBE == 0) {
         return;
     }
     let failures = if grows || state.failures == 0 {

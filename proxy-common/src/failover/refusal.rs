@@ -140,7 +140,7 @@ fn find_request<F: Family, M: Maps<F>>(
             client_port: reply.dst_port,
             ..client_key::<F>(reply)
         };
-        if let Some(entry) = maps.new_flow(key).or_else(|| maps.flow(key)) {
+        if let Some(entry) = maps.unconfirmed_flow(key).or_else(|| maps.flow(key)) {
             let flow = entry.read();
             if flow.backend == reply.src
                 && flow.backend_port == reply.src_port
@@ -183,7 +183,7 @@ pub(crate) fn end<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Word
         client_port: tuple.dst_port,
         ..client_key::<F>(tuple)
     };
-    if let Some(entry) = maps.new_flow(key) {
+    if let Some(entry) = maps.unconfirmed_flow(key) {
         entry.clear(FLOW_RETRY);
     }
     if let Some(entry) = maps.flow(key) {

@@ -65,7 +65,7 @@ pub(super) fn entry_of<'m, F: Family, M: Maps<F>>(
     scratch: &Scratch<F::Words>,
 ) -> Option<Entry<'m, Flow<F::Words>>> {
     let tuple = &scratch.arrival.tuple;
-    if let Some(entry) = maps.new_flow(&scratch.key)
+    if let Some(entry) = maps.unconfirmed_flow(&scratch.key)
         && is_pending(&entry.read(), tuple)
     {
         return Some(entry);
@@ -129,13 +129,13 @@ fn evaluate_failures<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::W
         return Syn::MoveOn;
     }
     let now = maps.affinity_now() as u16;
-    if now.wrapping_sub(flow.asked) < SAME_SYN {
+    if now.wrapping_sub(flow.unanswered_since) < SAME_SYN {
         return Syn::Same;
     }
-    let twice = flow.state & FLOW_AGAIN != 0;
+    let twice = flow.state & FLOW_RETRANSMITTED != 0;
     if let Some(entry) = entry_of(maps, scratch) {
         entry.ask(now);
-        entry.set(FLOW_AGAIN);
+        entry.set(FLOW_RETRANSMITTED);
     }
     if twice { Syn::MoveOn } else { Syn::Same }
 }
@@ -144,7 +144,7 @@ fn evaluate_failures<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::W
 #[inline(never)]
 fn stay<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
     let tuple = &scratch.arrival.tuple;
-    if let Some(entry) = maps.new_flow(&scratch.key)
+    if let Some(entry) = maps.unconfirmed_flow(&scratch.key)
         && is_pending(&entry.read(), tuple)
     {
         return unconfirmed(maps, scratch);

@@ -199,7 +199,7 @@ fn arriving<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) ->
 #[inline(always)]
 fn forward<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
     let Scratch { key, slow, .. } = scratch;
-    let Some(entry) = maps.flow(key).or_else(|| maps.new_flow(key)) else {
+    let Some(entry) = maps.flow(key).or_else(|| maps.unconfirmed_flow(key)) else {
         return false;
     };
     let flow = entry.read();
@@ -250,7 +250,7 @@ fn leaving<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> 
         *key = client_key::<F>(&answer);
         key.client = answer.dst;
         key.client_port = answer.dst_port;
-        if let Some(entry) = maps.flow(key).or_else(|| maps.new_flow(key)) {
+        if let Some(entry) = maps.flow(key).or_else(|| maps.unconfirmed_flow(key)) {
             let flow = entry.read();
             if flow.backend == answer.src
                 && flow.backend_port == answer.src_port

@@ -21,14 +21,14 @@ struct Kept {
 impl Kept {
     fn new(proto: u8, way: (Origin, bool), backends: std::ops::Range<u8>) -> Self {
         let mut config = config();
-        (config.silence, config.silence_most) = (60, 1800);
+        (config.quarantine, config.quarantine_max) = (60, 1800);
         let kept = Self {
             node: Node::new(config),
             proto,
             way,
         };
         // Open flows would stand among the others, which tells nothing of their clients.
-        kept.node.most_waiting.set(1000);
+        kept.node.max_half_open.set(1000);
         kept.serve(backends);
         kept
     }
@@ -123,7 +123,7 @@ impl Kept {
         }
         assert!(*self.node.affinity.borrow() == before);
         self.node.new_affinity.borrow_mut().clear();
-        self.node.new_flows.borrow_mut().clear();
+        self.node.unconfirmed.borrow_mut().clear();
     }
 }
 

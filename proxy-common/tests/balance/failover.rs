@@ -28,7 +28,7 @@ const WAYS: [(Origin, bool); 3] = [
 fn node(count: usize, flags: u16) -> Node<V4> {
     let mut config = config();
     // A second, in ticks of 17 ms, and half a minute.
-    (config.silence, config.silence_most) = (60, 1800);
+    (config.quarantine, config.quarantine_max) = (60, 1800);
     let node = Node::new(config);
     let frontend = Frontend {
         flags,
@@ -96,11 +96,11 @@ fn count(node: &Node<V4>, event: Event) -> usize {
 }
 
 /// Flows that wait in `flows`.
-fn waiting(node: &Node<V4>) -> i64 {
+fn half_open(node: &Node<V4>) -> i64 {
     let flows = node.flows.borrow();
     flows
         .values()
-        .filter(|flow| flow.state & FLOW_WAITING != 0)
+        .filter(|flow| flow.state & FLOW_HALF_OPEN != 0)
         .count() as i64
 }
 
@@ -120,7 +120,7 @@ fn the_third_syn_goes_to_another_backend_and_its_connection_stays_there() {
         for port in 40_000..40_200 {
             let node = node(4, 0);
             // Every other one stands in `flows` from the beginning.
-            node.most_waiting.set(i64::from(port % 2));
+            node.max_half_open.set(i64::from(port % 2));
             let first = send(&node, dialled(port), SYN, way);
             wait(&node, 1);
             assert_eq!(
@@ -138,7 +138,7 @@ fn the_third_syn_goes_to_another_backend_and_its_connection_stays_there() {
             let second = send(&node, dialled(port), SYN, way);
             assert_ne!(second.dst, first.dst);
             assert_eq!(count(&node, Event::Retry), 1);
-            assert_eq!(node.waiting.get(), waiting(&node));
+            assert_eq!(node.half_open.get(), half_open(&node));
             assert_eq!(
                 send(&node, dialled(port), SYN, way),
                 second,
@@ -178,7 +178,7 @@ fn a_refusal_is_held_back_while_another_backend_is_left() {
     for way in WAYS {
         for port in 40_000..40_200 {
             let node = node(3, 0);
-            node.most_waiting.set(i64::from(port % 2) * 2);
+            node.max_half_open.set(i64::from(port % 2) * 2);
             let mut tried = HashSet::new();
             for n in 0..3 {
                 let seen = send(&node, dialled(port), SYN, way);
@@ -189,7 +189,7 @@ fn a_refusal_is_held_back_while_another_backend_is_left() {
                     (n == 2).then_some(back(dialled(port))),
                     "{way:?}: refusal {n}"
                 );
-                assert_eq!(node.waiting.get(), waiting(&node));
+                assert_eq!(node.half_open.get(), half_open(&node));
             }
             assert_eq!(
                 (count(&node, Event::RefusalHeld), count(&node, Event::Retry)),
@@ -280,23 +280,23 @@ fn a_silent_backend_is_passed_over_for_a_growing_while_and_then_tried_by_one() {
             "silent, failure {failures}"
         );
         wait(&node, 1);
-        let trial = dial_until(&node, &mut ports, silent).expect("a trial");
+        let probe = dial_until(&node, &mut ports, silent).expect("a probe");
         assert_eq!(
             dial_until(&node, &mut ports, silent),
             None,
-            "one SYN is enough for a trial"
+            "one SYN is enough for a probe"
         );
         wait(&node, 1);
         // No second one for it: its client has waited for nothing already.
-        assert_ne!(send(&node, dialled(trial), SYN, WAYS[0]).dst, silent);
+        assert_ne!(send(&node, dialled(probe), SYN, WAYS[0]).dst, silent);
     }
     for _ in 0..2 {
         wait(&node, 64);
-        let trial = dial_until(&node, &mut ports, silent).expect("a trial");
-        let seen = to(dialled(trial).src, trial, silent, 8080);
+        let probe = dial_until(&node, &mut ports, silent).expect("a probe");
+        let seen = to(dialled(probe).src, probe, silent, 8080);
         assert_eq!(
             answer(&node, seen, SYN | ACK, WAYS[0]),
-            Some(back(dialled(trial)))
+            Some(back(dialled(probe)))
         );
         assert_eq!(state(&node, silent).failures, 0);
         assert!(
@@ -315,7 +315,7 @@ fn a_silent_backends_share_falls_to_all_others_and_nobody_else_moves() {
         .unwrap()
         .write(&BackendState {
             failures: 1,
-            silent_until: failing.affinity_now() + 1000,
+            quarantined_until: failing.affinity_now() + 1000,
             ..BackendState::default()
         });
     let mut shares = HashMap::new();
@@ -356,12 +356,12 @@ fn sockets_pass_over_a_silent_backend() {
         }
         shares
     };
-    let silence = |id: u32, failures, until| {
+    let quarantine = |id: u32, failures, until| {
         Maps::<V4>::backend(&node, id)
             .unwrap()
             .write(&BackendState {
                 failures,
-                silent_until: until,
+                quarantined_until: until,
                 ..BackendState::default()
             });
     };
@@ -372,25 +372,25 @@ fn sockets_pass_over_a_silent_backend() {
     };
     let before = shares();
     assert!(evenly(&before), "{before:?}");
-    silence(0, 1, now + 1);
+    quarantine(0, 1, now + 1);
     let without_one = shares();
     assert!(
         without_one[0] == 0 && evenly(&without_one[1..]),
         "{without_one:?}"
     );
-    silence(0, 1, now);
-    assert_eq!(shares(), before, "its silence is over");
-    (0..4).for_each(|id| silence(id, 3, now + 100));
+    quarantine(0, 1, now);
+    assert_eq!(shares(), before, "its quarantine is over");
+    (0..4).for_each(|id| quarantine(id, 3, now + 100));
     assert_eq!(shares(), before, "all are silent");
-    (0..3).for_each(|id| silence(id, 3, now + 100));
-    silence(3, 0, 0);
+    (0..3).for_each(|id| quarantine(id, 3, now + 100));
+    quarantine(3, 0, 0);
     assert_eq!(shares(), [0, 0, 0, SOCKETS]);
 }
 
 #[test]
 fn a_client_that_keeps_its_backend_keeps_the_other_one_from_then_on() {
     let mut config = config();
-    (config.silence, config.silence_most) = (60, 1800);
+    (config.quarantine, config.quarantine_max) = (60, 1800);
     let node: Node<V4> = Node::new(config);
     let frontend = Frontend {
         flags: FRONTEND_AFFINITY,
@@ -420,7 +420,7 @@ fn all_silent_is_as_if_none_were() {
             .unwrap()
             .write(&BackendState {
                 failures: 1,
-                silent_until: failing.affinity_now() + 1000,
+                quarantined_until: failing.affinity_now() + 1000,
                 ..BackendState::default()
             });
     }

@@ -34,13 +34,13 @@ pub(crate) struct Node<F: Family> {
     pub(crate) ids: RefCell<Vec<(F::Words, u16)>>,
     pub(crate) source_ranges: RefCell<HashSet<SourceRangeKey<F::Words>>>,
     pub(crate) flows: Flows<F::Words>,
-    pub(crate) new_flows: Flows<F::Words>,
+    pub(crate) unconfirmed: Flows<F::Words>,
     pub(crate) snat: RefCell<HashMap<u32, Box<SnatSlot<F::Words>>>>,
-    pub(crate) collided: RefCell<HashSet<u32>>,
+    pub(crate) shared_ports: RefCell<HashSet<u32>>,
     pub(crate) clients: RefCell<HashSet<u32>>,
     /// Flows that wait for an answer in `flows`, and how many may.
-    pub(crate) waiting: Cell<i64>,
-    pub(crate) most_waiting: Cell<i64>,
+    pub(crate) half_open: Cell<i64>,
+    pub(crate) max_half_open: Cell<i64>,
     pub(crate) backends: RefCell<HashMap<u32, Box<BackendState>>>,
     /// The source address that routes give on the way to others.
     pub(crate) route_sources: RefCell<HashMap<F::Words, F::Words>>,
@@ -66,12 +66,12 @@ impl<F: Family<Words: Hash>> Node<F> {
             ids: RefCell::default(),
             source_ranges: RefCell::default(),
             flows: RefCell::default(),
-            new_flows: RefCell::default(),
+            unconfirmed: RefCell::default(),
             snat: RefCell::default(),
-            collided: RefCell::default(),
+            shared_ports: RefCell::default(),
             clients: RefCell::default(),
-            waiting: Cell::default(),
-            most_waiting: Cell::default(),
+            half_open: Cell::default(),
+            max_half_open: Cell::default(),
             backends: RefCell::default(),
             route_sources: RefCell::default(),
             sockets: RefCell::default(),
@@ -244,18 +244,18 @@ impl<F: Family<Words: Hash>> Maps<F> for Node<F> {
         self.flows.borrow_mut().insert(*key, Box::new(*flow));
         true
     }
-    fn new_flow(&self, key: &FlowKey<F::Words>) -> Option<Entry<'_, Flow<F::Words>>> {
-        entry(self.new_flows.borrow_mut().get_mut(key))
+    fn unconfirmed_flow(&self, key: &FlowKey<F::Words>) -> Option<Entry<'_, Flow<F::Words>>> {
+        entry(self.unconfirmed.borrow_mut().get_mut(key))
     }
-    fn add_new_flow(&self, key: &FlowKey<F::Words>, flow: &Flow<F::Words>) -> bool {
-        self.new_flows.borrow_mut().insert(*key, Box::new(*flow));
+    fn add_unconfirmed(&self, key: &FlowKey<F::Words>, flow: &Flow<F::Words>) -> bool {
+        self.unconfirmed.borrow_mut().insert(*key, Box::new(*flow));
         true
     }
     fn remove_flow(&self, key: &FlowKey<F::Words>) {
         self.flows.borrow_mut().remove(key);
     }
-    fn remove_new_flow(&self, key: &FlowKey<F::Words>) {
-        self.new_flows.borrow_mut().remove(key);
+    fn remove_unconfirmed(&self, key: &FlowKey<F::Words>) {
+        self.unconfirmed.borrow_mut().remove(key);
     }
     fn snat(&self, index: u32) -> Option<Entry<'_, SnatSlot<F::Words>>> {
         if index >= snat::entries(&self.config) {
@@ -284,16 +284,16 @@ impl<F: Family<Words: Hash>> Maps<F> for Node<F> {
         Some(unsafe { &mut *self.scratch.get() })
     }
     fn port_is_shared(&self, bit: u32) -> bool {
-        self.collided.borrow().contains(&bit)
+        self.shared_ports.borrow().contains(&bit)
     }
     fn set_port_shared(&self, bit: u32) {
-        self.collided.borrow_mut().insert(bit);
+        self.shared_ports.borrow_mut().insert(bit);
     }
     fn may_wait(&self) -> bool {
-        self.waiting.get() < self.most_waiting.get()
+        self.half_open.get() < self.max_half_open.get()
     }
-    fn add_waiting(&self, more: i64) {
-        self.waiting.set(self.waiting.get() + more);
+    fn add_half_open(&self, more: i64) {
+        self.half_open.set(self.half_open.get() + more);
     }
     fn client(&self, bit: u32) -> bool {
         self.clients.borrow().contains(&bit)

@@ -67,9 +67,9 @@ pub(super) struct Path {
 
 type Paths<A> = LruHashMap<A, Path, 4096>;
 
-#[btf_map(name = "pod_ways4")]
+#[btf_map(name = "pod_routes4")]
 static PATHS4: Paths<[u8; 4]> = Paths::new();
-#[btf_map(name = "pod_ways6")]
+#[btf_map(name = "pod_routes6")]
 static PATHS6: Paths<[u8; 16]> = Paths::new();
 
 /// Memory of one run: the stack has no room for it.
@@ -79,7 +79,7 @@ struct Work {
     path: Path,
 }
 
-#[btf_map(name = "fast_work")]
+#[btf_map(name = "host_routing")]
 static WORK: PerCpuArray<Work, 1> = PerCpuArray::new();
 
 /// The maps of one family.

@@ -60,20 +60,20 @@ async fn follow_file(path: PathBuf, args: RunArgs, settings: Settings, tx: mpsc:
                 Some(_) => files::POLL,
                 None => files::POLL_ALONE,
             };
-            let told = tokio::select! {
-                told = woken.recv() => told.is_some(),
+            let signalled = tokio::select! {
+                signalled = woken.recv() => signalled.is_some(),
                 () = tokio::time::sleep(poll) => false,
                 () = tx.closed() => return,
             };
-            while told && tokio::time::timeout(QUIET, woken.recv()).await.is_ok() {}
+            while signalled && tokio::time::timeout(QUIET, woken.recv()).await.is_ok() {}
             let now = files::signature(&paths);
             let changed = now != seen;
             seen = now;
-            if changed && !told {
+            if changed && !signalled {
                 // What the watcher did not tell: a folder was replaced, or links lead elsewhere.
                 watcher = files::watch(&paths, &wake);
             }
-            if told || changed {
+            if signalled || changed {
                 break;
             }
         }

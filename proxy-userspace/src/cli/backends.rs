@@ -47,7 +47,7 @@ pub struct BackendRow {
     pub local: bool,
     /// It left connections unanswered, or refused them, and has not answered since.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub silent: Option<Silence>,
+    pub quarantine: Option<Quarantine>,
     /// Flows that were sent here.
     pub flows: FlowCounts,
     /// The frontends that lead here: address and port.
@@ -59,16 +59,20 @@ pub struct BackendRow {
 /// A backend that does not answer (see [`shunt_common::failover`]).
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Silence {
+pub struct Quarantine {
     /// How often in a row, twice as long each time.
     pub failures: u16,
     /// Until it is tried again; 0: the next connection tries it.
     pub remaining_ms: u64,
 }
 
-impl Silence {
+impl Quarantine {
     fn of(state: &BackendState, now: u32) -> Option<Self> {
-        let remaining = state.silent_until.wrapping_sub(now).cast_signed().max(0);
+        let remaining = state
+            .quarantined_until
+            .wrapping_sub(now)
+            .cast_signed()
+            .max(0);
         (state.failures != 0).then_some(Self {
             failures: state.failures,
             remaining_ms: u64::from(remaining.cast_unsigned()) * AFFINITY_TICK_NS / 1_000_000,
@@ -111,7 +115,7 @@ pub fn list(maps: &Maps) -> Result<Vec<BackendRow>, MapError> {
                     port: backend.port,
                     protocol: id.protocol.to_string(),
                     local: backend.local,
-                    silent: Silence::of(&state, gc::now_in(AFFINITY_TICK_NS)),
+                    quarantine: Quarantine::of(&state, gc::now_in(AFFINITY_TICK_NS)),
                     flows: FlowCounts {
                         socket: state.socket_flows,
                         tc: state.tc_flows,
@@ -164,7 +168,7 @@ pub fn run(args: &BackendsArgs) -> anyhow::Result<()> {
         "BACKEND",
         "PROTOCOL",
         "WHERE",
-        "SILENT",
+        "QUARANTINE",
         "SOCKET",
         "TC",
         "XDP",
@@ -182,12 +186,12 @@ pub fn run(args: &BackendsArgs) -> anyhow::Result<()> {
             } else {
                 "remote".into()
             },
-            match &row.silent {
+            match &row.quarantine {
                 None => String::new(),
-                Some(Silence {
+                Some(Quarantine {
                     remaining_ms: 0, ..
                 }) => "to be tried".into(),
-                Some(silence) => format!("for {:.1}s", silence.remaining_ms as f64 / 1000.0),
+                Some(quarantine) => format!("for {:.1}s", quarantine.remaining_ms as f64 / 1000.0),
             },
             row.flows.socket.to_string(),
             row.flows.tc.to_string(),

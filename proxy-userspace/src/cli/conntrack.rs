@@ -6,8 +6,8 @@ use std::net::SocketAddr;
 use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
 use shunt_common::layout::{
-    FLOW_ANSWERED, FLOW_BACKEND_FIN, FLOW_CLIENT_FIN, FLOW_LOCAL_BACKEND, FLOW_LOCAL_CLIENT,
-    FLOW_RESET, FLOW_SNAT, Flow, FlowKey,
+    FLOW_BACKEND_FIN, FLOW_CLIENT_FIN, FLOW_LOCAL_BACKEND, FLOW_LOCAL_CLIENT, FLOW_RESET,
+    FLOW_SEEN_REPLY, FLOW_SNAT, Flow, FlowKey,
 };
 
 use super::{Common, Output, Peer, open, print, print_rows};
@@ -97,7 +97,7 @@ impl State {
         match bits & FINS {
             _ if bits & FLOW_RESET != 0 => Self::Closed,
             FINS => Self::Closed,
-            0 if bits & FLOW_ANSWERED != 0 => Self::Established,
+            0 if bits & FLOW_SEEN_REPLY != 0 => Self::Established,
             0 => Self::Unanswered,
             _ => Self::Closing,
         }

@@ -4,8 +4,8 @@ use clap::CommandFactory;
 use shunt_common::{
     family::{Family, V4, V6},
     layout::{
-        AFFINITY_TICK_NS, BackendState, Config, FLOW_ANSWERED, FLOW_BACKEND_FIN, FLOW_CLIENT_FIN,
-        FLOW_RESET, FLOW_SNAT, FRONTEND_DROP, Flow, FlowKey, SnatSlot, TCP, TICK_NS, UDP,
+        AFFINITY_TICK_NS, BackendState, Config, FLOW_BACKEND_FIN, FLOW_CLIENT_FIN, FLOW_RESET,
+        FLOW_SEEN_REPLY, FLOW_SNAT, FRONTEND_DROP, Flow, FlowKey, SnatSlot, TCP, TICK_NS, UDP,
     },
     snat,
 };
@@ -218,7 +218,7 @@ fn backends_count_flows_by_hook_and_name_their_frontends() {
         tc_flows: 4,
         xdp_flows: 5,
         failures: 2,
-        silent_until: gc::now_in(AFFINITY_TICK_NS) + 600,
+        quarantined_until: gc::now_in(AFFINITY_TICK_NS) + 600,
         ..maps.backends.get(&local.id).unwrap().unwrap()
     };
     maps.backends.set(&local.id, &state).unwrap();
@@ -242,15 +242,15 @@ fn backends_count_flows_by_hook_and_name_their_frontends() {
         value["frontends"],
         serde_json::json!(["0.0.0.0:30080", "10.96.0.1:80"])
     );
-    assert_eq!(value["silent"]["failures"], 2);
-    let remaining = value["silent"]["remainingMs"].as_u64().unwrap();
+    assert_eq!(value["quarantine"]["failures"], 2);
+    let remaining = value["quarantine"]["remainingMs"].as_u64().unwrap();
     assert!((9000..=10_067).contains(&remaining), "{remaining}");
     let remote = rows.iter().find(|row| !row.local).unwrap();
     assert_eq!(
         (remote.address, remote.frontends.len()),
         ([10, 0, 0, 2].into(), 2)
     );
-    assert_eq!(remote.silent, None);
+    assert_eq!(remote.quarantine, None);
 }
 
 fn add_flow<F: MapFamily>(
@@ -282,10 +282,10 @@ fn add_flow<F: MapFamily>(
         backend_id: 1,
         last_seen: NOW - (idle * 1_000_000_000 / TICK_NS) as u32,
         epoch: 0,
-        asked: 0,
+        unanswered_since: 0,
         tried: 0,
     };
-    let table = usize::from(state & FLOW_ANSWERED != 0);
+    let table = usize::from(state & FLOW_SEEN_REPLY != 0);
     maps.flow_maps()[table].set(&key, &flow).unwrap();
     flow
 }
@@ -316,7 +316,7 @@ fn flows_of_both_tables_and_families_are_listed_and_filtered() {
         [10, 0, 0, 1],
         2,
         TCP,
-        FLOW_ANSWERED | FLOW_SNAT,
+        FLOW_SEEN_REPLY | FLOW_SNAT,
         100,
     );
     add_flow(
@@ -324,19 +324,19 @@ fn flows_of_both_tables_and_families_are_listed_and_filtered() {
         [10, 0, 0, 2],
         3,
         TCP,
-        FLOW_ANSWERED | FLOW_CLIENT_FIN,
+        FLOW_SEEN_REPLY | FLOW_CLIENT_FIN,
         0,
     );
-    add_flow(&maps.v4, [10, 0, 0, 2], 4, UDP, FLOW_ANSWERED, 0);
+    add_flow(&maps.v4, [10, 0, 0, 2], 4, UDP, FLOW_SEEN_REPLY, 0);
     add_flow(
         &maps.v6,
         v6,
         5,
         TCP,
-        FLOW_ANSWERED | FLOW_CLIENT_FIN | FLOW_BACKEND_FIN,
+        FLOW_SEEN_REPLY | FLOW_CLIENT_FIN | FLOW_BACKEND_FIN,
         0,
     );
-    add_flow(&maps.v6, v6, 6, TCP, FLOW_ANSWERED | FLOW_RESET, 0);
+    add_flow(&maps.v6, v6, 6, TCP, FLOW_SEEN_REPLY | FLOW_RESET, 0);
 
     let states = |line: &str| -> Vec<(u16, String)> {
         let rows =
@@ -399,7 +399,7 @@ fn flush_deletes_what_its_filter_admits_frees_source_ports_and_says_how_many() {
         [10, 0, 0, 2],
         2,
         TCP,
-        FLOW_ANSWERED | FLOW_SNAT,
+        FLOW_SEEN_REPLY | FLOW_SNAT,
         0,
     );
     let index = snat::index::<V4>(
@@ -417,7 +417,7 @@ fn flush_deletes_what_its_filter_admits_frees_source_ports_and_says_how_many() {
         client_port: 2,
         frontend_port: flow.frontend_port,
         backend_port: flow.backend_port,
-        state: FLOW_ANSWERED,
+        state: FLOW_SEEN_REPLY,
         last_seen: NOW,
         backend_id: 1,
         proto: TCP,
@@ -426,7 +426,7 @@ fn flush_deletes_what_its_filter_admits_frees_source_ports_and_says_how_many() {
         owner: 0,
     };
     maps.v4.snat.set(index, slot);
-    add_flow::<V6>(&maps.v6, [1; 16], 3, UDP, FLOW_ANSWERED, 0);
+    add_flow::<V6>(&maps.v6, [1; 16], 3, UDP, FLOW_SEEN_REPLY, 0);
 
     assert_eq!(
         conntrack::flush(&maps, &filter("--client 10.0.0.2")).unwrap(),

@@ -212,7 +212,7 @@ fn remove_pin(path: &Path) -> Result<(), AttachError> {
 
 /// A link on a device that this agent holds.
 #[derive(Debug)]
-struct Held {
+struct AttachedLink {
     fd: OwnedFd,
     pin: PathBuf,
     /// It runs this agent's program.
@@ -229,7 +229,7 @@ pub struct Attacher {
     xdp: XdpMode,
     tc: TcMode,
     /// By device index and program. `None` until the pins of an agent before this one were read.
-    links: Option<BTreeMap<(u32, &'static str), Held>>,
+    links: Option<BTreeMap<(u32, &'static str), AttachedLink>>,
     /// clsact filters that this agent attached.
     filters: BTreeMap<(u32, &'static str), String>,
     /// What failed last time, so that each failure is said once.
@@ -521,7 +521,7 @@ impl Attacher {
     }
 
     /// The links that an agent before this one pinned; stale pins are removed.
-    fn read_pins(&self) -> Result<BTreeMap<(u32, &'static str), Held>, AttachError> {
+    fn read_pins(&self) -> Result<BTreeMap<(u32, &'static str), AttachedLink>, AttachError> {
         let mut links = BTreeMap::new();
         for pin in list(&self.paths.links())? {
             let Some((target, program)) = parse_pin(&pin) else {
@@ -543,7 +543,7 @@ impl Attacher {
                     if index != 0 && here {
                         links.insert(
                             (index, program),
-                            Held {
+                            AttachedLink {
                                 fd,
                                 pin,
                                 current: false,
@@ -566,7 +566,7 @@ impl Attacher {
         device: &Device,
         program: &'static str,
         hook: Hook,
-        links: &mut BTreeMap<(u32, &'static str), Held>,
+        links: &mut BTreeMap<(u32, &'static str), AttachedLink>,
     ) -> io::Result<()> {
         let Some(fd) = self.programs.get(program) else {
             return Err(io::Error::new(
@@ -601,7 +601,7 @@ impl Attacher {
         bpf::pin_over(link.as_fd(), &pin)?;
         links.insert(
             key,
-            Held {
+            AttachedLink {
                 fd: link,
                 pin,
                 current: true,
@@ -612,7 +612,7 @@ impl Attacher {
 
     /// Whether a link from before is what runs on the device, in the mode that is wanted now:
     /// updates keep the mode.
-    fn same_xdp(&self, device: &Device, held: &Held) -> bool {
+    fn same_xdp(&self, device: &Device, held: &AttachedLink) -> bool {
         let program = link::info(held.fd.as_fd()).map(|info| info.program).ok();
         let mode_fits = match device.xdp {
             Some(XdpState { generic, .. }) => generic == (self.xdp == XdpMode::Generic),

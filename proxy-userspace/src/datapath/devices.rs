@@ -199,7 +199,7 @@ impl DevicePatterns {
     pub fn select(&self, devices: Vec<Device>) -> (Vec<(Device, Role)>, Vec<LeftOut>) {
         let judged: Vec<Result<Role, Cow<'static, str>>> = devices
             .iter()
-            .map(|device| self.judge(device, &devices))
+            .map(|device| self.role_of(device, &devices))
             .collect();
         let (mut taken, mut left_out) = (Vec::new(), Vec::new());
         for (device, judged) in devices.into_iter().zip(judged) {
@@ -216,7 +216,7 @@ impl DevicePatterns {
     }
 
     /// What a device is taken for, or why it is not.
-    fn judge(&self, device: &Device, all: &[Device]) -> Result<Role, Cow<'static, str>> {
+    fn role_of(&self, device: &Device, all: &[Device]) -> Result<Role, Cow<'static, str>> {
         let named = |globs: &[Glob]| globs.iter().any(|g| g.matches(&device.name));
         if device.loopback {
             return Err("the loopback device".into());
@@ -657,7 +657,7 @@ mod tests {
         devices
             .iter()
             .map(|device| {
-                let judged = patterns.judge(device, &devices);
+                let judged = patterns.role_of(device, &devices);
                 (device.name.clone(), judged.map_err(Cow::into_owned))
             })
             .collect()

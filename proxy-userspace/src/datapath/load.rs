@@ -43,10 +43,10 @@ const USUAL_BPFFS: &str = "/sys/fs/bpf";
 /// takes that one away.
 pub(crate) const MOUNT_SOURCE: &str = "shunt";
 /// One in so many entries of `flows` may be one that waits for its first answer.
-const WAITING_SHARE: u32 = 128;
+const HALF_OPEN_SHARE: u32 = 128;
 /// Maps that hold nothing from one packet to the next. They are not pinned: another build may want
 /// more of this memory, and none needs what is in it.
-const RUN_MEMORY: [&str; 3] = ["scratch4", "scratch6", "fast_work"];
+const RUN_MEMORY: [&str; 3] = ["scratch4", "scratch6", "host_routing"];
 /// Lines of the verifier's log that an error quotes; the reason is in the last ones.
 const VERIFIER_LINES: usize = 12;
 
@@ -262,7 +262,7 @@ pub fn load_timed(config: &LoadConfig, watch: &mut Stopwatch) -> Result<Datapath
         globals: [
             ("FAST_PATH", config.fast_path.into()),
             ("COUNT_TRAFFIC", config.count_traffic.into()),
-            ("MOST_WAITING", capacities.flows / WAITING_SHARE),
+            ("MAX_HALF_OPEN", capacities.flows / HALF_OPEN_SHARE),
             ("CSUM_IPV6", if csum_ipv6 { probe::BPF_F_IPV6 } else { 0 }),
             (
                 "FIB_SOURCE",

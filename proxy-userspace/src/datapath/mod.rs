@@ -196,11 +196,11 @@ pub struct Capacities {
     pub frontends: u32,
     /// `--max-slots`: entries of `slots*`.
     pub slots: u32,
-    /// `--max-backends`: entries of `backends` and `members*`.
+    /// `--max-backends`: entries of `backends` and `set_members*`.
     pub backends: u32,
     /// `--max-flows`: entries of `flows*`.
     pub flows: u32,
-    /// `--max-new-flows`: entries of `new_flows*`.
+    /// `--max-new-flows`: entries of `unconfirmed*`.
     pub new_flows: u32,
     /// `--max-snat`: entries of `snat*`.
     pub snat: u32,
@@ -241,7 +241,7 @@ impl Capacities {
         [
             (&names::FRONTENDS[..], "--max-frontends", frontends),
             // An address and a Service have two frontends at least.
-            (&names::ADDRESSES[..], "--max-frontends", frontends),
+            (&names::SERVICE_ADDRS[..], "--max-frontends", frontends),
             (&[names::SERVICES][..], "--max-frontends", frontends),
             (&names::SLOTS[..], "--max-slots", slots),
             (
@@ -250,14 +250,14 @@ impl Capacities {
                 backends,
             ),
             (&names::FLOWS[..], "--max-flows", flows),
-            (&names::NEW_FLOWS[..], "--max-new-flows", new_flows),
+            (&names::UNCONFIRMED[..], "--max-new-flows", new_flows),
             (&names::SNAT[..], "--max-snat", snat),
             (&names::AFFINITY[..], "--max-affinity", affinity),
             (&names::NEW_AFFINITY[..], "--max-affinity", affinity),
             (&[names::SOCKETS][..], "--max-sockets", sockets),
             // Entries exist for Services with affinity or source ranges only, and take no memory
             // before.
-            (&names::MEMBERS[..], "--max-backends", backends),
+            (&names::SET_MEMBERS[..], "--max-backends", backends),
             (&names::SOURCE_RANGES[..], "--max-frontends", frontends),
         ]
         .into_iter()
@@ -265,14 +265,14 @@ impl Capacities {
     }
 
     /// Takes over the size that `map` has; `services` and `source_ranges*` follow `frontends*`,
-    /// `members*` follow `backends`, `new_affinity*` follow `affinity*`.
+    /// `set_members*` follow `backends`, `new_affinity*` follow `affinity*`.
     fn set(&mut self, map: &str, entries: u32) {
         let fields = [
             (&names::FRONTENDS[..], &mut self.frontends),
             (&names::SLOTS[..], &mut self.slots),
             (&[names::BACKENDS][..], &mut self.backends),
             (&names::FLOWS[..], &mut self.flows),
-            (&names::NEW_FLOWS[..], &mut self.new_flows),
+            (&names::UNCONFIRMED[..], &mut self.new_flows),
             (&names::SNAT[..], &mut self.snat),
             (&names::AFFINITY[..], &mut self.affinity),
             (&[names::SOCKETS][..], &mut self.sockets),
@@ -302,11 +302,11 @@ mod tests {
     fn settings_name_their_maps() {
         let mut capacities = Capacities::default();
         assert_eq!(
-            capacities.of_map("new_flows6"),
+            capacities.of_map("unconfirmed6"),
             Some(("--max-new-flows", 65_536))
         );
         assert_eq!(capacities.of_map("config"), None);
-        capacities.set("new_flows6", 7);
+        capacities.set("unconfirmed6", 7);
         assert_eq!(capacities.new_flows, 7);
         assert_eq!(
             Capacities {

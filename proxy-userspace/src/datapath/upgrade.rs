@@ -20,7 +20,9 @@
 //!
 //! A layout can be read when its keys are the same and its values are a beginning of this layout's:
 //! values grow at their end, and zero means in a new field what was so before there was the field.
-//! Who gives a value of the same size another meaning gives its map another name. If one map cannot
+//! Who gives a value of the same size another meaning gives its map another name; a map that has
+//! only changed its name stands in [`RENAMED`]. A renamed map that both layouts share keeps the old
+//! name inside the kernel, where nobody looks a map up by it. If one map cannot
 //! be read none is taken over, for their entries name each other; flows then find their backends
 //! anew, as far as the hash tells.
 
@@ -53,7 +55,7 @@ const BATCH: usize = 4096;
 const COPIED: [u32; 4] = [HASH, ARRAY, LRU_HASH, LPM_TRIE];
 /// What programs write.
 const WRITTEN: [&[&str]; 6] = [
-    &names::NEW_FLOWS,
+    &names::UNCONFIRMED,
     &names::FLOWS,
     &names::AFFINITY,
     &names::NEW_AFFINITY,
@@ -61,12 +63,28 @@ const WRITTEN: [&[&str]; 6] = [
     &[names::SOCKETS],
 ];
 /// Bits that programs set.
-const BITS: [&str; 2] = [names::COLLIDED, names::CLIENTS];
+const BITS: [&str; 2] = [names::SHARED_PORTS, names::CLIENTS];
+
+/// Maps that had another name before a version of the layout: that version, the old and the new name.
+const RENAMED: [(u32, &str, &str); 11] = [
+    (6, "new_flows4", names::UNCONFIRMED[0]),
+    (6, "new_flows6", names::UNCONFIRMED[1]),
+    (6, "waiting", names::HALF_OPEN),
+    (6, "collided", names::SHARED_PORTS),
+    (6, "pod_ways4", names::POD_ROUTES[0]),
+    (6, "pod_ways6", names::POD_ROUTES[1]),
+    (6, "members4", names::SET_MEMBERS[0]),
+    (6, "members6", names::SET_MEMBERS[1]),
+    (6, "addresses4", names::SERVICE_ADDRS[0]),
+    (6, "addresses6", names::SERVICE_ADDRS[1]),
+    (6, "senders", names::UDP_PEERS),
+];
 
 /// Another layout's folder, whose programs this agent takes the place of.
 #[derive(Debug)]
 pub struct Upgrade {
     old: PathBuf,
+    version: u32,
     maps: PathBuf,
     /// Its links were moved by an agent before this one, so this layout's programs may run already.
     switching: bool,
@@ -141,7 +159,8 @@ impl Upgrade {
                 newest = newest.max(Some((version, path)));
             }
         }
-        Ok(newest.map(|(_, old)| Self {
+        Ok(newest.map(|(version, old)| Self {
+            version,
             switching: !old.join("links").exists(),
             readable: true,
             maps: paths.maps(),
@@ -151,8 +170,8 @@ impl Upgrade {
 
     /// Makes the new maps as large as the old ones: entries name each other by their places.
     pub(crate) fn keep_sizes(&self, capacities: &mut Capacities) -> io::Result<()> {
-        for name in self.names()? {
-            let map = Map::open(&self.old.join("maps"), &name)?;
+        for (old_name, name) in self.names()? {
+            let map = Map::open(&self.old.join("maps"), &old_name)?;
             if COPIED.contains(&map.info.map_type) {
                 capacities.set(&name, map.info.max_entries);
             }
@@ -170,15 +189,15 @@ impl Upgrade {
             return Ok(());
         }
         let mut same = Vec::new();
-        for name in self.names()? {
+        for (old_name, name) in self.names()? {
             let Some(new) = wanted.get(&name) else {
                 continue;
             };
-            let old = Map::open(&self.old.join("maps"), &name)?;
+            let old = Map::open(&self.old.join("maps"), &old_name)?;
             if COPIED.contains(&old.info.map_type) && !extends(new, &old.info) {
                 self.readable = false;
                 warn!(
-                    "{}: map {name} cannot be read: this layout's maps start empty, open flows find their backends anew",
+                    "{}: map {old_name} cannot be read: this layout's maps start empty, open flows find their backends anew",
                     self.old.display()
                 );
                 return Ok(());
@@ -202,7 +221,7 @@ impl Upgrade {
             return Ok(());
         }
         let mut entries = 0;
-        for name in self.names()? {
+        for (_, name) in self.names()? {
             // The configuration is the new agent's to write.
             if name == names::CONFIG || !self.readable {
                 continue;
@@ -301,26 +320,58 @@ impl Upgrade {
         Ok(())
     }
 
-    /// Names of the other layout's maps.
-    fn names(&self) -> io::Result<Vec<String>> {
+    /// Names of the other layout's maps, there and here.
+    fn names(&self) -> io::Result<Vec<(String, String)>> {
         let entries = fs::read_dir(self.old.join("maps"))?;
         entries
-            .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+            .map(|entry| {
+                let old = entry?.file_name().to_string_lossy().into_owned();
+                let new = new_name(self.version, &old).to_owned();
+                Ok((old, new))
+            })
             .collect()
     }
 
-    /// A map of both layouts, if entries have to be copied from one to the other.
+    /// A map of both layouts by its name here, if entries have to be copied from one to the other.
     fn pair(&self, name: &str) -> io::Result<Option<(Map, Map)>> {
         let folder = self.old.join("maps");
-        if !self.readable || !folder.join(name).exists() || !self.maps.join(name).exists() {
+        let old_name = old_name(self.version, name);
+        if !self.readable || !folder.join(old_name).exists() || !self.maps.join(name).exists() {
             return Ok(None);
         }
-        let (old, new) = (Map::open(&folder, name)?, Map::open(&self.maps, name)?);
+        let (old, new) = (Map::open(&folder, old_name)?, Map::open(&self.maps, name)?);
         let both = old.info.id != new.info.id
             && COPIED.contains(&old.info.map_type)
             && extends(&new.info, &old.info);
         Ok(both.then_some((old, new)))
     }
+}
+
+/// What a map of layout `version` is called in this one.
+fn new_name(version: u32, old: &str) -> &str {
+    RENAMED
+        .into_iter()
+        .filter(|&(since, ..)| version < since)
+        .fold(
+            old,
+            |name, (_, before, after)| {
+                if name == before { after } else { name }
+            },
+        )
+}
+
+/// What a map of this layout was called in layout `version`.
+fn old_name(version: u32, new: &str) -> &str {
+    RENAMED
+        .into_iter()
+        .rev()
+        .filter(|&(since, ..)| version < since)
+        .fold(
+            new,
+            |name, (_, before, after)| {
+                if name == after { before } else { name }
+            },
+        )
 }
 
 /// Whether entries of `old` are a beginning of those of `new`.
@@ -336,6 +387,21 @@ mod tests {
         let fd = map::create(map_type, key, value, 64, 0).unwrap();
         let info = map::map_info(fd.as_fd()).unwrap();
         Map { fd, info }
+    }
+
+    #[test]
+    fn renamed_maps_are_found_under_either_name() {
+        assert_eq!(new_name(5, "new_flows4"), names::UNCONFIRMED[0]);
+        assert_eq!(old_name(5, names::UNCONFIRMED[1]), "new_flows6");
+        for name in [names::FLOWS[0], names::SOCKETS] {
+            assert_eq!((new_name(5, name), old_name(5, name)), (name, name));
+        }
+        assert_eq!(new_name(LAYOUT_VERSION, "new_flows4"), "new_flows4");
+        for (version, before, after) in RENAMED {
+            assert_eq!(new_name(version - 1, before), after);
+            assert_eq!(old_name(version - 1, after), before);
+            assert!(after.len() <= 15);
+        }
     }
 
     #[test]

@@ -73,7 +73,7 @@ impl Dns {
 
     /// Writes a file; what the change touches goes into the index, and nothing else.
     fn write(&mut self, file: &str, text: &str) -> Vec<String> {
-        let told = self.cluster.write(file, text);
+        let problems = self.cluster.write(file, text);
         for touched in &self.cluster.touched {
             let (namespace, name) = touched.split_once('/').unwrap();
             let name = ObjectName::new(namespace, name);
@@ -83,7 +83,7 @@ impl Dns {
             });
             self.index.set(&name, names);
         }
-        told
+        problems
     }
 
     /// What comes of a message; `None`: nothing is sent.
@@ -886,16 +886,16 @@ fn external_names_that_are_none_are_told() {
             "kind: Service\nmetadata: {{ name: {name} }}\nspec: {{ type: ExternalName, externalName: {external} }}\n---\n"
         )
     };
-    let told = dns.write(
+    let problems = dns.write(
         "a.yaml",
         &(service("a", "''")
             + &service("b", "192.0.2.1")
             + &service("c", "'not a name'")
             + &service("d", "Example.COM.")),
     );
-    assert_eq!(told.len(), 3, "{told:?}");
+    assert_eq!(problems.len(), 3, "{problems:?}");
     assert_eq!(
-        told[1],
+        problems[1],
         "a.yaml:7: Service default/b: spec.externalName: \"192.0.2.1\" is an address, which no name can stand for; use a \
          Service without selector and an EndpointSlice"
     );

@@ -101,7 +101,10 @@ impl Kernel {
             "Most entries of a BPF map; a full connection table gives up its oldest.",
             capacities,
         )?;
-        let tables = [("unanswered", names::NEW_FLOWS), ("answered", names::FLOWS)];
+        let tables = [
+            ("unconfirmed", names::UNCONFIRMED),
+            ("established", names::FLOWS),
+        ];
         let flows = tables.iter().flat_map(|&(table, maps)| {
             ["IPv4", "IPv6"]
                 .into_iter()

@@ -96,7 +96,7 @@ fn frontends(model: &Model, name: &str) -> usize {
         .len()
 }
 
-fn told(model: &mut Model) -> Vec<String> {
+fn problems(model: &mut Model) -> Vec<String> {
     model
         .take_problems()
         .iter()
@@ -182,7 +182,7 @@ fn who_has_a_node_port_keeps_it_and_the_other_takes_over() {
         ["a"]
     );
     assert_eq!(
-        told(&mut model),
+        problems(&mut model),
         [
             "Service default/a: spec.ports[0].nodePort: 30080/TCP already belongs to Service default/b \
           (spec.ports[0].nodePort) and is not served here; choose another"
@@ -195,7 +195,7 @@ fn who_has_a_node_port_keeps_it_and_the_other_takes_over() {
         update.affinity_secs = Some(1);
         assert_eq!(apply(&mut model, Event::Service(update)), [name]);
     }
-    assert_eq!(told(&mut model), [""; 0]);
+    assert_eq!(problems(&mut model), [""; 0]);
     assert_eq!((frontends(&model, "a"), frontends(&model, "b")), (0, 4));
     // Neither does a new port before it.
     let mut update = with_node_port("b", 30_080);
@@ -218,15 +218,15 @@ fn who_has_a_node_port_keeps_it_and_the_other_takes_over() {
 
     assert_eq!(apply(&mut model, gone("b")), ["a", "b"]);
     assert_eq!((frontends(&model, "a"), frontends(&model, "b")), (4, 0));
-    assert_eq!(told(&mut model), [""; 0]);
+    assert_eq!(problems(&mut model), [""; 0]);
     apply(&mut model, Event::Service(with_node_port("b", 30_080)));
     assert_eq!(
-        told(&mut model).len(),
+        problems(&mut model).len(),
         1,
         "told again: now it is the other one"
     );
     assert_eq!((frontends(&model, "a"), frontends(&model, "b")), (4, 0));
-    // The holder asks for another one.
+    // The owner asks for another one.
     assert_eq!(
         apply(&mut model, Event::Service(with_node_port("a", 30_081))),
         ["a", "b"]
@@ -243,7 +243,7 @@ fn a_cluster_ip_belongs_to_one_service_whatever_the_port() {
     other.ports[0].node_port = Some(30_081);
     apply(&mut model, Event::Service(other));
     assert_eq!(
-        told(&mut model),
+        problems(&mut model),
         [
             "Service default/b: spec.clusterIPs[0]: 10.96.0.1 already belongs to Service default/a (spec.clusterIPs[0]) \
           and is not served here; choose another"
@@ -268,11 +268,11 @@ fn external_addresses_are_shared_by_port_but_never_taken_from_a_cluster_ip() {
     apply(&mut model, Event::Service(external("a", 80)));
     apply(&mut model, Event::Service(external("b", 81)));
     assert_eq!((frontends(&model, "a"), frontends(&model, "b")), (2, 2));
-    assert_eq!(told(&mut model), [""; 0]);
+    assert_eq!(problems(&mut model), [""; 0]);
     apply(&mut model, Event::Service(external("c", 80)));
     assert_eq!(frontends(&model, "c"), 0);
     assert_eq!(
-        told(&mut model),
+        problems(&mut model),
         [
             "Service default/c: spec.externalIPs: 192.0.2.1 port 80/TCP already belongs to Service default/a \
           (spec.externalIPs) and is not served here; choose another"
@@ -288,7 +288,7 @@ fn external_addresses_are_shared_by_port_but_never_taken_from_a_cluster_ip() {
         ["a", "b", "c", "d"].map(|name| frontends(&model, name)),
         [0, 0, 0, 2]
     );
-    assert_eq!(told(&mut model).len(), 3);
+    assert_eq!(problems(&mut model).len(), 3);
     assert_eq!(apply(&mut model, gone("d")), ["a", "b", "c", "d"]);
     assert_eq!(
         ["a", "b", "c", "d"].map(|name| frontends(&model, name)),
@@ -310,14 +310,14 @@ fn among_the_first_the_oldest_has_it() {
             service.created = created;
             model.apply(Event::Service(service));
         }
-        assert_eq!(told(&mut model), [""; 0], "not before all are known");
+        assert_eq!(problems(&mut model), [""; 0], "not before all are known");
         model.apply(Event::Complete);
         assert_eq!(
             ["a", "b", "c"].map(|name| frontends(&model, name)),
             [0, 0, 4],
             "{order:?}"
         );
-        assert_eq!(told(&mut model).len(), 2);
+        assert_eq!(problems(&mut model).len(), 2);
     }
 }
 
@@ -334,14 +334,14 @@ fn an_endpoint_that_is_a_cluster_ip_is_skipped_as_long_as_it_is_one() {
         &mut model,
         Event::Slice(slice("a-1", "a", &["10.0.0.1", "10.96.0.2"])),
     );
-    assert_eq!((backends(&model), told(&mut model).len()), (2, 0));
+    assert_eq!((backends(&model), problems(&mut model).len()), (2, 0));
     assert_eq!(
         apply(&mut model, Event::Service(with_ip("b", "10.96.0.2"))),
         ["a", "b"]
     );
     assert_eq!(backends(&model), 1);
     assert_eq!(
-        told(&mut model),
+        problems(&mut model),
         [
             "EndpointSlice default/a-1: endpoints: 10.96.0.2 is the cluster IP of Service default/b; \
           a Service cannot stand behind a Service, it is skipped"
@@ -352,7 +352,7 @@ fn an_endpoint_that_is_a_cluster_ip_is_skipped_as_long_as_it_is_one() {
         Event::Slice(slice("a-1", "a", &["10.0.0.1", "10.0.0.3", "10.96.0.2"])),
     );
     assert_eq!(
-        (backends(&model), told(&mut model).len()),
+        (backends(&model), problems(&mut model).len()),
         (2, 0),
         "told once"
     );

@@ -397,7 +397,7 @@ fn addresses_and_source_ranges_go_by_family() {
     const NO_IPV4: &str = "has no IPv4 range, so it limits no IPv4 client";
     let both = format!("{V4}, {V6}");
     let addresses = "198.51.100.1, 2001:db8::9";
-    for (cluster_ips, ranges, want, told) in [
+    for (cluster_ips, ranges, want, problems) in [
         // Of a family that the Service is not of: left to their owner.
         (V4, "", "198.51.100.1", &[][..]),
         (V6, "", "2001:db8::9", &[]),
@@ -485,8 +485,8 @@ fn addresses_and_source_ranges_go_by_family() {
         );
         let mut cluster = Cluster::new();
         let messages = cluster.write("web.yaml", &text);
-        assert_eq!(messages.len(), told.len(), "{ranges}: {messages:?}");
-        for part in told {
+        assert_eq!(messages.len(), problems.len(), "{ranges}: {messages:?}");
+        for part in problems {
             let is_said = |message: &String| {
                 message.contains("spec.loadBalancerSourceRanges") && message.contains(part)
             };
@@ -549,13 +549,13 @@ fn special_addresses_and_leading_zeros() {
              status: {{ loadBalancer: {{ ingress: [{balancer}] }} }}\n"
         );
         let mut cluster = Cluster::new();
-        let told = cluster.write("web.yaml", &text);
+        let problems = cluster.write("web.yaml", &text);
         let lines = cluster
             .plan("web")
             .iter()
             .map(|line| line.split_once(":80/").unwrap().0.to_owned())
             .collect::<Vec<_>>();
-        (lines.join(" "), told.len())
+        (lines.join(" "), problems.len())
     };
     for (cluster_ip, external, balancer, want) in [
         (

@@ -34,7 +34,7 @@ pub use snapshot::snapshot;
 
 use connection::Connection;
 use failure::Failure;
-use follow::{Follower, Selection, Told};
+use follow::{Follower, Selection, WatchEvent};
 
 use super::{
     convert,
@@ -119,7 +119,7 @@ impl Kubernetes {
             fields: Some(format!("metadata.name={node_name}")),
         };
 
-        let (told, mut changes) = mpsc::channel::<Change>(BATCH);
+        let (sender, mut changes) = mpsc::channel::<Change>(BATCH);
         // Ends with this value.
         let mut followers = JoinSet::new();
         let claim = proxy_name.clone();
@@ -127,11 +127,17 @@ impl Kubernetes {
         let slice = move |raw: EndpointSlice| slim(raw, proxy_name.as_deref(), convert::slice);
         let node = |raw: Node| slim(raw, None, |raw, _| Some(convert::node(raw)));
         followers.spawn(
-            Follower::new(connection.clone(), by_label.clone(), service, told.clone()).run(),
+            Follower::new(
+                connection.clone(),
+                by_label.clone(),
+                service,
+                sender.clone(),
+            )
+            .run(),
         );
-        followers.spawn(Follower::new(connection.clone(), by_label, slice, told.clone()).run());
-        followers.spawn(Follower::new(connection.clone(), by_name, node, told).run());
-        followers.spawn(events::tell(
+        followers.spawn(Follower::new(connection.clone(), by_label, slice, sender.clone()).run());
+        followers.spawn(Follower::new(connection.clone(), by_name, node, sender).run());
+        followers.spawn(events::publish(
             connection.clone(),
             tx.reports().clone(),
             node_name.clone(),
@@ -220,26 +226,26 @@ async fn missing_node(client: &Client, node_name: &str) -> String {
 /// Something that a follower told.
 #[derive(Debug)]
 enum Change {
-    Service(Told<Slim<object::Service>>),
-    Slice(Told<Slim<object::EndpointSlice>>),
-    Node(Told<Slim<NodeFacts>>),
+    Service(WatchEvent<Slim<object::Service>>),
+    Slice(WatchEvent<Slim<object::EndpointSlice>>),
+    Node(WatchEvent<Slim<NodeFacts>>),
 }
 
-impl From<Told<Slim<object::Service>>> for Change {
-    fn from(told: Told<Slim<object::Service>>) -> Self {
-        Self::Service(told)
+impl From<WatchEvent<Slim<object::Service>>> for Change {
+    fn from(event: WatchEvent<Slim<object::Service>>) -> Self {
+        Self::Service(event)
     }
 }
 
-impl From<Told<Slim<object::EndpointSlice>>> for Change {
-    fn from(told: Told<Slim<object::EndpointSlice>>) -> Self {
-        Self::Slice(told)
+impl From<WatchEvent<Slim<object::EndpointSlice>>> for Change {
+    fn from(event: WatchEvent<Slim<object::EndpointSlice>>) -> Self {
+        Self::Slice(event)
     }
 }
 
-impl From<Told<Slim<NodeFacts>>> for Change {
-    fn from(told: Told<Slim<NodeFacts>>) -> Self {
-        Self::Node(told)
+impl From<WatchEvent<Slim<NodeFacts>>> for Change {
+    fn from(event: WatchEvent<Slim<NodeFacts>>) -> Self {
+        Self::Node(event)
     }
 }
 
@@ -344,38 +350,38 @@ impl State {
         if self.complete
             && matches!(
                 change,
-                Change::Service(Told::Begin) | Change::Slice(Told::Begin)
+                Change::Service(WatchEvent::Begin) | Change::Slice(WatchEvent::Begin)
             )
         {
             self.held.get_or_insert_with(Instant::now);
         }
         match change {
-            Change::Service(told) => {
+            Change::Service(event) => {
                 let yields = |service: Result<_, _>| {
                     events.push(service.map_or_else(Event::ServiceGone, Event::Service))
                 };
-                self.services.apply(told, yields, problems);
+                self.services.apply(event, yields, problems);
             }
-            Change::Slice(told) => {
+            Change::Slice(event) => {
                 let before = events.len();
                 let yields = |slice: Result<_, _>| {
                     events.push(slice.map_or_else(Event::SliceGone, Event::Slice))
                 };
                 // Of a list nobody knows how long its objects were there.
-                let triggered = match &told {
-                    Told::Changed(slice) if self.complete => slice.triggered,
+                let triggered = match &event {
+                    WatchEvent::Changed(slice) if self.complete => slice.triggered,
                     _ => None,
                 };
-                self.slices.apply(told, yields, problems);
+                self.slices.apply(event, yields, problems);
                 if let (true, Some(time)) = (events.len() > before, triggered) {
                     events.push(Event::Triggered(time));
                 }
             }
-            Change::Node(told) => {
+            Change::Node(event) => {
                 let yields = |node: Result<_, ObjectName>| {
                     events.push(node.map_or(Event::NodeGone, Event::Node))
                 };
-                self.nodes.apply(told, yields, problems);
+                self.nodes.apply(event, yields, problems);
             }
         }
         if !self.complete && self.services.complete && self.slices.complete && self.nodes.complete {
@@ -432,24 +438,24 @@ impl Known {
     /// gone.
     fn apply<T: Hash>(
         &mut self,
-        told: Told<Slim<T>>,
+        event: WatchEvent<Slim<T>>,
         mut yields: impl FnMut(Result<T, ObjectName>),
         problems: &mut Vec<Problem>,
     ) {
-        match told {
-            Told::Begin => {
+        match event {
+            WatchEvent::Begin => {
                 self.current = false;
                 self.listed = Some(HashSet::new());
             }
-            Told::Listed(object) => {
+            WatchEvent::Listed(object) => {
                 if let Some(listed) = &mut self.listed {
                     listed.insert(object.name.clone());
                 }
                 self.set(object, &mut yields, problems);
             }
-            Told::Changed(object) => self.set(object, &mut yields, problems),
-            Told::Deleted(object) => self.remove(&object.name, &mut yields),
-            Told::Complete => {
+            WatchEvent::Changed(object) => self.set(object, &mut yields, problems),
+            WatchEvent::Deleted(object) => self.remove(&object.name, &mut yields),
+            WatchEvent::Complete => {
                 let listed = self.listed.take().unwrap_or_default();
                 let gone: Vec<ObjectName> = self
                     .objects
@@ -463,8 +469,8 @@ impl Known {
                 self.complete = true;
                 self.works();
             }
-            Told::Watching => self.works(),
-            Told::Unreadable(name, cause) => {
+            WatchEvent::Watching => self.works(),
+            WatchEvent::Unreadable(name, cause) => {
                 // What it was before stays: the server has the object, though not in a form that is
                 // understood here.
                 if let Some((namespace, name)) = name.split_once('/')
@@ -484,7 +490,7 @@ impl Known {
                     ));
                 }
             }
-            Told::Failed(failure) => self.failed(&failure),
+            WatchEvent::Failed(failure) => self.failed(&failure),
         }
     }
 

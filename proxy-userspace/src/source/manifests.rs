@@ -112,12 +112,12 @@ impl Manifests {
                 } else {
                     files::POLL_ALONE
                 };
-                let told = tokio::select! {
-                    told = woken.recv() => told.is_some(),
+                let signalled = tokio::select! {
+                    signalled = woken.recv() => signalled.is_some(),
                     () = tokio::time::sleep(poll) => false,
                     () = tx.closed() => return Ok(()),
                 };
-                if told {
+                if signalled {
                     let end = tokio::time::Instant::now() + MOST_QUIET;
                     while tokio::time::Instant::now() < end
                         && tokio::time::timeout(QUIET, woken.recv()).await.is_ok()
@@ -127,12 +127,12 @@ impl Manifests {
                 let now = files::signature(&self.config.paths);
                 let changed = now != seen;
                 seen = now;
-                if changed && !told {
+                if changed && !signalled {
                     // Something changed that the watcher did not tell: a path was replaced, or
                     // links lead elsewhere.
                     watcher = files::watch(&self.config.paths, &wake);
                 }
-                if told || changed {
+                if signalled || changed {
                     break;
                 }
             }

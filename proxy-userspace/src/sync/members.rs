@@ -1,5 +1,5 @@
 //! Which backends stand among a frontend's slots: what session affinity asks before it keeps a
-//! client's backend (`members*`, see [`shunt_common::affinity`]).
+//! client's backend (`set_members*`, see [`shunt_common::affinity`]).
 //!
 //! The entries of a range of slots are written before a frontend names it. They rest as long as the
 //! slots do when it no longer is: a program that has just read the frontend still asks for them.

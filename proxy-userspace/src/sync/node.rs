@@ -18,7 +18,7 @@ pub const SNAT_PORTS: RangeInclusive<u16> = 10_240..=29_999;
 
 /// Longest time that a backend which does not answer gets no new connections: its trial may come so
 /// late after its recovery.
-pub const RETRY_SILENCE_MOST: Duration = Duration::from_secs(60);
+pub const MAX_QUARANTINE: Duration = Duration::from_secs(60);
 
 /// What [`Config`] is made of.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -107,8 +107,8 @@ pub fn config(settings: &NodeSettings, snat_entries: u32) -> Result<Config, Node
         snat_ways: ways,
         flags: flags(settings),
         timeouts: settings.timeouts,
-        silence: ticks(settings.retry_silence.min(RETRY_SILENCE_MOST)),
-        silence_most: ticks(RETRY_SILENCE_MOST),
+        quarantine: ticks(settings.retry_silence.min(MAX_QUARANTINE)),
+        quarantine_max: ticks(MAX_QUARANTINE),
         ..Default::default()
     };
     family::<shunt_common::family::V4>(settings, &mut config)?;
@@ -252,7 +252,7 @@ mod tests {
         );
         assert!(shunt_common::snat::entries(&config) <= 262_144);
         assert_eq!(
-            (config.silence, config.silence_most),
+            (config.quarantine, config.quarantine_max),
             (59, 3576),
             "17 ms each"
         );

@@ -77,7 +77,7 @@ fn over_tcp(ns: &NetNs, server: SocketAddr, name: &str, kind: RecordType) -> io:
 }
 
 /// Code and data of an answer, sorted.
-fn told(message: &Message) -> Vec<String> {
+fn records(message: &Message) -> Vec<String> {
     let mut lines: Vec<String> = message
         .answers
         .iter()
@@ -327,7 +327,7 @@ fn the_built_in_dns_answers_pods() {
         for server in servers.concat() {
             for ask in [over_udp, over_tcp] {
                 let answer = |name: &str, kind| {
-                    told(
+                    records(
                         &ask(&ns, server, name, kind)
                             .unwrap_or_else(|error| panic!("{pod} {server} {name}: {error}")),
                     )
@@ -416,7 +416,7 @@ fn the_built_in_dns_answers_pods() {
     write(&folder, "web.yaml", &pods(false));
     let ns = lab.ns("shell").unwrap();
     let begin = Instant::now();
-    while told(&over_udp(&ns, own[0], "pods.team.svc.cluster.local.", RecordType::A).unwrap())
+    while records(&over_udp(&ns, own[0], "pods.team.svc.cluster.local.", RecordType::A).unwrap())
         != ["NXDomain"]
     {
         assert!(begin.elapsed() < SOON, "the change is not in the answers");
@@ -426,14 +426,14 @@ fn the_built_in_dns_answers_pods() {
     drop(upstream);
     let begin = Instant::now();
     let failed = over_udp(&ns, behind[0], "other.example.com.", RecordType::A).unwrap();
-    assert_eq!(told(&failed), ["ServFail"]);
+    assert_eq!(records(&failed), ["ServFail"]);
     assert!(
         begin.elapsed() < Duration::from_secs(1),
         "{:?}",
         begin.elapsed()
     );
     assert_eq!(
-        told(&over_udp(&ns, behind[0], "www.example.com.", RecordType::A).unwrap()),
+        records(&over_udp(&ns, behind[0], "www.example.com.", RecordType::A).unwrap()),
         ["192.0.2.1"],
         "kept"
     );
@@ -492,7 +492,7 @@ fn loops_and_taken_ports_are_told() {
     let server = SocketAddr::new(node_ips[0], DNS);
     let begin = Instant::now();
     assert_eq!(
-        told(&over_udp(&ns, server, "www.example.com.", RecordType::A).unwrap()),
+        records(&over_udp(&ns, server, "www.example.com.", RecordType::A).unwrap()),
         ["ServFail"]
     );
     assert!(
@@ -501,7 +501,7 @@ fn loops_and_taken_ports_are_told() {
         begin.elapsed()
     );
     assert_eq!(
-        told(
+        records(
             &over_udp(
                 &ns,
                 server,

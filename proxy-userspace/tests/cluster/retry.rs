@@ -166,7 +166,7 @@ impl Cluster {
         let began = Instant::now();
         while PODS
             .iter()
-            .any(|(pod, _)| !self.row("web", pod, to.is_ipv6())["silent"].is_null())
+            .any(|(pod, _)| !self.row("web", pod, to.is_ipv6())["quarantine"].is_null())
         {
             assert!(
                 began.elapsed() < Duration::from_secs(30),
@@ -227,7 +227,7 @@ fn clients_find_another_backend(xdp: &str, bad: &str) {
                 "{}: {waited:?}",
                 case(mood)
             );
-            let silent = &cluster.row("web", bad, to.is_ipv6())["silent"];
+            let silent = &cluster.row("web", bad, to.is_ipv6())["quarantine"];
             assert_eq!(silent["failures"], 1, "{}", case(mood));
             let remaining = Duration::from_millis(silent["remainingMs"].as_u64().unwrap());
             assert!(
@@ -365,14 +365,14 @@ fn services_decide_by_annotation() {
                 assert!(fails(&client, to, 64), "{to} from {}", client.name());
             }
         }
-        assert!(cluster.row("off", BAD, v6)["silent"].is_null());
+        assert!(cluster.row("off", BAD, v6)["quarantine"].is_null());
         assert!(
             fails(&hooked, cluster_ip(1, v6), 64),
             "a socket stays where it was led to"
         );
         assert!(!fails(&hooked, cluster_ip(3, v6), 24));
         let silent =
-            |service| cluster.row(service, BAD, v6)["silent"]["failures"].as_u64() >= Some(1);
+            |service| cluster.row(service, BAD, v6)["quarantine"]["failures"].as_u64() >= Some(1);
         assert!(silent("sockets"));
 
         // While it is known to be silent the hook leads nobody to it. Clients whose packets are
@@ -381,7 +381,8 @@ fn services_decide_by_annotation() {
         for (number, service) in [(1, "web"), (3, "sockets")] {
             for _ in 0..64 {
                 if silent(service)
-                    && cluster.row(service, BAD, v6)["silent"]["remainingMs"].as_u64() > Some(1500)
+                    && cluster.row(service, BAD, v6)["quarantine"]["remainingMs"].as_u64()
+                        > Some(1500)
                 {
                     break;
                 }

@@ -15,6 +15,21 @@ use shunt_common::layout::LAYOUT_VERSION;
 use shunt_lab::{Agent, AgentOptions, Client, Conn, Dial, Lab, PodSpec, Port, Proto, Sockets};
 use tempfile::TempDir;
 
+/// Maps that have another name in version 5: it and the present one.
+const RENAMED: [(&str, &str); 11] = [
+    ("new_flows4", "unconfirmed4"),
+    ("new_flows6", "unconfirmed6"),
+    ("waiting", "half_open"),
+    ("collided", "shared_ports"),
+    ("pod_ways4", "pod_routes4"),
+    ("pod_ways6", "pod_routes6"),
+    ("members4", "set_members4"),
+    ("members6", "set_members6"),
+    ("addresses4", "service_addrs4"),
+    ("addresses6", "service_addrs6"),
+    ("senders", "udp_peers"),
+];
+
 fn write(lab: &Lab, manifests: &Path) {
     let endpoints = web::slices(lab, &[("web-a", "node-a", ""), ("web-b", "node-b", "")]);
     web::write(
@@ -38,6 +53,15 @@ fn links(agent: &Agent) -> Vec<(String, String)> {
         .collect();
     links.sort();
     links
+}
+
+/// Sets the flag when it goes out of scope, also by a panic.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 struct Open {
@@ -144,6 +168,8 @@ impl Cluster {
                     }
                 });
             }
+            // A test that fails lets them go too.
+            let _stop = Stop(&done);
             restarts(&|after| {
                 for _ in 0..2 {
                     for Open { conn, server, what } in &flows {
@@ -155,7 +181,6 @@ impl Cluster {
                 }
             });
             thread::sleep(Duration::from_secs(1));
-            done.store(true, Ordering::Relaxed);
         });
         let answered = answered.into_inner();
         assert!(answered > 500, "{answered} new connections were answered");
@@ -174,8 +199,12 @@ fn another_layout_is_taken_over_under_load(xdp: &str) {
             let before = links(agent);
             agent.kill().unwrap();
             let root = agent.bpf_root().to_owned();
-            let (ours, other) = (root.join(format!("v{LAYOUT_VERSION}")), root.join("v1"));
+            let (ours, other) = (root.join(format!("v{LAYOUT_VERSION}")), root.join("v5"));
             fs::rename(&ours, &other).unwrap();
+            for (old, new) in RENAMED {
+                let maps = other.join("maps");
+                fs::rename(maps.join(new), maps.join(old)).unwrap();
+            }
             agent.restart().unwrap();
             flows_go_on("the upgrade");
             assert!(ours.join("maps/flows4").exists() && !other.exists());

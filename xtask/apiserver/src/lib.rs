@@ -94,7 +94,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn tell(&self) {
+    fn notify(&self) {
         self.generation.send_modify(|generation| *generation += 1);
     }
 
@@ -244,7 +244,7 @@ impl ApiServer {
     /// When it lacks a name or a known kind.
     pub fn apply(&self, object: Value) {
         let result = self.shared.lock().store.set(object);
-        self.shared.tell();
+        self.shared.notify();
         if let Err(message) = result {
             panic!("{message}");
         }
@@ -261,7 +261,7 @@ impl ApiServer {
                 panic!("{message}");
             }
         }
-        self.shared.tell();
+        self.shared.notify();
     }
 
     /// Deletes an object (Nodes have an empty namespace); whether there was one.
@@ -271,7 +271,7 @@ impl ApiServer {
             .lock()
             .store
             .delete(kind, &(namespace.to_owned(), name.to_owned()));
-        self.shared.tell();
+        self.shared.notify();
         deleted
     }
 
@@ -298,19 +298,19 @@ impl ApiServer {
     /// Changes how it misbehaves.
     pub fn faults(&self, change: impl FnOnce(&mut Faults)) {
         change(&mut self.shared.lock().faults);
-        self.shared.tell();
+        self.shared.notify();
     }
 
     /// Ends all watches in order, as at their time-out.
     pub fn drop_watches(&self) {
         self.shared.lock().drops += 1;
-        self.shared.tell();
+        self.shared.notify();
     }
 
     /// Ends all watches in the middle of an object.
     pub fn cut_watches(&self) {
         self.shared.lock().cuts += 1;
-        self.shared.tell();
+        self.shared.notify();
     }
 
     /// Sends a bookmark on all watches, of a version at which nothing happened that they watch.
@@ -319,7 +319,7 @@ impl ApiServer {
         state.store.version += 1;
         state.marks += 1;
         drop(state);
-        self.shared.tell();
+        self.shared.notify();
     }
 
     /// Forgets all that happened before now: who knows an older version only is told 410 Gone.

@@ -646,6 +646,6 @@ fn write(method: &Method, target: &Target, body: &[u8], shared: &Shared) -> Answ
         ),
     };
     drop(state);
-    shared.tell();
+    shared.notify();
     answer
 }

@@ -286,7 +286,7 @@ impl Store {
             .entry(kind)
             .or_default()
             .insert(object.key.clone(), object.clone());
-        self.remember(kind, before, object.clone(), false);
+        self.record(kind, before, object.clone(), false);
         Ok(object)
     }
 
@@ -299,11 +299,11 @@ impl Store {
         let mut value: Value = serde_json::from_slice(&before.json).unwrap_or_default();
         value["metadata"]["resourceVersion"] = json!(self.version.to_string());
         let after = Arc::new(object(key.clone(), &value));
-        self.remember(kind, Some(before), after, true);
+        self.record(kind, Some(before), after, true);
         true
     }
 
-    fn remember(
+    fn record(
         &mut self,
         kind: Kind,
         before: Option<Arc<Object>>,

@@ -23,8 +23,9 @@ use shunt_common::{
     family::{Family, V4, V6},
     filter,
     layout::{
-        CLIENT_WORDS, Config, FLOW_ANSWERED, FLOW_BACKEND_FIN, FLOW_CLIENT_FIN, FLOW_LOCAL_BACKEND,
-        FLOW_LOCAL_CLIENT, FLOW_SNAT, Flow, FlowKey, Octets, SnatSlot, TCP, TICK_NS, names,
+        CLIENT_WORDS, Config, FLOW_BACKEND_FIN, FLOW_CLIENT_FIN, FLOW_LOCAL_BACKEND,
+        FLOW_LOCAL_CLIENT, FLOW_SEEN_REPLY, FLOW_SNAT, Flow, FlowKey, Octets, SnatSlot, TCP,
+        TICK_NS, names,
     },
     snat,
 };
@@ -300,7 +301,7 @@ impl World {
                 let snat = port == TO_REMOTE;
                 // Replies of flows without SNAT differ in their client only.
                 let backend = F::octets(backend(v6, local, if snat { which } else { 0 }));
-                let mut state = FLOW_ANSWERED;
+                let mut state = FLOW_SEEN_REPLY;
                 if snat {
                     state |= FLOW_SNAT;
                 }
@@ -334,7 +335,7 @@ impl World {
                     backend_id: 0,
                     last_seen: now,
                     epoch: 0,
-                    asked: 0,
+                    unanswered_since: 0,
                     tried: 0,
                 };
                 if snat {
@@ -393,7 +394,7 @@ impl World {
             client_port: 1,
             frontend_port: 1,
             backend_port: 1,
-            state: FLOW_ANSWERED | FLOW_CLIENT_FIN | FLOW_BACKEND_FIN,
+            state: FLOW_SEEN_REPLY | FLOW_CLIENT_FIN | FLOW_BACKEND_FIN,
             last_seen: 1,
             backend_id: 0,
             proto: TCP,

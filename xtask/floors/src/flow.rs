@@ -58,7 +58,7 @@ pub(crate) fn open<F: Wire>(
         backend_id: slot.backend,
         last_seen: 1,
         epoch: 0,
-        asked: 0,
+        unanswered_since: 0,
         tried: 0,
     };
     let new = Seen {

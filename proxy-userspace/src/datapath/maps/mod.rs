@@ -39,16 +39,16 @@ pub use self::{
 
 /// The settings of `shunt run` that say how large a map is, for messages.
 pub mod settings {
-    /// Entries of `frontends4`, `frontends6`, `services`, `addresses4`, `addresses6`,
+    /// Entries of `frontends4`, `frontends6`, `services`, `service_addrs4`, `service_addrs6`,
     /// `source_ranges4` and `source_ranges6`.
     pub const MAX_FRONTENDS: &str = "--max-frontends";
     /// Entries of `slots4` and `slots6`.
     pub const MAX_SLOTS: &str = "--max-slots";
-    /// Entries of `backends`, `members4` and `members6`.
+    /// Entries of `backends`, `set_members4` and `set_members6`.
     pub const MAX_BACKENDS: &str = "--max-backends";
     /// Entries of `flows4` and `flows6`.
     pub const MAX_FLOWS: &str = "--max-flows";
-    /// Entries of `new_flows4` and `new_flows6`.
+    /// Entries of `unconfirmed4` and `unconfirmed6`.
     pub const MAX_NEW_FLOWS: &str = "--max-new-flows";
     /// Entries of `snat4` and `snat6`.
     pub const MAX_SNAT: &str = "--max-snat";
@@ -72,7 +72,7 @@ pub struct PerFamily<F: MapFamily> {
     /// Flows seen in both directions.
     pub flows: FlowMap<F>,
     /// Flows not yet answered.
-    pub new_flows: FlowMap<F>,
+    pub unconfirmed: FlowMap<F>,
     /// Owners of translated source ports.
     pub snat: Array<SnatSlot<F::Addr>>,
     /// Addresses that node ports answer on.
@@ -96,20 +96,20 @@ impl<F: MapFamily> PerFamily<F> {
             frontends: Map::open(root, names::FRONTENDS[i], settings::MAX_FRONTENDS)?,
             slots: Array::open(root, names::SLOTS[i], settings::MAX_SLOTS)?,
             flows: Map::open(root, names::FLOWS[i], settings::MAX_FLOWS)?,
-            new_flows: Map::open(root, names::NEW_FLOWS[i], settings::MAX_NEW_FLOWS)?,
+            unconfirmed: Map::open(root, names::UNCONFIRMED[i], settings::MAX_NEW_FLOWS)?,
             snat: Array::open(root, names::SNAT[i], settings::MAX_SNAT)?,
             node_addrs: Map::open(root, names::NODE_ADDRS[i], settings::NODEPORT_ADDRESSES)?,
             affinity: Map::open(root, names::AFFINITY[i], settings::MAX_AFFINITY)?,
             new_affinity: Map::open(root, names::NEW_AFFINITY[i], settings::MAX_AFFINITY)?,
-            members: Map::open(root, names::MEMBERS[i], settings::MAX_BACKENDS)?,
+            members: Map::open(root, names::SET_MEMBERS[i], settings::MAX_BACKENDS)?,
             source_ranges: Map::open(root, names::SOURCE_RANGES[i], settings::MAX_FRONTENDS)?,
-            addresses: Map::open(root, names::ADDRESSES[i], settings::MAX_FRONTENDS)?,
+            addresses: Map::open(root, names::SERVICE_ADDRS[i], settings::MAX_FRONTENDS)?,
         })
     }
 
     /// Both flow maps: unanswered flows first, so that one that moves during a walk is not missed.
     pub fn flow_maps(&self) -> [&FlowMap<F>; 2] {
-        [&self.new_flows, &self.flows]
+        [&self.unconfirmed, &self.flows]
     }
 
     /// Gives back the translated source port of a flow that is being deleted, unless another flow
@@ -145,7 +145,7 @@ impl<F: MapFamily> PerFamily<F> {
             self.frontends.writes(),
             self.slots.writes(),
             self.flows.writes(),
-            self.new_flows.writes(),
+            self.unconfirmed.writes(),
             self.snat.writes(),
             self.node_addrs.writes(),
             self.affinity.writes(),
@@ -172,7 +172,7 @@ pub struct Maps {
     /// Services by number.
     pub services: Map<u32, ServiceInfo>,
     /// Flows that wait for their first answer in `flows`, per family.
-    pub waiting: Map<u32, u64>,
+    pub half_open: Map<u32, u64>,
     /// What connected sockets dialled, by cookie (`SO_COOKIE`).
     pub sockets: Map<u64, SocketPeer>,
     config: Map<u32, Config>,
@@ -210,7 +210,7 @@ impl Maps {
             filter: Array::open(bpf_root, names::FILTER, "")?,
             backends: Map::open(bpf_root, names::BACKENDS, settings::MAX_BACKENDS)?,
             services: Map::open(bpf_root, names::SERVICES, settings::MAX_FRONTENDS)?,
-            waiting: Map::open(bpf_root, names::WAITING, "")?,
+            half_open: Map::open(bpf_root, names::HALF_OPEN, "")?,
             sockets: Map::open(bpf_root, names::SOCKETS, settings::MAX_SOCKETS)?,
             config: Map::open(bpf_root, names::CONFIG, "")?,
             events: open_pin(bpf_root, names::EVENTS, size_of::<u32>(), size_of::<u64>())?.0,

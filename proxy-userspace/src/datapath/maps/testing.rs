@@ -2,7 +2,7 @@
 
 use shunt_common::{
     event::MAX_EVENTS,
-    layout::{CLIENT_WORDS, COLLIDED_WORDS, FILTER_WORDS},
+    layout::{CLIENT_WORDS, FILTER_WORDS, SHARED_PORT_WORDS},
 };
 use shunt_lab::UniqueName;
 
@@ -51,8 +51,8 @@ impl Root {
             map::BPF_F_MMAPABLE,
         );
         this.make::<u32, u64>(names::CLIENTS, ARRAY, CLIENT_WORDS as u32, 0);
-        this.make::<u32, u64>(names::WAITING, ARRAY, 2, 0);
-        this.make::<u32, u64>(names::COLLIDED, ARRAY, COLLIDED_WORDS as u32, 0);
+        this.make::<u32, u64>(names::HALF_OPEN, ARRAY, 2, 0);
+        this.make::<u32, u64>(names::SHARED_PORTS, ARRAY, SHARED_PORT_WORDS as u32, 0);
         this.make::<u32, BackendState>(names::BACKENDS, ARRAY, capacities.backends, 0);
         this.make::<u32, ServiceInfo>(names::SERVICES, HASH, capacities.frontends, 0);
         this.make::<u64, SocketPeer>(names::SOCKETS, HASH, 1024, 0);
@@ -81,7 +81,7 @@ impl Root {
             self.make::<AffinityKey<F::Addr>, Affinity>(affinity, LRU_HASH, capacities.flows, 0);
         }
         self.make::<MemberKey, u32>(
-            names::MEMBERS[i],
+            names::SET_MEMBERS[i],
             HASH,
             capacities.backends,
             map::BPF_F_NO_PREALLOC,
@@ -105,14 +105,14 @@ impl Root {
             0,
         );
         self.make::<FlowKey<F::Addr>, Flow<F::Addr>>(
-            names::NEW_FLOWS[i],
+            names::UNCONFIRMED[i],
             LRU_HASH,
             capacities.flows,
             0,
         );
         self.make::<u32, SnatSlot<F::Addr>>(names::SNAT[i], ARRAY, 1024, map::BPF_F_MMAPABLE);
         self.make::<F::Addr, u32>(names::NODE_ADDRS[i], HASH, 64, 0);
-        self.make::<F::Addr, u32>(names::ADDRESSES[i], HASH, capacities.frontends, 0);
+        self.make::<F::Addr, u32>(names::SERVICE_ADDRS[i], HASH, capacities.frontends, 0);
     }
 
     fn make<K, V>(&self, name: &str, map_type: u32, entries: u32, flags: u32) {

@@ -46,7 +46,7 @@ impl Maps {
                 capacity: maps.slots.capacity(),
                 setting: maps.slots.setting(),
             });
-            usage.push(of(&maps.new_flows, |_| true)?);
+            usage.push(of(&maps.unconfirmed, |_| true)?);
             usage.push(of(&maps.flows, |_| true)?);
             let in_use =
                 |&index: &u32| maps.snat.get(index).is_some_and(|slot| slot.last_seen != 0);

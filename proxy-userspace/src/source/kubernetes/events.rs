@@ -40,13 +40,13 @@ const MAX_NOTE: usize = 1024;
 const MAX_NAME: usize = 236;
 
 /// Posts what is reported, one after the other, for as long as the source runs.
-pub(super) async fn tell(connection: Arc<Connection>, reports: Reports, node_name: String) {
-    let mut told: HashMap<Report, Instant> = HashMap::new();
+pub(super) async fn publish(connection: Arc<Connection>, reports: Reports, node_name: String) {
+    let mut published: HashMap<Report, Instant> = HashMap::new();
     let mut forbidden = false;
     loop {
         let report = reports.next().await;
-        told.retain(|_, at| at.elapsed() < KEPT);
-        if told.insert(report.clone(), Instant::now()).is_some() {
+        published.retain(|_, at| at.elapsed() < KEPT);
+        if published.insert(report.clone(), Instant::now()).is_some() {
             continue;
         }
         sleep(jitter(SPREAD)).await;

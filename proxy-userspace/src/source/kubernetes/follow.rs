@@ -58,7 +58,7 @@ const DOUBT: Duration = Duration::from_secs(60);
 
 /// What one kind's list and watch tell.
 #[derive(Debug)]
-pub(super) enum Told<T> {
+pub(super) enum WatchEvent<T> {
     /// A complete list begins.
     Begin,
     /// One object of it.
@@ -176,7 +176,7 @@ pub(super) struct Follower<K, T, F, S> {
     /// What the agent keeps of an object.
     slim: F,
     /// Passes on what is told.
-    tell: S,
+    events: S,
     /// Where the next watch goes on; `None`: a list is needed.
     version: Option<Version>,
     /// Whether the server streams lists, as far as is known.
@@ -192,21 +192,21 @@ pub(super) struct Follower<K, T, F, S> {
 impl<K, T, C, F> Follower<K, T, F, mpsc::Sender<C>>
 where
     K: Kind,
-    C: From<Told<T>>,
+    C: From<WatchEvent<T>>,
     F: Fn(K) -> T,
 {
     pub(super) fn new(
         connection: Arc<Connection>,
         selection: Selection,
         slim: F,
-        tell: mpsc::Sender<C>,
+        events: mpsc::Sender<C>,
     ) -> Self {
         Self {
             connection,
             request: Request::new(K::PATH),
             selection,
             slim,
-            tell,
+            events,
             version: None,
             streams: true,
             listed: Instant::now(),
@@ -244,7 +244,7 @@ where
                     if let Some(asked) = failure.retry_after() {
                         pause = asked + jitter(BACKOFF.0);
                     }
-                    if self.tell(Told::Failed(failure)).await.is_err() {
+                    if self.notify(WatchEvent::Failed(failure)).await.is_err() {
                         return;
                     }
                 }
@@ -254,8 +254,11 @@ where
         }
     }
 
-    async fn tell(&mut self, told: Told<T>) -> Result<(), ReceiverGone> {
-        self.tell.send(told.into()).await.map_err(|_| ReceiverGone)
+    async fn notify(&mut self, event: WatchEvent<T>) -> Result<(), ReceiverGone> {
+        self.events
+            .send(event.into())
+            .await
+            .map_err(|_| ReceiverGone)
     }
 
     /// One list where it is needed, and one watch.
@@ -279,7 +282,7 @@ where
     }
 
     async fn page_list(&mut self) -> Result<(), Stop> {
-        self.tell(Told::Begin).await?;
+        self.notify(WatchEvent::Begin).await?;
         let mut params = ListParams {
             label_selector: self.selection.labels.clone(),
             field_selector: self.selection.fields.clone(),
@@ -294,7 +297,7 @@ where
                 .map_err(|error| Failure::Unreadable(error.to_string()))?;
             for item in page.items.into_iter().flatten() {
                 match serde_json::from_str(item.get()) {
-                    Ok(object) => self.tell(Told::Listed((self.slim)(object))).await?,
+                    Ok(object) => self.notify(WatchEvent::Listed((self.slim)(object))).await?,
                     Err(error) => self.unreadable(item, &error).await?,
                 }
             }
@@ -315,7 +318,7 @@ where
         self.listed = Instant::now();
         self.began = Some(self.listed);
         self.progress = true;
-        Ok(self.tell(Told::Complete).await?)
+        Ok(self.notify(WatchEvent::Complete).await?)
     }
 
     /// A watch that begins with everything there is; on the same connection it goes on.
@@ -325,7 +328,7 @@ where
         // No version: the server makes sure that it is not behind (a "consistent read").
         let request = self.request.watch(&params, "").map_err(unsendable)?;
         let mut lines = Lines::new(self.connection.send(request).await?);
-        self.tell(Told::Begin).await?;
+        self.notify(WatchEvent::Begin).await?;
         loop {
             let text = match lines.next(LIST_SILENCE).await {
                 Ok(Some(text)) => text,
@@ -346,7 +349,7 @@ where
             let line = parse(&text)?;
             match &*line.verb {
                 "ADDED" | "MODIFIED" => match serde_json::from_str(line.object.get()) {
-                    Ok(object) => self.tell(Told::Listed((self.slim)(object))).await?,
+                    Ok(object) => self.notify(WatchEvent::Listed((self.slim)(object))).await?,
                     Err(error) => self.unreadable(line.object, &error).await?,
                 },
                 "BOOKMARK" => {
@@ -394,7 +397,7 @@ where
             let text = match lines.next(if works { SILENCE } else { VERDICT }).await {
                 Err(Failure::Silent(_)) if !works => {
                     works = true;
-                    self.tell(Told::Watching).await?;
+                    self.notify(WatchEvent::Watching).await?;
                     continue;
                 }
                 text => text?,
@@ -406,7 +409,7 @@ where
             }
             if !works {
                 works = true;
-                self.tell(Told::Watching).await?;
+                self.notify(WatchEvent::Watching).await?;
             }
             let version = Version::new(meta(line.object)?.resource_version);
             if self.is_old(&version) {
@@ -425,9 +428,9 @@ where
                     match serde_json::from_str(line.object.get()) {
                         Ok(object) => {
                             let object = (self.slim)(object);
-                            self.tell(match verb {
-                                "DELETED" => Told::Deleted(object),
-                                _ => Told::Changed(object),
+                            self.notify(match verb {
+                                "DELETED" => WatchEvent::Deleted(object),
+                                _ => WatchEvent::Changed(object),
                             })
                             .await?;
                         }
@@ -461,7 +464,9 @@ where
     ) -> Result<(), Stop> {
         let meta = meta(object)?;
         let name = format!("{}/{}", meta.namespace, meta.name);
-        Ok(self.tell(Told::Unreadable(name, error.to_string())).await?)
+        Ok(self
+            .notify(WatchEvent::Unreadable(name, error.to_string()))
+            .await?)
     }
 }
 

@@ -358,12 +358,12 @@ fn a_broken_file_goes_on_serving_its_last_good_content() {
 
     // A file that cannot be read.
     let denied = std::io::Error::from(std::io::ErrorKind::PermissionDenied);
-    let told = cluster.update(Files {
+    let problems = cluster.update(Files {
         files: vec![("web.yaml".into(), Err(denied))],
         unreadable: Vec::new(),
     });
     assert_eq!(
-        told,
+        problems,
         ["web.yaml: cannot be read, its last content goes on serving: permission denied"]
     );
     assert_eq!(
@@ -635,11 +635,11 @@ status:
         ]
     );
     // Ranges that let nobody in must not let everybody in.
-    let told = cluster.write(
+    let problems = cluster.write(
         "web.yaml",
         &text.replace("ports:", "loadBalancerSourceRanges: [10.0.0.0/33], ports:"),
     );
-    assert_eq!(told.len(), 2, "{told:?}");
+    assert_eq!(problems.len(), 2, "{problems:?}");
     let mut fresh = Cluster::new();
     fresh.write(
         "web.yaml",
@@ -662,8 +662,8 @@ fn policies_that_make_no_sense_are_named_and_get_their_default() {
         let spec =
             format!("type: LoadBalancer, clusterIP: 10.96.1.1, ports: [{{ port: 80 }}], {spec}");
         let status = "status: { loadBalancer: { ingress: [{ ip: 198.51.100.1 }] } }\n";
-        let told = cluster.write("web.yaml", &(bare("web", &spec) + status));
-        (told, cluster.service("web").clone())
+        let problems = cluster.write("web.yaml", &(bare("web", &spec) + status));
+        (problems, cluster.service("web").clone())
     };
     let (none, plain) = written("externalIPs: []");
     assert_eq!(none, NONE);
@@ -723,11 +723,11 @@ fn policies_that_make_no_sense_are_named_and_get_their_default() {
             &ranged,
         ),
     ] {
-        let (told, service) = written(&spec);
-        assert_eq!(told.len(), 1, "{spec}: {told:?}");
+        let (problems, service) = written(&spec);
+        assert_eq!(problems.len(), 1, "{spec}: {problems:?}");
         assert!(
-            told[0].contains(&format!("Service default/web: {field}")),
-            "{spec}: {told:?}"
+            problems[0].contains(&format!("Service default/web: {field}")),
+            "{spec}: {problems:?}"
         );
         assert_eq!(service, *served, "{spec}");
     }
@@ -740,15 +740,15 @@ addressType: IPv4
 ports: [{ port: 8080 }]
 endpoints: [{ addresses: [10.44.0.1], hints: { forZones: [{ name: '' }], forNodes: [{ name: node-b }] } }]
 ";
-    let told = cluster.write(
+    let problems = cluster.write(
         "web.yaml",
         &(bare("web", "clusterIP: 10.96.1.1, ports: [{ port: 80 }]") + "---" + slice),
     );
-    assert_eq!(told.len(), 1, "{told:?}");
+    assert_eq!(problems.len(), 1, "{problems:?}");
     assert!(
-        told[0]
+        problems[0]
             .contains("EndpointSlice default/web-1: endpoints[0].hints.forZones[0].name: is empty"),
-        "{told:?}"
+        "{problems:?}"
     );
     assert_eq!(
         cluster.plan("web"),
@@ -760,14 +760,14 @@ endpoints: [{ addresses: [10.44.0.1], hints: { forZones: [{ name: '' }], forNode
 fn the_annotation_of_retries_decides_or_is_named() {
     let written = |value: &str| {
         let mut cluster = Cluster::new();
-        let told = cluster.write(
+        let problems = cluster.write(
             "web.yaml",
             &format!(
                 "kind: Service\nmetadata: {{ name: web, annotations: {{ shunt.dev/retry: '{value}' }} }}\nspec: {{ \
                  clusterIP: 10.96.1.1, ports: [{{ port: 80 }}, {{ name: u, port: 80, protocol: UDP }}] }}\n"
             ),
         );
-        (told, cluster.plan("web"))
+        (problems, cluster.plan("web"))
     };
     let plan = |tcp: &str, udp: &str| {
         [
@@ -782,13 +782,13 @@ fn the_annotation_of_retries_decides_or_is_named() {
     );
     // Datagrams are not sent again by the kernel: their sockets stay where they are.
     assert_eq!(written("true"), (Vec::new(), plan(" packets-only", "")));
-    let (told, served) = written("often");
-    assert_eq!(told.len(), 1, "{told:?}");
+    let (problems, served) = written("often");
+    assert_eq!(problems.len(), 1, "{problems:?}");
     assert!(
-        told[0].contains(
+        problems[0].contains(
             "Service default/web: metadata.annotations[shunt.dev/retry]: \"often\" is neither"
         ),
-        "{told:?}"
+        "{problems:?}"
     );
     assert_eq!(served, plan("", ""));
 }
@@ -991,7 +991,7 @@ fn the_own_node_tells_zone_and_addresses() {
 fn a_folder_that_cannot_be_read_keeps_what_is_known_of_it() {
     let mut cluster = Cluster::new();
     cluster.write("dir/web.yaml", WEB);
-    let told = cluster.update(Files {
+    let problems = cluster.update(Files {
         files: Vec::new(),
         unreadable: vec![(
             "dir".into(),
@@ -999,7 +999,7 @@ fn a_folder_that_cannot_be_read_keeps_what_is_known_of_it() {
         )],
     });
     assert_eq!(
-        told,
+        problems,
         ["dir: cannot be read, its last content goes on serving: permission denied"]
     );
     assert_eq!(cluster.plan("web").len(), 1);
