@@ -105,6 +105,11 @@ pub(super) fn look_up_here<F: Family, M: Maps<F>>(
     }
     if frontend.is_none() && maps.is_node_addr(&tuple.dst) {
         frontend_key.addr = F::UNSPECIFIED;
+        // A pod that dials another node's port comes from outside there; only addresses that are no node's are the whole
+        // cluster's (SPEC P2).
+        if arrival.origin == Origin::Network {
+            frontend_key.scope = SCOPE_EXTERNAL;
+        }
         frontend = maps.frontend(frontend_key);
     }
     let Some(frontend) = frontend else {

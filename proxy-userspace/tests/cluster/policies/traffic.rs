@@ -37,9 +37,14 @@ fn external_policy_local(xdp: &str) {
             cluster.ip("client", v6),
             "{proto} {to}"
         );
-        // A pod's packets to the other node's port are the cluster's own there.
+        // A pod that dials the other node's port is an external client there.
         for client in &inside[..2] {
-            reaches(client, proto, to, &["web-a", "web-b"]);
+            reaches(client, proto, to, &["web-b"]);
+            assert_eq!(
+                dial(client, proto, to).seen_peer.ip(),
+                cluster.ip(client.name(), v6),
+                "{proto} {to}"
+            );
         }
         // The policy is the external one.
         for client in inside.iter().chain([&outside]) {
@@ -80,6 +85,17 @@ fn external_policy_local(xdp: &str) {
             }
         }
         reaches(&outside, proto, at_node("node-b", v6), &["web-b"]);
+    });
+
+    // No endpoint on the other node: its port drops what pods send there, its load balancer and external addresses do not.
+    cluster.apply(&cluster.documents("web", 1, LOCAL, &ready(&["web-a"])));
+    each_case(|v6, proto| {
+        for client in inside[..2].iter().chain([&outside]) {
+            silence(client, proto, at_node("node-b", v6));
+        }
+        for client in &inside {
+            reaches(client, proto, external_ip(1, v6), &["web-a"]);
+        }
     });
 
     cluster.apply(&cluster.documents("web", 1, LOCAL, &[endpoint("web-a", DEAD)]));
