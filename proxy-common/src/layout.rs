@@ -127,6 +127,8 @@ pub const FRONTEND_KEEP_SOURCE: u16 = 1 << 4;
 
 /// [`Frontend::flags`]: a SYN that its backend does not answer, or refuses, does not go to another ([`crate::failover`]).
 pub const FRONTEND_NO_RETRY: u16 = 1 << 5;
+/// [`Frontend::flags`]: always SNAT to the node's address (`masqueradeAll`).
+pub const FRONTEND_MASQUERADE: u16 = 1 << 6;
 
 /// Where a frontend's backends stand: `slot_count` consecutive entries of `slots` from `slot_base`.
 #[repr(C)]

@@ -266,6 +266,7 @@ mod tests {
             health_check_node_port: Some(32_000),
             source_ranges: Vec::new(),
             limits_sources: [false; 2],
+            masquerade: false,
             publish_not_ready: false,
             retry: Default::default(),
         }

@@ -140,6 +140,9 @@ pub struct Service {
     pub publish_not_ready: bool,
     /// Annotation `shunt.dev/retry`.
     pub retry: Retry,
+    /// Whether backends see this node's address as the source wherever the Service does not keep
+    /// the client's: `masqueradeAll`, which is the agent's and not the object's.
+    pub masquerade: bool,
 }
 
 impl Service {

@@ -14,7 +14,7 @@ use std::{
 
 use ipnet::IpNet;
 use shunt_common::layout::{
-    FRONTEND_AFFINITY, FRONTEND_DROP, FRONTEND_KEEP_SOURCE, FRONTEND_NO_RETRY,
+    FRONTEND_AFFINITY, FRONTEND_DROP, FRONTEND_KEEP_SOURCE, FRONTEND_MASQUERADE, FRONTEND_NO_RETRY,
     FRONTEND_PACKETS_ONLY, FRONTEND_SOURCE_RANGES,
 };
 
@@ -504,6 +504,11 @@ fn role(service: &Service, id: &FrontendId, kind: FrontendKind, choices: &Choice
         // (SPEC P2); and hints are for everybody (SPEC B5).
         _ => Role::Cluster,
     };
+    // Whatever the hook, the node's address must be the source: what a pod's socket would dial
+    // itself is left to its packets.
+    if service.masquerade && flags & FRONTEND_KEEP_SOURCE == 0 {
+        flags |= FRONTEND_MASQUERADE | FRONTEND_PACKETS_ONLY;
+    }
     (role, flags)
 }
 
@@ -529,6 +534,7 @@ impl fmt::Display for Frontend {
         for (flag, name) in [
             (FRONTEND_SOURCE_RANGES, " source-ranges"),
             (FRONTEND_KEEP_SOURCE, " keep-source"),
+            (FRONTEND_MASQUERADE, " masquerade"),
             (FRONTEND_DROP, " drop"),
             (FRONTEND_NO_RETRY, " no-retry"),
             (FRONTEND_PACKETS_ONLY, " packets-only"),

@@ -66,7 +66,7 @@ pub(super) fn open<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Wor
     let hairpin = slot.addr == tuple.src;
     let elsewhere =
         arrival.origin == Origin::Network && !local && frontend.flags & FRONTEND_KEEP_SOURCE == 0;
-    if hairpin || elsewhere {
+    if hairpin || elsewhere || frontend.flags & FRONTEND_MASQUERADE != 0 {
         flow.snat = F::words(F::config(config).node);
         flow.state |= FLOW_SNAT;
     }

@@ -108,8 +108,11 @@ impl Agent {
         let mut completes = false;
         let mut node_changes = false;
         for mut event in batch {
-            if let (false, Event::Service(service)) = (self.settings.external_ips, &mut event) {
-                service.external_ips.clear();
+            if let Event::Service(service) = &mut event {
+                service.masquerade = self.settings.masquerade_all;
+                if !self.settings.external_ips {
+                    service.external_ips.clear();
+                }
             }
             completes |= event == Event::Complete;
             node_changes |= matches!(event, Event::Node(_));

@@ -39,6 +39,7 @@ impl Settings {
             nodeport_addresses,
             localhost_node_ports,
             external_ips,
+            masquerade_all,
             retry_silence,
             snat_ports,
             conntrack,
@@ -102,6 +103,10 @@ impl Settings {
                 *service_node_port_range != new.service_node_port_range,
             ),
             ("externalIPs", *external_ips != new.external_ips),
+            (
+                "iptables.masqueradeAll",
+                *masquerade_all != new.masquerade_all,
+            ),
             ("logging", *logging != new.logging),
             // Open flows hold ports of the old range by their place in it.
             ("snatPorts", *snat_ports != new.snat_ports),

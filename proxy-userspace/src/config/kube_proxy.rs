@@ -99,7 +99,6 @@ struct DetectLocal {
 #[serde(rename_all = "camelCase", default)]
 struct Iptables {
     localhost_node_ports: Option<bool>,
-    #[serde(skip_serializing)]
     masquerade_all: Option<bool>,
 }
 
@@ -121,9 +120,6 @@ struct Logging {
 pub(super) const EXTERNAL_IPS_GATE: &str = "AllowServiceExternalIPs";
 /// The mode in which kube-proxy opens node ports on primary addresses alone unless told otherwise.
 pub(super) const NFTABLES: &str = "nftables";
-/// What becomes of `masqueradeAll`.
-pub(super) const MASQUERADE_ALL: &str =
-    "not done: a client's address is kept wherever its answers come back through this node";
 
 /// How kube-proxy tells that a packet comes from a pod of this node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -302,13 +298,11 @@ impl KubeProxyConfiguration {
         );
         let mode = self.mode.unwrap_or_default();
         open_node_ports_as(&mode, to);
-        let (field, masquerade_all) = match mode.as_str() {
-            NFTABLES => ("nftables.masqueradeAll", self.nftables.masquerade_all),
-            _ => ("iptables.masqueradeAll", self.iptables.masquerade_all),
+        let masquerade_all = match mode.as_str() {
+            NFTABLES => self.nftables.masquerade_all,
+            _ => self.iptables.masquerade_all,
         };
-        if masquerade_all == Some(true) {
-            notes.warnings.push((field, MASQUERADE_ALL.to_owned()));
-        }
+        set(&mut to.masquerade_all, masquerade_all);
         write_gates(&self.feature_gates, to, &mut notes.unused);
         self.logging.write(&mut to.logging);
         let unused = &mut notes.unused;
@@ -454,7 +448,7 @@ impl From<&Settings> for KubeProxyConfiguration {
             hostname_override: settings.node_name.clone(),
             iptables: Iptables {
                 localhost_node_ports: Some(settings.localhost_node_ports),
-                masquerade_all: None,
+                masquerade_all: Some(settings.masquerade_all),
             },
             logging: Logging {
                 format: Some(

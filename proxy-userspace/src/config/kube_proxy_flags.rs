@@ -12,7 +12,7 @@ use clap::Args;
 use super::{
     Settings,
     flags::{set, set_option},
-    kube_proxy::{self, DetectLocalMode, MASQUERADE_ALL},
+    kube_proxy::{self, DetectLocalMode},
     values::Address,
 };
 
@@ -306,9 +306,7 @@ impl KubeProxyArgs {
                 None => {}
             }
         }
-        if self.masquerade_all == Some(true) {
-            warnings.push(format!("--masquerade-all: {MASQUERADE_ALL}"));
-        }
+        set(&mut to.masquerade_all, self.masquerade_all);
         if !unused.is_empty() {
             warnings.push(format!(
                 "shunt has no use for {}: ignored",

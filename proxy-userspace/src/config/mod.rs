@@ -99,6 +99,9 @@ pub struct Settings {
     /// `--external-ips`, and kube-proxy's feature gate `AllowServiceExternalIPs`: whether
     /// `spec.externalIPs` are served.
     pub external_ips: bool,
+    /// `masqueradeAll` of kube-proxy's mode: all Service traffic bears this node's address, save
+    /// where `externalTrafficPolicy: Local` keeps the client's (SPEC P7).
+    pub masquerade_all: bool,
     /// `--retry-silence`.
     pub retry_silence: Duration,
     /// `--snat-ports`.
@@ -157,6 +160,7 @@ impl Default for Settings {
             nodeport_addresses: Vec::new(),
             localhost_node_ports: true,
             external_ips: true,
+            masquerade_all: false,
             retry_silence: Duration::from_secs(1),
             snat_ports: PortRange(SNAT_PORTS),
             conntrack: Conntrack::default(),

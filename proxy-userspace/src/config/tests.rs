@@ -224,6 +224,7 @@ fn every_field_arrives_and_ours_stands_over_theirs() {
         nodeport_addresses: vec!["192.0.2.0/24".into(), "localhost".into()],
         localhost_node_ports: false,
         external_ips: false,
+        masquerade_all: true,
         retry_silence: Duration::from_secs(7),
         snat_ports: PortRange(20_000..=20_999),
         conntrack: Conntrack {
@@ -507,8 +508,8 @@ fn an_odd_value_is_one_warning_that_says_what_became_of_it() {
         ("ipvs: {excludeCIDRs: [10.0.0.0/8, x]}", "ipvs.excludeCIDRs", unused_list()),
         ("showHiddenMetricsForVersion: latest", "showHiddenMetricsForVersion", unused("latest", "wants MAJOR.MINOR")),
         ("iptables: {minSyncPeriod: 1m}", "iptables.minSyncPeriod", "`60s`: kube-proxy refuses that: longer than syncPeriod; shunt has no use for it".into()),
-        ("iptables: {masqueradeAll: true}", "iptables.masqueradeAll", kube_proxy::MASQUERADE_ALL.into()),
-        ("mode: nftables\nnftables: {masqueradeAll: true}", "nftables.masqueradeAll", kube_proxy::MASQUERADE_ALL.into()),
+        ("iptables: {masqueradeAll: true}", "", String::new()),
+        ("mode: nftables\nnftables: {masqueradeAll: true}", "", String::new()),
         // The field of a mode that is not used.
         ("nftables: {masqueradeAll: true}", "", String::new()),
         ("mode: nftables\niptables: {masqueradeAll: true}", "", String::new()),
@@ -777,10 +778,8 @@ fn every_flag_of_kube_proxys_means_something_or_is_named() {
         ..Settings::default()
     };
     assert_eq!(found, expected);
-    assert_eq!(
-        settings(&["--masquerade-all"]).1,
-        [format!("--masquerade-all: {}", kube_proxy::MASQUERADE_ALL)]
-    );
+    let (masquerades, warnings) = settings(&["--masquerade-all"]);
+    assert_eq!((masquerades.masquerade_all, warnings), (true, Vec::new()));
     let (prefix, warnings) = settings(&[
         "--detect-local-mode=InterfaceNamePrefix",
         "--pod-interface-name-prefix=cali",

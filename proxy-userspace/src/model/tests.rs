@@ -28,6 +28,7 @@ fn service(name: &str) -> Service {
         health_check_node_port: None,
         source_ranges: Vec::new(),
         limits_sources: [false; 2],
+        masquerade: false,
         publish_not_ready: false,
         retry: Default::default(),
     }

@@ -123,6 +123,7 @@ pub fn service(service: &Service, problems: &mut Vec<Problem>) -> Option<object:
         health_check_node_port,
         source_ranges,
         limits_sources,
+        masquerade: false,
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
         retry,
         name,
@@ -159,6 +160,7 @@ fn addressless(
         health_check_node_port: None,
         source_ranges: Vec::new(),
         limits_sources: [false; 2],
+        masquerade: false,
         publish_not_ready: spec
             .and_then(|spec| spec.publish_not_ready_addresses)
             .unwrap_or(false),

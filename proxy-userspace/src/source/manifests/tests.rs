@@ -674,6 +674,7 @@ fn policies_that_make_no_sense_are_named_and_get_their_default() {
     let ranged = Service {
         source_ranges: vec!["10.0.0.0/8".parse().unwrap()],
         limits_sources: [true; 2],
+        masquerade: false,
         ..plain.clone()
     };
     let timeout = |secs: &str| {

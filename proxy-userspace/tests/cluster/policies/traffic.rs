@@ -180,3 +180,34 @@ fn internal_traffic_stays_local() {
         }
     });
 }
+
+/// P7 with `masqueradeAll`: whoever dials, local and remote backends see the node's address; where
+/// `externalTrafficPolicy: Local` keeps the client's, it is kept.
+#[test]
+fn all_sources_are_translated_when_asked_to() {
+    let args = [&CLUSTER_CIDRS[..], &["--masquerade-all"]].concat();
+    let cluster = Cluster::start_with("native", &args, |cluster| {
+        let local = "  externalTrafficPolicy: Local\n";
+        let mut all = cluster.documents("web", 1, "", &ready(&["web-a", "web-b"]));
+        all.extend(cluster.documents("kept", 2, local, &ready(&["web-a"])));
+        all
+    });
+    let outside = cluster.client("client");
+    let inside = ["hooked", "packets"].map(|name| cluster.client(name));
+    each_case(|v6, proto| {
+        let node = cluster.ip("node-a", v6);
+        let port = SocketAddr::new(node, node_port(1));
+        for to in [cluster_ip(1, v6), port, load_balancer_ip(1, v6)] {
+            for client in inside.iter().chain([&outside]) {
+                reaches(client, proto, to, &["web-a", "web-b"]);
+                for _ in 0..4 {
+                    let seen = dial(client, proto, to).seen_peer.ip();
+                    assert_eq!(seen, node, "{proto} {to} from {}", client.name());
+                }
+            }
+        }
+        let to = load_balancer_ip(2, v6);
+        let seen = dial(&outside, proto, to).seen_peer.ip();
+        assert_eq!(seen, cluster.ip("client", v6), "{proto} {to}");
+    });
+}

@@ -61,6 +61,7 @@ pub(super) fn service(n: u32) -> Service {
         health_check_node_port: None,
         source_ranges: Vec::new(),
         limits_sources: [false; 2],
+        masquerade: false,
         publish_not_ready: false,
         retry: Default::default(),
     }
