@@ -21,6 +21,7 @@
 //! - [`agent`]: the life of the agent, which wires all of it.
 //! - [`environment`]: what a kubelet tells containers of Services. [`dns`]: names of Services,
 //!   answered from the model.
+//! - [`explain`]: what becomes of a packet, and why, by the decision itself.
 //! - [`logging`]: the agent's log. [`config`]: what the agent is told to do. [`cli`]: one file per
 //!   verb.
 pub mod admin;
@@ -31,6 +32,7 @@ pub mod connections;
 pub mod datapath;
 pub mod dns;
 pub mod environment;
+pub mod explain;
 pub mod gc;
 pub mod health;
 pub mod healthcheck;

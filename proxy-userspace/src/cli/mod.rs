@@ -29,6 +29,7 @@ pub mod check;
 pub mod cleanup;
 pub mod conntrack;
 pub mod env;
+pub mod explain;
 mod listening;
 pub mod run;
 pub mod services;
@@ -67,6 +68,8 @@ enum Verb {
     Backends(backends::BackendsArgs),
     /// The flows that are being translated.
     Conntrack(conntrack::ConntrackArgs),
+    /// What this node does with a packet, hook by hook, and why.
+    Explain(explain::ExplainArgs),
     /// The environment variables of Services that a kubelet gives to a pod's containers.
     Env(env::EnvArgs),
     /// Remove every program, map, pin and qdisc that shunt made, and nothing else.
@@ -118,6 +121,7 @@ pub fn main() -> ExitCode {
         Verb::Services(args) => services::run(&args).map(|()| true),
         Verb::Backends(args) => backends::run(&args).map(|()| true),
         Verb::Conntrack(args) => conntrack::run(&args).map(|()| true),
+        Verb::Explain(args) => explain::run(&args).map(|()| true),
         Verb::Env(args) => env::run(&args).map(|()| true),
         Verb::Cleanup(common) => {
             cleanup::run(&common.bpf_root, common.output == Output::Json).map(|()| true)

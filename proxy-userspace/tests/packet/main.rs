@@ -1,5 +1,6 @@
 //! The BPF programs, loaded into this kernel and run with one packet at a time. Needs root.
 
+mod explained;
 mod odd;
 mod packets;
 

@@ -12,6 +12,7 @@ use shunt_lab::{Agent, AgentOptions, Answer, Client, Dial, Lab, PodSpec, Port, P
 use tempfile::TempDir;
 
 mod eligible;
+mod explain;
 mod flows;
 mod frontends;
 mod life;

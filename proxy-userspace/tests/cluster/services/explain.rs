@@ -1,0 +1,117 @@
+//! `shunt explain` says what packets and sockets then find.
+
+use serde_json::Value;
+
+use super::*;
+
+fn ends(value: &Value, which: &str) -> SocketAddr {
+    let text = value[which].as_str();
+    text.unwrap_or_else(|| panic!("no {which} in {value}"))
+        .parse()
+        .unwrap()
+}
+
+/// A7: whoever dials is served by the backend that was told, which sees the source that was told;
+/// refusals, names that nobody has, and what a socket of a pod may get.
+#[test]
+fn explain_tells_what_a_client_then_finds() {
+    let cluster = Cluster::start("native", &[]);
+    let agent = &cluster.agents[0];
+    let outside = cluster.client("client");
+    let mut port = 41_000;
+    let mut remote = 0;
+    for v6 in [false, true] {
+        let client = cluster.ip("client", v6);
+        let node = cluster.node_ip("node-a", v6);
+        let web = at(if v6 { "fd96::1" } else { "10.96.0.1" }, 80);
+        for proto in BOTH {
+            for frontend in [web, SocketAddr::new(node, NODE_PORT)] {
+                for _ in 0..4 {
+                    port += 1;
+                    let source = SocketAddr::new(client, port);
+                    let protocol = proto.to_string().to_lowercase();
+                    let told = agent
+                        .json(&[
+                            "explain",
+                            &protocol,
+                            &source.to_string(),
+                            &frontend.to_string(),
+                        ])
+                        .unwrap();
+                    assert_eq!(told["verdict"], "translate", "{told}");
+                    assert_eq!(told["sender"], "outside", "{told}");
+                    assert_eq!(told["frontend"]["service"], "web", "{told}");
+                    assert_eq!(told["warnings"], serde_json::json!([]), "{told}");
+                    let backends = told["backends"].as_array().unwrap();
+                    let chosen = backends.iter().find(|backend| backend["chosen"] == true);
+                    let chosen = ends(chosen.unwrap(), "address");
+                    let sent = ends(&told["sent"], "source");
+                    assert_eq!(ends(&told["answer"], "source"), frontend, "{told}");
+                    assert_eq!(ends(&told["answer"], "destination"), source, "{told}");
+                    let dial = Dial {
+                        bind: Some(source),
+                        ..Dial::default()
+                    };
+                    let answer = outside.once(proto, frontend, &dial).unwrap();
+                    let server = cluster.lab.name_of(chosen.ip()).unwrap();
+                    assert_eq!(answer.server, server, "{told}");
+                    assert_eq!(answer.seen_peer, sent, "{told}");
+                    remote += usize::from(sent.ip() == node);
+                }
+            }
+        }
+    }
+    assert!(remote > 0, "no backend elsewhere was chosen");
+
+    let failed = |args: &[&str]| {
+        let output = agent.cli(args).unwrap();
+        let text = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        (output.status.code(), text)
+    };
+    let from = cluster.ip("client", false).to_string();
+    let told = agent.json(&["explain", "tcp", &from, "empty:80"]).unwrap();
+    assert_eq!(told["verdict"], "refuse", "{told}");
+    assert!(told["advice"].is_string(), "{told}");
+    let told = agent
+        .json(&["explain", "tcp", &from, "10.96.0.1:81"])
+        .unwrap();
+    assert_eq!(told["verdict"], "refuse", "{told}");
+    let told = agent
+        .json(&["explain", "tcp", &from, "192.0.2.9:80"])
+        .unwrap();
+    assert_eq!(told["verdict"], "pass", "{told}");
+    let (code, text) = failed(&["explain", "tcp", &from, "webb:80"]);
+    assert_eq!(code, Some(1), "{text}");
+    assert!(text.contains("the nearest: default/web"), "{text}");
+    assert_eq!(text.lines().count(), 1, "{text}");
+    let (code, text) = failed(&["explain", "tcp", &from, "web:79"]);
+    assert_eq!(code, Some(1), "{text}");
+    assert!(text.contains("it has 80/TCP, 80/UDP"), "{text}");
+    let (code, text) = failed(&["explain", "icmp", &from, "web:80"]);
+    assert_eq!(code, Some(2), "{text}");
+
+    let manifests = cluster.manifests.path().to_str().unwrap();
+    let told = agent
+        .json(&[
+            "explain",
+            "tcp",
+            "pod/default/web-a",
+            "web:80",
+            "--manifests",
+            manifests,
+        ])
+        .unwrap();
+    assert_eq!(told["verdict"], "connect", "{told}");
+    assert_eq!(told["backends"].as_array().unwrap().len(), 2, "{told}");
+    let node = cluster.node_ip("node-a", false).to_string();
+    let told = agent.json(&["explain", "udp", &node, "solo:80"]).unwrap();
+    assert_eq!(told["verdict"], "connect", "{told}");
+
+    let output = agent.cli(&["explain", "tcp", &from, "web:80"]).unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success() && text.contains("default/web"),
+        "{text}"
+    );
+    println!("{text}");
+}
