@@ -221,42 +221,42 @@ pub struct FlowKey<A> {
 pub const TICK_NS: u64 = 1 << 30;
 
 /// [`Flow::state`]: the backend has answered.
-pub const FLOW_SEEN_REPLY: u16 = 1 << 0;
+pub const FLOW_SEEN_REPLY: u32 = 1 << 0;
 /// [`Flow::state`]: the client sent FIN.
-pub const FLOW_CLIENT_FIN: u16 = 1 << 1;
+pub const FLOW_CLIENT_FIN: u32 = 1 << 1;
 /// [`Flow::state`]: the backend sent FIN.
-pub const FLOW_BACKEND_FIN: u16 = 1 << 2;
+pub const FLOW_BACKEND_FIN: u32 = 1 << 2;
 /// [`Flow::state`]: the client sent RST, or somebody in its name: taken back when it sends anything else.
-pub const FLOW_CLIENT_RESET: u16 = 1 << 3;
+pub const FLOW_CLIENT_RESET: u32 = 1 << 3;
 /// [`Flow::state`]: the backend is on this node.
-pub const FLOW_LOCAL_BACKEND: u16 = 1 << 4;
+pub const FLOW_LOCAL_BACKEND: u32 = 1 << 4;
 /// [`Flow::state`]: the source (address, port, or the port alone) is translated; `snat` and `snat_port` say to what.
-pub const FLOW_SNAT: u16 = 1 << 5;
+pub const FLOW_SNAT: u32 = 1 << 5;
 /// [`Flow::state`]: the client is on this node: its packets came in through a pod device.
-pub const FLOW_LOCAL_CLIENT: u16 = 1 << 6;
+pub const FLOW_LOCAL_CLIENT: u32 = 1 << 6;
 /// [`Flow::state`]: the connection is over, and the client's port serves a direct one to the same backend.
-pub const FLOW_SUPERSEDED: u16 = 1 << 7;
+pub const FLOW_SUPERSEDED: u32 = 1 << 7;
 
 /// [`Flow::state`]: the backend is no endpoint any more ([`BACKEND_GONE`]), and has not answered since the client sent last.
-pub const FLOW_UNANSWERED: u16 = 1 << 8;
+pub const FLOW_UNANSWERED: u32 = 1 << 8;
 /// [`Flow::state`]: the backend has answered and the client has sent again: datagrams are a stream. Of TCP it is not always
 /// noted.
-pub const FLOW_CONFIRMED: u16 = 1 << 9;
+pub const FLOW_CONFIRMED: u32 = 1 << 9;
 /// [`Flow::state`]: until it is answered, its SYN may go to another backend ([`crate::failover`]).
-pub const FLOW_RETRY: u16 = 1 << 10;
+pub const FLOW_RETRY: u32 = 1 << 10;
 /// [`Flow::state`]: the backend refused the SYN, and the client was not told.
-pub const FLOW_REFUSED: u16 = 1 << 11;
+pub const FLOW_REFUSED: u32 = 1 << 11;
 /// [`Flow::state`]: the backend has been sent the SYN twice, or gets no second one.
-pub const FLOW_RETRANSMITTED: u16 = 1 << 12;
+pub const FLOW_RETRANSMITTED: u32 = 1 << 12;
 /// [`Flow::state`]: the SYN finds out whether a backend in quarantine answers again.
-pub const FLOW_PROBE: u16 = 1 << 13;
+pub const FLOW_PROBE: u32 = 1 << 13;
 
 /// [`Flow::state`]: the backend sent RST, or somebody in its name: taken back when it sends anything else.
-pub const FLOW_BACKEND_RESET: u16 = 1 << 14;
+pub const FLOW_BACKEND_RESET: u32 = 1 << 14;
 /// [`Flow::state`]: either side sent RST.
-pub const FLOW_RESET: u16 = FLOW_CLIENT_RESET | FLOW_BACKEND_RESET;
+pub const FLOW_RESET: u32 = FLOW_CLIENT_RESET | FLOW_BACKEND_RESET;
 /// [`Flow::state`]: in `flows` from the first packet on, and counted in `half_open` until the client has spoken after an answer.
-pub const FLOW_HALF_OPEN: u16 = 1 << 15;
+pub const FLOW_HALF_OPEN: u32 = 1 << 15;
 
 /// One flow: what its packets carry on either side of this node.
 ///
@@ -277,22 +277,26 @@ pub struct Flow<A> {
     pub backend_port: u16,
     /// The source port that the backend sees, when [`FLOW_SNAT`].
     pub snat_port: u16,
-    /// `FLOW_*` bits.
-    pub state: u16,
+    /// The programs' cheap clock as it stood when `last_seen` was written: at most 2.6 s, at least
+    /// 0.25 s long.
+    pub epoch: u16,
+    /// `FLOW_*` bits, changed by atomic OR and AND alone.
+    pub state: u32,
     /// Index into `backends`.
     pub backend_id: u32,
     /// When the last packet was seen: `CLOCK_MONOTONIC` in [`TICK_NS`], written when `epoch` has
     /// changed.
     pub last_seen: u32,
-    /// The programs' cheap clock as it stood when `last_seen` was written: at most 2.6 s, at least
-    /// 0.25 s long.
-    pub epoch: u16,
     /// With [`FLOW_UNANSWERED`]: `epoch` of the first packet that was not answered. Else with
     /// [`FLOW_RETRY`]: when the SYN was sent last, low half of a time in [`AFFINITY_TICK_NS`].
     pub unanswered_since: u16,
+    /// Always zero.
+    pub reserved: u16,
     /// With [`FLOW_RETRY`]: the backends that were given up, one bit for each id modulo 31.
     /// [`TRIED_KEEP`].
     pub tried: u32,
+    /// Always zero: room for what a flow needs next.
+    pub reserved2: u32,
 }
 
 /// [`Flow::tried`]: when the flow is confirmed, its client is known to keep the backend ([`crate::affinity`]).
@@ -321,8 +325,10 @@ pub struct SnatSlot<A> {
     pub frontend_port: u16,
     /// The backend's port, host order.
     pub backend_port: u16,
-    /// `FLOW_*` bits.
-    pub state: u16,
+    /// As [`Flow::epoch`].
+    pub epoch: u16,
+    /// `FLOW_*` bits, as [`Flow::state`].
+    pub state: u32,
     /// When the last packet was seen, as [`Flow::last_seen`]; 0: never used. Claimed by
     /// compare-and-swap.
     pub last_seen: u32,
@@ -332,11 +338,13 @@ pub struct SnatSlot<A> {
     pub proto: u8,
     /// Always zero.
     pub reserved: u8,
-    /// As [`Flow::epoch`].
-    pub epoch: u16,
+    /// Always zero.
+    pub reserved2: u16,
     /// Flow hash of the client's side and the frontend ([`crate::hash::flow`]): whose slot it is,
     /// at a glance.
     pub owner: u32,
+    /// Always zero: room for what a source port needs next.
+    pub reserved3: u32,
 }
 
 /// Who a backend is kept for (`sessionAffinity: ClientIP`).
@@ -617,10 +625,10 @@ no_padding!(
     Slot<[u8; 16]> = 16 + 2 + 2 + 4,
     FlowKey<[u8; 4]> = 2 * 4 + 2 + 2 + 1 + 1 + 2,
     FlowKey<[u8; 16]> = 2 * 16 + 2 + 2 + 1 + 1 + 2,
-    Flow<[u8; 4]> = 3 * 4 + 4 * 2 + 4 + 4 + 4 + 4,
-    Flow<[u8; 16]> = 3 * 16 + 4 * 2 + 4 + 4 + 4 + 4,
-    SnatSlot<[u8; 4]> = 4 * 4 + 4 * 2 + 4 + 4 + 1 + 1 + 2 + 4,
-    SnatSlot<[u8; 16]> = 4 * 16 + 4 * 2 + 4 + 4 + 1 + 1 + 2 + 4,
+    Flow<[u8; 4]> = 3 * 4 + 4 * 2 + 4 * 6,
+    Flow<[u8; 16]> = 3 * 16 + 4 * 2 + 4 * 6,
+    SnatSlot<[u8; 4]> = 4 * 4 + 4 * 2 + 4 * 3 + 1 + 1 + 2 + 4 + 4,
+    SnatSlot<[u8; 16]> = 4 * 16 + 4 * 2 + 4 * 3 + 1 + 1 + 2 + 4 + 4,
     AffinityKey<[u8; 4]> = 4 + 4 + 4 + 2 * 4,
     AffinityKey<[u8; 16]> = 16 + 4 + 4 + 2 * 4,
     Affinity = 4 + 4,

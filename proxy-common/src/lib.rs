@@ -8,6 +8,14 @@
 //! [`packet`] (headers in, headers out), [`slow_path`] (packets that are not plain), [`event`]
 //! (what is counted).
 #![no_std]
+#![cfg_attr(target_arch = "bpf", feature(core_intrinsics))]
+#![cfg_attr(
+    target_arch = "bpf",
+    expect(
+        internal_features,
+        reason = "the BPF target's `core` has no OR and AND on 32 bits, LLVM does"
+    )
+)]
 
 #[cfg(any(feature = "user", test))]
 extern crate alloc;
@@ -17,6 +25,7 @@ extern crate std;
 pub mod access;
 pub mod address;
 pub mod affinity;
+mod atomic;
 pub mod balance;
 pub mod checksum;
 pub mod crc32c;

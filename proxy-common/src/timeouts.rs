@@ -12,7 +12,7 @@ use crate::layout::{
 };
 
 /// Both FINs.
-const FINISHED: u16 = FLOW_CLIENT_FIN | FLOW_BACKEND_FIN;
+const FINISHED: u32 = FLOW_CLIENT_FIN | FLOW_BACKEND_FIN;
 
 /// Whole ticks ([`TICK_NS`]) that are not shorter than some seconds.
 pub const fn ticks(seconds: u64) -> u32 {
@@ -41,14 +41,14 @@ impl Default for Timeouts {
 
 /// Both sides have sent FIN, or either RST.
 #[inline(always)]
-pub fn is_closed(state: u16) -> bool {
+pub fn is_closed(state: u32) -> bool {
     state & FLOW_RESET != 0 || state & FINISHED == FINISHED
 }
 
 /// Whether only one side may be there: nobody has answered, or the client of a TCP connection has
 /// not acknowledged the answer.
 #[inline(always)]
-pub fn is_unconfirmed(proto: u8, state: u16) -> bool {
+pub fn is_unconfirmed(proto: u8, state: u32) -> bool {
     // Connections that were in `flows` before they were answered are noted there by the one bit,
     // others by the other.
     let half_open =
@@ -59,7 +59,7 @@ pub fn is_unconfirmed(proto: u8, state: u16) -> bool {
 impl Timeouts {
     /// Ticks that a flow of this protocol in this state (`FLOW_*` bits) may be silent.
     #[inline(always)]
-    pub fn of(&self, proto: u8, state: u16) -> u32 {
+    pub fn of(&self, proto: u8, state: u32) -> u32 {
         if is_closed(state) {
             return self.closed;
         }
@@ -83,7 +83,7 @@ impl Timeouts {
 
     /// The same for the source port that the flow's packets have towards the backend.
     #[inline(always)]
-    pub fn of_port(&self, proto: u8, state: u16) -> u32 {
+    pub fn of_port(&self, proto: u8, state: u32) -> u32 {
         if state & (FLOW_RESET | FINISHED) == FINISHED {
             self.time_wait
         } else {

@@ -263,7 +263,7 @@ mod tests {
 
     fn flow<F: Family>(
         n: u16,
-        state: u16,
+        state: u32,
         age: u32,
         backend_id: u32,
     ) -> (FlowKey<F::Addr>, Flow<F::Addr>) {
@@ -289,7 +289,9 @@ mod tests {
             last_seen: NOW - age,
             epoch: 0,
             unanswered_since: 0,
+            reserved: 0,
             tried: 0,
+            reserved2: 0,
         };
         (key, flow)
     }
@@ -379,8 +381,10 @@ mod tests {
                 backend_id: u32::from(index),
                 proto: TCP,
                 reserved: 0,
+                reserved2: 0,
                 epoch: 0,
                 owner: 0,
+                reserved3: 0,
             };
             maps.v4.snat.set(index.into(), slot);
             maps.v4.flows.set(&key, &flow).unwrap();

@@ -3,7 +3,10 @@
 use core::{marker::PhantomData, mem::offset_of, ptr::NonNull};
 
 use super::Clock;
-use crate::layout::{Flow, SnatSlot};
+use crate::{
+    atomic,
+    layout::{Flow, SnatSlot},
+};
 
 /// An entry in a map: alive while the program runs, and written by other CPUs at any time.
 pub struct Entry<'m, T> {
@@ -114,24 +117,25 @@ impl<A: Copy> Entry<'_, Flow<A>> {
 }
 
 impl<T: Tracked> Entry<'_, T> {
+    /// Address of the state, for atomic access: several CPUs see packets of one flow at once.
+    #[inline(always)]
+    fn state(self) -> *mut u32 {
+        // SAFETY: the offset lies within the value.
+        unsafe { self.ptr.as_ptr().byte_add(T::STATE).cast() }
+    }
+
     /// Sets state bits, and nothing else.
     #[inline(always)]
-    pub(crate) fn set(self, bits: u16) {
+    pub(crate) fn set(self, bits: u32) {
         // SAFETY: an aligned field of an entry that is valid by `new`'s contract.
-        unsafe {
-            let state: *mut u16 = self.ptr.as_ptr().byte_add(T::STATE).cast();
-            *state |= bits;
-        }
+        unsafe { atomic::or(self.state(), bits) };
     }
 
     /// Takes state bits back.
     #[inline(always)]
-    pub(crate) fn clear(self, bits: u16) {
+    pub(crate) fn clear(self, bits: u32) {
         // SAFETY: an aligned field of an entry that is valid by `new`'s contract.
-        unsafe {
-            let state: *mut u16 = self.ptr.as_ptr().byte_add(T::STATE).cast();
-            *state &= !bits;
-        }
+        unsafe { atomic::and(self.state(), !bits) };
     }
 
     /// Address of the time stamp, for an atomic exchange.
@@ -144,14 +148,14 @@ impl<T: Tracked> Entry<'_, T> {
     /// Records a packet: state bits when they are new, the time when the cheap clock has moved on.
     /// Returns whether it had.
     #[inline(always)]
-    pub(super) fn record(self, clock: &impl Clock, bits: u16) -> bool {
+    pub(super) fn record(self, clock: &impl Clock, bits: u32) -> bool {
         // SAFETY: aligned fields of an entry that is valid by `new`'s contract.
         unsafe {
-            let state: *mut u16 = self.ptr.as_ptr().byte_add(T::STATE).cast();
+            let state = self.state();
             let epoch: *mut u16 = self.ptr.as_ptr().byte_add(T::EPOCH).cast();
             let old = *state;
             if old | bits != old {
-                *state = old | bits;
+                atomic::or(state, bits);
             }
             let now = clock.epoch();
             let passed = *epoch != now;
@@ -161,5 +165,54 @@ impl<T: Tracked> Entry<'_, T> {
             }
             passed
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::Barrier, thread};
+
+    use super::*;
+    use crate::layout::{FLOW_BACKEND_FIN, FLOW_CLIENT_FIN, FLOW_CONFIRMED};
+
+    struct At(u16);
+
+    impl Clock for At {
+        fn now(&self) -> u32 {
+            u32::from(self.0)
+        }
+        fn epoch(&self) -> u16 {
+            self.0
+        }
+        fn affinity_now(&self) -> u32 {
+            0
+        }
+    }
+
+    /// Packets of both directions are seen by a CPU each, and what one notes the other does not
+    /// take back.
+    #[test]
+    fn a_bit_that_another_cpu_sets_meanwhile_is_not_lost() {
+        // SAFETY: integers, of which zero is one.
+        let mut flow: Flow<u32> = unsafe { core::mem::zeroed() };
+        let ptr = &raw mut flow as usize;
+        let start = Barrier::new(3);
+        let noted = |fin: u32| {
+            // SAFETY: it lives until the threads have ended, and nobody refers to it meanwhile.
+            let entry = unsafe { Entry::new(NonNull::new_unchecked(ptr as *mut Flow<u32>)) };
+            start.wait();
+            for round in 0..300_000u32 {
+                entry.record(&At(round as u16), fin);
+                assert_eq!(entry.read().state & fin, fin, "round {round}");
+                entry.clear(fin);
+                assert_eq!(entry.read().state & fin, 0, "round {round}");
+            }
+        };
+        thread::scope(|scope| {
+            scope.spawn(|| noted(FLOW_CLIENT_FIN));
+            scope.spawn(|| noted(FLOW_CONFIRMED));
+            noted(FLOW_BACKEND_FIN);
+        });
+        assert_eq!(flow.state, 0);
     }
 }

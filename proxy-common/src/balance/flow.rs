@@ -63,7 +63,7 @@ const RESET_TICKS: u32 = 2;
 #[inline(always)]
 pub(super) fn is_over(
     timeouts: &Timeouts,
-    state: u16,
+    state: u32,
     proto: u8,
     last_seen: u32,
     now: u32,

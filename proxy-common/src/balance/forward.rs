@@ -206,7 +206,7 @@ fn resumes<F: Family, M: Maps<F>>(
 }
 
 #[inline(always)]
-fn client_state(tcp_flags: u8) -> u16 {
+fn client_state(tcp_flags: u8) -> u32 {
     let mut state = 0;
     if tcp_flags & FIN != 0 {
         state |= FLOW_CLIENT_FIN;
@@ -268,7 +268,7 @@ fn snat_state<F: Family, M: Maps<F>>(
     config: &Config,
     flow: &Flow<F::Words>,
     proto: u8,
-) -> u16 {
+) -> u32 {
     if flow.state & FLOW_SNAT == 0 {
         return 0;
     }

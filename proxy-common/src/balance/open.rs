@@ -45,7 +45,9 @@ pub(super) fn open<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Wor
         last_seen: now,
         epoch: maps.epoch(),
         unanswered_since: 0,
+        reserved: 0,
         tried: 0,
+        reserved2: 0,
     };
     if failover::is_for(tuple.proto, arrival.tcp_flags, frontend.flags) {
         flow.state = FLOW_RETRY | progress.probe_bits();

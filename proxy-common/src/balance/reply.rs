@@ -117,7 +117,7 @@ fn reply<F: Family, M: Maps<F>>(
     maps: &M,
     entry: Option<Entry<'_, Flow<F::Words>>>,
     tuple: &Tuple<F::Words>,
-    state: u16,
+    state: u32,
     tcp_flags: u8,
 ) -> Lookup<F::Words> {
     let Some(entry) = entry else {
@@ -204,7 +204,7 @@ pub(crate) fn snat_reply_arriving<F: Family, M: Maps<F>>(
 /// Takes back what was noted of a backend that sends after all: that it is asked whether it is
 /// there, or has reset the connection.
 #[inline(always)]
-fn goes_on<T: Tracked>(entry: Entry<'_, T>, state: u16, tcp_flags: u8) {
+fn goes_on<T: Tracked>(entry: Entry<'_, T>, state: u32, tcp_flags: u8) {
     if state & (FLOW_UNANSWERED | FLOW_BACKEND_RESET) != 0 {
         entry.clear(if tcp_flags & RST == 0 {
             FLOW_UNANSWERED | FLOW_BACKEND_RESET
@@ -215,7 +215,7 @@ fn goes_on<T: Tracked>(entry: Entry<'_, T>, state: u16, tcp_flags: u8) {
 }
 
 #[inline(always)]
-fn reply_state(proto: u8, tcp_flags: u8) -> u16 {
+fn reply_state(proto: u8, tcp_flags: u8) -> u32 {
     let mut state = FLOW_SEEN_REPLY;
     if proto != UDP {
         if tcp_flags & FIN != 0 {

@@ -178,8 +178,10 @@ pub(super) fn take_port_here<F: Family, M: Maps<F>>(
         backend_id: flow.backend_id,
         proto: tuple.proto,
         reserved: 0,
+        reserved2: 0,
         epoch: flow.epoch,
         owner: search.owner.get(),
+        reserved3: 0,
     };
     entry.write(mine);
     true

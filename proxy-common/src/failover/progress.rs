@@ -18,7 +18,7 @@ pub(crate) struct Progress {
     pub(super) seed: Opaque,
     pub(super) looked_at: Opaque,
     /// `FLOW_*` bits of a flow that probes a backend.
-    pub(super) probe: Opaque<u16>,
+    pub(super) probe: Opaque<u32>,
     /// Whether a backend in quarantine will do.
     pub(super) any: Opaque<bool>,
     /// Whether the refusal at hand is on its way out.
@@ -41,7 +41,7 @@ impl Progress {
 
     /// `FLOW_*` bits of the flow that is opened, beside [`FLOW_RETRY`](crate::layout::FLOW_RETRY).
     #[inline(always)]
-    pub(crate) fn probe_bits(&self) -> u16 {
+    pub(crate) fn probe_bits(&self) -> u32 {
         self.probe.get()
     }
 }

@@ -30,7 +30,7 @@ impl Entry<'_, BackendState> {
 
 /// Whether a flow's first answer is still due, and its SYN may go elsewhere.
 #[inline(always)]
-pub(crate) fn is_open(state: u16) -> bool {
+pub(crate) fn is_open(state: u32) -> bool {
     state & (FLOW_RETRY | FLOW_SEEN_REPLY) == FLOW_RETRY
 }
 

@@ -92,8 +92,8 @@ pub enum State {
 }
 
 impl State {
-    fn of(bits: u16) -> Self {
-        const FINS: u16 = FLOW_CLIENT_FIN | FLOW_BACKEND_FIN;
+    fn of(bits: u32) -> Self {
+        const FINS: u32 = FLOW_CLIENT_FIN | FLOW_BACKEND_FIN;
         match bits & FINS {
             _ if bits & FLOW_RESET != 0 => Self::Closed,
             FINS => Self::Closed,

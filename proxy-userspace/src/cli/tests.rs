@@ -258,7 +258,7 @@ fn add_flow<F: MapFamily>(
     client: F::Addr,
     port: u16,
     proto: u8,
-    state: u16,
+    state: u32,
     idle: u64,
 ) -> Flow<F::Addr> {
     let none = F::bytes(F::UNSPECIFIED);
@@ -283,7 +283,9 @@ fn add_flow<F: MapFamily>(
         last_seen: NOW - (idle * 1_000_000_000 / TICK_NS) as u32,
         epoch: 0,
         unanswered_since: 0,
+        reserved: 0,
         tried: 0,
+        reserved2: 0,
     };
     let table = usize::from(state & FLOW_SEEN_REPLY != 0);
     maps.flow_maps()[table].set(&key, &flow).unwrap();
@@ -422,8 +424,10 @@ fn flush_deletes_what_its_filter_admits_frees_source_ports_and_says_how_many() {
         backend_id: 1,
         proto: TCP,
         reserved: 0,
+        reserved2: 0,
         epoch: 0,
         owner: 0,
+        reserved3: 0,
     };
     maps.v4.snat.set(index, slot);
     add_flow::<V6>(&maps.v6, [1; 16], 3, UDP, FLOW_SEEN_REPLY, 0);

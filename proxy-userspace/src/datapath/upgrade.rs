@@ -14,19 +14,22 @@
 //!    then the other layout's folder goes.
 //!
 //! While flows are in two maps, a connection in the middle of its first packets may be reset when
-//! the program that sees its answers is switched; while they are in one, nothing is lost.
+//! the program that sees its answers is switched; while they are in one, nothing is lost. Source
+//! ports that the other layout's programs gave out meanwhile are taken over where this layout's
+//! have not given out the same.
 //!
 //! An agent that is killed on the way leaves the folder, and the next one goes on where it stopped.
 //!
 //! A layout can be read when its keys are the same and its values are a beginning of this layout's:
 //! values grow at their end, and zero means in a new field what was so before there was the field.
-//! Who gives a value of the same size another meaning gives its map another name; a map that has
-//! only changed its name stands in [`RENAMED`]. A renamed map that both layouts share keeps the old
+//! Other changes of values stand in [`converted`], and maps that have changed their name in
+//! [`RENAMED`]. A renamed map that both layouts share keeps the old
 //! name inside the kernel, where nobody looks a map up by it. If one map cannot
 //! be read none is taken over, for their entries name each other; flows then find their backends
 //! anew, as far as the hash tells.
 
 use std::{
+    cell::Cell,
     collections::BTreeMap,
     fs, io,
     os::fd::{AsFd, OwnedFd},
@@ -34,7 +37,7 @@ use std::{
     sync::atomic::Ordering,
 };
 
-use shunt_common::layout::{LAYOUT_VERSION, names};
+use shunt_common::layout::{LAYOUT_VERSION, Octets, SnatSlot, TICK_NS, names};
 use tracing::{info, warn};
 
 use super::{
@@ -47,6 +50,12 @@ use super::{
         },
     },
 };
+
+/// The kernel's monotonic clock in units of so many ns.
+fn now_in(unit: u64) -> u32 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    ((time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64) / unit) as u32
+}
 
 /// Entries read at once.
 const BATCH: usize = 4096;
@@ -85,6 +94,8 @@ const RENAMED: [(u32, &str, &str); 11] = [
 pub struct Upgrade {
     old: PathBuf,
     version: u32,
+    /// When source ports were last copied as they were, in ticks.
+    copied_at: Cell<u32>,
     maps: PathBuf,
     /// Its links were moved by an agent before this one, so this layout's programs may run already.
     switching: bool,
@@ -96,49 +107,122 @@ pub struct Upgrade {
 struct Map {
     fd: OwnedFd,
     info: MapInfo,
+    /// How its values become those of this layout, if not by zeros at their end.
+    convert: Option<Convert>,
 }
 
 impl Map {
+    /// A map of this layout.
     fn open(folder: &Path, name: &str) -> io::Result<Self> {
         let fd = bpf::open(&folder.join(name))?;
         let info = map::map_info(fd.as_fd())?;
-        Ok(Self { fd, info })
+        Ok(Self {
+            fd,
+            info,
+            convert: None,
+        })
     }
 
-    /// Copies what `old` has; arrays' zeros are left out, for that is what a new array holds.
-    fn copy_from(&self, old: &Self, flags: u64) -> io::Result<usize> {
-        let (mut cursor, mut room, mut copied) = (Cursor::default(), BATCH, 0);
-        let mut value = vec![0; self.info.value_size as usize];
+    /// A map of layout `version`, which is called `name` in this one.
+    fn open_old(folder: &Path, version: u32, name: &str) -> io::Result<Self> {
+        let map = Self::open(folder, old_name(version, name))?;
+        Ok(Self {
+            convert: converted(version, name),
+            ..map
+        })
+    }
+
+    /// Calls `each` with key and value of every entry, the value as it is in this layout; an
+    /// array's zeros are left out.
+    fn for_each(
+        &self,
+        value_size: u32,
+        mut each: impl FnMut(&[u8], &[u8]) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let (mut cursor, mut room) = (Cursor::default(), BATCH);
         loop {
-            let batch = match map::lookup_batch_raw(old.fd.as_fd(), &old.info, &mut cursor, room) {
+            let batch = match map::lookup_batch_raw(self.fd.as_fd(), &self.info, &mut cursor, room)
+            {
                 // One bucket's chain is longer than the room.
                 Err(error)
                     if error.raw_os_error() == Some(libc::ENOSPC)
-                        && room < old.info.max_entries as usize =>
+                        && room < self.info.max_entries as usize =>
                 {
                     room *= 2;
                     continue;
                 }
                 batch => batch?,
             };
-            let keys = batch.keys.chunks_exact(old.info.key_size as usize);
-            let values = batch.values.chunks_exact(old.info.value_size as usize);
+            let keys = batch.keys.chunks_exact(self.info.key_size as usize);
+            let values = batch.values.chunks_exact(self.info.value_size as usize);
             for (key, old_value) in keys.zip(values) {
-                if old.info.map_type == ARRAY && old_value.iter().all(|&byte| byte == 0) {
+                if self.info.map_type == ARRAY && old_value.iter().all(|&byte| byte == 0) {
                     continue;
                 }
-                value[..old_value.len()].copy_from_slice(old_value);
-                match map::update_raw(self.fd.as_fd(), &self.info, key, &value, flags) {
-                    Ok(()) => copied += 1,
-                    Err(error)
-                        if flags == BPF_NOEXIST && error.raw_os_error() == Some(libc::EEXIST) => {}
-                    Err(error) => return Err(error),
-                }
+                let mut value = match &self.convert {
+                    Some(convert) => (convert.value)(old_value),
+                    None => old_value.to_vec(),
+                };
+                value.resize(value_size as usize, 0);
+                each(key, &value)?;
             }
             if batch.at_end {
-                return Ok(copied);
+                return Ok(());
             }
         }
+    }
+
+    /// Copies what `old` has; arrays' zeros are left out, for that is what a new array holds.
+    fn copy_from(&self, old: &Self, flags: u64) -> io::Result<usize> {
+        let mut copied = 0;
+        old.for_each(self.info.value_size, |key, value| {
+            match map::update_raw(self.fd.as_fd(), &self.info, key, value, flags) {
+                Ok(()) => copied += 1,
+                Err(error)
+                    if flags == BPF_NOEXIST && error.raw_os_error() == Some(libc::EEXIST) => {}
+                Err(error) => return Err(error),
+            }
+            Ok(())
+        })?;
+        Ok(copied)
+    }
+
+    /// Takes source ports over that the programs of `old` have given out since `since`, or have
+    /// seen packets of: beside programs that give out ports of this map.
+    fn copy_ports<A: Octets + PartialEq>(&self, old: &Self, since: u32) -> io::Result<()> {
+        let slots = MappedArray::<SnatSlot<A>>::new(self.fd.as_fd(), self.info.max_entries)?;
+        old.for_each(self.info.value_size, |key, value| {
+            // SAFETY: as long as a slot, by `value_size`; any bytes are a Pod.
+            let theirs = unsafe { value.as_ptr().cast::<SnatSlot<A>>().read_unaligned() };
+            let index = u32::from_ne_bytes(key.try_into().unwrap_or_default());
+            if theirs.last_seen < since || index >= slots.len() {
+                return Ok(());
+            }
+            let ours = slots.get(index);
+            let same_flow = (ours.client, ours.client_port, ours.frontend, ours.backend)
+                == (
+                    theirs.client,
+                    theirs.client_port,
+                    theirs.frontend,
+                    theirs.backend,
+                );
+            if same_flow {
+                slots.state(index).fetch_or(theirs.state, Ordering::Relaxed);
+            } else if ours.last_seen < since
+                && slots
+                    .last_seen(index)
+                    .compare_exchange(
+                        ours.last_seen,
+                        theirs.last_seen,
+                        Ordering::AcqRel,
+                        Ordering::Relaxed,
+                    )
+                    .is_ok()
+            {
+                slots.set(index, theirs);
+            }
+            Ok(())
+        })
     }
 }
 
@@ -161,6 +245,7 @@ impl Upgrade {
         }
         Ok(newest.map(|(version, old)| Self {
             version,
+            copied_at: Cell::new(0),
             switching: !old.join("links").exists(),
             readable: true,
             maps: paths.maps(),
@@ -170,8 +255,8 @@ impl Upgrade {
 
     /// Makes the new maps as large as the old ones: entries name each other by their places.
     pub(crate) fn keep_sizes(&self, capacities: &mut Capacities) -> io::Result<()> {
-        for (old_name, name) in self.names()? {
-            let map = Map::open(&self.old.join("maps"), &old_name)?;
+        for (_, name) in self.names()? {
+            let map = Map::open_old(&self.old.join("maps"), self.version, &name)?;
             if COPIED.contains(&map.info.map_type) {
                 capacities.set(&name, map.info.max_entries);
             }
@@ -193,16 +278,25 @@ impl Upgrade {
             let Some(new) = wanted.get(&name) else {
                 continue;
             };
-            let old = Map::open(&self.old.join("maps"), &old_name)?;
-            if COPIED.contains(&old.info.map_type) && !extends(new, &old.info) {
+            let old = Map::open_old(&self.old.join("maps"), self.version, &name)?;
+            if COPIED.contains(&old.info.map_type) && !old.can_become(new) {
                 self.readable = false;
                 warn!(
-                    "{}: map {old_name} cannot be read: this layout's maps start empty, open flows find their backends anew",
-                    self.old.display()
+                    "{}: map {old_name} cannot be read{}: this layout's maps start empty, open flows find their backends anew",
+                    self.old.display(),
+                    if self.version > LAYOUT_VERSION {
+                        ", since a newer release has written it (to keep flows whose source is translated, run that release, \
+                         or drain the node first)"
+                    } else {
+                        ""
+                    }
                 );
                 return Ok(());
             }
-            if *new == (MapInfo { id: 0, ..old.info }) && !self.maps.join(&name).exists() {
+            if old.convert.is_none()
+                && *new == (MapInfo { id: 0, ..old.info })
+                && !self.maps.join(&name).exists()
+            {
                 same.push((name, old.fd));
             }
         }
@@ -253,7 +347,9 @@ impl Upgrade {
         if self.switching {
             return Ok(());
         }
-        // Not to be written beside the programs.
+        // A port that is given out from here on is found by `catch_up`.
+        self.copied_at.set(now_in(TICK_NS));
+        // Ports are not to be written like this beside the programs.
         self.copy_flows(WRITTEN.iter().chain([&&names::SNAT[..]]), BPF_ANY)
     }
 
@@ -262,6 +358,14 @@ impl Upgrade {
     /// # Errors
     /// The kernel's.
     pub fn catch_up(&self) -> io::Result<()> {
+        // First, for the answers to a flow are found by its port.
+        let since = self.copied_at.get();
+        if let Some((old, new)) = self.pair(names::SNAT[0])? {
+            new.copy_ports::<[u8; 4]>(&old, since)?;
+        }
+        if let Some((old, new)) = self.pair(names::SNAT[1])? {
+            new.copy_ports::<[u8; 16]>(&old, since)?;
+        }
         self.copy_flows(WRITTEN.iter(), BPF_NOEXIST)
     }
 
@@ -339,10 +443,11 @@ impl Upgrade {
         if !self.readable || !folder.join(old_name).exists() || !self.maps.join(name).exists() {
             return Ok(None);
         }
-        let (old, new) = (Map::open(&folder, old_name)?, Map::open(&self.maps, name)?);
+        let old = Map::open_old(&folder, self.version, name)?;
+        let new = Map::open(&self.maps, name)?;
         let both = old.info.id != new.info.id
             && COPIED.contains(&old.info.map_type)
-            && extends(&new.info, &old.info);
+            && old.can_become(&new.info);
         Ok(both.then_some((old, new)))
     }
 }
@@ -374,19 +479,114 @@ fn old_name(version: u32, new: &str) -> &str {
         )
 }
 
-/// Whether entries of `old` are a beginning of those of `new`.
-fn extends(new: &MapInfo, old: &MapInfo) -> bool {
-    new.map_type == old.map_type && new.key_size == old.key_size && new.value_size >= old.value_size
+impl Map {
+    /// Whether entries of this map of another layout can become those of a map that is `new`.
+    fn can_become(&self, new: &MapInfo) -> bool {
+        let values = match &self.convert {
+            Some(convert) => (self.info.value_size, new.value_size) == convert.sizes,
+            None => new.value_size >= self.info.value_size,
+        };
+        new.map_type == self.info.map_type && new.key_size == self.info.key_size && values
+    }
+}
+
+/// How values of another layout's map become this one's.
+struct Convert {
+    /// Their size there and here.
+    sizes: (u32, u32),
+    value: fn(&[u8]) -> Vec<u8>,
+}
+
+/// How the values of the map that is called `name` here are converted from layout `version`.
+fn converted(version: u32, name: &str) -> Option<Convert> {
+    let is = |maps: [&str; 2]| maps.iter().position(|&map| map == name);
+    // Six: the state has 32 bits, and stands behind the clock.
+    if version < 6 {
+        for maps in [names::FLOWS, names::UNCONFIRMED] {
+            match is(maps) {
+                Some(0) => return Some(v5::flow::<4>()),
+                Some(_) => return Some(v5::flow::<16>()),
+                None => {}
+            }
+        }
+        return match is(names::SNAT)? {
+            0 => Some(v5::snat_slot::<4>()),
+            _ => Some(v5::snat_slot::<16>()),
+        };
+    }
+    None
+}
+
+/// Values as they were in layout 5.
+mod v5 {
+    use super::Convert;
+
+    /// Bytes in the order of this layout's fields.
+    fn join(fields: &[&[u8]]) -> Vec<u8> {
+        fields.concat()
+    }
+
+    fn state(bits: &[u8]) -> [u8; 4] {
+        let bits = u16::from_ne_bytes(bits.try_into().unwrap_or_default());
+        u32::from(bits).to_ne_bytes()
+    }
+
+    /// Three addresses, three ports, state, backend, last seen, epoch, unanswered since, tried.
+    pub(super) fn flow<const A: usize>() -> Convert {
+        Convert {
+            sizes: (3 * A as u32 + 24, 3 * A as u32 + 32),
+            value: |old| {
+                let (addresses, rest) = old.split_at(3 * A);
+                join(&[
+                    addresses,
+                    &rest[..6],
+                    &rest[16..18],
+                    &state(&rest[6..8]),
+                    &rest[8..16],
+                    &rest[18..20],
+                    &[0; 2],
+                    &rest[20..24],
+                    &[0; 4],
+                ])
+            },
+        }
+    }
+
+    /// Four addresses, three ports, state, last seen, backend, protocol, zero, epoch, owner.
+    pub(super) fn snat_slot<const A: usize>() -> Convert {
+        Convert {
+            sizes: (4 * A as u32 + 24, 4 * A as u32 + 32),
+            value: |old| {
+                let (addresses, rest) = old.split_at(4 * A);
+                join(&[
+                    addresses,
+                    &rest[..6],
+                    &rest[18..20],
+                    &state(&rest[6..8]),
+                    &rest[8..18],
+                    &[0; 2],
+                    &rest[20..24],
+                    &[0; 4],
+                ])
+            },
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use shunt_common::layout::Flow;
+
     use super::*;
 
     fn map(map_type: u32, key: usize, value: usize) -> Map {
         let fd = map::create(map_type, key, value, 64, 0).unwrap();
         let info = map::map_info(fd.as_fd()).unwrap();
-        Map { fd, info }
+        Map {
+            fd,
+            info,
+            convert: None,
+        }
     }
 
     #[test]
@@ -405,11 +605,99 @@ mod tests {
     }
 
     #[test]
+    fn flows_and_source_ports_of_version_5_are_read() {
+        // Little-endian, as written by an agent of version 5 on such a machine.
+        let old: Vec<u8> = [
+            &[10, 0, 0, 1, 10, 0, 0, 2, 10, 0, 0, 3][..],
+            &80u16.to_ne_bytes(),
+            &8080u16.to_ne_bytes(),
+            &40000u16.to_ne_bytes(),
+            &0x8001u16.to_ne_bytes(),
+            &7u32.to_ne_bytes(),
+            &99u32.to_ne_bytes(),
+            &5u16.to_ne_bytes(),
+            &6u16.to_ne_bytes(),
+            &11u32.to_ne_bytes(),
+        ]
+        .concat();
+        let convert = converted(5, names::UNCONFIRMED[0]).unwrap();
+        assert_eq!(convert.sizes, (36, size_of::<Flow<[u8; 4]>>() as u32));
+        let new = (convert.value)(&old);
+        assert_eq!(new.len(), size_of::<Flow<[u8; 4]>>());
+        // SAFETY: as long as a flow; any bytes are one.
+        let flow = unsafe { new.as_ptr().cast::<Flow<[u8; 4]>>().read_unaligned() };
+        let expected = Flow {
+            frontend: [10, 0, 0, 1],
+            backend: [10, 0, 0, 2],
+            snat: [10, 0, 0, 3],
+            frontend_port: 80,
+            backend_port: 8080,
+            snat_port: 40000,
+            epoch: 5,
+            state: 0x8001,
+            backend_id: 7,
+            last_seen: 99,
+            unanswered_since: 6,
+            reserved: 0,
+            tried: 11,
+            reserved2: 0,
+        };
+        assert_eq!(flow, expected);
+
+        let old: Vec<u8> = [
+            &[1; 64][..],
+            &1u16.to_ne_bytes(),
+            &2u16.to_ne_bytes(),
+            &3u16.to_ne_bytes(),
+            &0x4021u16.to_ne_bytes(),
+            &99u32.to_ne_bytes(),
+            &7u32.to_ne_bytes(),
+            &[6, 0],
+            &5u16.to_ne_bytes(),
+            &12u32.to_ne_bytes(),
+        ]
+        .concat();
+        let convert = converted(5, names::SNAT[1]).unwrap();
+        assert_eq!(convert.sizes, (88, size_of::<SnatSlot<[u8; 16]>>() as u32));
+        // SAFETY: as long as a slot; any bytes are one.
+        let slot = unsafe {
+            let new = (convert.value)(&old);
+            new.as_ptr().cast::<SnatSlot<[u8; 16]>>().read_unaligned()
+        };
+        let expected = SnatSlot {
+            client: [1; 16],
+            frontend: [1; 16],
+            backend: [1; 16],
+            snat: [1; 16],
+            client_port: 1,
+            frontend_port: 2,
+            backend_port: 3,
+            epoch: 5,
+            state: 0x4021,
+            last_seen: 99,
+            backend_id: 7,
+            proto: 6,
+            reserved: 0,
+            reserved2: 0,
+            owner: 12,
+            reserved3: 0,
+        };
+        assert_eq!(slot, expected);
+        assert!(converted(5, names::AFFINITY[0]).is_none());
+        assert!(converted(LAYOUT_VERSION, names::FLOWS[0]).is_none());
+    }
+
+    #[test]
     fn values_grow_at_their_end() {
         let (old, new) = (map(HASH, 4, 8), map(HASH, 4, 16));
-        let can = |new: &Map, old: &Map| extends(&new.info, &old.info);
+        let can = |new: &Map, old: &Map| old.can_become(&new.info);
         assert!(can(&new, &old) && can(&new, &new) && !can(&old, &new));
         assert!(!can(&map(HASH, 8, 8), &old) && !can(&map(ARRAY, 4, 8), &old));
+        let converted = Map {
+            convert: converted(5, names::FLOWS[0]),
+            ..map(HASH, 16, 36)
+        };
+        assert!(can(&map(HASH, 16, 44), &converted) && !can(&map(HASH, 16, 40), &converted));
         for key in 0..50u32 {
             map::update(old.fd.as_fd(), &key, &u64::from(key), BPF_ANY).unwrap();
         }

@@ -202,7 +202,9 @@ impl<'m, F: CopiedFamily> Copied<'m, F> {
                 last_seen: flow.last_seen,
                 epoch: flow.epoch,
                 unanswered_since: flow.unanswered_since,
+                reserved: 0,
                 tried: flow.tried,
+                reserved2: 0,
             })
         })
     }
@@ -413,9 +415,11 @@ impl<F: CopiedFamily> Maps<F> for Copied<'_, F> {
                 last_seen: slot.last_seen,
                 backend_id: slot.backend_id,
                 proto: slot.proto,
-                reserved: slot.reserved,
+                reserved: 0,
+                reserved2: 0,
                 epoch: slot.epoch,
                 owner: slot.owner,
+                reserved3: 0,
             })
         })
     }

@@ -2,8 +2,9 @@
 //! the same build, with other settings, over pins that somebody has damaged. Needs root.
 
 use std::{
-    fs,
+    env, fs,
     net::SocketAddr,
+    os::fd::AsFd,
     path::Path,
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
     thread,
@@ -11,6 +12,7 @@ use std::{
 };
 
 use crate::web::{self, APP, NODE_PORT};
+use shunt::datapath::bpf;
 use shunt_common::layout::LAYOUT_VERSION;
 use shunt_lab::{Agent, AgentOptions, Client, Conn, Dial, Lab, PodSpec, Port, Proto, Sockets};
 use tempfile::TempDir;
@@ -55,6 +57,66 @@ fn links(agent: &Agent) -> Vec<(String, String)> {
     links
 }
 
+/// Makes of pins of the present layout what an agent of version 5 would have left: under other
+/// names, and with flows and source ports whose state has 16 bits.
+fn as_version_5(root: &Path) {
+    let (ours, other) = (root.join(format!("v{LAYOUT_VERSION}")), root.join("v5"));
+    fs::rename(&ours, &other).unwrap();
+    let maps = other.join("maps");
+    for (old, new) in RENAMED {
+        fs::rename(maps.join(new), maps.join(old)).unwrap();
+    }
+}
+
+/// The same, with maps of their old shape: copies, which the programs that run do not write to.
+fn in_shapes_of_version_5(root: &Path) {
+    as_version_5(root);
+    let maps = root.join("v5/maps");
+    // Its present parts, in their old order.
+    let flow: &[(usize, usize)] = &[(0, 6), (8, 2), (12, 8), (6, 2), (20, 2), (24, 4)];
+    let slot: &[(usize, usize)] = &[(0, 6), (8, 2), (12, 8), (20, 2), (6, 2), (24, 4)];
+    for (name, addresses, parts) in [
+        ("flows", 3, flow),
+        ("new_flows", 3, flow),
+        ("snat", 4, slot),
+    ] {
+        for (family, size) in [("4", 4), ("6", 16)] {
+            let path = maps.join(format!("{name}{family}"));
+            let from = bpf::open(&path).unwrap();
+            let info = bpf::map::map_info(from.as_fd()).unwrap();
+            let old = bpf::map::MapInfo {
+                value_size: info.value_size - 8,
+                ..info
+            };
+            let to = bpf::map::create(
+                old.map_type,
+                old.key_size as usize,
+                old.value_size as usize,
+                old.max_entries,
+                old.map_flags,
+            )
+            .unwrap();
+            let mut cursor = bpf::map::Cursor::default();
+            let mut at_end = false;
+            while !at_end {
+                let batch =
+                    bpf::map::lookup_batch_raw(from.as_fd(), &info, &mut cursor, 65_536).unwrap();
+                let keys = batch.keys.chunks_exact(info.key_size as usize);
+                for (key, value) in keys.zip(batch.values.chunks_exact(info.value_size as usize)) {
+                    let (head, tail) = value.split_at(addresses * size);
+                    let mut bytes = head.to_vec();
+                    for &(at, length) in parts {
+                        bytes.extend(&tail[at..at + length]);
+                    }
+                    bpf::map::update_raw(to.as_fd(), &old, key, &bytes, 0).unwrap();
+                }
+                at_end = batch.at_end;
+            }
+            bpf::pin_over(to.as_fd(), &path).unwrap();
+        }
+    }
+}
+
 /// Sets the flag when it goes out of scope, also by a panic.
 struct Stop<'a>(&'a AtomicBool);
 
@@ -95,6 +157,8 @@ fn open(client: &Client, to: SocketAddr) -> Vec<Open> {
 struct Cluster {
     lab: Lab,
     options: AgentOptions,
+    /// Nobody dials while it is set.
+    pause: AtomicBool,
     _manifests: TempDir,
 }
 
@@ -117,6 +181,7 @@ impl Cluster {
         Self {
             lab,
             options,
+            pause: AtomicBool::new(false),
             _manifests: manifests,
         }
     }
@@ -156,9 +221,13 @@ impl Cluster {
         let answered = AtomicU64::new(0);
         thread::scope(|scope| {
             for (client, to) in self.ways() {
-                let (done, answered) = (&done, &answered);
+                let (done, answered, pause) = (&done, &answered, &self.pause);
                 scope.spawn(move || {
                     while !done.load(Ordering::Relaxed) {
+                        if pause.load(Ordering::Relaxed) {
+                            thread::sleep(Duration::from_millis(3));
+                            continue;
+                        }
                         client
                             .tcp(to)
                             .unwrap_or_else(|error| panic!("{to} from {}: {error}", client.name()));
@@ -187,26 +256,40 @@ impl Cluster {
     }
 }
 
-/// Agents of this layout take over from ones whose pins have another layout's number: open flows
-/// keep their backends, new ones are answered all the while, and nothing of the other layout is
-/// left.
-fn another_layout_is_taken_over_under_load(xdp: &str) {
+/// Agents of this layout take over from ones whose pins have another layout's number and names:
+/// open flows keep their backends, new ones are answered all the while, and nothing of the other
+/// layout is left. `shapes`: also with maps of their old shape, of which the programs that run know
+/// nothing; so there nobody dials while these are replaced.
+fn another_layout_is_taken_over_under_load(xdp: &str, shapes: bool) {
     let cluster = Cluster::new(xdp);
     let mut agents = ["node-a", "node-b"].map(|node| cluster.start(node));
     cluster.under_load(|flows_go_on| {
         for agent in &mut agents {
             thread::sleep(Duration::from_secs(1));
             let before = links(agent);
+            cluster.pause.store(shapes, Ordering::Relaxed);
+            if shapes {
+                thread::sleep(Duration::from_millis(300));
+            }
             agent.kill().unwrap();
             let root = agent.bpf_root().to_owned();
-            let (ours, other) = (root.join(format!("v{LAYOUT_VERSION}")), root.join("v5"));
-            fs::rename(&ours, &other).unwrap();
-            for (old, new) in RENAMED {
-                let maps = other.join("maps");
-                fs::rename(maps.join(new), maps.join(old)).unwrap();
+            if shapes {
+                in_shapes_of_version_5(&root);
+            } else {
+                as_version_5(&root);
             }
+            let (ours, other) = (root.join(format!("v{LAYOUT_VERSION}")), root.join("v5"));
+            let told = agent.cli(&["services"]).unwrap();
+            let told = String::from_utf8_lossy(&told.stderr).into_owned();
+            let expected =
+                format!("have layout version 5 and this shunt reads version {LAYOUT_VERSION}");
+            assert!(
+                told.contains(&expected) && told.lines().count() == 1,
+                "{told}"
+            );
             agent.restart().unwrap();
             flows_go_on("the upgrade");
+            cluster.pause.store(false, Ordering::Relaxed);
             assert!(ours.join("maps/flows4").exists() && !other.exists());
             assert_eq!(links(agent), before);
         }
@@ -215,12 +298,37 @@ fn another_layout_is_taken_over_under_load(xdp: &str) {
 
 #[test]
 fn another_layout_is_taken_over_under_load_with_xdp() {
-    another_layout_is_taken_over_under_load("native");
+    another_layout_is_taken_over_under_load("native", false);
 }
 
 #[test]
 fn another_layout_is_taken_over_under_load_without_xdp() {
-    another_layout_is_taken_over_under_load("off");
+    another_layout_is_taken_over_under_load("off", true);
+}
+
+/// The real one: agents of the release before, whose binary `SHUNT_PREVIOUS` names.
+#[test]
+#[ignore = "long"]
+fn the_release_before_is_taken_over_under_load() {
+    let Ok(previous) = env::var("SHUNT_PREVIOUS") else {
+        shunt_lab::skip!("SHUNT_PREVIOUS names no binary of the release before");
+    };
+    for xdp in ["off", "native"] {
+        let mut cluster = Cluster::new(xdp);
+        cluster.options = cluster.options.shunt(&previous);
+        let mut agents = ["node-a", "node-b"].map(|node| cluster.start(node));
+        cluster.under_load(|flows_go_on| {
+            for agent in &mut agents {
+                thread::sleep(Duration::from_secs(1));
+                let before = links(agent);
+                agent.kill().unwrap();
+                agent.set_shunt(env!("CARGO_BIN_EXE_shunt"));
+                agent.restart().unwrap();
+                flows_go_on("the upgrade");
+                assert_eq!(links(agent), before);
+            }
+        });
+    }
 }
 
 /// An agent that is killed and started again takes its programs over where nothing has changed, and

@@ -550,7 +550,7 @@ fn a_reset_is_taken_back_by_its_own_side_only() {
 }
 
 /// `FLOW_*` bits of the flow from that port.
-fn state_of<A>(flows: Vec<(FlowKey<A>, Flow<A>)>, port: u16) -> u16 {
+fn state_of<A>(flows: Vec<(FlowKey<A>, Flow<A>)>, port: u16) -> u32 {
     let flow = flows.iter().find(|(key, _)| key.client_port == port);
     flow.expect("a flow").1.state
 }

@@ -336,7 +336,9 @@ impl World {
                     last_seen: now,
                     epoch: 0,
                     unanswered_since: 0,
+                    reserved: 0,
                     tried: 0,
+                    reserved2: 0,
                 };
                 if snat {
                     indices.push(snat::index::<F>(
@@ -359,8 +361,10 @@ impl World {
                         backend_id: 0,
                         proto: TCP,
                         reserved: 0,
+                        reserved2: 0,
                         epoch: 0,
                         owner: 0,
+                        reserved3: 0,
                     });
                 }
                 flows.push(flow);
@@ -399,8 +403,10 @@ impl World {
             backend_id: 0,
             proto: TCP,
             reserved: 0,
+            reserved2: 0,
             epoch: 0,
             owner: 0,
+            reserved3: 0,
         };
         let map = bpf::open(
             &self

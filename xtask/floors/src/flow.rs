@@ -59,7 +59,9 @@ pub(crate) fn open<F: Wire>(
         last_seen: 1,
         epoch: 0,
         unanswered_since: 0,
+        reserved: 0,
         tried: 0,
+        reserved2: 0,
     };
     let new = Seen {
         dst: slot.addr,

@@ -491,6 +491,11 @@ impl Agent {
         self.args.extend([name.to_owned(), value.to_owned()]);
     }
 
+    /// Runs another binary from the next start on, as an upgrade of the image does.
+    pub fn set_shunt(&mut self, binary: impl Into<PathBuf>) {
+        self.shunt = binary.into();
+    }
+
     /// Runs a verb of the command line on this node's maps, with `--bpf-root` set.
     ///
     /// # Errors

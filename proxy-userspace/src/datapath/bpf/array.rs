@@ -104,6 +104,13 @@ impl<A: Octets> MappedArray<SnatSlot<A>> {
         // use atomics to claim it.
         unsafe { AtomicU32::from_ptr(&raw mut (*self.at(index)).last_seen) }
     }
+
+    /// A slot's `FLOW_*` bits as an atomic: programs set and clear them at any time.
+    pub fn state(&self, index: u32) -> &AtomicU32 {
+        // SAFETY: valid and alive as long as the mapping (see `at`), an aligned field; all writers
+        // of a slot that is in use change its state by atomics.
+        unsafe { AtomicU32::from_ptr(&raw mut (*self.at(index)).state) }
+    }
 }
 
 impl MappedArray<u64> {

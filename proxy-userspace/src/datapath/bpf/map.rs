@@ -106,7 +106,7 @@ pub fn map_info(fd: BorrowedFd<'_>) -> io::Result<MapInfo> {
 ///
 /// # Errors
 /// The kernel's: `EPERM` without `CAP_BPF`.
-pub(crate) fn create(
+pub fn create(
     map_type: u32,
     key: usize,
     value: usize,

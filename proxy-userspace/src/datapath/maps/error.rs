@@ -2,6 +2,8 @@
 
 use std::{io, path::PathBuf};
 
+use shunt_common::layout::LAYOUT_VERSION;
+
 /// What can go wrong with a pinned map.
 #[derive(Debug, thiserror::Error)]
 pub enum MapError {
@@ -16,6 +18,18 @@ pub enum MapError {
         root: PathBuf,
         /// The pin that is not there.
         path: PathBuf,
+    },
+    /// Pinned by another release.
+    #[error(
+        "the maps under {} have layout version {found} and this shunt reads version {}: use the shunt of the agent that \
+         runs there (`kubectl exec` into its pod), or start this one's agent, which takes them over",
+        root.display(), LAYOUT_VERSION
+    )]
+    OtherLayout {
+        /// The bpf root.
+        root: PathBuf,
+        /// The version that is there.
+        found: u32,
     },
     /// Not allowed.
     #[error("cannot open {}: {source}; run as root or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON", path.display())]

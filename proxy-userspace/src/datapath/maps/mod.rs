@@ -186,17 +186,15 @@ impl Maps {
     /// Opens all maps that an agent has pinned under `bpf_root`.
     ///
     /// # Errors
-    /// [`MapError::NoAgent`] when there are none, and what [`Map::open`] says.
+    /// [`MapError::NoAgent`] when there are none, [`MapError::OtherLayout`] when another release
+    /// has pinned them, and what [`Map::open`] says.
     pub fn open(bpf_root: &Path) -> Result<Self> {
         // A missing folder and a missing map are the same to a user: no agent got that far.
         let dir = maps_dir(bpf_root);
         if let Err(source) = fs::metadata(&dir) {
             return Err(match source.kind() {
                 io::ErrorKind::PermissionDenied => MapError::Permission { path: dir, source },
-                _ => MapError::NoAgent {
-                    root: bpf_root.into(),
-                    path: dir,
-                },
+                _ => pinned::missing(bpf_root, dir),
             });
         }
         let cpus = aya::util::nr_cpus().map_err(|(_, source)| MapError::Kernel {

@@ -1,7 +1,7 @@
 //! One pinned map: read and written by key, walked in batches, or mapped into memory.
 
 use std::{
-    fmt, io,
+    fmt, fs, io,
     marker::PhantomData,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
@@ -36,6 +36,35 @@ pub fn links_dir(bpf_root: &Path) -> PathBuf {
     bpf_root.join(format!("v{LAYOUT_VERSION}")).join("links")
 }
 
+/// Why there is no such pin: another layout's are there, or none.
+pub(super) fn missing(bpf_root: &Path, path: PathBuf) -> MapError {
+    match other_layout(bpf_root) {
+        Some(found) => MapError::OtherLayout {
+            root: bpf_root.into(),
+            found,
+        },
+        None => MapError::NoAgent {
+            root: bpf_root.into(),
+            path,
+        },
+    }
+}
+
+/// The newest other layout with maps under `bpf_root`.
+fn other_layout(bpf_root: &Path) -> Option<u32> {
+    let entries = fs::read_dir(bpf_root).ok()?;
+    let versions = entries.flatten().filter_map(|entry| {
+        let version = entry
+            .file_name()
+            .to_str()?
+            .strip_prefix('v')?
+            .parse()
+            .ok()?;
+        entry.path().join("maps").exists().then_some(version)
+    });
+    versions.filter(|&version| version != LAYOUT_VERSION).max()
+}
+
 pub(super) fn open_pin(
     bpf_root: &Path,
     name: &'static str,
@@ -44,10 +73,7 @@ pub(super) fn open_pin(
 ) -> Result<(OwnedFd, u32)> {
     let path = maps_dir(bpf_root).join(name);
     let fd = bpf::open(&path).map_err(|source| match source.kind() {
-        io::ErrorKind::NotFound => MapError::NoAgent {
-            root: bpf_root.into(),
-            path: path.clone(),
-        },
+        io::ErrorKind::NotFound => missing(bpf_root, path.clone()),
         io::ErrorKind::PermissionDenied => MapError::Permission {
             path: path.clone(),
             source,
