@@ -34,6 +34,7 @@ mod listening;
 pub mod run;
 pub mod services;
 pub mod status;
+pub mod sysdump;
 
 /// An eBPF and XDP load balancer for Kubernetes Services: replaces kube-proxy on a node.
 #[derive(Debug, Parser)]
@@ -72,6 +73,8 @@ enum Verb {
     Explain(explain::ExplainArgs),
     /// The environment variables of Services that a kubelet gives to a pod's containers.
     Env(env::EnvArgs),
+    /// One archive with what a maintainer asks for, secrets left out.
+    Sysdump(sysdump::SysdumpArgs),
     /// Remove every program, map, pin and qdisc that shunt made, and nothing else.
     Cleanup(Common),
 }
@@ -123,6 +126,7 @@ pub fn main() -> ExitCode {
         Verb::Conntrack(args) => conntrack::run(&args).map(|()| true),
         Verb::Explain(args) => explain::run(&args).map(|()| true),
         Verb::Env(args) => env::run(&args).map(|()| true),
+        Verb::Sysdump(args) => sysdump::run(&args).map(|()| true),
         Verb::Cleanup(common) => {
             cleanup::run(&common.bpf_root, common.output == Output::Json).map(|()| true)
         }

@@ -2,14 +2,14 @@
 //! counted.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
     path::PathBuf,
 };
 
 use anyhow::Context;
 use serde::Serialize;
-use shunt_common::layout::LAYOUT_VERSION;
+use shunt_common::layout::{LAYOUT_VERSION, names};
 
 use super::{Common, Output, listening, open, print, table};
 use crate::{
@@ -29,6 +29,8 @@ use crate::{
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Status {
+    /// What is wrong on this node and what to do about it; none: it is fine.
+    pub problems: Vec<Fault>,
     /// `--bpf-root`.
     pub bpf_root: PathBuf,
     /// [`LAYOUT_VERSION`] of the maps.
@@ -59,6 +61,33 @@ pub struct Status {
     pub without_programs: Vec<Without>,
     /// Counters by name.
     pub events: BTreeMap<&'static str, u64>,
+}
+
+/// Something that is wrong.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Fault {
+    /// What.
+    pub what: String,
+    /// What to do about it.
+    pub advice: String,
+}
+
+/// How full, in percent, a map may be that refuses what does not fit.
+const MOST_FULL: u64 = 90;
+
+/// Whether a full map makes room by itself.
+fn makes_room(map: &str) -> bool {
+    [
+        names::FLOWS,
+        names::UNCONFIRMED,
+        names::AFFINITY,
+        names::NEW_AFFINITY,
+        names::SNAT,
+        names::FRAGMENTS,
+    ]
+    .iter()
+    .any(|pair| pair.contains(&map))
 }
 
 /// A pinned link.
@@ -171,7 +200,8 @@ impl Status {
             })
             .collect();
         let agent_pid = agent_pid(maps.root());
-        Ok(Self {
+        let mut status = Self {
+            problems: Vec::new(),
             bpf_root: maps.root().into(),
             layout: LAYOUT_VERSION,
             agent_pid,
@@ -198,7 +228,69 @@ impl Status {
                 .into_iter()
                 .map(|(event, n)| (event.name(), n))
                 .collect(),
-        })
+        };
+        status.problems = status.find_problems();
+        Ok(status)
+    }
+
+    /// What is wrong, the worst first.
+    fn find_problems(&self) -> Vec<Fault> {
+        let mut problems = Vec::new();
+        let mut add = |what: String, advice: String| problems.push(Fault { what, advice });
+        let attached = self.links.iter().any(|link| link.attached);
+        match (self.agent_pid, attached) {
+            (Some(_), true) => {}
+            (None, true) => add(
+                "no agent runs, and changes of Services are not followed".to_owned(),
+                "start it (`shunt run`); what is known is served meanwhile".to_owned(),
+            ),
+            (None, false) => add(
+                "no agent runs, and no program is attached".to_owned(),
+                "start it (`shunt run`)".to_owned(),
+            ),
+            (Some(pid), false) => add(
+                format!("the agent (pid {pid}) has attached no program"),
+                "it is starting, or its log says what it waits for".to_owned(),
+            ),
+        }
+        for usage in &self.maps {
+            let percent = 100 * usage.entries / u64::from(usage.capacity.max(1));
+            if percent >= MOST_FULL && !makes_room(usage.map) {
+                add(
+                    format!("map {} is {percent} % full", usage.map),
+                    format!("give more with {}", usage.setting),
+                );
+            }
+        }
+        if self.node_addresses.is_empty() {
+            add(
+                "this node has no address to translate sources to".to_owned(),
+                "name it with --node-ip, or let the Node object have one".to_owned(),
+            );
+        }
+        problems
+    }
+
+    /// One line: fine, or what is wrong and what to do.
+    pub fn headline(&self) -> String {
+        let Some(first) = self.problems.first() else {
+            let devices: BTreeSet<&str> = self
+                .links
+                .iter()
+                .filter(|link| link.attached && link.target != "cgroup")
+                .map(|link| link.target.as_str())
+                .collect();
+            return format!(
+                "fine: {} Services, programs on {} devices",
+                self.services,
+                devices.len()
+            );
+        };
+        let more = match self.problems.len() - 1 {
+            0 => String::new(),
+            n => format!(" (and {n} more below)"),
+        };
+        format!("not fine: {}: {}{more}", first.what, first.advice)
     }
 
     fn text(&self) -> String {
@@ -285,7 +377,11 @@ impl Status {
                 without.reason.clone(),
             ]
         });
+        let more = self.problems.iter().skip(1);
+        let mut head = vec![self.headline()];
+        head.extend(more.map(|fault| format!("also: {}: {}", fault.what, fault.advice)));
         [
+            head.join("\n"),
             facts.join("\n"),
             table(["MAP", "ENTRIES", "CAPACITY", "FULL", "SETTING"], maps),
             table(["ATTACHED TO", "PROGRAMS", ""], attached),

@@ -37,6 +37,7 @@ pub mod maps;
 pub mod netfilter;
 pub(crate) mod netlink;
 pub mod netns;
+pub mod nftables;
 pub(crate) mod object;
 pub(crate) mod pods;
 pub(crate) mod rtnl;

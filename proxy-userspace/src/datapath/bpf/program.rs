@@ -20,6 +20,8 @@ pub struct ProgramInfo {
     pub id: u32,
     /// Its name; the kernel keeps 15 characters.
     pub name: String,
+    /// Hash of its instructions.
+    pub tag: [u8; 8],
     /// Ids of the maps that it uses, and of those that are bound to it.
     pub maps: Vec<u32>,
     /// How many instructions the verifier walked through, on all paths. 0 before kernel 5.16, which
@@ -69,6 +71,7 @@ pub fn info(program: impl AsFd) -> io::Result<ProgramInfo> {
         program_type: info.kind,
         id: info.id,
         name: String::from_utf8_lossy(name).into_owned(),
+        tag: info.tag,
         maps: ids[..(info.nr_map_ids as usize).min(MAPS_MAX)].to_vec(),
         verified_instructions: info.verified_insns,
     })

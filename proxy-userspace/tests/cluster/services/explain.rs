@@ -1,5 +1,7 @@
 //! `shunt explain` says what packets and sockets then find.
 
+use std::{collections::BTreeMap, io::Read};
+
 use serde_json::Value;
 
 use super::*;
@@ -15,7 +17,7 @@ fn ends(value: &Value, which: &str) -> SocketAddr {
 /// refusals, names that nobody has, and what a socket of a pod may get.
 #[test]
 fn explain_tells_what_a_client_then_finds() {
-    let cluster = Cluster::start("native", &[]);
+    let mut cluster = Cluster::start("native", &[]);
     let agent = &cluster.agents[0];
     let outside = cluster.client("client");
     let mut port = 41_000;
@@ -114,4 +116,79 @@ fn explain_tells_what_a_client_then_finds() {
         "{text}"
     );
     println!("{text}");
+
+    archives_hold_no_names_when_anonymised(&cluster);
+    let status = |agent: &Agent| {
+        let output = agent.cli(&["status"]).unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        text.lines().next().unwrap_or_default().to_owned()
+    };
+    let line = status(&cluster.agents[0]);
+    assert!(line.starts_with("fine: 3 Services, programs on "), "{line}");
+    cluster.agents[0].kill().unwrap();
+    let line = status(&cluster.agents[0]);
+    assert!(line.starts_with("not fine: no agent runs"), "{line}");
+}
+
+/// A10.
+fn archives_hold_no_names_when_anonymised(cluster: &Cluster) {
+    for anonymise in [false, true] {
+        let path = cluster.manifests.path().join("dump.tar.gz");
+        let mut args = vec!["sysdump", "--output", path.to_str().unwrap()];
+        if anonymise {
+            args.push("--anonymise");
+        }
+        let output = cluster.agents[0].cli(&args).unwrap();
+        assert!(output.status.success(), "{output:?}");
+        let packed = flate2::read::GzDecoder::new(fs::File::open(&path).unwrap());
+        let mut files = BTreeMap::new();
+        for entry in tar::Archive::new(packed).entries().unwrap() {
+            let mut entry = entry.unwrap();
+            let name = entry.path().unwrap().file_name().unwrap().to_owned();
+            let mut text = String::new();
+            entry.read_to_string(&mut text).unwrap();
+            files.insert(name.into_string().unwrap(), text);
+        }
+        for name in [
+            "version.txt",
+            "status.json",
+            "services.json",
+            "backends.json",
+            "flows.json",
+            "programs.json",
+            "check.json",
+            "links.txt",
+            "addresses.txt",
+            "routes.txt",
+            "rules.txt",
+            "neighbours.txt",
+            "netfilter.txt",
+            "sysctls.txt",
+            "command-line.txt",
+            "errors.txt",
+        ] {
+            assert!(
+                files.contains_key(name),
+                "{name}: {:?}",
+                files["errors.txt"]
+            );
+        }
+        println!("{} {:?}", files["errors.txt"], files.keys());
+        let programs: Value = serde_json::from_str(&files["programs.json"]).unwrap();
+        assert!(programs.as_array().unwrap().len() >= 14, "{programs}");
+        assert!(
+            programs[0]["tag"].as_str().unwrap().len() == 16,
+            "{programs}"
+        );
+        let services: Value = serde_json::from_str(&files["services.json"]).unwrap();
+        let named = services.to_string().contains("\"web\"");
+        assert_eq!(named, !anonymise, "{services}");
+        if anonymise {
+            for (file, text) in &files {
+                let mut words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '-');
+                let found = words.find(|word| ["web", "solo", "node-a", "web-a"].contains(word));
+                assert_eq!(found, None, "{file}: {text}");
+            }
+        }
+    }
 }
