@@ -114,6 +114,7 @@ fn start(lab: &Lab, manifests: &Path, config: &ConfigMap) -> Agent {
     let file = config.file();
     let options = AgentOptions::manifests(manifests)
         .shunt(env!("CARGO_BIN_EXE_shunt"))
+        .small_maps()
         .args(&["--config", &file.to_string_lossy()]);
     lab.start_agent("node-a", &options).unwrap()
 }

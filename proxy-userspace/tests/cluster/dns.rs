@@ -309,6 +309,7 @@ fn the_built_in_dns_answers_pods() {
     write(&folder, "web.yaml", &pods(true));
     let options = AgentOptions::manifests(folder.path())
         .shunt(env!("CARGO_BIN_EXE_shunt"))
+        .small_maps()
         .args(&[
             "--dns",
             "0.0.0.0",
@@ -316,7 +317,9 @@ fn the_built_in_dns_answers_pods() {
             &upstream_ip.to_string(),
         ]);
     let agent = lab.start_agent("node-a", &options).unwrap();
-    let far_options = AgentOptions::manifests(folder.path()).shunt(env!("CARGO_BIN_EXE_shunt"));
+    let far_options = AgentOptions::manifests(folder.path())
+        .shunt(env!("CARGO_BIN_EXE_shunt"))
+        .small_maps();
     let _far_agent = lab.start_agent("node-b", &far_options).unwrap();
     agent.wait_for("answering for cluster.local", SOON).unwrap();
 
@@ -467,6 +470,7 @@ fn loops_and_taken_ports_are_told() {
     let itself = node_ips[0].to_string();
     let options = AgentOptions::manifests(folder.path())
         .shunt(env!("CARGO_BIN_EXE_shunt"))
+        .small_maps()
         .args(&["--dns", "0.0.0.0", "--dns-upstream", &itself]);
     let agent = lab.start_agent("node-a", &options).unwrap();
     agent
@@ -572,7 +576,9 @@ fn any_dns_behind_kube_dns() {
     write(&folder, "kube-dns.yaml", &kube_dns(&[&a[..], &b].concat()));
     let first = Server::start(&lab.ns("dns-a").unwrap(), &a, 1);
     let second = Server::start(&lab.ns("dns-b").unwrap(), &b, 2);
-    let options = AgentOptions::manifests(folder.path()).shunt(env!("CARGO_BIN_EXE_shunt"));
+    let options = AgentOptions::manifests(folder.path())
+        .shunt(env!("CARGO_BIN_EXE_shunt"))
+        .small_maps();
     let _agents = ["node-a", "node-b"].map(|node| lab.start_agent(node, &options).unwrap());
     let ns = lab.ns("shell").unwrap();
     for server in CLUSTER_IPS.map(|ip| SocketAddr::new(ip.parse().unwrap(), DNS)) {

@@ -279,6 +279,7 @@ impl Cluster {
         AgentOptions::kubeconfig(&self.api.kubeconfig())
             .args(extra)
             .shunt(env!("CARGO_BIN_EXE_shunt"))
+            .small_maps()
     }
 
     /// A pod that serves, behind the Service.
@@ -756,7 +757,9 @@ fn bad_input_is_one_line_that_says_what_to_do() {
     };
     let kubeconfig = server.kubeconfig();
     let agent = |path: &std::path::Path| {
-        let options = AgentOptions::kubeconfig(path).shunt(env!("CARGO_BIN_EXE_shunt"));
+        let options = AgentOptions::kubeconfig(path)
+            .shunt(env!("CARGO_BIN_EXE_shunt"))
+            .small_maps();
         let mut agent = lab.agent("node-a", &options).unwrap();
         agent.spawn().unwrap();
         agent

@@ -156,7 +156,8 @@ impl Cluster {
         let options = AgentOptions::manifests(manifests.path())
             .xdp(xdp)
             .finds_devices()
-            .shunt(env!("CARGO_BIN_EXE_shunt"));
+            .shunt(env!("CARGO_BIN_EXE_shunt"))
+            .small_maps();
         let agents = ["node-a", "node-b"].map(|node| lab.start_agent(node, &options).unwrap());
         Self {
             agents: agents.into(),

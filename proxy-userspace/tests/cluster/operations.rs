@@ -45,7 +45,8 @@ impl World {
         let options = AgentOptions::kubeconfig(&api.kubeconfig())
             .xdp(xdp)
             .args(extra)
-            .shunt(env!("CARGO_BIN_EXE_shunt"));
+            .shunt(env!("CARGO_BIN_EXE_shunt"))
+            .small_maps();
         let agent = lab.agent(NODE, &options).unwrap();
         Self { agent, api, lab }
     }

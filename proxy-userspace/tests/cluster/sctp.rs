@@ -46,7 +46,8 @@ impl Cluster {
         cluster.serve(&["near", "far"]);
         let options = AgentOptions::manifests(cluster.manifests.path())
             .xdp(xdp)
-            .shunt(env!("CARGO_BIN_EXE_shunt"));
+            .shunt(env!("CARGO_BIN_EXE_shunt"))
+            .small_maps();
         for node in ["node-a", "node-b"] {
             let agent = cluster.lab.start_agent(node, &options).unwrap();
             cluster.agents.push(agent);

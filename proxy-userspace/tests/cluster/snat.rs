@@ -38,7 +38,8 @@ fn start(xdp: &str) -> (Lab, Agent, TempDir) {
             "--conntrack-udp-timeout=5s",
             "--conntrack-udp-timeout-stream=5s",
         ])
-        .shunt(env!("CARGO_BIN_EXE_shunt"));
+        .shunt(env!("CARGO_BIN_EXE_shunt"))
+        .small_maps();
     let agent = lab.start_agent("node-a", &options).unwrap();
     (lab, agent, manifests)
 }

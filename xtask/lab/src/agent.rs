@@ -29,6 +29,17 @@ const READY_TIMEOUT: Duration = Duration::from_secs(60);
 /// Seconds to take instead of [`READY_TIMEOUT`], where the kernel's verifier runs in an emulated
 /// machine.
 const READY_ENV: &str = "SHUNT_LAB_READY_SECONDS";
+/// Sizes of an agent's maps in a lab: an eighth of the defaults, and more than a test fills.
+const SMALL_MAPS: [(&str, &str); 8] = [
+    ("--max-frontends", "8192"),
+    ("--max-slots", "65536"),
+    ("--max-backends", "16384"),
+    ("--max-flows", "65536"),
+    ("--max-new-flows", "8192"),
+    ("--max-snat", "40000"),
+    ("--max-affinity", "8192"),
+    ("--max-sockets", "16384"),
+];
 /// How long an agent may take to end at SIGTERM.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -51,6 +62,8 @@ pub struct AgentOptions {
     /// Whether the agent has to find out which devices there are; else it gets `--devices eth0
     /// --pod-devices veth*`.
     pub finds_devices: bool,
+    /// Whether its maps are small where `extra` does not size them.
+    pub small_maps: bool,
     /// What a kubelet gives to a pod for the API server: its address in the environment, and what
     /// the agent is to see as `/run`, with the service account in
     /// `secrets/kubernetes.io/serviceaccount`.
@@ -72,6 +85,7 @@ impl AgentOptions {
             capabilities: None,
             finds_addresses: true,
             finds_devices: false,
+            small_maps: false,
             pod: None,
         }
     }
@@ -97,6 +111,7 @@ impl AgentOptions {
             capabilities: None,
             finds_addresses: false,
             finds_devices: false,
+            small_maps: false,
             pod: None,
         }
     }
@@ -126,6 +141,14 @@ impl AgentOptions {
     #[must_use]
     pub fn shunt(mut self, path: impl Into<PathBuf>) -> Self {
         self.shunt = Some(path.into());
+        self
+    }
+
+    /// With maps for a lab: most of a node's memory is in them, and clearing it takes as long as the
+    /// verifier does.
+    #[must_use]
+    pub fn small_maps(mut self) -> Self {
+        self.small_maps = true;
         self
     }
 
@@ -233,6 +256,20 @@ impl Agent {
             set("--service-cidr", cidr);
         }
         set("--xdp", &options.xdp);
+        let is_sized = |name: &str| {
+            let given = options
+                .extra
+                .iter()
+                .filter_map(|arg| arg.strip_prefix(name));
+            given
+                .into_iter()
+                .any(|rest| rest.is_empty() || rest.starts_with('='))
+        };
+        for (name, entries) in SMALL_MAPS {
+            if options.small_maps && !is_sized(name) {
+                set(name, entries);
+            }
+        }
         args.extend(options.extra.iter().cloned());
         Ok(Self {
             node: node.to_owned(),

@@ -49,7 +49,8 @@ impl Cluster {
         let options = AgentOptions::manifests(manifests.path())
             .xdp(xdp)
             .args(extra)
-            .shunt(env!("CARGO_BIN_EXE_shunt"));
+            .shunt(env!("CARGO_BIN_EXE_shunt"))
+            .small_maps();
         let agents = ["node-a", "node-b"].map(|node| lab.start_agent(node, &options).unwrap());
         Self {
             _agents: agents.into(),

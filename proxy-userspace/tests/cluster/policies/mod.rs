@@ -88,7 +88,8 @@ impl Cluster {
         let options = AgentOptions::manifests(cluster.manifests.path())
             .xdp(xdp)
             .args(extra)
-            .shunt(env!("CARGO_BIN_EXE_shunt"));
+            .shunt(env!("CARGO_BIN_EXE_shunt"))
+            .small_maps();
         for node in NODES {
             let agent = cluster.lab.start_agent(node, &options).unwrap();
             cluster.agents.push(agent);

@@ -48,18 +48,10 @@ pub(super) fn measure(services: u32, changes: u32) -> Result<Vec<Line>> {
 
     let capacities = capacities(services);
     let options = AgentOptions {
-        manifests: None,
-        xdp: "off".to_owned(),
-        extra: Vec::new(),
-        shunt: None,
-        capabilities: None,
         finds_addresses: false,
-        finds_devices: false,
-        pod: None,
+        ..AgentOptions::kubeconfig(&kubeconfig).xdp("off")
     };
     let options = options.args(&[
-        "--kubeconfig",
-        &kubeconfig.to_string_lossy(),
         "--max-frontends",
         &capacities.frontends.to_string(),
         "--max-slots",
