@@ -22,7 +22,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{
     build,
-    shell::{as_root, is_root, say, show, target},
+    shell::{as_root, cargo, is_root, run, say, show, target},
 };
 
 pub(crate) use chart::Chart;
@@ -135,6 +135,8 @@ impl Bench {
 pub(crate) fn bench(args: &Args) -> Result<()> {
     if !args.built {
         build::build()?;
+        // Clients and servers are this program, which itself is not optimized.
+        run(cargo().args(["build", "--quiet", "--release", "--package", "xtask"]))?;
     }
     if !is_root() {
         let this = env::current_exe().context("this program's path")?;

@@ -18,6 +18,8 @@ use clap::ValueEnum;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use shunt_lab::{Lab, Sockets};
 
+use crate::shell::target;
+
 /// Bytes that the client hands to the kernel at once when it sends as much as it can.
 const CHUNK: usize = 64 * 1024;
 /// Patience with a peer that is silent: a packet that was lost ends a round instead of hanging it.
@@ -265,8 +267,7 @@ impl Peer {
     }
 
     fn start(lab: &Lab, place: &str, sockets: Sockets, args: &[&str]) -> Result<Self> {
-        let this = std::env::current_exe().context("this program's path")?;
-        let mut command: Command = lab.command(place, sockets, this)?;
+        let mut command: Command = lab.command(place, sockets, target().join("release/xtask"))?;
         command
             .args(["bench-peer", "--cpu", &cpu()?.to_string()])
             .args(args);
