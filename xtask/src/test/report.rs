@@ -1,6 +1,7 @@
 //! What became of every test and check.
 
 use std::{
+    fmt,
     sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -19,10 +20,35 @@ enum Outcome {
     Skipped(String),
 }
 
+/// How long something took.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Took {
+    /// From its beginning to its end.
+    pub(crate) time: Duration,
+    /// CPU time, where that is known: a test that has little of it waits.
+    pub(crate) cpu: Option<Duration>,
+}
+
+impl From<Duration> for Took {
+    fn from(time: Duration) -> Self {
+        Self { time, cpu: None }
+    }
+}
+
+impl fmt::Display for Took {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:>6.1} s", self.time.as_secs_f64())?;
+        match self.cpu {
+            Some(cpu) => write!(f, " ({:>5.1} s CPU)", cpu.as_secs_f64()),
+            None => write!(f, "{:14}", ""),
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Entry {
     name: String,
-    took: Duration,
+    took: Took,
     outcome: Outcome,
 }
 
@@ -43,16 +69,18 @@ impl Report {
     }
 
     /// Something passed.
-    pub(crate) fn passed(&self, program: &str, name: &str, took: Duration) {
-        if took >= WORTH_A_LINE {
-            println!("ok      {:>6.1} s  {program} {name}", took.as_secs_f64());
+    pub(crate) fn passed(&self, program: &str, name: &str, took: impl Into<Took>) {
+        let took = took.into();
+        if took.time >= WORTH_A_LINE {
+            println!("ok      {took}  {program} {name}");
         }
         self.add(program, name, took, Outcome::Passed);
     }
 
     /// Something failed, with what it printed.
-    pub(crate) fn failed(&self, program: &str, name: &str, took: Duration, output: &str) {
-        let mut text = format!("FAILED  {:>6.1} s  {program} {name}\n", took.as_secs_f64());
+    pub(crate) fn failed(&self, program: &str, name: &str, took: impl Into<Took>, output: &str) {
+        let took = took.into();
+        let mut text = format!("FAILED  {took}  {program} {name}\n");
         for line in output.trim_end().lines() {
             text.push_str(&format!("    {line}\n"));
         }
@@ -61,15 +89,13 @@ impl Report {
     }
 
     /// Something could not do its work here.
-    pub(crate) fn skipped(&self, program: &str, name: &str, took: Duration, reason: &str) {
-        println!(
-            "skipped {:>6.1} s  {program} {name}: {reason}",
-            took.as_secs_f64()
-        );
+    pub(crate) fn skipped(&self, program: &str, name: &str, took: impl Into<Took>, reason: &str) {
+        let took = took.into();
+        println!("skipped {took}  {program} {name}: {reason}");
         self.add(program, name, took, Outcome::Skipped(reason.to_owned()));
     }
 
-    fn add(&self, program: &str, name: &str, took: Duration, outcome: Outcome) {
+    fn add(&self, program: &str, name: &str, took: Took, outcome: Outcome) {
         let name = format!("{program} {name}");
         self.inner().entries.push(Entry {
             name,
@@ -115,14 +141,19 @@ impl Report {
         text.push_str(&format!("{:>7.1} s  in all\n", took.as_secs_f64()));
         inner
             .entries
-            .sort_by_key(|entry| std::cmp::Reverse(entry.took));
+            .sort_by_key(|entry| std::cmp::Reverse(entry.took.time));
+        let cpu: Duration = inner
+            .entries
+            .iter()
+            .filter_map(|entry| entry.took.cpu)
+            .sum();
+        text.push_str(&format!(
+            "{:>7.1} s  CPU time of the tests\n",
+            cpu.as_secs_f64()
+        ));
         text.push_str("\nslowest:\n");
         for entry in inner.entries.iter().take(SLOWEST) {
-            text.push_str(&format!(
-                "{:>7.1} s  {}\n",
-                entry.took.as_secs_f64(),
-                entry.name
-            ));
+            text.push_str(&format!(" {}  {}\n", entry.took, entry.name));
         }
         let (mut passed, mut skipped, mut failed) = (0, Vec::new(), Vec::new());
         for entry in &inner.entries {

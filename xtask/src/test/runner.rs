@@ -12,9 +12,16 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use rustix::{
+    param::clock_ticks_per_second,
+    process::{Pid, WaitId, WaitIdOptions, waitid},
+};
 use shunt_lab::RUN_VARIABLE;
 
-use super::{programs::Test, report::Report};
+use super::{
+    programs::Test,
+    report::{Report, Took},
+};
 use crate::shell::{as_root, target};
 
 /// A test that runs for so long hangs.
@@ -95,7 +102,10 @@ fn one(test: &Test, settings: &Settings, report: &Report) {
     let (program, name) = (test.program.name.as_str(), test.name.as_str());
     let log = log_file(program, name);
     let result = process(test, settings, &log);
-    let took = began.elapsed();
+    let took = Took {
+        time: began.elapsed(),
+        cpu: result.as_ref().ok().map(|(_, cpu)| *cpu),
+    };
     let output = fs::read(&log).unwrap_or_default();
     let output = String::from_utf8_lossy(&output);
     if settings.show {
@@ -103,11 +113,11 @@ fn one(test: &Test, settings: &Settings, report: &Report) {
     }
     match result {
         Err(error) => report.failed(program, name, took, &format!("{error:#}")),
-        Ok(Some(status)) if status.success() => match skipped(&output) {
+        Ok((Some(status), _)) if status.success() => match skipped(&output) {
             Some(reason) => report.skipped(program, name, took, reason),
             None => report.passed(program, name, took),
         },
-        Ok(status) => {
+        Ok((status, _)) => {
             let what = status.map_or_else(
                 || format!("ran for {} minutes and was ended", HANGS.as_secs() / 60),
                 |status| status.to_string(),
@@ -140,8 +150,8 @@ fn skipped(output: &str) -> Option<&str> {
         .find(|reason| !reason.is_empty())
 }
 
-/// Runs one; `None` when it had to be ended.
-fn process(test: &Test, settings: &Settings, log: &Path) -> Result<Option<ExitStatus>> {
+/// Runs one; without a status when it had to be ended. And the CPU time of all that it started.
+fn process(test: &Test, settings: &Settings, log: &Path) -> Result<(Option<ExitStatus>, Duration)> {
     fs::create_dir_all(log.parent().unwrap_or(log))
         .with_context(|| format!("{}", log.display()))?;
     let file = File::create(log).with_context(|| format!("{}", log.display()))?;
@@ -166,24 +176,55 @@ fn process(test: &Test, settings: &Settings, log: &Path) -> Result<Option<ExitSt
     wait(&mut child).context("cannot wait for the test program")
 }
 
-fn wait(child: &mut Child) -> io::Result<Option<ExitStatus>> {
+fn wait(child: &mut Child) -> io::Result<(Option<ExitStatus>, Duration)> {
     let deadline = Instant::now() + HANGS;
+    let pid = Pid::from_child(child);
+    let how = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT | WaitIdOptions::NOHANG;
     let mut pause = Duration::from_millis(1);
     while Instant::now() < deadline {
-        if let Some(status) = child.try_wait()? {
-            return Ok(Some(status));
+        // Not taken yet: its times are there until it is.
+        if waitid(WaitId::Pid(pid), how)?.is_some() {
+            let cpu = cpu_time(pid).unwrap_or_default();
+            return Ok((Some(child.wait()?), cpu));
         }
         thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_millis(50));
     }
+    let cpu = cpu_time(pid).unwrap_or_default();
     child.kill()?;
     child.wait()?;
-    Ok(None)
+    Ok((None, cpu))
+}
+
+/// The CPU time of a process and of all that it has waited for, from /proc/PID/stat.
+fn cpu_time(pid: Pid) -> Option<Duration> {
+    let text = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
+    ticks(&text)
+        .map(|ticks| Duration::from_secs_f64(ticks as f64 / clock_ticks_per_second() as f64))
+}
+
+/// The sum of utime, stime, cutime and cstime: the 14th to 17th field; the second one, in
+/// parentheses, may have spaces.
+fn ticks(stat: &str) -> Option<u64> {
+    let (_, fields) = stat.rsplit_once(") ")?;
+    fields
+        .split(' ')
+        .skip(11)
+        .take(4)
+        .map(|field| field.parse::<u64>().ok())
+        .sum()
 }
 
 #[cfg(test)]
 mod unit {
     use super::*;
+
+    #[test]
+    fn cpu_times_are_found_behind_any_name() {
+        let stat = "7 (a b) c) S 1 7 7 0 -1 4194304 80 90 0 0 10 20 300 4000 20 0 1 0 5 6 7";
+        assert_eq!(ticks(stat), Some(4330));
+        assert_eq!(ticks("7 (a) S 1"), Some(0));
+    }
 
     #[test]
     fn a_test_says_that_it_was_skipped_on_a_line_of_its_own() {
