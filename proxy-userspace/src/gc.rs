@@ -68,7 +68,8 @@ pub struct Walk {
 /// batch; it says whether to go on.
 ///
 /// # Errors
-/// The kernel's.
+/// `MapError::Kernel` when a map cannot be listed: `EPERM` without `CAP_BPF`, `ENOMEM` without
+/// memory for a batch. Nothing has changed: try again.
 pub fn collect(maps: &Maps, pause: impl FnMut() -> bool) -> Result<Option<Walk>> {
     collect_by(maps, &now, pause)
 }

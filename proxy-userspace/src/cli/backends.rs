@@ -94,7 +94,8 @@ pub struct FlowCounts {
 /// All backends in the maps, sorted.
 ///
 /// # Errors
-/// The kernel's.
+/// `MapError::Kernel` when a map cannot be listed: `EPERM` without `CAP_BPF`, `ENOMEM` without
+/// memory for a batch. Nothing has changed: try again.
 pub fn list(maps: &Maps) -> Result<Vec<BackendRow>, MapError> {
     let names = service_names(maps)?;
     let mut rows: BTreeMap<u32, BackendRow> = BTreeMap::new();

@@ -158,7 +158,8 @@ impl FlowRow {
 /// All flows that a filter admits, sorted.
 ///
 /// # Errors
-/// The kernel's.
+/// `MapError::Kernel` when a map cannot be listed: `EPERM` without `CAP_BPF`, `ENOMEM` without
+/// memory for a batch. Nothing has changed: try again.
 pub fn list(maps: &Maps, filter: &Filter) -> Result<Vec<FlowRow>, MapError> {
     list_at(maps, filter, gc::now())
 }
@@ -194,7 +195,8 @@ pub(super) fn list_at(maps: &Maps, filter: &Filter, now: u32) -> Result<Vec<Flow
 /// many.
 ///
 /// # Errors
-/// The kernel's.
+/// `MapError::Kernel` when an entry cannot be deleted: `EPERM` without `CAP_BPF`. What was deleted
+/// before stays so: call it again.
 pub fn flush(maps: &Maps, filter: &Filter) -> Result<u64, MapError> {
     fn family<F: MapFamily>(
         maps: &Maps,

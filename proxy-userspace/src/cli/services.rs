@@ -138,7 +138,8 @@ pub(super) fn backends_of(
 /// All frontends in the maps, sorted.
 ///
 /// # Errors
-/// The kernel's.
+/// `MapError::Kernel` when a map cannot be listed: `EPERM` without `CAP_BPF`, `ENOMEM` without
+/// memory for a batch. Nothing has changed: try again.
 pub fn list(maps: &Maps) -> Result<Vec<FrontendRow>, MapError> {
     let names = service_names(maps)?;
     let mut rows: BTreeMap<(u32, IpAddr, u16, String), FrontendRow> = BTreeMap::new();

@@ -178,7 +178,8 @@ impl Status {
     /// Gathers it all.
     ///
     /// # Errors
-    /// The kernel's.
+    /// When a map or a link cannot be read: `EPERM` without `CAP_BPF`, or an agent is removing them
+    /// at this moment. Nothing has changed: try again, as root.
     pub fn read(maps: &Maps) -> anyhow::Result<Self> {
         let paths = Paths::new(maps.root());
         let config = maps.config()?;

@@ -43,7 +43,9 @@ impl Layer3 {
     /// Loads and pins them.
     ///
     /// # Errors
-    /// The kernel's.
+    /// What the verifier or the kernel says of a program: `EPERM` without `CAP_BPF` and
+    /// `CAP_NET_ADMIN`. The message ends with the verifier's log; devices without a link-layer
+    /// header stay without programs.
     pub(crate) fn load(&self) -> io::Result<BTreeMap<&'static str, OwnedFd>> {
         let mut loader = EbpfLoader::new();
         for (name, value) in &self.globals {

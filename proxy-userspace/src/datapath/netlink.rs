@@ -84,7 +84,8 @@ impl<'a> Attributes<'a> {
 /// What netfilter lists for a request (`NFNL_SUBSYS_*` << 8 | message), of every family.
 ///
 /// # Errors
-/// The kernel's.
+/// The kernel's: `EPERM` without `CAP_NET_ADMIN`, `EPROTONOSUPPORT` or `EINVAL` where it has no
+/// such part of netfilter: then there is nothing to list.
 pub(crate) fn dump_netfilter(kind: u16) -> io::Result<Vec<Message>> {
     let socket = open(NETFILTER)?;
     exchange(&socket, kind, NLM_F_DUMP, &[0; FAMILY_HEADER])
@@ -97,7 +98,8 @@ impl Generic {
     /// A socket of its own.
     ///
     /// # Errors
-    /// The kernel's.
+    /// The kernel's: `EPROTONOSUPPORT` where it has no generic netlink, `EMFILE` without a free
+    /// descriptor.
     pub(crate) fn open() -> io::Result<Self> {
         open(GENERIC).map(Self)
     }
@@ -105,7 +107,8 @@ impl Generic {
     /// Sends a command of a family with attributes; the answers.
     ///
     /// # Errors
-    /// The kernel's.
+    /// The kernel's answer to the command: `ENOENT` where it does not know the family, `EOPNOTSUPP`
+    /// the command, `EPERM` without the right to it.
     pub(crate) fn command(
         &self,
         family: u16,

@@ -33,7 +33,7 @@ const TIMEOUT: libc::timeval = libc::timeval {
 /// Everything that the kernel lists for `message`.
 ///
 /// # Errors
-/// The kernel's answer.
+/// The kernel's answer: `EOPNOTSUPP` where it has no such list.
 pub(crate) fn dump(message: RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>> {
     let mut result = Vec::new();
     for _ in 0..DUMP_ATTEMPTS {
@@ -50,7 +50,8 @@ pub(crate) fn dump(message: RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkM
 /// One change, acknowledged.
 ///
 /// # Errors
-/// The kernel's answer.
+/// The kernel's answer: `EPERM` without `CAP_NET_ADMIN`, `ENODEV` when the device is gone, `EEXIST`
+/// when somebody else has made the same.
 pub(crate) fn change(message: RouteNetlinkMessage) -> io::Result<()> {
     exchange(NETLINK_ROUTE, message, NLM_F_REQUEST | NLM_F_ACK).map(drop)
 }
@@ -87,7 +88,7 @@ fn datagram_socket() -> rustix::io::Result<OwnedFd> {
 /// interrupted by changes.
 ///
 /// # Errors
-/// The kernel's answer.
+/// The kernel's answer to the message, or `EAGAIN` when it gives none in time.
 pub(crate) fn exchange<M>(protocol: isize, message: M, flags: u16) -> io::Result<(Vec<M>, bool)>
 where
     M: NetlinkSerializable + NetlinkDeserializable + Into<NetlinkPayload<M>>,

@@ -114,7 +114,8 @@ unsafe impl Pod for Record {}
 /// Keeps what `watch` measured, as of now, for [`read`].
 ///
 /// # Errors
-/// The kernel's.
+/// The kernel's: `EPERM` without `CAP_BPF`, `ENOMEM`, or `EROFS` and the like of the folder of
+/// pins. `status` then tells of no start; the agent goes on.
 pub fn write(paths: &Paths, watch: &Stopwatch, taken_over: bool) -> io::Result<()> {
     let micros = |time: Duration| time.as_micros() as u64;
     let record = Record {
@@ -136,7 +137,8 @@ pub fn write(paths: &Paths, watch: &Stopwatch, taken_over: bool) -> io::Result<(
 /// version of shunt.
 ///
 /// # Errors
-/// The kernel's.
+/// The kernel's, except `ENOENT`: `EPERM` or `EACCES` without the rights to the pin; run it as
+/// root.
 pub fn read(paths: &Paths) -> io::Result<Option<Start>> {
     let map = match bpf::open(&paths.start()) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),

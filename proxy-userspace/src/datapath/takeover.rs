@@ -231,7 +231,8 @@ pub(crate) fn find(
 /// pinned after them. `private_maps`: ids of maps that they use and that are not pinned.
 ///
 /// # Errors
-/// The kernel's.
+/// The kernel's: `EPERM` without `CAP_BPF`, `EINVAL` before Linux 5.10. Without it the next agent
+/// loads its programs anew.
 pub(crate) fn sign<'p>(
     fingerprint: Fingerprint,
     private_maps: &[u32],

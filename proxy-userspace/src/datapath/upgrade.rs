@@ -22,8 +22,8 @@
 //!
 //! A layout can be read when its keys are the same and its values are a beginning of this layout's:
 //! values grow at their end, and zero means in a new field what was so before there was the field.
-//! Other changes of values stand in [`converted`], and maps that have changed their name in
-//! [`RENAMED`]. A renamed map that both layouts share keeps the old
+//! Other changes of values stand in `converted`, and maps that have changed their name in
+//! `RENAMED`. A renamed map that both layouts share keeps the old
 //! name inside the kernel, where nobody looks a map up by it. If one map cannot
 //! be read none is taken over, for their entries name each other; flows then find their backends
 //! anew, as far as the hash tells.
@@ -268,7 +268,8 @@ impl Upgrade {
     /// `wanted` says, by name.
     ///
     /// # Errors
-    /// The kernel's.
+    /// When a map of either layout cannot be opened, read or written (`EPERM` without `CAP_BPF`,
+    /// `ENOMEM`). The other layout's programs go on as they are: start the agent again.
     pub(crate) fn share(&mut self, wanted: &BTreeMap<String, MapInfo>) -> io::Result<()> {
         if self.switching {
             return Ok(());
@@ -309,7 +310,8 @@ impl Upgrade {
     /// Copies the entries of maps that are not shared, and moves the links.
     ///
     /// # Errors
-    /// The kernel's.
+    /// When a map of either layout cannot be opened, read or written (`EPERM` without `CAP_BPF`,
+    /// `ENOMEM`). The other layout's programs go on as they are: start the agent again.
     pub(crate) fn take_over(&self, paths: &Paths) -> io::Result<()> {
         if self.switching {
             return Ok(());
@@ -342,7 +344,8 @@ impl Upgrade {
     /// Copies flows once more; this layout's programs must not run yet.
     ///
     /// # Errors
-    /// The kernel's.
+    /// When a map of either layout cannot be opened, read or written (`EPERM` without `CAP_BPF`,
+    /// `ENOMEM`). The other layout's programs go on as they are: start the agent again.
     pub fn before_switch(&self) -> io::Result<()> {
         if self.switching {
             return Ok(());
@@ -356,7 +359,8 @@ impl Upgrade {
     /// Copies flows that were opened since the last copy; programs of both layouts may run.
     ///
     /// # Errors
-    /// The kernel's.
+    /// When a map of either layout cannot be opened, read or written (`EPERM` without `CAP_BPF`,
+    /// `ENOMEM`). The other layout's programs go on as they are: start the agent again.
     pub fn catch_up(&self) -> io::Result<()> {
         // First, for the answers to a flow are found by its port.
         let since = self.copied_at.get();
@@ -372,7 +376,8 @@ impl Upgrade {
     /// Copies flows that were opened during the switch, and removes the other layout's folder.
     ///
     /// # Errors
-    /// The kernel's.
+    /// When entries cannot be copied, or the folder of the other layout cannot be removed; an agent
+    /// that starts again goes on where this one stopped.
     pub fn finish(self) -> io::Result<()> {
         self.catch_up()?;
         for folder in ["maps", "progs", "clsact"] {

@@ -107,7 +107,7 @@ impl Listeners {
     /// Where it listens.
     ///
     /// # Errors
-    /// The kernel's.
+    /// The kernel's, of a socket that is not bound: a mistake of the caller's.
     pub fn address(&self) -> io::Result<SocketAddr> {
         self.tcp.local_addr()
     }

@@ -118,7 +118,8 @@ impl<'m, F: CopiedFamily> Copied<'m, F> {
     /// for the source of a translated packet.
     ///
     /// # Errors
-    /// The kernel's.
+    /// `MapError::Kernel` when a map cannot be read: `EPERM` without `CAP_BPF`. Nothing has
+    /// changed; run it as root.
     pub fn new(pinned: &'m Pinned, route_sources: bool) -> Result<Self, MapError> {
         Ok(Self {
             pinned,

@@ -188,7 +188,7 @@ pub(super) fn route_source(tuple: &Tuple) -> Option<IpAddr> {
 /// Whether the kernel knows the next hop on a device: `None` where it has not asked yet.
 ///
 /// # Errors
-/// The kernel's.
+/// The kernel's answer to a dump of neighbours: `ENOBUFS` when it changed too fast; try again.
 pub(super) fn neighbour(hop: IpAddr, device: u32) -> io::Result<Option<bool>> {
     let mut message = NeighbourMessage::default();
     message.header.family = family(hop);

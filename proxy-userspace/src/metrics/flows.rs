@@ -119,7 +119,8 @@ impl Totals {
     /// Reads the maps, and adds what is new. Services that are gone leave.
     ///
     /// # Errors
-    /// The kernel's.
+    /// `MapError::Kernel` when a map cannot be listed: `EPERM` without `CAP_BPF`, `ENOMEM` without
+    /// memory for a batch. Nothing has changed: try again.
     pub fn read(&mut self, maps: &Maps) -> Result<&BTreeMap<ServicePort, Counts>> {
         let mut seen = Vec::new();
         maps.backends.for_each_batch(|ids, states| {

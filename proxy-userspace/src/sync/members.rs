@@ -33,7 +33,8 @@ impl Members {
     /// Reads the maps back.
     ///
     /// # Errors
-    /// The kernel's.
+    /// `MapError::Kernel` when a map cannot be listed: `EPERM` without `CAP_BPF`, `ENOMEM` without
+    /// memory for a batch. Nothing has changed: try again.
     pub fn new(maps: &Maps) -> Result<Self> {
         let mut known: HashMap<Base, BTreeMap<u32, u32>> = HashMap::new();
         for family in FamilyIndex::ALL {
@@ -102,7 +103,8 @@ impl Members {
     /// Deletes what has rested long enough.
     ///
     /// # Errors
-    /// The kernel's.
+    /// `MapError::Kernel` when an entry cannot be deleted: `EPERM` without `CAP_BPF`. What was
+    /// deleted before stays so: call it again.
     pub fn collect(&mut self, maps: &Maps, now: Instant) -> Result<()> {
         while let Some(&(when, base)) = self.resting.front()
             && when <= now

@@ -81,7 +81,8 @@ impl Syncer {
     /// Reads the pinned maps back as the base of all differences.
     ///
     /// # Errors
-    /// The kernel's.
+    /// `MapError::Kernel` when a map cannot be listed: `EPERM` without `CAP_BPF`, `ENOMEM` without
+    /// memory for a batch. Nothing has changed: try again.
     pub fn new(maps: Arc<Maps>) -> Result<Self, MapError> {
         Self::with_grace(maps, slots::GRACE)
     }
@@ -215,7 +216,8 @@ impl Syncer {
     /// Removes a Service's entries.
     ///
     /// # Errors
-    /// The kernel's.
+    /// `SyncError` when a map cannot be read or written; the maps are as before or half changed,
+    /// never without a frontend that stays: apply it again.
     pub fn remove(&mut self, service: &ObjectName) -> Result<Applied, SyncError> {
         self.apply(&ServicePlan::empty(service.clone()))
     }
@@ -255,7 +257,8 @@ impl Syncer {
     /// it did not find, and that were removed before it began, are used again.
     ///
     /// # Errors
-    /// The kernel's.
+    /// `MapError::Kernel` when an entry cannot be deleted: `EPERM` without `CAP_BPF`. What was
+    /// deleted before stays so: call it again.
     pub fn reclaim(&mut self, started: Instant, referenced: &IdSet) -> Result<usize, MapError> {
         let reclaimed = self.ids.reclaim(started, referenced);
         for id in &reclaimed {

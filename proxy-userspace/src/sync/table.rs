@@ -68,7 +68,8 @@ pub trait FrontendTable: Sync {
     /// The entry of a frontend.
     ///
     /// # Errors
-    /// The kernel's.
+    /// `MapError::Kernel` when a map cannot be read: `EPERM` without `CAP_BPF`. Nothing has
+    /// changed; run it as root.
     fn get(&self, id: &FrontendId) -> Result<Option<layout::Frontend>>;
 
     /// Creates or replaces the entry of a frontend.
@@ -80,13 +81,15 @@ pub trait FrontendTable: Sync {
     /// Deletes the entry of a frontend; says whether it was there.
     ///
     /// # Errors
-    /// The kernel's.
+    /// `MapError::Kernel` when an entry cannot be deleted: `EPERM` without `CAP_BPF`. What was
+    /// deleted before stays so: call it again.
     fn delete(&self, id: &FrontendId) -> Result<bool>;
 
     /// All entries; those of protocols that no Service has are left out.
     ///
     /// # Errors
-    /// The kernel's.
+    /// `MapError::Kernel` when a map cannot be listed: `EPERM` without `CAP_BPF`, `ENOMEM` without
+    /// memory for a batch. Nothing has changed: try again.
     fn entries(&self) -> Result<Vec<(FrontendId, layout::Frontend)>>;
 
     /// Number of slots.
@@ -104,7 +107,8 @@ pub trait FrontendTable: Sync {
     /// All source ranges by Service number.
     ///
     /// # Errors
-    /// The kernel's.
+    /// `MapError::Kernel` when a map cannot be listed: `EPERM` without `CAP_BPF`, `ENOMEM` without
+    /// memory for a batch. Nothing has changed: try again.
     fn source_ranges(&self) -> Result<Vec<(u32, IpNet)>>;
 
     /// Lets a Service's sources in.
@@ -116,7 +120,8 @@ pub trait FrontendTable: Sync {
     /// Lets them in no longer.
     ///
     /// # Errors
-    /// The kernel's.
+    /// `MapError::Kernel` when an entry cannot be deleted: `EPERM` without `CAP_BPF`. What was
+    /// deleted before stays so: call it again.
     fn remove_source_range(&self, service: u32, range: IpNet) -> Result<()>;
 
     /// Lets packets to a frontend past the filter.

@@ -4,6 +4,8 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
+    os::fd::AsFd,
+    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::Duration,
 };
@@ -20,8 +22,14 @@ use etherparse::{
     icmpv4, icmpv6,
 };
 
-use shunt::datapath::{bpf, load, maps::Maps};
-use shunt_common::layout::{FLOW_RESET, Flow, FlowKey, TCP};
+use shunt::datapath::{
+    bpf::{self, MappedArray},
+    load,
+    maps::Maps,
+};
+use shunt_common::layout::{
+    FLOW_BACKEND_FIN, FLOW_RESET, Flow, FlowKey, LAYOUT_VERSION, SnatSlot, TCP,
+};
 
 use crate::loaded::{BACKEND, CLIENT, EMPTY, FAR, KEPT, Loaded, NODE, REMOTE, WEB, kept_backend};
 
@@ -297,6 +305,7 @@ fn segment(from: &str, from_port: u16, to: &str, to_port: u16, flags: &str) -> V
     bytes[at] = match flags {
         "SYN" => 0x02,
         "SYN ACK" => 0x12,
+        "FIN ACK" => 0x11,
         "ACK" => 0x10,
         "RST" => 0x04,
         other => panic!("{other}"),
@@ -547,6 +556,49 @@ fn a_reset_is_taken_back_by_its_own_side_only() {
             }
         }
     }
+}
+
+/// A FIN that a program notes is not lost when others change the same state, nor is what they note:
+/// here this process, in the memory that the map shares with it.
+#[test]
+fn a_state_that_others_change_meanwhile_loses_nothing() {
+    const OURS: u32 = 1 << 31;
+    let loaded = Loaded::new("race");
+    let through = |packet: &[u8]| {
+        let (_, inside) = loaded.run("tc_node_in", packet);
+        loaded.run("tc_node_out", &inside);
+    };
+    let port = 20_000;
+    let answer = |flags| segment(REMOTE[0], 8080, NODE[0], port, flags);
+    through(&segment(CLIENT[0], port, FAR[0], 80, "SYN"));
+    through(&answer("SYN ACK"));
+    through(&segment(CLIENT[0], port, FAR[0], 80, "ACK"));
+    let map = bpf::open(&loaded.root.join(format!("v{LAYOUT_VERSION}/maps/snat4"))).unwrap();
+    let info = bpf::map::map_info(map.as_fd()).unwrap();
+    let slots = MappedArray::<SnatSlot<[u8; 4]>>::new(map.as_fd(), info.max_entries).unwrap();
+    let slot = (0..slots.len()).find(|&index| slots.get(index).client_port == port);
+    let state = slots.state(slot.expect("a translated source port"));
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let toggles = scope.spawn(|| {
+            let (mut expected, mut lost) = (0, 0);
+            while !done.load(Ordering::Relaxed) {
+                state.fetch_and(!FLOW_BACKEND_FIN, Ordering::Relaxed);
+                let before = state.fetch_xor(OURS, Ordering::Relaxed) & OURS;
+                lost += u32::from(before != expected);
+                expected = before ^ OURS;
+            }
+            lost
+        });
+        let fin = answer("FIN ACK");
+        for _ in 0..20_000 {
+            loaded.run("tc_node_in", &fin);
+        }
+        done.store(true, Ordering::Relaxed);
+        assert_eq!(toggles.join().unwrap(), 0);
+    });
+    loaded.run("tc_node_in", &answer("FIN ACK"));
+    assert_ne!(state.load(Ordering::Relaxed) & FLOW_BACKEND_FIN, 0);
 }
 
 /// `FLOW_*` bits of the flow from that port.

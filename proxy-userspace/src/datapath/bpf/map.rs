@@ -95,7 +95,8 @@ pub struct MapInfo {
 /// What the kernel says of a map.
 ///
 /// # Errors
-/// The kernel's.
+/// The kernel's: `EINVAL` when `fd` is an object of another kind, `EBADF` when it is none. A
+/// mistake of the caller's.
 pub fn map_info(fd: BorrowedFd<'_>) -> io::Result<MapInfo> {
     let mut info = MapInfo::default();
     object_info(fd, &mut info)?;
@@ -181,7 +182,7 @@ pub fn lookup<K: Pod, V: Pod>(fd: BorrowedFd<'_>, key: &K) -> io::Result<Option<
 /// ([`aya::util::nr_cpus`]).
 ///
 /// # Errors
-/// The kernel's.
+/// The kernel's, except `ENOENT`: `EPERM` without `CAP_BPF`, `EINVAL` when the map is not per CPU.
 pub fn lookup_per_cpu<V: Pod + Default>(
     fd: BorrowedFd<'_>,
     key: &u32,
@@ -358,7 +359,8 @@ pub fn lookup_batch_raw(
 /// As [`update`], for keys and values of any size.
 ///
 /// # Errors
-/// The kernel's.
+/// The kernel's: `E2BIG` or `ENOMEM` when the map is full, `EEXIST` under `BPF_NOEXIST`, `EPERM`
+/// when it is frozen or without `CAP_BPF`.
 pub fn update_raw(
     fd: BorrowedFd<'_>,
     info: &MapInfo,
@@ -385,7 +387,8 @@ pub fn update_raw(
 /// part.
 ///
 /// # Errors
-/// The kernel's.
+/// The kernel's: `E2BIG` or `ENOMEM` when the map is full, `EPERM` without `CAP_BPF`; the rest can
+/// be written by another call.
 pub fn update_batch<K: Pod, V: Pod>(
     fd: BorrowedFd<'_>,
     keys: &[K],

@@ -232,7 +232,8 @@ impl Maps {
     /// What the programs know of this node.
     ///
     /// # Errors
-    /// The kernel's.
+    /// `MapError::Kernel` when a map cannot be read: `EPERM` without `CAP_BPF`. Nothing has
+    /// changed; run it as root.
     pub fn config(&self) -> Result<Config> {
         Ok(self.config.get(&0)?.unwrap_or_default())
     }
@@ -240,7 +241,8 @@ impl Maps {
     /// Replaces what the programs know of this node, when it differs. Says whether it did.
     ///
     /// # Errors
-    /// The kernel's.
+    /// `MapError::Full` when the map has no room, which names the setting to raise;
+    /// `MapError::Kernel` for anything else, as `EPERM` without `CAP_BPF`.
     pub fn set_config(&self, config: &Config) -> Result<bool> {
         if self.config()? == *config {
             return Ok(false);
@@ -252,7 +254,8 @@ impl Maps {
     /// Counters of all events since the maps were made, summed over CPUs.
     ///
     /// # Errors
-    /// The kernel's.
+    /// `MapError::Kernel` when a map cannot be read: `EPERM` without `CAP_BPF`. Nothing has
+    /// changed; run it as root.
     pub fn events(&self) -> Result<Vec<(Event, u64)>> {
         Event::ALL
             .iter()
@@ -272,7 +275,8 @@ impl Maps {
     /// What a backend got and sent, summed over CPUs; zeros where that is not counted.
     ///
     /// # Errors
-    /// The kernel's.
+    /// `MapError::Kernel` when a map cannot be read: `EPERM` without `CAP_BPF`. Nothing has
+    /// changed; run it as root.
     pub fn traffic(&self, backend: u32) -> Result<Traffic> {
         match map::lookup_per_cpu::<Traffic>(self.traffic.as_fd(), &backend, self.cpus) {
             Ok(per_cpu) => Ok(per_cpu.iter().fold(Traffic::default(), |sum, one| Traffic {
@@ -293,7 +297,8 @@ impl Maps {
     /// Forgets what a backend got and sent.
     ///
     /// # Errors
-    /// The kernel's.
+    /// `MapError::Kernel` when an entry cannot be deleted: `EPERM` without `CAP_BPF`. What was
+    /// deleted before stays so: call it again.
     pub fn forget_traffic(&self, backend: u32) -> Result<()> {
         match map::delete(self.traffic.as_fd(), &backend) {
             Ok(_was_there) => Ok(()),

@@ -180,7 +180,8 @@ impl<K: Pod, V: Pod> Map<K, V> {
     /// The value of a key; LRU entries are not marked as used.
     ///
     /// # Errors
-    /// The kernel's.
+    /// `MapError::Kernel` when a map cannot be read: `EPERM` without `CAP_BPF`. Nothing has
+    /// changed; run it as root.
     pub fn get(&self, key: &K) -> Result<Option<V>> {
         map::lookup(self.fd.as_fd(), key).map_err(|error| self.error("read", error))
     }
@@ -198,7 +199,8 @@ impl<K: Pod, V: Pod> Map<K, V> {
     /// Deletes an entry; says whether it was there.
     ///
     /// # Errors
-    /// The kernel's.
+    /// `MapError::Kernel` when an entry cannot be deleted: `EPERM` without `CAP_BPF`. What was
+    /// deleted before stays so: call it again.
     pub fn delete(&self, key: &K) -> Result<bool> {
         self.writes.fetch_add(1, Ordering::Relaxed);
         map::delete(self.fd.as_fd(), key).map_err(|error| self.error("delete from", error))
@@ -207,7 +209,8 @@ impl<K: Pod, V: Pod> Map<K, V> {
     /// Deletes many entries; returns how many were there.
     ///
     /// # Errors
-    /// The kernel's.
+    /// `MapError::Kernel` when an entry cannot be deleted: `EPERM` without `CAP_BPF`. What was
+    /// deleted before stays so: call it again.
     pub fn delete_all(&self, keys: &[K]) -> Result<usize> {
         self.writes.fetch_add(keys.len() as u64, Ordering::Relaxed);
         map::delete_batch(self.fd.as_fd(), keys).map_err(|error| self.error("delete from", error))
@@ -247,7 +250,8 @@ impl<K: Pod, V: Pod> Map<K, V> {
     /// All entries.
     ///
     /// # Errors
-    /// The kernel's.
+    /// `MapError::Kernel` when a map cannot be listed: `EPERM` without `CAP_BPF`, `ENOMEM` without
+    /// memory for a batch. Nothing has changed: try again.
     pub fn entries(&self) -> Result<Vec<(K, V)>> {
         let mut entries = Vec::new();
         self.for_each_batch(|keys, values| {
@@ -260,7 +264,8 @@ impl<K: Pod, V: Pod> Map<K, V> {
     /// How many entries `counts` says yes to.
     ///
     /// # Errors
-    /// The kernel's.
+    /// `MapError::Kernel` when a map cannot be listed: `EPERM` without `CAP_BPF`, `ENOMEM` without
+    /// memory for a batch. Nothing has changed: try again.
     pub fn count(&self, mut counts: impl FnMut(&V) -> bool) -> Result<u64> {
         let mut n = 0;
         self.for_each_batch(|_, values| {

@@ -24,7 +24,8 @@ impl Maps {
     /// How full every map is. Walks them all, without marking entries as used.
     ///
     /// # Errors
-    /// The kernel's.
+    /// `MapError::Kernel` when a map cannot be listed: `EPERM` without `CAP_BPF`, `ENOMEM` without
+    /// memory for a batch. Nothing has changed: try again.
     pub fn usage(&self) -> Result<Vec<Usage>> {
         fn of<K: Pod, V: Pod>(map: &Map<K, V>, counts: impl FnMut(&V) -> bool) -> Result<Usage> {
             Ok(Usage {
