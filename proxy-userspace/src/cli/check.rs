@@ -21,6 +21,7 @@ use aya_obj::generated::bpf_func_id;
 use comfy_table::{Table, presets::NOTHING};
 use serde::Serialize;
 
+use super::Output;
 use crate::datapath::{
     Paths,
     attach::{TcMode, pinned_links},
@@ -602,14 +603,14 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Runs the verb and prints the table, or JSON; whether everything required is there.
+/// Runs the verb and prints its report; whether everything required is there.
 ///
 /// # Errors
 /// When the report cannot be printed.
-pub fn run(bpf_root: &Path, cgroup_root: &Path, json: bool) -> anyhow::Result<bool> {
+pub fn run(bpf_root: &Path, cgroup_root: &Path, output: Output) -> anyhow::Result<bool> {
     let report = check(bpf_root, cgroup_root);
-    if json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+    if let Some(text) = output.structured(&report)? {
+        println!("{text}");
         return Ok(report.ok());
     }
     let mut table = Table::new();

@@ -12,6 +12,7 @@ use std::{
 
 use serde::Serialize;
 
+use super::Output;
 use crate::datapath::{
     Paths,
     bpf::{self, link},
@@ -236,10 +237,10 @@ fn io_error<'a>(what: &'static str, path: &'a Path) -> impl Fn(io::Error) -> Cle
 ///
 /// # Errors
 /// As [`cleanup`].
-pub fn run(bpf_root: &Path, json: bool) -> anyhow::Result<()> {
+pub fn run(bpf_root: &Path, output: Output) -> anyhow::Result<()> {
     let removed = cleanup(bpf_root)?;
-    if json {
-        println!("{}", serde_json::to_string_pretty(&removed)?);
+    if let Some(text) = output.structured(&removed)? {
+        println!("{text}");
         return Ok(());
     }
     for (what, names) in [

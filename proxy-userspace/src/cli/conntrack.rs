@@ -10,7 +10,7 @@ use shunt_common::layout::{
     FLOW_SEEN_REPLY, FLOW_SNAT, Flow, FlowKey,
 };
 
-use super::{Common, Output, Peer, open, print, print_rows};
+use super::{Common, Peer, open, print, print_rows};
 use crate::{
     datapath::maps::{MapError, MapFamily, Maps, PerFamily},
     gc,
@@ -241,10 +241,10 @@ pub fn run(args: &ConntrackArgs) -> anyhow::Result<()> {
         Some(ConntrackVerb::List(filter)) => filter,
         Some(ConntrackVerb::Flush(filter)) => {
             let deleted = flush(&open(&common.bpf_root)?, filter)?;
-            return match common.output {
-                Output::Json => print(&serde_json::to_string_pretty(&Flushed { deleted })?),
-                Output::Table if deleted == 1 => print("1 flow deleted"),
-                Output::Table => print(&format!("{deleted} flows deleted")),
+            return match common.output.structured(&Flushed { deleted })? {
+                Some(text) => print(&text),
+                None if deleted == 1 => print("1 flow deleted"),
+                None => print(&format!("{deleted} flows deleted")),
             };
         }
     };

@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context, anyhow, bail};
 use clap::{Args, ValueEnum};
 
-use super::{Common, Output, print, services, table};
+use super::{Common, print, services, table};
 use crate::{
     config::{SERVICE_CIDRS, Settings},
     datapath::maps::Maps,
@@ -19,8 +19,9 @@ use crate::{
 
 /// The port of a client that names none: of the range that Linux takes such ports from.
 const CLIENT_PORT: u16 = 40_000;
-/// How like the name must be that is proposed for one that is unknown (Jaro-Winkler, 0 to 1).
-const ALIKE: f64 = 0.8;
+/// How like the name must be that is proposed for one that is unknown (1 less the share of letters
+/// that were added, left out, changed or swapped).
+const ALIKE: f64 = 0.6;
 
 /// `shunt explain`.
 #[derive(Clone, Debug, Args)]
@@ -37,6 +38,9 @@ pub struct ExplainArgs {
     /// Where it comes from [default: told by SRC].
     #[arg(long, value_enum)]
     from: Option<From>,
+    /// The device by which it comes in [default: the one that leads back to SRC].
+    #[arg(long, value_name = "NAME")]
+    device: Option<String>,
     /// Files and folders of Kubernetes YAML that have the Pod, as `shunt run` has them.
     #[arg(long, value_name = "PATH", num_args = 1..)]
     manifests: Vec<PathBuf>,
@@ -167,11 +171,10 @@ async fn pod_addresses(args: &ExplainArgs, name: &ObjectName) -> anyhow::Result<
         match snapshot.pods.remove(name) {
             Some(pod) => pod,
             None => {
-                let known = snapshot.pods.keys().map(ToString::to_string);
-                bail!(
-                    "the manifests have no Pod {name}{}",
-                    nearest(&name.to_string(), known)
-                );
+                let known = snapshot.pods.keys();
+                let known = known.map(|pod| (pod.namespace.to_string(), pod.name.to_string()));
+                let near = nearest(&name.name, known);
+                bail!("the manifests have no Pod {name}{near}");
             }
         }
     };
@@ -190,10 +193,14 @@ async fn pod_addresses(args: &ExplainArgs, name: &ObjectName) -> anyhow::Result<
     Ok(addresses)
 }
 
-/// `: did you mean …?` with the names that are most like one; nothing if none is.
-fn nearest(name: &str, known: impl Iterator<Item = String>) -> String {
+/// `; the nearest: …` with the names that are most like one, in whichever namespace; nothing if
+/// none is.
+fn nearest(name: &str, known: impl Iterator<Item = (String, String)>) -> String {
     let mut alike: Vec<(f64, String)> = known
-        .map(|known| (strsim::jaro_winkler(name, &known), known))
+        .map(|(namespace, known)| {
+            let likeness = strsim::normalized_damerau_levenshtein(name, &known);
+            (likeness, format!("{namespace}/{known}"))
+        })
         .filter(|(likeness, _)| *likeness >= ALIKE)
         .collect();
     alike.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| a.1.cmp(&b.1)));
@@ -220,15 +227,8 @@ fn service_address(
     if !rows.iter().any(|row| is_it(&row)) {
         let known = rows
             .iter()
-            .map(|row| format!("{}/{}", row.namespace, row.service));
-        let full = format!("{namespace}/{name}");
-        // With the namespace alike anyway, the name alone says more.
-        let same_name = rows.iter().filter(|row| row.service == name);
-        let same_name = same_name.map(|row| format!("{}/{}", row.namespace, row.service));
-        let mut near = nearest(&full, same_name);
-        if near.is_empty() {
-            near = nearest(&full, known);
-        }
+            .map(|row| (row.namespace.clone(), row.service.clone()));
+        let (full, near) = (format!("{namespace}/{name}"), nearest(name, known));
         bail!(
             "no Service {full} in the maps{near}; `shunt services` lists all (one without cluster IP is not there)"
         );
@@ -317,6 +317,7 @@ fn question(args: &ExplainArgs, maps: &Maps) -> anyhow::Result<Question> {
         source: SocketAddr::new(source, port),
         destination,
         sender,
+        device: args.device.clone(),
     })
 }
 
@@ -412,9 +413,9 @@ fn text(told: &Explanation) -> String {
 pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
     let pinned = Pinned::open(&args.common.bpf_root)?;
     let told = explain::explain(&pinned, &question(args, &pinned.maps)?)?;
-    match args.common.output {
-        Output::Json => print(&serde_json::to_string_pretty(&told)?),
-        Output::Table => print(&text(&told)),
+    match args.common.output.structured(&told)? {
+        Some(text) => print(&text),
+        None => print(&text(&told)),
     }
 }
 
@@ -470,9 +471,13 @@ mod tests {
 
     #[test]
     fn unknown_names_are_answered_with_the_nearest() {
-        let known = ["default/kubia", "shop/web", "default/kube-dns"].map(str::to_owned);
-        let near = nearest("default/kubai", known.clone().into_iter());
-        assert!(near.starts_with("; the nearest: default/kubia"), "{near}");
-        assert_eq!(nearest("zzz", known.into_iter()), "");
+        let known = || {
+            [("default", "kubia"), ("shop", "web"), ("a", "kube-dns")]
+                .map(|(namespace, name)| (namespace.to_owned(), name.to_owned()))
+                .into_iter()
+        };
+        assert_eq!(nearest("kubai", known()), "; the nearest: default/kubia");
+        assert_eq!(nearest("wbe", known()), "; the nearest: shop/web");
+        assert_eq!(nearest("zzz", known()), "");
     }
 }

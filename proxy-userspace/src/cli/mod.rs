@@ -1,7 +1,7 @@
 //! The command line: one file per verb.
 //!
 //! `run` is the agent. All other verbs look at what is pinned under `--bpf-root`, whether an agent
-//! runs or not, and print a table or, with `-o json`, an array or object that scripts can rely on.
+//! runs or not, and print a table or, with `-o json` or `-o yaml`, an array or object that scripts can rely on.
 
 use std::{
     collections::HashMap,
@@ -97,6 +97,19 @@ pub enum Output {
     Table,
     /// For programs.
     Json,
+    /// The same as YAML.
+    Yaml,
+}
+
+impl Output {
+    /// The value for programs; `None`: people want to read it.
+    fn structured(self, value: &impl Serialize) -> anyhow::Result<Option<String>> {
+        Ok(match self {
+            Self::Table => None,
+            Self::Json => Some(serde_json::to_string_pretty(value)?),
+            Self::Yaml => Some(serde_saphyr::to_string(value)?.trim_end().to_owned()),
+        })
+    }
 }
 
 /// Parses the command line and runs its verb; an error is one line on stderr.
@@ -114,11 +127,7 @@ pub fn main() -> ExitCode {
             cgroup_root,
         } => {
             let cgroup_root = cgroup_root.unwrap_or_else(cgroup::default_root);
-            check::run(
-                &common.bpf_root,
-                &cgroup_root,
-                common.output == Output::Json,
-            )
+            check::run(&common.bpf_root, &cgroup_root, common.output)
         }
         Verb::Status(common) => status::run(&common).map(|()| true),
         Verb::Services(args) => services::run(&args).map(|()| true),
@@ -127,9 +136,7 @@ pub fn main() -> ExitCode {
         Verb::Explain(args) => explain::run(&args).map(|()| true),
         Verb::Env(args) => env::run(&args).map(|()| true),
         Verb::Sysdump(args) => sysdump::run(&args).map(|()| true),
-        Verb::Cleanup(common) => {
-            cleanup::run(&common.bpf_root, common.output == Output::Json).map(|()| true)
-        }
+        Verb::Cleanup(common) => cleanup::run(&common.bpf_root, common.output).map(|()| true),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,
@@ -156,9 +163,9 @@ fn print_rows<R: Serialize, const N: usize>(
     titles: [&str; N],
     cells: impl Fn(&R) -> [String; N],
 ) -> anyhow::Result<()> {
-    let text = match output {
-        Output::Json => serde_json::to_string_pretty(rows)?,
-        Output::Table => table(titles, rows.iter().map(cells)),
+    let text = match output.structured(&rows)? {
+        Some(text) => text,
+        None => table(titles, rows.iter().map(cells)),
     };
     print(&text)
 }

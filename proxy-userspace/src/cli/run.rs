@@ -5,7 +5,7 @@ use std::fs;
 use anyhow::Context;
 use tracing::{info, warn};
 
-use super::{cleanup, print};
+use super::{Output, cleanup, print};
 use crate::{agent, config::flags::RunArgs, datapath::start::Stopwatch, logging};
 
 /// Runs the agent until a signal ends it, or prints what the settings come to (`--dump-config`).
@@ -32,7 +32,7 @@ pub fn run(mut args: RunArgs) -> anyhow::Result<()> {
         return print(&settings.dump()?);
     }
     if cleanup == Some(true) {
-        return cleanup::run(&settings.bpf_root, false);
+        return cleanup::run(&settings.bpf_root, Output::Table);
     }
     if init_only == Some(true) {
         info!("--init-only: there is nothing that has to be prepared");

@@ -11,7 +11,7 @@ use anyhow::Context;
 use serde::Serialize;
 use shunt_common::layout::{LAYOUT_VERSION, names};
 
-use super::{Common, Output, listening, open, print, table};
+use super::{Common, listening, open, print, table};
 use crate::{
     datapath::{
         Paths, XDP_PROGRAM,
@@ -434,8 +434,8 @@ fn addresses<F: MapFamily>(maps: &PerFamily<F>) -> anyhow::Result<Vec<IpAddr>> {
 /// No maps, or the kernel's.
 pub fn run(common: &Common) -> anyhow::Result<()> {
     let status = Status::read(&open(&common.bpf_root)?)?;
-    match common.output {
-        Output::Json => print(&serde_json::to_string_pretty(&status)?),
-        Output::Table => print(&status.text()),
+    match common.output.structured(&status)? {
+        Some(text) => print(&text),
+        None => print(&status.text()),
     }
 }

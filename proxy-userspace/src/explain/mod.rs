@@ -66,6 +66,8 @@ pub struct Question {
     pub destination: SocketAddr,
     /// Who sends it; `None`: whoever has the source address.
     pub sender: Option<Sender>,
+    /// Name of the device by which it comes in; `None`: the one that leads back to the source.
+    pub device: Option<String>,
 }
 
 /// Addresses and ports of a packet.
@@ -247,6 +249,8 @@ struct Walk<'m, F: CopiedFamily> {
     /// Links of tc are not listed on kernels before 6.6.
     tc_is_listed: bool,
     own: BTreeSet<IpAddr>,
+    /// The device that was asked about.
+    device: Option<u32>,
     now: Tuple,
     told: Explanation,
 }
@@ -257,7 +261,25 @@ impl<'m, F: CopiedFamily> Walk<'m, F> {
         let addresses = netns::addresses().context("cannot list this node's addresses")?;
         let own: BTreeSet<IpAddr> = addresses.into_iter().map(|(_, address)| address).collect();
         let source = question.source.ip();
+        let device =
+            match &question.device {
+                None => None,
+                Some(name) => {
+                    let index = rtnl::device_index(name)?;
+                    Some(index.with_context(|| {
+                        format!("--device {name}: this node has none of that name")
+                    })?)
+                }
+            };
         let sender = question.sender.unwrap_or_else(|| {
+            if let Some(device) = device {
+                let device = DeviceSeen::of(device, &links);
+                return if device.is_pod() {
+                    Sender::Pod
+                } else {
+                    Sender::Outside
+                };
+            }
             if own.contains(&source) || source.is_loopback() {
                 return Sender::Node;
             }
@@ -278,6 +300,7 @@ impl<'m, F: CopiedFamily> Walk<'m, F> {
             links,
             tc_is_listed: TcMode::probe() == TcMode::Tcx,
             own,
+            device,
             now,
             told: Explanation {
                 protocol: question.protocol.to_string(),
@@ -315,6 +338,9 @@ impl<'m, F: CopiedFamily> Walk<'m, F> {
     fn incoming_device(&mut self) -> Option<DeviceSeen> {
         if self.told.sender == Sender::Node {
             return None;
+        }
+        if let Some(device) = self.device {
+            return Some(DeviceSeen::of(device, &self.links));
         }
         match node::route(self.now.src.ip(), None) {
             Ok(route) if !route.local => Some(DeviceSeen::of(route.device, &self.links)),
@@ -519,17 +545,20 @@ impl<'m, F: CopiedFamily> Walk<'m, F> {
             self.now = before;
             self.maps = Copied::new(self.pinned, probe::probe_fib_source().unwrap_or(false))?;
         }
+        if device.incoming().is_none() && self.tc_is_listed && device.index != 0 {
+            self.told.why = format!(
+                "{} has no program: what comes in there is not translated",
+                device.name
+            );
+            self.told.warnings.push(self.told.why.clone());
+            self.told.advice = Some("`shunt status` says why it has none".to_owned());
+            return Ok(());
+        }
         let name = match (device.incoming(), origin) {
             (Some(name), _) => name.to_owned(),
             (None, Origin::Pod) => "tc_pod_in".to_owned(),
             (None, Origin::Network) => "tc_node_in".to_owned(),
         };
-        if device.incoming().is_none() && self.tc_is_listed && device.index != 0 {
-            self.told.warnings.push(format!(
-                "{} has no program: what comes in there is not translated; `shunt status` says why",
-                device.name
-            ));
-        }
         let (verdict, seen) = self.decide(origin, false);
         match verdict {
             Verdict::Translate(to) => {

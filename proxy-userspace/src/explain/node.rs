@@ -158,9 +158,16 @@ pub(super) fn route(to: IpAddr, from: Option<(IpAddr, u32)>) -> io::Result<Route
 }
 
 /// Whether an error of [`route`] says that the way back leads elsewhere, which the device's
-/// `rp_filter` does not let pass.
-pub(super) fn is_return_path(error: &io::Error) -> bool {
-    error.raw_os_error() == Some(libc::EXDEV)
+/// `rp_filter` (the greater of `all` and its own) does not let pass. Kernels say `EXDEV` or
+/// `EINVAL`; IPv6 has none.
+pub(super) fn is_return_path(error: &io::Error, from: IpAddr, device: &str) -> bool {
+    let strict = |name: &str| {
+        fs::read_to_string(format!("/proc/sys/net/ipv4/conf/{name}/rp_filter"))
+            .is_ok_and(|text| text.trim() == "1")
+    };
+    from.is_ipv4()
+        && matches!(error.raw_os_error(), Some(libc::EXDEV | libc::EINVAL))
+        && (strict("all") || strict(device))
 }
 
 fn family(address: IpAddr) -> AddressFamily {

@@ -11,11 +11,11 @@ pub(super) fn of_event(event: Event) -> (&'static str, &'static str) {
     match event {
         Event::NoBackend => (
             "the frontend has no backend",
-            "look whether its pods are ready and its selector matches them: `kubectl get endpointslices`",
+            "look whether its pods are ready and match its selector: `kubectl get endpointslices`",
         ),
         Event::PolicyDrop => (
             "the traffic policy is Local and no backend is on this node",
-            "send it to a node that has one (the health check port tells load balancers), or set the policy to Cluster",
+            "dial a node that has one (load balancers: by the health check port), or use policy Cluster",
         ),
         Event::SnatExhausted => (
             "every source port towards the backend belongs to an open flow",
@@ -31,7 +31,7 @@ pub(super) fn of_event(event: Event) -> (&'static str, &'static str) {
         ),
         Event::UnknownAddress => (
             "the address lies in the Service range and no Service has it",
-            "`shunt services` lists the addresses that there are; a Service that was just made is in the maps in a moment",
+            "`shunt services` lists what there is; a new Service is in the maps in a moment",
         ),
         Event::BackendGone => (
             "the connection's backend is gone and does not answer: the client is told by a reset",
@@ -75,7 +75,7 @@ pub(super) fn state(state: &BackendState, now: u32, eligible: bool, local: bool)
         return if local {
             "not for this client: the policy has others".to_owned()
         } else {
-            "not for this client: the traffic policy is Local, and it is on another node".to_owned()
+            "not for this client: policy Local, on another node".to_owned()
         };
     }
     if state.flags & BACKEND_GONE != 0 {
@@ -104,7 +104,7 @@ pub(super) fn state(state: &BackendState, now: u32, eligible: bool, local: bool)
 
 /// Why there is no way for a packet.
 pub(super) fn way(error: &io::Error, to: IpAddr, from: IpAddr, device: &str) -> String {
-    if node::is_return_path(error) {
+    if node::is_return_path(error, from, device) {
         return format!(
             "rp_filter drops what comes in from {from} by {device}: the way back leads elsewhere; sysctl \
              net.ipv4.conf.{device}.rp_filter=2"

@@ -117,6 +117,7 @@ fn explain_tells_what_a_client_then_finds() {
     );
     println!("{text}");
 
+    symptoms_are_told_with_what_to_do(&cluster);
     archives_hold_no_names_when_anonymised(&cluster);
     let status = |agent: &Agent| {
         let output = agent.cli(&["status"]).unwrap();
@@ -124,10 +125,110 @@ fn explain_tells_what_a_client_then_finds() {
         text.lines().next().unwrap_or_default().to_owned()
     };
     let line = status(&cluster.agents[0]);
-    assert!(line.starts_with("fine: 3 Services, programs on "), "{line}");
+    assert!(line.starts_with("fine: 5 Services, programs on "), "{line}");
     cluster.agents[0].kill().unwrap();
     let line = status(&cluster.agents[0]);
     assert!(line.starts_with("not fine: no agent runs"), "{line}");
+}
+
+/// The symptoms of docs/troubleshooting.md: `--nocapture` prints what stands there.
+fn symptoms_are_told_with_what_to_do(cluster: &Cluster) {
+    let agent = &cluster.agents[0];
+    let far = "  type: NodePort\n  externalTrafficPolicy: Local\n";
+    let ranged = "  type: LoadBalancer\n  loadBalancerSourceRanges: [192.0.2.0/24]\n";
+    let status = "status: { loadBalancer: { ingress: [{ ip: 198.51.100.9 }] } }\n";
+    cluster.write(
+        "symptoms.yaml",
+        &[
+            service("far", 4, far),
+            cluster.pod("web-c", "far", "node-b"),
+            service("ranged", 5, ranged) + status,
+            cluster.pod("web-b", "ranged", "node-b"),
+        ],
+    );
+    let from = cluster.ip("client", false).to_string();
+    let pod = cluster.ip("solo", false).to_string();
+    let node = cluster.node_ip("node-a", false);
+    let far = SocketAddr::new(node, NODE_PORT + 3).to_string();
+    wait_until("the Services are there", || {
+        let told = agent.json(&["explain", "tcp", &from, &far]).unwrap();
+        told["verdict"] == "drop"
+            && agent
+                .cli(&["explain", "tcp", &from, "ranged:80"])
+                .unwrap()
+                .status
+                .success()
+    });
+    let told = |args: &[&str], words: &[&str]| {
+        let output = agent.cli(args).unwrap();
+        let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        println!("$ shunt {}\n{text}", args.join(" "));
+        for word in words {
+            assert!(text.contains(word), "no {word:?} in {text}");
+        }
+    };
+    told(
+        &["explain", "tcp", &from, "empty:80"],
+        &["refused at once", "no backend", "to do:"],
+    );
+    told(
+        &["explain", "tcp", &from, &far],
+        &["is dropped", "policy is Local", "on another node"],
+    );
+    told(
+        &["explain", "tcp", &from, "198.51.100.9:80"],
+        &["is dropped", "loadBalancerSourceRanges", "192.0.2.0/24"],
+    );
+    told(
+        &["explain", "tcp", &from, "10.96.0.1:8080"],
+        &["refused at once", "no Service has this port"],
+    );
+    told(
+        &["explain", "tcp", &from, "10.96.7.7:80"],
+        &["is dropped", "no Service has it"],
+    );
+    told(
+        &["explain", "tcp", &from, "wbe:80"],
+        &["the nearest: default/web"],
+    );
+    let ns = cluster.lab.ns("node-a").unwrap();
+    ns.sysctl(&[("ipv4/conf/eth0/rp_filter", "1")]).unwrap();
+    told(
+        &[
+            "explain",
+            "tcp",
+            &pod,
+            "10.96.0.1:80",
+            "--from",
+            "outside",
+            "--device",
+            "eth0",
+        ],
+        &["warning:", "rp_filter"],
+    );
+    ns.sysctl(&[("ipv4/conf/eth0/rp_filter", "0")]).unwrap();
+    ns.ip(&[
+        "link add bare type bridge".to_owned(),
+        "link set bare up".to_owned(),
+    ])
+    .unwrap();
+    told(
+        &["explain", "tcp", &from, "10.96.0.1:80", "--device", "bare"],
+        &["warning:  bare has no program", "it goes on as it is"],
+    );
+    ns.ip(&["link del bare".to_owned()]).unwrap();
+    told(
+        &["explain", "tcp", &from, "10.96.0.1:80", "--device", "none"],
+        &["none of that name"],
+    );
+    told(&["explain", "tcp", &pod, "web:80"], &["connect goes to "]);
+    told(
+        &["explain", "tcp", &from, "web:80", "-o", "yaml"],
+        &["verdict: translate"],
+    );
+    told(&["services", "-n", "default"], &["ExternalIP"]);
+    told(&["backends", "web"], &["local"]);
+    told(&["status"], &["fine: "]);
 }
 
 /// A10.
@@ -173,7 +274,6 @@ fn archives_hold_no_names_when_anonymised(cluster: &Cluster) {
                 files["errors.txt"]
             );
         }
-        println!("{} {:?}", files["errors.txt"], files.keys());
         let programs: Value = serde_json::from_str(&files["programs.json"]).unwrap();
         assert!(programs.as_array().unwrap().len() >= 14, "{programs}");
         assert!(
