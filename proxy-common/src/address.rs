@@ -13,6 +13,7 @@ use crate::{
     event::Event,
     family::Family,
     layout::{ADDRESS_CLUSTER_IP, Config},
+    verdict::Verdict,
 };
 
 /// What becomes of a packet that no frontend takes.
@@ -56,6 +57,19 @@ pub fn unknown_protocol<F: Family, M: Maps<F>>(maps: &M, dst: F::Words) -> Unmat
         Unmatched::Refuse | Unmatched::Drop => {
             maps.count(Event::UnknownAddress);
             Unmatched::Drop
+        }
+    }
+}
+
+/// What becomes of a packet to a frontend that may not open a flow, and is of none: where nobody
+/// else is, it ends here.
+#[inline(never)]
+pub(crate) fn unopened<F: Family, M: Maps<F>>(maps: &M, dst: F::Words) -> Verdict {
+    match classify(maps, dst) {
+        Unmatched::Pass => Verdict::Pass,
+        Unmatched::Refuse | Unmatched::Drop => {
+            maps.count(Event::NoFlow);
+            Verdict::Drop
         }
     }
 }

@@ -71,6 +71,8 @@ events! {
     Retry = 18, "retry";
     /// Refusals that clients were not told of because another backend was left to try.
     RefusalHeld = 19, "refusal_held";
+    /// SYN-ACKs and resets to cluster IPs dropped because they are of no flow, and open none.
+    NoFlow = 20, "no_flow";
 }
 
 /// Number of entries of the `events` map: room for more without a new layout.

@@ -24,6 +24,9 @@ pub mod names {
     pub const UNCONFIRMED: [&str; 2] = ["unconfirmed4", "unconfirmed6"];
     /// `ARRAY`, memory-mappable: index by port and backend → [`SnatSlot`](super::SnatSlot).
     pub const SNAT: [&str; 2] = ["snat4", "snat6"];
+    /// `LRU_HASH` [`DirectKey`](super::DirectKey) → `u32`: what left the node from a frontend's port
+    /// and is no Service's, and when it did last (`CLOCK_MONOTONIC` in [`TICK_NS`](super::TICK_NS)).
+    pub const DIRECT: [&str; 2] = ["direct4", "direct6"];
     /// `HASH` address → `u32` flags: the node addresses that node ports answer on.
     pub const NODE_ADDRS: [&str; 2] = ["node_addrs4", "node_addrs6"];
     /// `HASH` address → `u32` of `ADDRESS_*` bits: every address of a Service, whatever the port.
@@ -347,6 +350,23 @@ pub struct SnatSlot<A> {
     pub reserved3: u32,
 }
 
+/// A connection of the node that is no Service's, though its own port is a frontend's: as those
+/// packets carry it that come in.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct DirectKey<A> {
+    /// The other side's address.
+    pub peer: A,
+    /// The node's address.
+    pub local: A,
+    /// The other side's port, host order.
+    pub peer_port: u16,
+    /// The node's port, host order.
+    pub local_port: u16,
+    /// IANA protocol number.
+    pub proto: u32,
+}
+
 /// Who a backend is kept for (`sessionAffinity: ClientIP`).
 #[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -629,6 +649,8 @@ no_padding!(
     Flow<[u8; 16]> = 3 * 16 + 4 * 2 + 4 * 6,
     SnatSlot<[u8; 4]> = 4 * 4 + 4 * 2 + 4 * 3 + 1 + 1 + 2 + 4 + 4,
     SnatSlot<[u8; 16]> = 4 * 16 + 4 * 2 + 4 * 3 + 1 + 1 + 2 + 4 + 4,
+    DirectKey<[u8; 4]> = 2 * 4 + 2 + 2 + 4,
+    DirectKey<[u8; 16]> = 2 * 16 + 2 + 2 + 4,
     AffinityKey<[u8; 4]> = 4 + 4 + 4 + 2 * 4,
     AffinityKey<[u8; 16]> = 16 + 4 + 4 + 2 * 4,
     Affinity = 4 + 4,
@@ -686,6 +708,7 @@ mod pod {
         FlowKey,
         Flow,
         SnatSlot,
+        DirectKey,
         AffinityKey,
         SourceRangeKey
     );

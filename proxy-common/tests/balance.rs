@@ -20,6 +20,8 @@ mod affinity;
 mod failover;
 #[path = "balance/networks.rs"]
 mod networks;
+#[path = "balance/owner.rs"]
+mod owner;
 #[path = "balance/reset.rs"]
 mod reset;
 mod support;

@@ -34,11 +34,14 @@ use shunt_common::{
 use crate::fib;
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
+/// Of linux/tcp_states.h.
+const TCP_LISTEN: u32 = 10;
 
 type Frontends<A> = HashMap<FrontendKey<A>, Frontend, 65_536>;
 type Slots<A> = Array<Slot<A>, 524_288, MMAPABLE>;
 type Flows<A> = LruHashMap<FlowKey<A>, Flow<A>, 524_288>;
 type Unconfirmed<A> = LruHashMap<FlowKey<A>, Flow<A>, 65_536>;
+type Direct<A> = LruHashMap<DirectKey<A>, u32, 16_384>;
 type Snat<A> = Array<SnatSlot<A>, 262_144, MMAPABLE>;
 type NodeAddrs<A> = HashMap<A, u32, 1024>;
 type AffinityMap<A> = LruHashMap<AffinityKey<A>, Affinity, 65_536>;
@@ -67,6 +70,7 @@ pub(crate) trait KernelFamily: fib::RoutedFamily {
     const SLOTS: &'static Slots<Self::Addr>;
     const FLOWS: &'static Flows<Self::Addr>;
     const UNCONFIRMED: &'static Unconfirmed<Self::Addr>;
+    const DIRECT: &'static Direct<Self::Addr>;
     const SNAT: &'static Snat<Self::Addr>;
     const NODE_ADDRS: &'static NodeAddrs<Self::Addr>;
     const AFFINITY: &'static AffinityMap<Self::Addr>;
@@ -96,8 +100,12 @@ static FLOWS6: Flows<[u8; 16]> = Flows::new();
 static UNCONFIRMED4: Unconfirmed<[u8; 4]> = Unconfirmed::new();
 #[btf_map(name = "unconfirmed6")]
 static UNCONFIRMED6: Unconfirmed<[u8; 16]> = Unconfirmed::new();
+#[btf_map(name = "direct4")]
+static DIRECT4: Direct<[u8; 4]> = Direct::new();
 #[btf_map(name = "snat4")]
 static SNAT4: Snat<[u8; 4]> = Snat::new();
+#[btf_map(name = "direct6")]
+static DIRECT6: Direct<[u8; 16]> = Direct::new();
 #[btf_map(name = "snat6")]
 static SNAT6: Snat<[u8; 16]> = Snat::new();
 #[btf_map(name = "node_addrs4")]
@@ -162,6 +170,7 @@ impl KernelFamily for V4 {
     const SLOTS: &'static Slots<[u8; 4]> = &SLOTS4;
     const FLOWS: &'static Flows<[u8; 4]> = &FLOWS4;
     const UNCONFIRMED: &'static Unconfirmed<[u8; 4]> = &UNCONFIRMED4;
+    const DIRECT: &'static Direct<[u8; 4]> = &DIRECT4;
     const SNAT: &'static Snat<[u8; 4]> = &SNAT4;
     const NODE_ADDRS: &'static NodeAddrs<[u8; 4]> = &NODE_ADDRS4;
     const AFFINITY: &'static AffinityMap<[u8; 4]> = &AFFINITY4;
@@ -179,6 +188,7 @@ impl KernelFamily for V6 {
     const SLOTS: &'static Slots<[u8; 16]> = &SLOTS6;
     const FLOWS: &'static Flows<[u8; 16]> = &FLOWS6;
     const UNCONFIRMED: &'static Unconfirmed<[u8; 16]> = &UNCONFIRMED6;
+    const DIRECT: &'static Direct<[u8; 16]> = &DIRECT6;
     const SNAT: &'static Snat<[u8; 16]> = &SNAT6;
     const NODE_ADDRS: &'static NodeAddrs<[u8; 16]> = &NODE_ADDRS6;
     const AFFINITY: &'static AffinityMap<[u8; 16]> = &AFFINITY6;
@@ -266,6 +276,65 @@ impl<H: Hook> KernelMaps<H> {
     #[inline(always)]
     pub(crate) fn context(&self) -> *mut c_void {
         self.ctx
+    }
+}
+
+impl<H: Hook> KernelMaps<H> {
+    /// Whether the node's socket that would get a packet is connected, or about to be; `None`: there
+    /// is none.
+    #[inline(always)]
+    fn socket<F: KernelFamily>(&self, packet: &Tuple<F::Words>) -> Option<bool> {
+        let mut words = [0u64; 5];
+        let ports = u64::from(packet.src_port.to_be()) | u64::from(packet.dst_port.to_be()) << 16;
+        let addr = size_of::<F::Words>();
+        // SAFETY: an address is one or two words.
+        unsafe {
+            if addr == 4 {
+                let (src, dst): (u32, u32) = (
+                    core::mem::transmute_copy(&packet.src),
+                    core::mem::transmute_copy(&packet.dst),
+                );
+                words[0] = u64::from(src) | u64::from(dst) << 32;
+                words[1] = ports;
+            } else {
+                let (src, dst): (Words6, Words6) = (
+                    core::mem::transmute_copy(&packet.src),
+                    core::mem::transmute_copy(&packet.dst),
+                );
+                words = [src.high, src.low, dst.high, dst.low, ports];
+            }
+        }
+        let (tuple, size) = (
+            words.as_mut_ptr().cast::<bpf_sock_tuple>(),
+            2 * addr as u32 + 4,
+        );
+        let netns = BPF_F_CURRENT_NETNS as i64 as u64;
+        // SAFETY: the helpers read `size` bytes of `tuple`; `ctx` is the running program's; what
+        // they return is read before it is released. Fields of two sizes, because the verifier
+        // wants a load of its own for each kind of socket.
+        unsafe {
+            match packet.proto {
+                TCP => {
+                    let socket = bpf_skc_lookup_tcp(self.ctx, tuple, size, netns, 0);
+                    if socket.is_null() {
+                        return None;
+                    }
+                    let state = (&raw const (*socket).state).read_volatile();
+                    bpf_sk_release(socket.cast());
+                    Some(state != TCP_LISTEN)
+                }
+                UDP => {
+                    let socket = bpf_sk_lookup_udp(self.ctx, tuple, size, netns, 0);
+                    if socket.is_null() {
+                        return None;
+                    }
+                    let peer = (&raw const (*socket).dst_port).read_volatile();
+                    bpf_sk_release(socket.cast());
+                    Some(peer != 0)
+                }
+                _ => None,
+            }
+        }
     }
 }
 
@@ -518,6 +587,17 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
     }
 
     #[inline(always)]
+    fn direct(&self, key: &DirectKey<F::Words>) -> Option<Entry<'_, u32>> {
+        entry(F::DIRECT.get_ptr_mut(bytes(key)))
+    }
+
+    #[inline(always)]
+    fn add_direct(&self, key: &DirectKey<F::Words>, now: u32) {
+        // An LRU refuses nobody but for lack of memory; the next packet is noted again.
+        let _done = F::DIRECT.insert(bytes(key), &now, BPF_ANY.into());
+    }
+
+    #[inline(always)]
     fn snat(&self, index: u32) -> Option<Entry<'_, SnatSlot<F::Words>>> {
         entry(F::SNAT.get_ptr_mut(index))
     }
@@ -536,45 +616,12 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
 
     #[inline(always)]
     fn socket_takes(&self, reply: &Tuple<F::Words>) -> bool {
-        let mut words = [0u64; 5];
-        let ports = u64::from(reply.src_port.to_be()) | u64::from(reply.dst_port.to_be()) << 16;
-        let addr = size_of::<F::Words>();
-        // SAFETY: an address is one or two words.
-        unsafe {
-            if addr == 4 {
-                let (src, dst): (u32, u32) = (
-                    core::mem::transmute_copy(&reply.src),
-                    core::mem::transmute_copy(&reply.dst),
-                );
-                words[0] = u64::from(src) | u64::from(dst) << 32;
-                words[1] = ports;
-            } else {
-                let (src, dst): (Words6, Words6) = (
-                    core::mem::transmute_copy(&reply.src),
-                    core::mem::transmute_copy(&reply.dst),
-                );
-                words = [src.high, src.low, dst.high, dst.low, ports];
-            }
-        }
-        let (tuple, size) = (
-            words.as_mut_ptr().cast::<bpf_sock_tuple>(),
-            2 * addr as u32 + 4,
-        );
-        let netns = BPF_F_CURRENT_NETNS as i64 as u64;
-        // SAFETY: the helpers read `size` bytes of `tuple`; `ctx` is the running program's; what
-        // they return is released.
-        unsafe {
-            let socket = match reply.proto {
-                TCP => bpf_skc_lookup_tcp(self.ctx, tuple, size, netns, 0),
-                UDP => bpf_sk_lookup_udp(self.ctx, tuple, size, netns, 0),
-                _ => return false,
-            };
-            if socket.is_null() {
-                return false;
-            }
-            bpf_sk_release(socket.cast());
-        }
-        true
+        self.socket::<F>(reply).is_some()
+    }
+
+    #[inline(always)]
+    fn socket_owns(&self, packet: &Tuple<F::Words>) -> bool {
+        self.socket::<F>(packet) == Some(true)
     }
 
     #[inline(always)]

@@ -7,6 +7,7 @@ use super::{
     flow::{client_key, shared_key, shared_port_bit},
     forward::{explains, is_unanswered, unconfirmed},
     open::{insert, open},
+    owner::find_owner,
     port_use::port_use,
     refusal::refuse_arriving,
     source_address::follow_route,
@@ -83,8 +84,12 @@ fn find_backend<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F:
     }
     scratch.failover.begin();
     let known = port_use(maps, scratch);
-    if scratch.port_use.hide(known) == PortUse::Unclear {
+    let known = scratch.port_use.hide(known);
+    if known == PortUse::Unclear {
         find_flow(maps, scratch)?;
+    }
+    if known != PortUse::Over && scratch.failover.tried() == 0 {
+        find_owner(maps, scratch)?;
     }
     look_up(maps, scratch)?;
     if scratch.failover.tried() != 0 {

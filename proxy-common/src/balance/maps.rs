@@ -59,6 +59,10 @@ pub trait Maps<F: Family>: Clock {
     fn add_unconfirmed(&self, key: &FlowKey<F::Words>, flow: &Flow<F::Words>) -> bool;
     /// Removes from `unconfirmed`.
     fn remove_unconfirmed(&self, key: &FlowKey<F::Words>);
+    /// An entry of `direct`: when a packet of it left last, in ticks ([`TICK_NS`]).
+    fn direct(&self, key: &DirectKey<F::Words>) -> Option<Entry<'_, u32>>;
+    /// Adds to `direct`.
+    fn add_direct(&self, key: &DirectKey<F::Words>, now: u32);
     /// A slot of `snat`.
     fn snat(&self, index: u32) -> Option<Entry<'_, SnatSlot<F::Words>>>;
     /// Sets a SNAT slot's `last_seen` from `seen` to `now`, unless another CPU was first.
@@ -66,6 +70,9 @@ pub trait Maps<F: Family>: Clock {
     /// Whether a socket of this node would get packets of this tuple (a reply's: from the backend
     /// to the node).
     fn socket_takes(&self, reply: &Tuple<F::Words>) -> bool;
+    /// Whether a packet that comes in is of a connection that a socket of this node has: TCP in any
+    /// state but LISTEN, UDP that is connected.
+    fn socket_owns(&self, packet: &Tuple<F::Words>) -> bool;
     /// The source address that the node's routes give to a packet of this tuple, as `MASQUERADE`
     /// would choose it; `None` where they cannot be asked, or have none.
     fn route_source(&self, tuple: &Tuple<F::Words>) -> Option<F::Words>;

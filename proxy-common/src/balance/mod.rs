@@ -28,6 +28,7 @@ mod forward;
 mod maps;
 mod opaque;
 mod open;
+mod owner;
 mod port_use;
 mod refusal;
 mod reply;
@@ -46,7 +47,7 @@ pub use self::{
     forward::established,
     maps::Maps,
     refusal::refused,
-    reply::answering,
+    reply::{answering, departing},
     scratch::Scratch,
     subprogram::{Subprogram, Subprograms},
 };
@@ -56,7 +57,7 @@ pub(crate) use self::{
     flow::{client_key, shared_key, shared_port_bit, snat_slot},
     forward::{explains, unconfirmed},
     opaque::Opaque,
-    refusal::refuse_leaving,
+    refusal::{note_leaving, refuse_leaving},
     reply::{answering_slowly, snat_reply_arriving},
     search::Search,
 };
@@ -114,7 +115,7 @@ pub fn leaving<F: Family, M: Subprograms<F>>(
     tuple: &Tuple<F::Words>,
     tcp_flags: u8,
 ) -> Verdict<Translation<F::Words>> {
-    match answering(maps, tuple, tcp_flags) {
+    match departing(maps, tuple, tcp_flags) {
         Lookup::Unmatched => Verdict::Pass,
         Lookup::Translate(to) => Verdict::Translate(to),
         Lookup::Undecided => match maps.scratch() {

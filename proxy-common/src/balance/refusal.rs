@@ -3,16 +3,18 @@
 
 use super::{
     Maps, Scratch, Subprograms,
+    owner::{is_noteworthy, note},
     reply::{answering_slowly, snat_reply_arriving},
 };
 use crate::{
     failover,
     family::Family,
-    packet::Tuple,
+    packet::{RST, Tuple},
     verdict::{InScratch, Lookup, Step, Verdict},
 };
 
-/// [`answering`](super::answering)'s second half: the refusal of a SYN, on its way out.
+/// [`departing`](super::departing)'s second half: the refusal of a SYN, on its way out, and what is
+/// to be noted.
 #[inline(always)]
 pub fn refused<F: Family, M: Subprograms<F>>(
     maps: &M,
@@ -22,7 +24,19 @@ pub fn refused<F: Family, M: Subprograms<F>>(
 ) -> Verdict {
     scratch.arrival.tuple = *tuple;
     scratch.arrival.tcp_flags = tcp_flags;
+    if tcp_flags & RST == 0 {
+        note(maps, scratch);
+        return Verdict::Pass;
+    }
     refuse_leaving(maps, scratch)
+}
+
+/// Notes the packet in `scratch.arrival`, if it is to be noted ([`owner`](super::owner)).
+#[inline(always)]
+pub(crate) fn note_leaving<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
+    if is_noteworthy(maps, &scratch.arrival.tuple, scratch.arrival.tcp_flags) {
+        note(maps, scratch);
+    }
 }
 
 #[inline(never)]

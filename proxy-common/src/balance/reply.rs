@@ -3,6 +3,7 @@
 use super::{
     Entry, Maps, Scratch, Tracked,
     flow::{client_key, snat_slot},
+    owner::is_noteworthy,
 };
 use crate::{
     failover,
@@ -90,6 +91,20 @@ pub fn answering<F: Family, M: Maps<F>>(
         return translate(tuple, Counted::ELSEWHERE);
     }
     Lookup::Unmatched
+}
+
+/// [`answering`], of what leaves the node. What is no Service's, and is to be noted as such, is
+/// undecided as well.
+#[inline(always)]
+pub fn departing<F: Family, M: Maps<F>>(
+    maps: &M,
+    tuple: &Tuple<F::Words>,
+    tcp_flags: u8,
+) -> Lookup<F::Words> {
+    match answering(maps, tuple, tcp_flags) {
+        Lookup::Unmatched if is_noteworthy(maps, tuple, tcp_flags) => Lookup::Undecided,
+        lookup => lookup,
+    }
 }
 
 /// [`answering`] of the packet in `scratch.arrival`, with the translation left in `scratch`; it

@@ -3,7 +3,7 @@
 use super::{opaque::Opaque, search::Search};
 use crate::{
     failover::Progress,
-    layout::{Flow, FlowKey, Frontend, FrontendKey, Slot, SnatSlot},
+    layout::{DirectKey, Flow, FlowKey, Frontend, FrontendKey, Slot, SnatSlot},
     packet::Tuple,
     slow_path::Context,
     verdict::{Arrival, PortUse, Translation},
@@ -19,6 +19,7 @@ pub struct Scratch<A> {
     pub translation: Translation<A>,
     pub(crate) key: FlowKey<A>,
     pub(super) own_port: FlowKey<A>,
+    pub(super) direct: DirectKey<A>,
     pub(crate) frontend_key: FrontendKey<A>,
     pub(crate) frontend: Frontend,
     /// The backend for the flow.

@@ -5,7 +5,7 @@ use crate::{
     address::{self, Unmatched},
     balance::{
         Scratch, Subprograms, answering_slowly, client_key, decide, explains, may_be_frontend,
-        refuse_leaving, snat_reply_arriving,
+        note_leaving, refuse_leaving, snat_reply_arriving,
     },
     failover,
     family::Family,
@@ -71,6 +71,10 @@ pub(super) fn leaving<F: Family, M: Subprograms<F>>(
     scratch: &mut Scratch<F::Words>,
 ) -> Verdict {
     match answering_slowly(maps, scratch) {
+        Step::Break(Verdict::Pass) => {
+            note_leaving(maps, scratch);
+            Verdict::Pass
+        }
         Step::Break(verdict) => verdict,
         Step::Continue(()) => refuse_leaving(maps, scratch),
     }

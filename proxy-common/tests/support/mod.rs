@@ -37,6 +37,7 @@ pub(crate) struct Node<F: Family> {
     pub(crate) unconfirmed: Flows<F::Words>,
     pub(crate) snat: RefCell<HashMap<u32, Box<SnatSlot<F::Words>>>>,
     pub(crate) shared_ports: RefCell<HashSet<u32>>,
+    pub(crate) direct: RefCell<HashMap<DirectKey<F::Words>, Box<u32>>>,
     pub(crate) clients: RefCell<HashSet<u32>>,
     /// Flows that wait for an answer in `flows`, and how many may.
     pub(crate) half_open: Cell<i64>,
@@ -46,6 +47,8 @@ pub(crate) struct Node<F: Family> {
     pub(crate) route_sources: RefCell<HashMap<F::Words, F::Words>>,
     /// Tuples that a socket of the node would take.
     pub(crate) sockets: RefCell<HashSet<Tuple<F::Words>>>,
+    /// Tuples of packets that are of a socket's own connection.
+    pub(crate) connections: RefCell<HashSet<Tuple<F::Words>>>,
     pub(crate) events: RefCell<Vec<Event>>,
     scratch: UnsafeCell<Scratch<F::Words>>,
     pub(crate) now: Cell<u32>,
@@ -75,6 +78,8 @@ impl<F: Family<Words: Hash>> Node<F> {
             backends: RefCell::default(),
             route_sources: RefCell::default(),
             sockets: RefCell::default(),
+            connections: RefCell::default(),
+            direct: RefCell::default(),
             events: RefCell::default(),
             // SAFETY: all zeros is a value of every field.
             scratch: UnsafeCell::new(unsafe { std::mem::zeroed() }),
@@ -278,6 +283,15 @@ impl<F: Family<Words: Hash>> Maps<F> for Node<F> {
     }
     fn socket_takes(&self, reply: &Tuple<F::Words>) -> bool {
         self.sockets.borrow().contains(reply)
+    }
+    fn socket_owns(&self, packet: &Tuple<F::Words>) -> bool {
+        self.connections.borrow().contains(packet)
+    }
+    fn direct(&self, key: &DirectKey<F::Words>) -> Option<Entry<'_, u32>> {
+        entry(self.direct.borrow_mut().get_mut(key))
+    }
+    fn add_direct(&self, key: &DirectKey<F::Words>, now: u32) {
+        self.direct.borrow_mut().insert(*key, Box::new(now));
     }
     fn scratch(&self) -> Option<&mut Scratch<F::Words>> {
         // SAFETY: one packet at a time, as on a CPU.

@@ -16,7 +16,7 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use shunt_common::{
-    balance::{Maps, answering, established, refused, undecided},
+    balance::{Maps, departing, established, refused, undecided},
     family::{Family, V4, V6},
     icmp,
     packet::{Headers, Packet},
@@ -135,7 +135,7 @@ fn handle<F: RoutingFamily>(ctx: &TcContext, direction: Direction) -> Step {
     let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
     let lookup = match direction {
         Direction::Ingress(origin) => established::<F, _>(&maps, &arrival(&headers, origin)),
-        Direction::Egress => answering::<F, _>(&maps, &headers.tuple, headers.tcp_flags),
+        Direction::Egress => departing::<F, _>(&maps, &headers.tuple, headers.tcp_flags),
     };
     match lookup {
         Lookup::Unmatched => Step::End(TC_ACT_UNSPEC),

@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeSet, HashMap},
     future::pending,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
@@ -29,7 +29,7 @@ use crate::{
     model::Model,
     object::{Event, ObjectName, Problem, Service},
     report::Reports,
-    sync::{Syncer, node},
+    sync::{Syncer, direct, node},
 };
 
 /// The agent's state between events.
@@ -183,6 +183,7 @@ impl Agent {
                 lacking.set(name, lacks.then_some(families));
             }
         }
+        self.note_open_connections(names);
         let mut freed = false;
         for (name, result) in self
             .syncer
@@ -219,6 +220,32 @@ impl Agent {
             }
         }
         freed
+    }
+
+    /// Notes what is open from or to the node ports that these Services have and nobody had before:
+    /// it is not theirs.
+    fn note_open_connections(&self, names: &BTreeSet<ObjectName>) {
+        let services = names.iter().filter_map(|name| self.model.service(name));
+        let ports = services
+            .flat_map(|service| &service.ports)
+            .filter_map(|port| port.node_port);
+        let maps = self.syncer.maps();
+        let new = direct::new_ports(maps, ports);
+        if new.is_empty() {
+            return;
+        }
+        let noted = netns::addresses().and_then(|addresses| {
+            let is_local =
+                |to: SocketAddr| addresses.iter().any(|(_, address)| *address == to.ip());
+            direct::note_open(maps, &new, is_local)
+        });
+        match noted {
+            Ok(noted) => debug!("{noted} open connections on {} new node ports", new.len()),
+            Err(error) => warn!(
+                "netfilter's connection table cannot be read ({error}): connections that are open on a new node port's \
+                 number may be taken for its Service's"
+            ),
+        }
     }
 
     pub(super) fn prune(&mut self) -> bool {

@@ -29,6 +29,7 @@ pub mod bpf;
 pub mod capability;
 pub mod cgroup;
 pub(crate) mod clsact;
+pub mod conntrack;
 pub mod devices;
 pub(crate) mod layer3;
 pub mod load;

@@ -100,6 +100,7 @@ pub struct Copied<'m, F: CopiedFamily> {
     affinity: [Overlay<AffinityKey<F::Words>, Affinity>; 2],
     flows: [Flows<F::Words>; 2],
     snat: Overlay<u32, SnatSlot<F::Words>>,
+    direct: Overlay<DirectKey<F::Words>, u32>,
     backends: Overlay<u32, BackendState>,
     scratch: UnsafeCell<Scratch<F::Words>>,
     lent: Cell<bool>,
@@ -133,6 +134,7 @@ impl<'m, F: CopiedFamily> Copied<'m, F> {
             affinity: Default::default(),
             flows: Default::default(),
             snat: Overlay::default(),
+            direct: Overlay::default(),
             backends: Overlay::default(),
             // SAFETY: all zeros are a value of every field.
             scratch: UnsafeCell::new(unsafe { std::mem::zeroed() }),
@@ -437,6 +439,26 @@ impl<F: CopiedFamily> Maps<F> for Copied<'_, F> {
 
     fn socket_takes(&self, reply: &Tuple<F::Words>) -> bool {
         node::socket_takes(&node::tuple::<F>(reply))
+    }
+
+    fn socket_owns(&self, packet: &Tuple<F::Words>) -> bool {
+        node::socket_owns(&node::tuple::<F>(packet))
+    }
+
+    fn direct(&self, key: &DirectKey<F::Words>) -> Option<Entry<'_, u32>> {
+        self.direct.get(*key, || {
+            self.read(self.of.direct.get(&DirectKey {
+                peer: F::bytes(key.peer),
+                local: F::bytes(key.local),
+                peer_port: key.peer_port,
+                local_port: key.local_port,
+                proto: key.proto,
+            }))
+        })
+    }
+
+    fn add_direct(&self, key: &DirectKey<F::Words>, now: u32) {
+        self.direct.set(*key, now);
     }
 
     fn route_source(&self, tuple: &Tuple<F::Words>) -> Option<F::Words> {

@@ -52,6 +52,17 @@ pub fn words<F: MapFamily>(tuple: &Tuple) -> Option<packet::Tuple<F::Words>> {
 
 /// Whether a socket of this network namespace would get packets of this tuple.
 pub(super) fn socket_takes(tuple: &Tuple) -> bool {
+    any_socket(tuple, takes)
+}
+
+/// Whether a socket of this network namespace is connected to where packets of this tuple come
+/// from.
+pub(super) fn socket_owns(tuple: &Tuple) -> bool {
+    any_socket(tuple, owns)
+}
+
+/// Whether a test accepts the line in `/proc/net` of any socket of the tuple's protocol.
+fn any_socket(tuple: &Tuple, accepts: impl Fn(&str, &Tuple) -> bool) -> bool {
     let kind = match tuple.proto {
         layout::TCP => "tcp",
         layout::UDP => "udp",
@@ -61,22 +72,30 @@ pub(super) fn socket_takes(tuple: &Tuple) -> bool {
     ["", "6"].iter().any(|suffix| {
         let path = format!("/proc/thread-self/net/{kind}{suffix}");
         let sockets = fs::read_to_string(path).unwrap_or_default();
-        sockets.lines().skip(1).any(|line| takes(line, tuple))
+        sockets.lines().skip(1).any(|line| accepts(line, tuple))
     })
 }
 
-/// Whether the socket of a line of `/proc/net/tcp` or its like takes a tuple.
-fn takes(line: &str, tuple: &Tuple) -> bool {
+/// The addresses of a line of `/proc/net/tcp` or its like: the socket's own, and its peer's.
+fn ends(line: &str) -> Option<(SocketAddr, SocketAddr)> {
     let mut fields = line.split_ascii_whitespace().skip(1);
-    let (Some(local), Some(remote)) = (
-        fields.next().and_then(proc_address),
-        fields.next().and_then(proc_address),
-    ) else {
+    let local = proc_address(fields.next()?)?;
+    Some((local, proc_address(fields.next()?)?))
+}
+
+/// Whether the socket of a line takes a tuple.
+fn takes(line: &str, tuple: &Tuple) -> bool {
+    let Some((local, remote)) = ends(line) else {
         return false;
     };
     local.port() == tuple.dst.port()
         && (local.ip() == tuple.dst.ip() || local.ip().is_unspecified())
         && (remote == tuple.src || (remote.port() == 0 && remote.ip().is_unspecified()))
+}
+
+/// Whether the socket of a line is connected, and takes a tuple.
+fn owns(line: &str, tuple: &Tuple) -> bool {
+    takes(line, tuple) && ends(line).is_some_and(|(_, remote)| remote == tuple.src)
 }
 
 /// An address as `/proc/net` has it: words in the machine's order, in hexadecimal.
@@ -252,6 +271,8 @@ mod tests {
         assert!(takes(&line("00000000:9C40", any), &tuple));
         assert!(takes(&line(&own, &far), &tuple));
         assert!(!takes(&line(&own, &other), &tuple));
+        assert!(owns(&line(&own, &far), &tuple));
+        assert!(!owns(&line(&own, any), &tuple) && !owns(&line(&own, &other), &tuple));
         assert!(!takes(&line("00000000:9C41", any), &tuple));
         let zeros = "0".repeat(32);
         assert!(takes(

@@ -24,6 +24,7 @@ use shunt_common::layout::{self, BackendState, ServiceInfo};
 
 mod addresses;
 mod apply;
+pub mod direct;
 mod error;
 pub mod ids;
 pub mod members;

@@ -8,6 +8,7 @@ mod life;
 mod long;
 mod networks;
 mod operations;
+mod own;
 mod packets;
 mod pod;
 mod policies;

@@ -11,7 +11,7 @@ use shunt_common::{
     event::Event,
     family::{Family, V4, V6},
     layout::{
-        Affinity, AffinityKey, BackendState, Config, FLOW_SNAT, Flow, FlowKey, Frontend,
+        Affinity, AffinityKey, BackendState, Config, DirectKey, FLOW_SNAT, Flow, FlowKey, Frontend,
         FrontendKey, MemberKey, NAME_LEN, ServiceInfo, Slot, SnatSlot, SocketPeer, SourceRangeKey,
         Traffic, names,
     },
@@ -75,6 +75,8 @@ pub struct PerFamily<F: MapFamily> {
     pub unconfirmed: FlowMap<F>,
     /// Owners of translated source ports.
     pub snat: Array<SnatSlot<F::Addr>>,
+    /// Connections of the node that are no Service's, and when they last sent.
+    pub direct: Map<DirectKey<F::Addr>, u32>,
     /// Addresses that node ports answer on.
     pub node_addrs: Map<F::Addr, u32>,
     /// Backends that are kept for clients.
@@ -98,6 +100,7 @@ impl<F: MapFamily> PerFamily<F> {
             flows: Map::open(root, names::FLOWS[i], settings::MAX_FLOWS)?,
             unconfirmed: Map::open(root, names::UNCONFIRMED[i], settings::MAX_NEW_FLOWS)?,
             snat: Array::open(root, names::SNAT[i], settings::MAX_SNAT)?,
+            direct: Map::open(root, names::DIRECT[i], "")?,
             node_addrs: Map::open(root, names::NODE_ADDRS[i], settings::NODEPORT_ADDRESSES)?,
             affinity: Map::open(root, names::AFFINITY[i], settings::MAX_AFFINITY)?,
             new_affinity: Map::open(root, names::NEW_AFFINITY[i], settings::MAX_AFFINITY)?,
@@ -147,6 +150,7 @@ impl<F: MapFamily> PerFamily<F> {
             self.flows.writes(),
             self.unconfirmed.writes(),
             self.snat.writes(),
+            self.direct.writes(),
             self.node_addrs.writes(),
             self.affinity.writes(),
             self.new_affinity.writes(),
