@@ -12,7 +12,7 @@ use crate::layout::{
 };
 
 /// Both FINs.
-const FINISHED: u32 = FLOW_CLIENT_FIN | FLOW_BACKEND_FIN;
+pub(crate) const FINISHED: u32 = FLOW_CLIENT_FIN | FLOW_BACKEND_FIN;
 
 /// Whole ticks ([`TICK_NS`]) that are not shorter than some seconds.
 pub const fn ticks(seconds: u64) -> u32 {

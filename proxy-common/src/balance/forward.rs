@@ -13,7 +13,7 @@ use crate::{
     layout::*,
     packet::{ACK, FIN, RST, SYN, Tuple},
     snat,
-    timeouts::is_closed,
+    timeouts::{FINISHED, is_closed},
     verdict::{Arrival, Counted, Lookup, Translation},
 };
 
@@ -131,7 +131,7 @@ fn forward<F: Family, M: Maps<F>>(
     }
     let state = client_state(tcp_flags);
     let passed = entry.record(maps, state);
-    if flow.state & (FLOW_HALF_OPEN | FLOW_CLIENT_RESET) != 0 {
+    if flow.state & (FLOW_HALF_OPEN | FLOW_CLIENT_RESET | FLOW_SUPERSEDED) != 0 {
         goes_on(maps, entry, tuple.proto, tcp_flags);
     }
     if tuple.proto != UDP {
@@ -239,6 +239,14 @@ fn goes_on<F: Family, M: Maps<F>>(
         // Both sides have spoken.
         entry.clear(FLOW_HALF_OPEN);
         maps.add_half_open(-1);
+    }
+    // A client that dials the backend itself sends nothing to the frontend from that port: somebody
+    // else has reset this connection, and sent a SYN in the backend's name.
+    if flow.state & FLOW_SUPERSEDED != 0
+        && flow.state & FINISHED != FINISHED
+        && confirms(proto, tcp_flags)
+    {
+        entry.clear(FLOW_SUPERSEDED);
     }
     // Who resets a connection sends nothing more on it: somebody else did, or the backend did not
     // believe it.

@@ -119,6 +119,36 @@ fn a_reset_is_taken_back_by_its_own_side_only() {
     }
 }
 
+/// A forged RST and a forged SYN of the backend look like a client that has closed its connection
+/// and dials the backend itself. It shows that it has not.
+#[test]
+fn a_connection_that_seems_superseded_comes_back_with_its_client() {
+    for reset_by_client in [true, false] {
+        for flags in [SYN, SYN | ACK] {
+            let connection = Connection::open(WAYS[0]);
+            let (node, reply) = (&connection.node, back(connection.seen));
+            connection.side(reset_by_client, RST);
+            assert_eq!(
+                node.leave(reply, flags),
+                reply,
+                "the client may have dialled it"
+            );
+            assert_eq!(node.leave(reply, ACK), reply);
+            connection.client(ACK);
+            connection.backend(ACK);
+            connection.backend(ACK | FIN);
+        }
+    }
+    // Closed by both sides it is over, whoever sends what.
+    let connection = Connection::open(WAYS[0]);
+    let (node, reply) = (&connection.node, back(connection.seen));
+    connection.client(FIN | ACK);
+    connection.backend(FIN | ACK);
+    assert_eq!(node.leave(reply, SYN | ACK), reply);
+    connection.client(ACK);
+    assert_eq!(node.leave(reply, ACK), reply);
+}
+
 /// A client whose port is free again after its own RST uses it at once, whatever it dials.
 #[test]
 fn the_port_of_a_reset_connection_serves_the_next_at_once() {
