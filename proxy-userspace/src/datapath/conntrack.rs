@@ -61,10 +61,10 @@ const ORIGINAL: u16 = 1;
 const REPLY: u16 = 2;
 const PROTOCOL_STATE: u16 = 4;
 
-/// Reads all connections there are; none where the kernel has no such table.
+/// Reads all connections there are.
 ///
 /// # Errors
-/// The kernel's: without `CAP_NET_ADMIN`, or when it does not answer.
+/// The kernel's: without `CAP_NET_ADMIN`, without such a table, or when it does not answer.
 pub fn for_each(mut visit: impl FnMut(&Connection)) -> io::Result<()> {
     let flags = SocketFlags::CLOEXEC;
     let protocol = Some(NETFILTER);

@@ -13,6 +13,7 @@ use shunt_common::{
 use crate::datapath::{
     conntrack,
     maps::{MapFamily, Maps, PerFamily},
+    netfilter,
 };
 
 /// Which of these ports no node port had so far. From here on the programs note what leaves from
@@ -36,6 +37,10 @@ pub fn note_open(
     ports: &HashSet<u16>,
     is_local: impl Fn(SocketAddr) -> bool,
 ) -> io::Result<usize> {
+    // To ask would bring the table's modules in where nobody uses them.
+    if !netfilter::is_there() {
+        return Ok(0);
+    }
     let now = now();
     let mut noted = 0;
     conntrack::for_each(|connection| {
