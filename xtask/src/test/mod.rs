@@ -87,23 +87,7 @@ pub(crate) fn test(args: &Args) -> Result<()> {
         );
     }
     report.timed("traces", || {
-        match traces::left(&run, &before) {
-            Ok(left) if left.is_empty() => {
-                report.passed("check", "nothing is left behind", Duration::ZERO)
-            }
-            Ok(left) => report.failed(
-                "check",
-                "nothing is left behind",
-                Duration::ZERO,
-                &left.join("\n"),
-            ),
-            Err(error) => report.failed(
-                "check",
-                "nothing is left behind",
-                Duration::ZERO,
-                &format!("{error:#}"),
-            ),
-        };
+        traces::judge(&report, traces::left(&run, &before));
     });
     report.summary(began.elapsed())
 }

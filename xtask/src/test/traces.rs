@@ -15,7 +15,7 @@ use std::{
 use anyhow::{Context, Result};
 use shunt_lab::{Owner, RUN_VARIABLE};
 
-use super::this;
+use super::{report::Report, this};
 use crate::shell::{as_root, capture};
 
 /// How long what ends after its test may take: sockets and maps are freed by the kernel in its own
@@ -63,6 +63,18 @@ pub(super) fn left(run: &str, before: &BTreeSet<String>) -> Result<Vec<String>> 
         }
         thread::sleep(Duration::from_millis(250));
     }
+}
+
+/// Whether nothing is left, as one check.
+pub(super) fn judge(report: &Report, left: Result<Vec<String>>) {
+    let text = match left {
+        Ok(left) if left.is_empty() => {
+            return report.passed("check", "nothing is left behind", Duration::ZERO);
+        }
+        Ok(left) => left.join("\n"),
+        Err(error) => format!("{error:#}"),
+    };
+    report.failed("check", "nothing is left behind", Duration::ZERO, &text);
 }
 
 /// Names and processes of the run, and names whose owner nobody knows.
@@ -138,4 +150,65 @@ fn processes(run: &str) -> Vec<String> {
         }
     }
     found
+}
+
+#[cfg(test)]
+mod unit {
+    use std::{env, process::Stdio};
+
+    use shunt_lab::UniqueName;
+
+    use super::*;
+
+    /// Needs root.
+    #[test]
+    fn a_run_fails_for_what_a_lab_of_its_own_leaves() {
+        let run = env::var(RUN_VARIABLE).unwrap_or_default();
+        let name = UniqueName::take().unwrap();
+        let prefix = name.prefix();
+        let of = |run: &str| -> Vec<String> {
+            let found = found(Some(run)).into_iter();
+            found.filter(|line| line.contains(&prefix)).collect()
+        };
+        assert_eq!(of(&run), [""; 0]);
+
+        let planted = format!("{prefix}-planted");
+        capture(Command::new("ip").args(["netns", "add", &planted])).unwrap();
+        fs::create_dir(name.bpf_root("planted")).unwrap();
+        let cgroup = shunt_lab::cgroup_mount_point().unwrap().join(&prefix);
+        fs::create_dir(&cgroup).unwrap();
+        // In its command line is the name, and the run in its environment.
+        let mut process = Command::new("tail")
+            .args(["-f", "/dev/null", "--pid=1", &format!("/dev/{prefix}")])
+            .env(RUN_VARIABLE, &run)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let left = of(&run);
+        process.kill().unwrap();
+        let id = process.id();
+        process.wait().unwrap();
+        let (processes, names): (Vec<String>, Vec<String>) = left
+            .iter()
+            .cloned()
+            .partition(|line| line.starts_with("process "));
+        assert_eq!(
+            names,
+            [
+                format!("cgroup {prefix}"),
+                format!("namespace {planted}"),
+                format!("pin {planted}")
+            ]
+        );
+        assert_eq!(processes.len(), 1, "{processes:?}");
+        assert!(processes[0].starts_with(&format!("process {id} ")));
+        assert_eq!(of("another run"), [""; 0]);
+        let report = Report::default();
+        judge(&report, Ok(left));
+        assert!(report.summary(Duration::ZERO).is_err());
+
+        drop(name);
+        assert_eq!(of(&run), [""; 0]);
+    }
 }
