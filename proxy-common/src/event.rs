@@ -73,6 +73,9 @@ events! {
     RefusalHeld = 19, "refusal_held";
     /// SYN-ACKs and resets to cluster IPs dropped because they are of no flow, and open none.
     NoFlow = 20, "no_flow";
+    /// Packets dropped without the refusal, reset or echo reply that was due, because too many were
+    /// sent to that address or in all.
+    AnswerLimited = 21, "answer_limited";
 }
 
 /// Number of entries of the `events` map: room for more without a new layout.

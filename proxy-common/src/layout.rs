@@ -29,6 +29,11 @@ pub mod names {
     pub const DIRECT: [&str; 2] = ["direct4", "direct6"];
     /// `HASH` address → `u32` flags: the node addresses that node ports answer on.
     pub const NODE_ADDRS: [&str; 2] = ["node_addrs4", "node_addrs6"];
+    /// `LRU_HASH` address → `u64`: when the next answer of the node's own to it is due, in ns of
+    /// the coarse monotonic clock: see [`crate::answer_limit`].
+    pub const ANSWERS: [&str; 2] = ["answers4", "answers6"];
+    /// `ARRAY` of two, per family → `u64`: the same for all addresses together.
+    pub const ANSWERS_IN_ALL: &str = "answers";
     /// `HASH` address → `u32` of `ADDRESS_*` bits: every address of a Service, whatever the port.
     pub const SERVICE_ADDRS: [&str; 2] = ["service_addrs4", "service_addrs6"];
     /// `LRU_HASH` [`FragmentKey`](super::FragmentKey) → [`FragmentPorts`](super::FragmentPorts):

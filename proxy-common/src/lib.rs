@@ -25,6 +25,7 @@ extern crate std;
 pub mod access;
 pub mod address;
 pub mod affinity;
+pub mod answer_limit;
 mod atomic;
 pub mod balance;
 pub mod checksum;

@@ -14,6 +14,7 @@
     reason = "the BPF target's `core` has no compare-and-swap on 32 bits, LLVM does"
 )]
 
+mod answers;
 mod fib;
 mod maps;
 mod socket;

@@ -31,7 +31,7 @@ use shunt_common::{
     packet::Tuple,
 };
 
-use crate::fib;
+use crate::{answers, fib};
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 /// Of linux/tcp_states.h.
@@ -65,7 +65,7 @@ static SCRATCH4: PerCpuArray<Scratch<u32>, 1> = PerCpuArray::new();
 static SCRATCH6: PerCpuArray<Scratch<Words6>, 1> = PerCpuArray::new();
 
 /// The maps of one family.
-pub(crate) trait KernelFamily: fib::RoutedFamily {
+pub(crate) trait KernelFamily: fib::RoutedFamily + answers::AnsweringFamily {
     const FRONTENDS: &'static Frontends<Self::Addr>;
     const SLOTS: &'static Slots<Self::Addr>;
     const FLOWS: &'static Flows<Self::Addr>;
@@ -649,6 +649,11 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
     #[inline(always)]
     fn backend(&self, backend: u32) -> Option<Entry<'_, BackendState>> {
         entry(BACKENDS.get_ptr_mut(backend))
+    }
+
+    #[inline(always)]
+    fn may_answer(&self, answered: &Tuple<F::Words>) -> bool {
+        answers::may_answer::<F>(answered)
     }
 
     #[inline(always)]

@@ -24,6 +24,7 @@ use shunt_common::{
 };
 
 use crate::{
+    answers::may_answer,
     fib::FibLookup,
     maps::{KernelFamily, KernelMaps, Xdp, count},
     traffic,
@@ -257,9 +258,58 @@ fn send_on<F: KernelFamily>(
     send(ingress)
 }
 
+/// Whether the frame is for another host, as far as is known: the device by which the answer would
+/// leave is this one, and has another address than the frame is for.
+#[inline(always)]
+fn is_foreign<F: KernelFamily>(ctx: &XdpContext, headers: &Headers<F::Words>) -> bool {
+    let Tuple { src, dst, .. } = headers.tuple;
+    let ingress = ctx.ingress_ifindex() as u32;
+    let back = Tuple {
+        src: dst,
+        dst: src,
+        ..headers.tuple
+    };
+    let mut fib = FibLookup::new::<F>(&back, 0, ingress);
+    // SAFETY: `fib` has the size and layout of the kernel's struct.
+    let routed = unsafe {
+        bpf_fib_lookup(
+            ctx.as_ptr(),
+            (&raw mut fib).cast(),
+            size_of::<FibLookup>() as i32,
+            0,
+        )
+    };
+    let frame = Frame(ctx);
+    let Some(ethernet) = frame.bytes(0, ETHERNET) else {
+        return true;
+    };
+    // SAFETY: 14 bytes were checked, and frames start at even addresses.
+    unsafe {
+        let to = ethernet.cast::<u16>();
+        let is_other = |i: usize| to.add(i).read_volatile() != fib.macs[i];
+        routed == 0 && fib.ifindex == ingress && (is_other(0) || is_other(1) || is_other(2))
+    }
+}
+
+/// Whether the frame is for a group of hosts: broadcast and multicast.
+#[inline(always)]
+fn is_to_group(ctx: &XdpContext) -> bool {
+    let frame = Frame(ctx);
+    // SAFETY: the bytes were checked.
+    frame
+        .bytes(0, ETHERNET)
+        .is_none_or(|ethernet| unsafe { ethernet.cast::<u8>().read_volatile() } & 1 != 0)
+}
+
 /// Turns the packet into its refusal and sends it back.
 #[inline(never)]
-fn refuse<F: Family>(ctx: &XdpContext, headers: &Headers<F::Words>) -> u32 {
+fn refuse<F: KernelFamily>(ctx: &XdpContext, headers: &Headers<F::Words>) -> u32 {
+    if is_to_group(ctx) || is_foreign::<F>(ctx, headers) {
+        return XDP_PASS;
+    }
+    if !may_answer::<F>(&headers.tuple) {
+        return XDP_DROP;
+    }
     let quote = icmp::quote_len(headers);
     let surplus = (ETHERNET + quote) as i32 - Frame(ctx).len() as i32;
     // SAFETY: both helpers check their arguments against the frame; pointers are taken anew
@@ -290,7 +340,13 @@ fn refuse<F: Family>(ctx: &XdpContext, headers: &Headers<F::Words>) -> u32 {
 
 /// Turns the segment into its reset and sends it back.
 #[inline(never)]
-fn reset<F: Family>(ctx: &XdpContext, headers: &Headers<F::Words>) -> u32 {
+fn reset<F: KernelFamily>(ctx: &XdpContext, headers: &Headers<F::Words>) -> u32 {
+    if is_to_group(ctx) || is_foreign::<F>(ctx, headers) {
+        return XDP_PASS;
+    }
+    if !may_answer::<F>(&headers.tuple) {
+        return XDP_DROP;
+    }
     let surplus = reset::len(headers) as i32 - Frame(ctx).len() as i32;
     // SAFETY: the helper checks its argument against the frame; pointers are taken anew afterwards.
     if surplus > 0

@@ -90,6 +90,9 @@ pub trait Maps<F: Family>: Clock {
     fn backend_flags(&self, backend: u32) -> u16;
     /// An entry of `backends`.
     fn backend(&self, backend: u32) -> Option<Entry<'_, BackendState>>;
+    /// Takes the right to answer a packet of this tuple with one of the node's own
+    /// ([`crate::answer_limit`]); `false` is counted.
+    fn may_answer(&self, answered: &Tuple<F::Words>) -> bool;
     /// Counts a new flow of a backend, under the hook that runs.
     fn count_flow(&self, backend: u32);
     /// Counts an event.

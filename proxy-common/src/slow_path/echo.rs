@@ -49,6 +49,9 @@ pub(super) fn answer<F: Family, M: Maps<F>>(
         maps.count(Event::UnknownAddress);
         return Some(Action::Drop);
     }
+    if !maps.may_answer(&slow.tuple) {
+        return Some(Action::Drop);
+    }
     if turn::<F>(packet, scratch).is_none() {
         maps.count(Event::RewriteFailed);
         return Some(Action::Drop);

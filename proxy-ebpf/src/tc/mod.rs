@@ -30,10 +30,20 @@ use self::{
     skb::{Buffer, arrival, family, headers, parse, translate},
     step::{Encoded, Step},
 };
-use crate::maps::{KernelFamily, KernelMaps, Tc};
+use crate::{
+    answers::may_answer,
+    maps::{KernelFamily, KernelMaps, Tc},
+};
 
 /// `bpf_skb_adjust_room`: between the MAC and the network header (an enum that the bindings lack).
 const BPF_ADJ_ROOM_MAC: u32 = 1;
+/// `skb->pkt_type` of linux/if_packet.h: to this host.
+const PACKET_HOST: u32 = 0;
+/// To all hosts of the link.
+const PACKET_BROADCAST: u32 = 1;
+/// To a group.
+const PACKET_MULTICAST: u32 = 2;
+
 /// Packets from the network.
 #[classifier]
 fn tc_node_in(ctx: TcContext) -> i32 {
@@ -178,6 +188,10 @@ fn opened<F: KernelFamily>(ctx: &TcContext, origin: Origin) -> Step {
         match undecided::<F, _>(&maps, scratch, &arrival(&headers, origin)) {
             Verdict::Pass => TC_ACT_UNSPEC,
             Verdict::Drop => TC_ACT_SHOT,
+            // Perhaps it is for a device on top of this one, which sees it next.
+            Verdict::Refuse | Verdict::Reset if !is_to_us(ctx, Direction::Ingress(origin)) => {
+                TC_ACT_UNSPEC
+            }
             Verdict::Refuse => refuse::<F>(ctx, &headers),
             Verdict::Reset => reset::<F>(ctx, &headers),
             Verdict::Translate(InScratch) if host_routing::is_on() => return Step::Translated,
@@ -218,6 +232,9 @@ fn slow_egress<F: KernelFamily>(ctx: &TcContext) -> i32 {
 
 #[inline(always)]
 fn slow<F: KernelFamily>(ctx: &TcContext, direction: Direction) -> i32 {
+    if !is_to_us(ctx, direction) {
+        return TC_ACT_UNSPEC;
+    }
     let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
     match slow_path::handle::<F, _>(&maps, &Buffer(ctx), direction) {
         Action::Pass => TC_ACT_UNSPEC,
@@ -239,9 +256,28 @@ fn slow<F: KernelFamily>(ctx: &TcContext, direction: Direction) -> i32 {
     }
 }
 
+/// Whether the frame is one that this node may answer (SPEC H4): not one to a group, nor, from the
+/// network, one for another host that this device only sees. A pod's goes to its bridge, whose
+/// address its own device does not have.
+#[inline(always)]
+fn is_to_us(ctx: &TcContext, direction: Direction) -> bool {
+    // SAFETY: the context is valid while the program runs.
+    let packet_type = unsafe { (*ctx.skb.skb).pkt_type };
+    match direction {
+        Direction::Egress => true,
+        Direction::Ingress(Origin::Network) => packet_type == PACKET_HOST,
+        Direction::Ingress(Origin::Pod) => {
+            !matches!(packet_type, PACKET_BROADCAST | PACKET_MULTICAST)
+        }
+    }
+}
+
 /// Turns the packet into its refusal and sends it back through the device it came from.
 #[inline(never)]
-fn refuse<F: Family>(ctx: &TcContext, headers: &Headers<F::Words>) -> i32 {
+fn refuse<F: KernelFamily>(ctx: &TcContext, headers: &Headers<F::Words>) -> i32 {
+    if !may_answer::<F>(&headers.tuple) {
+        return TC_ACT_SHOT;
+    }
     let quote = icmp::quote_len(headers);
     let prefix = icmp::prefix_len::<F>() as i32;
     // SAFETY: the helpers check their arguments against the buffer; pointers are taken anew
@@ -262,7 +298,10 @@ fn refuse<F: Family>(ctx: &TcContext, headers: &Headers<F::Words>) -> i32 {
 
 /// Turns the segment into its reset and sends it back through the device it came from.
 #[inline(never)]
-fn reset<F: Family>(ctx: &TcContext, headers: &Headers<F::Words>) -> i32 {
+fn reset<F: KernelFamily>(ctx: &TcContext, headers: &Headers<F::Words>) -> i32 {
+    if !may_answer::<F>(&headers.tuple) {
+        return TC_ACT_SHOT;
+    }
     // SAFETY: the helper checks its arguments against the buffer; pointers are taken anew
     // afterwards.
     if unsafe { bpf_skb_change_tail(ctx.skb.skb, reset::len(headers) as u32, 0) } != 0

@@ -97,7 +97,7 @@ fn case(random: &mut Random) -> Case {
 }
 
 fn packet(tuple: &Tuple, flags: u8) -> Vec<u8> {
-    let builder = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
+    let builder = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [0; 6]);
     let builder = match (tuple.src.ip(), tuple.dst.ip()) {
         (IpAddr::V4(from), IpAddr::V4(to)) => builder.ipv4(from.octets(), to.octets(), 64),
         (IpAddr::V6(from), IpAddr::V6(to)) => builder.ipv6(from.octets(), to.octets(), 64),
@@ -204,7 +204,12 @@ fn explain_decides_as_the_programs_do() {
             "packet {number}: {} of {:?}, flags {:#x}",
             case.program, case.tuple, case.flags
         );
-        assert_eq!(verdict, action, "{told}: {left:?}");
+        // Few of those packets are answered (SPEC H4), the rest of them dropped.
+        let is_limited = left.is_none() && [XDP_DROP, TC_ACT_SHOT].contains(&verdict);
+        assert!(
+            verdict == action || is_limited,
+            "{told}: {left:?}: {verdict}, not {action}"
+        );
         if let Some(left) = &left {
             let expected = packet(left, case.flags);
             assert_eq!(ends(&out), ends(&expected), "{told}: {left:?}");

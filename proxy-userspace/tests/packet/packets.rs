@@ -7,7 +7,7 @@ use std::{
     os::fd::AsFd,
     sync::atomic::{AtomicBool, Ordering},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use aya_obj::{
@@ -44,7 +44,7 @@ const XDP_PASS: u32 = 2;
 const XDP_REDIRECT: u32 = 4;
 
 fn packet(from: &str, from_port: u16, to: &str, to_port: u16, udp: bool) -> Vec<u8> {
-    let builder = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
+    let builder = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [0; 6]);
     let builder = match (from.parse().unwrap(), to.parse().unwrap()) {
         (IpAddr::V4(from), IpAddr::V4(to)) => builder.ipv4(from.octets(), to.octets(), 64),
         (IpAddr::V6(from), IpAddr::V6(to)) => builder.ipv6(from.octets(), to.octets(), 64),
@@ -631,7 +631,7 @@ fn nobody_behind_it_is_answered_with_port_unreachable() {
                 let answer = SlicedPacket::from_ethernet(&out).unwrap();
                 assert_eq!(
                     (&out[0..6], &out[6..12]),
-                    (&[2, 0, 0, 0, 0, 1][..], &[2, 0, 0, 0, 0, 2][..])
+                    (&[2, 0, 0, 0, 0, 1][..], &[0; 6][..])
                 );
                 let quoted = match (answer.net.unwrap(), answer.transport.unwrap()) {
                     (NetSlice::Ipv4(ip), TransportSlice::Icmpv4(icmp)) => {
@@ -673,6 +673,66 @@ fn nobody_behind_it_is_answered_with_port_unreachable() {
                 let same = header + if udp { 4 } else { 8 };
                 assert_eq!(quoted[..same], sent[14..14 + same], "{program}");
             }
+        }
+    }
+}
+
+/// H4: a stranger who makes up sources does not have this node send to them as much as comes in.
+#[test]
+fn answers_of_our_own_are_few_and_only_for_frames_to_us() {
+    let loaded = Loaded::new("answers");
+    for (program, _, back) in &ARRIVING[..2] {
+        for v6 in [0, 1] {
+            // All together have what they may have again.
+            thread::sleep(Duration::from_millis(150));
+            let is_answered = |packet: &[u8]| loaded.run(program, packet).0 == *back;
+            let syn = |source: &str| packet(source, 42_001, EMPTY[v6], 80, false);
+            let own = packet(CLIENT[v6], 42_000, EMPTY[v6], 80, program == &"xdp_node");
+            for (to, may) in [
+                ([0; 6], true),
+                ([0xff; 6], false),
+                ([1, 0, 0x5e, 0, 0, 9], false),
+                // What XDP knows of the device's address takes a route back.
+                ([2, 0, 0, 0, 0, 9], program == &"xdp_node"),
+            ] {
+                let mut frame = syn(["192.0.2.80", "2001:db8::80"][v6]);
+                frame[..6].copy_from_slice(&to);
+                assert_eq!(is_answered(&frame), may, "{program} {to:?}");
+            }
+            // One source, that each program sees anew. A tc program runs twice for a packet whose
+            // checksum ends up in another place than it was.
+            let one = match (v6, *program) {
+                (0, "xdp_node") => "192.0.2.81",
+                (0, _) => "192.0.2.82",
+                (_, "xdp_node") => "2001:db8::81",
+                _ => "2001:db8::82",
+            };
+            let began = Instant::now();
+            let answered = (0..90).filter(|_| is_answered(&syn(one))).count();
+            let more = began.elapsed().as_millis() as usize / 100 + 1;
+            assert!(
+                (20..=50 + more).contains(&answered),
+                "{program}: {answered}"
+            );
+            // Many: what one may have is not what all may have together.
+            let began = Instant::now();
+            let answered = (0..2000u32)
+                .filter(|n| {
+                    is_answered(&syn(&match v6 {
+                        0 => format!("198.18.{}.{}", n / 250, n % 250 + 1),
+                        _ => format!("2001:db8:18::{n:x}"),
+                    }))
+                })
+                .count();
+            let most = 100 + began.elapsed().as_millis() as usize + 4;
+            assert!(
+                answered <= most,
+                "{program}: {answered} in {:?}",
+                began.elapsed()
+            );
+            // An honest client is told a moment later.
+            thread::sleep(Duration::from_millis(50));
+            assert!(is_answered(&own), "{program}");
         }
     }
 }
