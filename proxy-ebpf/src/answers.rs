@@ -1,19 +1,16 @@
 //! Whether this node may send an answer of its own (SPEC H4).
 
+use core::intrinsics::{AtomicOrdering, atomic_cxchg};
+
 use aya_ebpf::{
     btf_maps::{Array, LruHashMap},
     helpers::bpf_ktime_get_coarse_ns,
     macros::btf_map,
 };
-use core::intrinsics::{AtomicOrdering, atomic_cxchg};
 use shunt_common::{
     answer_limit::{IN_ALL, Limit, PER_DESTINATION},
-    event::Event,
     family::{Family, V4, V6},
-    packet::Tuple,
 };
-
-use crate::maps::{bytes, count};
 
 type Answers<A> = LruHashMap<A, u64, 4096>;
 
@@ -42,32 +39,23 @@ impl AnsweringFamily for V6 {
     const IN_ALL: u32 = 1;
 }
 
-/// Takes the right to answer a packet: there is one host to answer, and few answers have been sent
-/// to it and in all. What may not be sent is counted.
+/// Takes the right to send an answer to an address: few have been sent to it, and in all.
 #[inline(never)]
-pub(crate) fn may_answer<F: AnsweringFamily>(answered: &Tuple<F::Words>) -> bool {
-    if F::is_group(answered.src) || F::is_group(answered.dst) {
-        return false;
-    }
+pub(crate) fn may_answer<F: AnsweringFamily>(to: &F::Addr) -> bool {
     // SAFETY: the helper has no preconditions.
     let now = unsafe { bpf_ktime_get_coarse_ns() };
-    let key = bytes::<_, F::Addr>(&answered.src);
-    let to_this = match F::TO.get_ptr_mut(key) {
+    let to_this = match F::TO.get_ptr_mut(to) {
         Some(due) => take(&PER_DESTINATION, due, now),
         // Two CPUs may both be first; the later one's time stands, which is as good.
         None => F::TO
-            .insert(key, &(now + PER_DESTINATION.interval_ns), 0)
+            .insert(to, &(now + PER_DESTINATION.interval_ns), 0)
             .is_ok(),
     };
-    let may = to_this
+    to_this
         && match ANSWERS.get_ptr_mut(F::IN_ALL) {
             Some(due) => take(&IN_ALL, due, now),
             None => false,
-        };
-    if !may {
-        count(Event::AnswerLimited);
-    }
-    may
+        }
 }
 
 /// Takes one answer out of a bucket. Of CPUs that want one at the same time each tries again a few

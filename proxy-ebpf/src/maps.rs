@@ -653,7 +653,15 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
 
     #[inline(always)]
     fn may_answer(&self, answered: &Tuple<F::Words>) -> bool {
-        answers::may_answer::<F>(answered)
+        // Nobody can be answered there.
+        if F::is_group(answered.src) || F::is_group(answered.dst) {
+            return false;
+        }
+        let may = answers::may_answer::<F>(bytes(&answered.src));
+        if !may {
+            count(Event::AnswerLimited);
+        }
+        may
     }
 
     #[inline(always)]

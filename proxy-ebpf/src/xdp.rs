@@ -24,7 +24,6 @@ use shunt_common::{
 };
 
 use crate::{
-    answers::may_answer,
     fib::FibLookup,
     maps::{KernelFamily, KernelMaps, Xdp, count},
     traffic,
@@ -301,13 +300,19 @@ fn is_to_group(ctx: &XdpContext) -> bool {
         .is_none_or(|ethernet| unsafe { ethernet.cast::<u8>().read_volatile() } & 1 != 0)
 }
 
+/// Takes the right to answer a packet.
+#[inline(always)]
+fn may_answer<F: KernelFamily>(ctx: &XdpContext, headers: &Headers<F::Words>) -> bool {
+    Maps::<F>::may_answer(&KernelMaps::<Xdp>::new(ctx.as_ptr()), &headers.tuple)
+}
+
 /// Turns the packet into its refusal and sends it back.
 #[inline(never)]
 fn refuse<F: KernelFamily>(ctx: &XdpContext, headers: &Headers<F::Words>) -> u32 {
     if is_to_group(ctx) || is_foreign::<F>(ctx, headers) {
         return XDP_PASS;
     }
-    if !may_answer::<F>(&headers.tuple) {
+    if !may_answer::<F>(ctx, headers) {
         return XDP_DROP;
     }
     let quote = icmp::quote_len(headers);
@@ -344,7 +349,7 @@ fn reset<F: KernelFamily>(ctx: &XdpContext, headers: &Headers<F::Words>) -> u32 
     if is_to_group(ctx) || is_foreign::<F>(ctx, headers) {
         return XDP_PASS;
     }
-    if !may_answer::<F>(&headers.tuple) {
+    if !may_answer::<F>(ctx, headers) {
         return XDP_DROP;
     }
     let surplus = reset::len(headers) as i32 - Frame(ctx).len() as i32;

@@ -30,10 +30,7 @@ use self::{
     skb::{Buffer, arrival, family, headers, parse, translate},
     step::{Encoded, Step},
 };
-use crate::{
-    answers::may_answer,
-    maps::{KernelFamily, KernelMaps, Tc},
-};
+use crate::maps::{KernelFamily, KernelMaps, Tc};
 
 /// `bpf_skb_adjust_room`: between the MAC and the network header (an enum that the bindings lack).
 const BPF_ADJ_ROOM_MAC: u32 = 1;
@@ -272,10 +269,16 @@ fn is_to_us(ctx: &TcContext, direction: Direction) -> bool {
     }
 }
 
+/// Takes the right to answer a packet.
+#[inline(always)]
+fn may_answer<F: KernelFamily>(ctx: &TcContext, headers: &Headers<F::Words>) -> bool {
+    Maps::<F>::may_answer(&KernelMaps::<Tc>::new(ctx.as_ptr()), &headers.tuple)
+}
+
 /// Turns the packet into its refusal and sends it back through the device it came from.
 #[inline(never)]
 fn refuse<F: KernelFamily>(ctx: &TcContext, headers: &Headers<F::Words>) -> i32 {
-    if !may_answer::<F>(&headers.tuple) {
+    if !may_answer::<F>(ctx, headers) {
         return TC_ACT_SHOT;
     }
     let quote = icmp::quote_len(headers);
@@ -299,7 +302,7 @@ fn refuse<F: KernelFamily>(ctx: &TcContext, headers: &Headers<F::Words>) -> i32 
 /// Turns the segment into its reset and sends it back through the device it came from.
 #[inline(never)]
 fn reset<F: KernelFamily>(ctx: &TcContext, headers: &Headers<F::Words>) -> i32 {
-    if !may_answer::<F>(&headers.tuple) {
+    if !may_answer::<F>(ctx, headers) {
         return TC_ACT_SHOT;
     }
     // SAFETY: the helper checks its arguments against the buffer; pointers are taken anew
