@@ -48,7 +48,7 @@ pub(crate) fn may_answer<F: AnsweringFamily>(to: &F::Addr) -> bool {
         Some(due) => take(&PER_DESTINATION, due, now),
         // Two CPUs may both be first; the later one's time stands, which is as good.
         None => F::TO
-            .insert(to, &(now + PER_DESTINATION.interval_ns), 0)
+            .insert(to, now + PER_DESTINATION.interval_ns, 0)
             .is_ok(),
     };
     to_this

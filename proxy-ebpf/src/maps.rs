@@ -594,7 +594,7 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
     #[inline(always)]
     fn add_direct(&self, key: &DirectKey<F::Words>, now: u32) {
         // An LRU refuses nobody but for lack of memory; the next packet is noted again.
-        let _done = F::DIRECT.insert(bytes(key), &now, BPF_ANY.into());
+        let _done = F::DIRECT.insert(bytes(key), now, BPF_ANY.into());
     }
 
     #[inline(always)]

@@ -257,9 +257,9 @@ fn is_refused<F: Peer>(ctx: &SockAddrContext, addr: F::Words, call: Call) -> boo
     if !matches!(proto, TCP | UDP | SCTP) || !address::may_be_service::<F>(config, addr) {
         return false;
     }
-    // SAFETY: the helper takes the program's own context.
     if proto == UDP
         && call == Call::Connect
+        // SAFETY: the helper takes the program's own context.
         && unsafe { bpf_get_netns_cookie(ctx.as_ptr()) } != config.host_netns
     {
         return false;

@@ -353,8 +353,9 @@ fn reset<F: KernelFamily>(ctx: &XdpContext, headers: &Headers<F::Words>) -> u32 
         return XDP_DROP;
     }
     let surplus = reset::len(headers) as i32 - Frame(ctx).len() as i32;
-    // SAFETY: the helper checks its argument against the frame; pointers are taken anew afterwards.
     if surplus > 0
+        // SAFETY: the helper checks its argument against the frame; pointers are taken anew
+        // afterwards.
         || unsafe { bpf_xdp_adjust_tail(ctx.ctx, surplus) } != 0
         || !reset::reset::<F>(&Frame(ctx), headers)
     {
