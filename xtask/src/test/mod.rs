@@ -49,7 +49,7 @@ pub(crate) struct Args {
     /// Shows what tests print, also of those that pass.
     #[arg(long)]
     nocapture: bool,
-    /// Tests that run at a time [default: three for a CPU, and not many more than 16].
+    /// Tests that run at a time [default: two for a CPU, and not many more than 16].
     #[arg(long, value_name = "N")]
     jobs: Option<NonZero<usize>>,
 }
@@ -153,11 +153,11 @@ fn sections(args: &Args, run: &str, report: &Report) -> Result<()> {
     Ok(())
 }
 
-/// Three for a CPU: tests wait for three quarters of their time. Where there are many CPUs, memory
+/// Two for a CPU: tests wait for much of their time. Where there are many CPUs, memory
 /// is what agents and their maps share.
 fn jobs() -> usize {
     let cpus = thread::available_parallelism().map_or(2, NonZero::get);
-    (cpus * 3).min(16.max(cpus + 1))
+    (cpus * 2).min(16.max(cpus + 1))
 }
 
 /// One round of the demo, or the story, with the agent that the tests were built with.
