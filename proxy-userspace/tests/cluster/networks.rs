@@ -7,7 +7,8 @@
 
 use std::{
     fs,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::atomic::{AtomicU16, Ordering},
     time::Duration,
 };
 
@@ -23,6 +24,10 @@ const STREAM: usize = 64 << 10;
 /// What a datagram carries each way; in fragments once per network.
 const DATAGRAM: usize = 1000;
 const FRAGMENTED: usize = 4000;
+/// The first port that datagrams are sent from, beyond those that the kernel gives out. Each exchange
+/// has its own: by the same one, a client's datagrams to two Services with one backend can not be told
+/// apart where only one of them is translated (SPEC N5, not done).
+const PORTS: u16 = 61_000;
 /// Longest wait for an answer in a cell: the lab answers within milliseconds.
 const WAIT: Duration = Duration::from_millis(1500);
 /// Once so many cells have failed, the others say nothing new.
@@ -91,6 +96,8 @@ struct Cluster {
     agents: Vec<Agent>,
     lab: Lab,
     network: Network,
+    /// The next port that datagrams are sent from.
+    ports: AtomicU16,
     _manifests: TempDir,
 }
 
@@ -163,6 +170,7 @@ impl Cluster {
             agents: agents.into(),
             lab,
             network,
+            ports: AtomicU16::new(PORTS),
             _manifests: manifests,
         }
     }
@@ -298,8 +306,16 @@ fn cell(
     };
     let sources = cluster.sources(service, cell.place, cell.frontend);
     for which in ["first", "second"] {
+        let bind = (proto == Proto::Udp).then(|| {
+            let any: IpAddr = match cell.v6 {
+                true => Ipv6Addr::UNSPECIFIED.into(),
+                false => Ipv4Addr::UNSPECIFIED.into(),
+            };
+            SocketAddr::new(any, cluster.ports.fetch_add(1, Ordering::Relaxed))
+        });
         let dial = Dial {
             padding,
+            bind,
             ..Dial::within(WAIT)
         };
         let answer: Answer = client
