@@ -229,6 +229,18 @@ pub fn load(config: &LoadConfig) -> Result<Datapath, LoadError> {
 /// # Errors
 /// As [`load`].
 pub fn load_timed(config: &LoadConfig, watch: &mut Stopwatch) -> Result<Datapath, LoadError> {
+    load_object(config, object(), watch)
+}
+
+/// The same with the programs of another build, which must have this build's map layout.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_object(
+    config: &LoadConfig,
+    bytes: &[u8],
+    watch: &mut Stopwatch,
+) -> Result<Datapath, LoadError> {
     let paths = Paths::new(&config.bpf_root);
     ensure_root(paths.root())?;
     let lock = RootLock::acquire(paths.root())?;
@@ -242,7 +254,7 @@ pub fn load_timed(config: &LoadConfig, watch: &mut Stopwatch) -> Result<Datapath
     }
     watch.lap(Part::Settings);
 
-    let object = aya_obj::Object::parse(object()).map_err(|e| LoadError::Object(e.to_string()))?;
+    let object = aya_obj::Object::parse(bytes).map_err(|e| LoadError::Object(e.to_string()))?;
     // Sections like .rodata come as maps too; they belong to this load alone, as does the memory of
     // a run.
     let wanted: BTreeMap<&str, &aya_obj::Map> = object
@@ -259,6 +271,7 @@ pub fn load_timed(config: &LoadConfig, watch: &mut Stopwatch) -> Result<Datapath
     let csum_ipv6 = probe::probe_csum_ipv6().unwrap_or(false);
     let fib_source = probe::probe_fib_source().unwrap_or(false);
     let build = BuildInputs {
+        object: bytes,
         globals: [
             ("FAST_PATH", config.fast_path.into()),
             ("COUNT_TRAFFIC", config.count_traffic.into()),
@@ -380,17 +393,19 @@ fn take_links(paths: &Paths, upgrade: Option<&Upgrade>) -> Result<(), LoadError>
     })
 }
 
-/// What makes one load's programs other than another's, besides the object and the maps.
-struct BuildInputs<const G: usize, const P: usize> {
+/// What makes one load's programs other than another's, besides the maps.
+struct BuildInputs<'o, const G: usize, const P: usize> {
+    /// The ELF object.
+    object: &'o [u8],
     /// What the programs read as constants, by the name of the static.
     globals: [(&'static str, u32); G],
     /// What the kernel was found to have.
     probes: [(&'static str, bool); P],
 }
 
-impl<const G: usize, const P: usize> BuildInputs<G, P> {
+impl<const G: usize, const P: usize> BuildInputs<'_, G, P> {
     fn fingerprint(&self, maps: &BTreeMap<&str, MapInfo>) -> Fingerprint {
-        Fingerprint::new(object(), &self.globals, &self.probes, maps)
+        Fingerprint::new(self.object, &self.globals, &self.probes, maps)
     }
 
     /// The pinned programs, if they are what a load would bring.
@@ -414,12 +429,14 @@ fn load_maps<const G: usize, const P: usize>(
     paths: &Paths,
     wanted: &BTreeMap<&str, &aya_obj::Map>,
     capacities: &Capacities,
-    build: &BuildInputs<G, P>,
+    build: &BuildInputs<'_, G, P>,
     fresh: &mut FreshPins,
 ) -> Result<Ebpf, LoadError> {
     let mut loader = EbpfLoader::new();
     for (name, value) in &build.globals {
-        loader.override_global(name, value, true);
+        // Another build's object may not have it.
+        let must_exist = std::ptr::eq(build.object, object());
+        loader.override_global(name, value, must_exist);
     }
     for &name in wanted.keys() {
         if let Some((_, entries)) = capacities.of_map(name) {
@@ -431,7 +448,9 @@ fn load_maps<const G: usize, const P: usize>(
         }
         loader.map_pin_path(name, pin);
     }
-    loader.load(object()).map_err(|e| map_error(e, capacities))
+    loader
+        .load(build.object)
+        .map_err(|e| map_error(e, capacities))
 }
 
 /// Loads programs, several at a time where there are CPUs for it.
@@ -520,7 +539,7 @@ fn load_program(name: &str, program: &mut Program) -> Result<OwnedFd, LoadError>
 fn pin_programs<const G: usize, const P: usize>(
     paths: &Paths,
     wanted: &BTreeMap<&str, &aya_obj::Map>,
-    build: &BuildInputs<G, P>,
+    build: &BuildInputs<'_, G, P>,
     programs: &BTreeMap<&'static str, OwnedFd>,
 ) -> Result<(), LoadError> {
     let sign = || {

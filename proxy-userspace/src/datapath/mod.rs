@@ -39,7 +39,7 @@ pub mod netfilter;
 pub(crate) mod netlink;
 pub mod netns;
 pub mod nftables;
-pub(crate) mod object;
+pub mod object;
 pub(crate) mod pods;
 pub(crate) mod rtnl;
 pub mod sockets;

@@ -20,7 +20,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::{
     replay::Replay,
-    report::{Line, Target, middle, spread},
+    report::{Comparison, Line, Target, middle, spread},
     world::{self, BACKEND_PORT, CLUSTER_IP, World},
 };
 
@@ -71,77 +71,115 @@ enum Call {
     Sendmsg,
 }
 
+/// A call, and the programs that are in its way.
+struct Figure {
+    name: String,
+    call: Call,
+    hook: Hook,
+    program: String,
+    floor: String,
+    cluster_ip: SocketAddr,
+    backend: SocketAddr,
+}
+
+impl Figure {
+    /// ns of the call to the ClusterIP with `program` attached to the cgroup `target`.
+    fn hooked(&self, program: BorrowedFd<'_>, target: u32) -> Result<f64> {
+        // Dropping the link takes the program away.
+        let _link = link::create(program, target, self.hook, 0).context("cannot attach")?;
+        Ok(calls(self.call, self.cluster_ip)?)
+    }
+}
+
+/// All whose names contain `only`.
+fn figures(only: &str) -> Result<Vec<Figure>> {
+    let mut figures = Vec::new();
+    for v6 in [false, true] {
+        let family = if v6 { "6" } else { "4" };
+        let i = usize::from(v6);
+        for (call, what, hooks) in [
+            (Call::Connect, "connect", [Hook::Connect4, Hook::Connect6]),
+            (Call::Sendmsg, "sendmsg", [Hook::Sendmsg4, Hook::Sendmsg6]),
+        ] {
+            let cluster_ip: IpAddr = CLUSTER_IP[i].parse()?;
+            figures.push(Figure {
+                name: format!("socket IPv{family}, {what} to a ClusterIP, added"),
+                call,
+                hook: hooks[i],
+                program: format!("sock_{what}{family}"),
+                floor: format!("floor_{what}{family}"),
+                cluster_ip: SocketAddr::new(cluster_ip, 80),
+                backend: SocketAddr::new(world::backend(v6, false, 0), BACKEND_PORT),
+            });
+        }
+    }
+    figures.retain(|figure| figure.name.contains(only));
+    Ok(figures)
+}
+
+/// What each of two programs adds to a call in every round, the first of them in turn.
+fn both(
+    figure: &Figure,
+    programs: [BorrowedFd<'_>; 2],
+    rounds: usize,
+    target: u32,
+) -> Result<[Vec<f64>; 2]> {
+    let mut added = [Vec::new(), Vec::new()];
+    for round in 0..=rounds {
+        let bare = calls(figure.call, figure.backend)?;
+        for turn in 0..2 {
+            let which = (round + turn) % 2;
+            let ns = figure.hooked(programs[which], target)? - bare;
+            // The first round warms up.
+            if round > 0 {
+                added[which].push(ns);
+            }
+        }
+    }
+    Ok(added)
+}
+
 /// Measures the hooks, and prints a line for each.
 pub(crate) fn measure(world: &World, replay: &Replay, rounds: usize, only: &str) -> Result<()> {
     let cgroup = Cgroup::enter()?;
     let folder = fs::File::open(&cgroup.path)?;
-    let target = folder.as_raw_fd() as u32;
-    for v6 in [false, true] {
-        let family = if v6 { "6" } else { "4" };
-        for (call, what, program, hooks) in [
-            (
-                Call::Connect,
-                "connect",
-                "connect",
-                [Hook::Connect4, Hook::Connect6],
-            ),
-            (
-                Call::Sendmsg,
-                "sendmsg",
-                "sendmsg",
-                [Hook::Sendmsg4, Hook::Sendmsg6],
-            ),
-        ] {
-            let name = format!("socket IPv{family}, {what} to a ClusterIP, added");
-            if !name.contains(only) {
-                continue;
-            }
-            let hook = hooks[usize::from(v6)];
-            let own = world
-                .datapath
-                .program(&format!("sock_{program}{family}"))
-                .context("not loaded")?;
-            let floor = replay.program(&format!("floor_{program}{family}"))?;
-            let ip: IpAddr = CLUSTER_IP[usize::from(v6)].parse()?;
-            let cluster_ip = SocketAddr::new(ip, 80);
-            let backend = SocketAddr::new(world::backend(v6, false, 0), BACKEND_PORT);
-            let (mut added, mut least) = (Vec::new(), Vec::new());
-            for round in 0..=rounds {
-                let bare = calls(call, backend)?;
-                let hooked = |program: BorrowedFd<'_>| -> Result<f64> {
-                    // Dropping the link takes the program away.
-                    let _link = link::create(program, target, hook, 0).context("cannot attach")?;
-                    Ok(calls(call, cluster_ip)?)
-                };
-                let (own, floor) = if round % 2 == 0 {
-                    (hooked(own)?, hooked(floor)?)
-                } else {
-                    let floor = hooked(floor)?;
-                    (hooked(own)?, floor)
-                };
-                if round > 0 {
-                    added.push(own - bare);
-                    least.push(floor - bare);
-                }
-            }
-            let ratios: Vec<f64> = added
-                .iter()
-                .zip(&least)
-                .map(|(own, floor)| own / floor)
-                .collect();
-            Line {
-                name,
-                value: middle(&added),
-                unit: "ns",
-                against: Some("floor"),
-                baseline: Some(middle(&least)),
-                spread: spread(&ratios),
-                target: Some(Target::AtMost(ADDED)),
-            }
-            .print()?;
+    for figure in figures(only)? {
+        let own = world
+            .datapath
+            .program(&figure.program)
+            .context("not loaded")?;
+        let floor = replay.program(&figure.floor)?;
+        let [added, least] = both(&figure, [own, floor], rounds, folder.as_raw_fd() as u32)?;
+        let ratios: Vec<f64> = added
+            .iter()
+            .zip(&least)
+            .map(|(own, floor)| own / floor)
+            .collect();
+        Line {
+            name: figure.name,
+            value: middle(&added),
+            unit: "ns",
+            against: Some("floor"),
+            baseline: Some(middle(&least)),
+            spread: spread(&ratios),
+            target: Some(Target::AtMost(ADDED)),
         }
+        .print()?;
     }
     io::stdout().flush()?;
+    Ok(())
+}
+
+/// Measures two builds' hooks, and prints a line for each.
+pub(crate) fn compare(worlds: [&World; 2], rounds: usize, only: &str) -> Result<()> {
+    let cgroup = Cgroup::enter()?;
+    let folder = fs::File::open(&cgroup.path)?;
+    for figure in figures(only)? {
+        let [old, new] = worlds.map(|world| world.datapath.program(&figure.program));
+        let programs = [old.context("not loaded")?, new.context("not loaded")?];
+        let added = both(&figure, programs, rounds, folder.as_raw_fd() as u32)?;
+        Comparison::of(figure.name, added).print()?;
+    }
     Ok(())
 }
 

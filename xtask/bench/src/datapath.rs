@@ -1,6 +1,6 @@
 //! ns per packet, net of the bare hook: each program beside its floor, round by round.
 
-use std::{net::IpAddr, os::fd::BorrowedFd};
+use std::{fs, net::IpAddr, os::fd::BorrowedFd, path::Path};
 
 use anyhow::{Context, Result, bail};
 use etherparse::PacketBuilder;
@@ -14,7 +14,7 @@ use shunt_lab::Lab;
 use crate::{
     connect,
     replay::{Hook, Replay, Script, Vary},
-    report::{Line, Target, middle, spread},
+    report::{Comparison, Line, Target, middle, spread},
     world::{
         self, BACKEND_PORT, CLIENT, CLUSTER_IP, FLOWS, LOCAL_PORT, REMOTE_PORT, TO_CLUSTER_IP,
         TO_LOCAL, TO_REMOTE, World,
@@ -44,6 +44,7 @@ const ONE_FLOW: u32 = 40_000;
 const NEW_FLOWS: u32 = 16_384;
 
 /// One kind of packet at one hook.
+#[derive(Clone)]
 struct Case {
     name: String,
     hook: Hook,
@@ -67,6 +68,15 @@ struct Stage {
 
 /// Measures everything. Needs root.
 pub(crate) fn measure(quick: bool, only: &str) -> Result<()> {
+    let lab = lab()?;
+    let counts: &[u32] = if quick { &[1] } else { &[1, 10_000, 100_000] };
+    let rounds = if quick { QUICK_ROUNDS } else { ROUNDS };
+    lab.ns("node-a")?
+        .run(|| in_namespace(&lab, counts, rounds, only))
+}
+
+/// A node whose neighbours are known.
+pub(crate) fn lab() -> Result<Lab> {
     Lab::sweep_stale()?;
     let lab = Lab::new()?;
     let ns = lab.ns("node-a")?;
@@ -79,24 +89,85 @@ pub(crate) fn measure(quick: bool, only: &str) -> Result<()> {
         })
         .collect();
     ns.ip(&lines)?;
-    let counts: &[u32] = if quick { &[1] } else { &[1, 10_000, 100_000] };
-    ns.run(|| {
-        in_namespace(
-            &lab,
-            counts,
-            if quick { QUICK_ROUNDS } else { ROUNDS },
-            only,
-        )
+    Ok(lab)
+}
+
+/// Two objects, each over maps of its own, beside each other: every case with flows in order and,
+/// where there are many, in random order. Needs root.
+pub(crate) fn compare(old: &Path, new: &Path, quick: bool, only: &str) -> Result<()> {
+    let lab = lab()?;
+    let objects = [("old", fs::read(old)?), ("new", fs::read(new)?)];
+    let rounds = if quick { QUICK_ROUNDS } else { ROUNDS };
+    lab.ns("node-a")?.run(|| {
+        let device = pin_to_cpu()?;
+        let mut stages = Vec::new();
+        for (name, object) in &objects {
+            let world = World::of_object(&lab, name, object)
+                .with_context(|| format!("the {name} programs"))?;
+            let replay = Replay::load(&world.datapath, device)?;
+            stages.push(Stage {
+                services: 1,
+                world,
+                replay,
+            });
+        }
+        connect::compare([&stages[0].world, &stages[1].world], rounds[0], only)?;
+        for v6 in [false, true] {
+            prepare(&mut stages, v6)?;
+            for case in in_both_orders(cases(&stages[0].world, v6)) {
+                if case.name.contains(only) {
+                    play_both(&mut stages, &case, rounds).with_context(|| case.name.clone())?;
+                }
+            }
+        }
+        Ok(())
     })
 }
 
-fn in_namespace(lab: &Lab, counts: &[u32], rounds: [usize; 2], only: &str) -> Result<()> {
+fn in_both_orders(cases: Vec<Case>) -> impl Iterator<Item = Case> {
+    cases.into_iter().flat_map(|case| {
+        let many = !case.fresh && case.script.mask != 0;
+        let random = many.then(|| Case {
+            name: format!("{}, random order", case.name),
+            script: Script {
+                random: true,
+                ..case.script.clone()
+            },
+            ..case.clone()
+        });
+        [Some(case), random].into_iter().flatten()
+    })
+}
+
+/// Plays a case on both stages, round by round, the first one in turn, and prints its line.
+fn play_both(stages: &mut [Stage], case: &Case, rounds: [usize; 2]) -> Result<()> {
+    let mut figures = [Vec::new(), Vec::new()];
+    let rounds = rounds[usize::from(case.repeat == ONE_FLOW)];
+    for round in 0..=rounds {
+        for turn in 0..2 {
+            let which = (round + turn) % 2;
+            let (own, _, empty) = one_round(&mut stages[which], case, round)?;
+            // The first round warms up.
+            if round > 0 {
+                figures[which].push(own - empty);
+            }
+        }
+    }
+    Comparison::of(case.name.clone(), figures).print()
+}
+
+/// Keeps this thread on one CPU; the index of the device that packets come in through.
+fn pin_to_cpu() -> Result<u32> {
     let mut cpus = CpuSet::new();
     cpus.set(1);
     // With one CPU there is none to choose.
     let _one = sched_setaffinity(None, &cpus);
     let socket = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
-    let device = name_to_index(socket, "eth0")?;
+    Ok(name_to_index(socket, "eth0")?)
+}
+
+fn in_namespace(lab: &Lab, counts: &[u32], rounds: [usize; 2], only: &str) -> Result<()> {
+    let device = pin_to_cpu()?;
     let mut stages = Vec::new();
     for &services in counts {
         let world = World::new(lab, services)?;
@@ -109,25 +180,31 @@ fn in_namespace(lab: &Lab, counts: &[u32], rounds: [usize; 2], only: &str) -> Re
     }
     connect::measure(&stages[0].world, &stages[0].replay, rounds[0], only)?;
     for v6 in [false, true] {
-        for stage in &mut stages {
-            let Stage { world, replay, .. } = stage;
-            let places = match v6 {
-                false => world.places::<V4>(false),
-                true => world.places::<V6>(true),
-            };
-            let table: Vec<(u16, u8)> = places
-                .into_iter()
-                .map(|(which, port)| (port, last(world::backend(v6, false, which))))
-                .collect();
-            replay.set_ports(&table)?;
-            world.open_flows()?;
-            fill(world, replay, v6)?;
-        }
+        prepare(&mut stages, v6)?;
         for case in cases(&stages[0].world, v6) {
             if case.name.contains(only) {
                 play(&mut stages, &case, rounds).with_context(|| case.name.clone())?;
             }
         }
+    }
+    Ok(())
+}
+
+/// Opens the flows of a family on every stage, and fills what new ones evict.
+fn prepare(stages: &mut [Stage], v6: bool) -> Result<()> {
+    for stage in stages {
+        let Stage { world, replay, .. } = stage;
+        let places = match v6 {
+            false => world.places::<V4>(false),
+            true => world.places::<V6>(true),
+        };
+        let table: Vec<(u16, u8)> = places
+            .into_iter()
+            .map(|(which, port)| (port, last(world::backend(v6, false, which))))
+            .collect();
+        replay.set_ports(&table)?;
+        world.open_flows()?;
+        fill(world, replay, v6)?;
     }
     Ok(())
 }
@@ -195,18 +272,21 @@ fn cases(world: &World, v6: bool) -> Vec<Case> {
         vary: Vary::Source,
         mask,
         base: low(client),
+        random: false,
     };
     let reply = |from, port, mask| Script {
         packet: packet(from, BACKEND_PORT, client, port, false).expect("a packet"),
         vary: Vary::Destination,
         mask,
         base: low(client),
+        random: false,
     };
     let snat_reply = |mask| Script {
         packet: packet(remote, BACKEND_PORT, node, 10_240, false).expect("a packet"),
         vary: Vary::Port,
         mask,
         base: 0,
+        random: false,
     };
     // Of the first flow only: client, port and backend would have to vary together.
     let port = world.first_port();
@@ -215,12 +295,14 @@ fn cases(world: &World, v6: bool) -> Vec<Case> {
         vary: Vary::Source,
         mask: 0,
         base: low(client),
+        random: false,
     };
     let snat_reply_out = || Script {
         packet: packet(remote, BACKEND_PORT, client, port, false).expect("a packet"),
         vary: Vary::Destination,
         mask: 0,
         base: low(client),
+        random: false,
     };
     let fresh = |to, to_port| Script {
         packet: packet(client, 50_000, to, to_port, true).expect("a packet"),
@@ -231,6 +313,7 @@ fn cases(world: &World, v6: bool) -> Vec<Case> {
         } else {
             u32::from_be_bytes([100, 0, 0, 0])
         },
+        random: false,
     };
     let mut cases = Vec::new();
     for (mask, flows) in [(0, "1 flow"), (FLOWS - 1, "65,536 flows")] {

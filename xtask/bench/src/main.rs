@@ -31,6 +31,13 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum What {
+    /// ns per packet of two builds' programs.
+    Compare {
+        /// The older one's object.
+        old: std::path::PathBuf,
+        /// The newer one's object.
+        new: std::path::PathBuf,
+    },
     /// ns per packet of the XDP and tc programs, and per call of the socket programs.
     Datapath,
     /// A DNAT at tc that does only the unavoidable, for `bench connections`.
@@ -42,6 +49,7 @@ enum What {
 fn main() -> Result<()> {
     let cli = Cli::parse();
     match cli.what {
+        What::Compare { old, new } => datapath::compare(&old, &new, cli.quick, &cli.only),
         What::Datapath => datapath::measure(cli.quick, &cli.only),
         What::Nat(args) => nat::run(&args),
         What::Sync => sync::measure(cli.quick, &cli.only),

@@ -17,6 +17,8 @@ use shunt_common::layout::names;
 pub(crate) static FLOORS: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/shunt-floors"));
 
+/// In the script's `vary`: a random order.
+const RANDOM: u32 = 1 << 8;
 /// Bytes of the packet that the replay program puts back.
 const RESTORED: usize = 80;
 
@@ -47,6 +49,8 @@ pub(crate) struct Script {
     pub(crate) mask: u32,
     /// The last 32 bits that the packet's number is added to.
     pub(crate) base: u32,
+    /// The packets come in a random order, each once; else by their numbers.
+    pub(crate) random: bool,
 }
 
 #[repr(C)]
@@ -186,7 +190,8 @@ impl Replay {
             Vary::Source => 1,
             Vary::Destination => 3,
             Vary::Port => 5,
-        } + v6;
+        } + v6
+            + if script.random { RANDOM } else { 0 };
         let value = Value {
             packet: words,
             vary,

@@ -40,6 +40,36 @@ impl Line {
     }
 }
 
+/// One figure of two builds, ns.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Comparison {
+    /// What was measured.
+    pub(crate) name: String,
+    /// The middle of the old one's rounds.
+    pub(crate) old: f64,
+    /// The same, further by the middle of the rounds' differences.
+    pub(crate) new: f64,
+}
+
+impl Comparison {
+    /// What the rounds of the old and the new one come to.
+    pub(crate) fn of(name: String, [old, new]: [Vec<f64>; 2]) -> Self {
+        let differences: Vec<f64> = new.iter().zip(&old).map(|(new, old)| new - old).collect();
+        let old = middle(&old);
+        Self {
+            name,
+            old,
+            new: old + middle(&differences),
+        }
+    }
+
+    /// Prints it.
+    pub(crate) fn print(&self) -> anyhow::Result<()> {
+        println!("{}", serde_json::to_string(self)?);
+        Ok(())
+    }
+}
+
 /// The mean of the middle half: as steady as the median, and finer than whole nanoseconds.
 pub(crate) fn middle(figures: &[f64]) -> f64 {
     let mut sorted = figures.to_vec();

@@ -7,8 +7,10 @@ use anyhow::{Context, Result};
 use shunt::{
     datapath::{
         Capacities, bpf,
-        load::{Datapath, LoadConfig, load},
+        load::{self, Datapath, LoadConfig},
         maps::Maps,
+        object,
+        start::Stopwatch,
     },
     object::{ObjectName, Protocol},
     plan::{
@@ -148,6 +150,15 @@ impl World {
     /// Loads the programs for `lab`'s first node with room for `services` Services. Runs in the
     /// node's namespace.
     pub(crate) fn new(lab: &Lab, services: u32) -> Result<Self> {
+        Self::load(lab, &services.to_string(), services, object::object())
+    }
+
+    /// The same with the programs of another build, pinned under a name of their own.
+    pub(crate) fn of_object(lab: &Lab, name: &str, object: &[u8]) -> Result<Self> {
+        Self::load(lab, name, 1, object)
+    }
+
+    fn load(lab: &Lab, name: &str, services: u32, object: &[u8]) -> Result<Self> {
         let defaults = Capacities::default();
         let capacities = Capacities {
             frontends: defaults.frontends.max(services * 4),
@@ -156,15 +167,16 @@ impl World {
             snat: SNAT_SLOTS,
             ..defaults
         };
-        let bpf_root = lab.bpf_root(&format!("node-a-{services}"));
-        let datapath = load(&LoadConfig {
+        let bpf_root = lab.bpf_root(&format!("node-a-{name}"));
+        let config = LoadConfig {
             bpf_root: bpf_root.clone(),
             capacities,
             socket_lb: true,
             xdp: true,
             fast_path: false,
             count_traffic: false,
-        })?;
+        };
+        let datapath = load::load_object(&config, object, &mut Stopwatch::start())?;
         let maps = Arc::new(Maps::open(&bpf_root)?);
         let node = lab.node_ips("node-a")?;
         let settings = node_settings(&node);

@@ -51,36 +51,57 @@ fn build(workspace: &str, package: &str, sources: &str, object: &str) -> Result<
         println!("cargo::rerun-if-changed={}", workspace.join(path).display());
     }
 
-    let mut tools = tools(&env_file)?;
+    let target = match variable("CARGO_CFG_TARGET_ENDIAN")?.as_str() {
+        "big" => "bpfeb-unknown-none",
+        _ => "bpfel-unknown-none",
+    };
+    // Apart from the outer target folder, whose lock the outer cargo holds while this runs.
+    let (built, stderr) = compile(
+        &workspace,
+        &workspace.join("target/bpf"),
+        &env_file,
+        target,
+        sources,
+        object,
+    )?;
+    for warning in warnings(&stderr) {
+        println!("cargo::warning={package}: {warning}");
+    }
+    fs::copy(&built, &out).map_err(|e| format!("{} to {}: {e}", built.display(), out.display()))?;
+    Ok(())
+}
+
+/// Builds the binary `object` of the package in the folder `sources` of `workspace` for `target`
+/// into `target_dir`, with the tools that `env_file` lists; its path, and what the compiler said.
+///
+/// # Errors
+/// What is missing, or the compiler's messages.
+pub fn compile(
+    workspace: &Path,
+    target_dir: &Path,
+    env_file: &Path,
+    target: &str,
+    sources: &str,
+    object: &str,
+) -> Result<(PathBuf, String), String> {
+    let mut tools = tools(env_file)?;
     let linker = tools.remove("BPF_LINKER").ok_or_else(|| {
         format!(
             "{}: no BPF_LINKER: run `cargo xtask setup`",
             env_file.display()
         )
     })?;
-    let target = match variable("CARGO_CFG_TARGET_ENDIAN")?.as_str() {
-        "big" => "bpfeb-unknown-none",
-        _ => "bpfel-unknown-none",
-    };
-    // Apart from the outer target folder, whose lock the outer cargo holds while this runs.
-    let target_dir = workspace.join("target/bpf");
-
     let mut cargo = Command::new(
         tools
             .remove("CARGO")
             .map_or_else(|| variable("CARGO"), Ok)?,
     );
     cargo
-        .current_dir(&workspace)
-        .args([
-            "build",
-            "--package",
-            package,
-            "--release",
-            "-Zbuild-std=core",
-        ])
+        .current_dir(workspace)
+        .args(["build", "--release", "-Zbuild-std=core", "--manifest-path"])
+        .arg(Path::new(sources).join("Cargo.toml"))
         .args(["--bin", object, "--target", target, "--target-dir"])
-        .arg(&target_dir);
+        .arg(target_dir);
     // What the outer build says to its own compiler (clippy's wrapper, coverage flags, a cross
     // target) is not for this one.
     for name in [
@@ -128,16 +149,12 @@ fn build(workspace: &str, package: &str, sources: &str, object: &str) -> Result<
     let stderr = String::from_utf8_lossy(&output.stderr);
     if !output.status.success() {
         return Err(format!(
-            "{stderr}\n{package} does not build ({}); see above",
+            "{stderr}\n{sources} does not build ({}); see above",
             output.status
         ));
     }
-    for warning in warnings(&stderr) {
-        println!("cargo::warning={package}: {warning}");
-    }
     let built = target_dir.join(target).join("release").join(object);
-    fs::copy(&built, &out).map_err(|e| format!("{} to {}: {e}", built.display(), out.display()))?;
-    Ok(())
+    Ok((built, stderr.into_owned()))
 }
 
 /// The toolchain that `cargo xtask setup` wrote down: lines of `KEY=VALUE`, empty lines and `#`

@@ -12,6 +12,8 @@ use crate::wire::set;
 
 /// Words of the packet that are put back: Ethernet, IPv6 and TCP are 74 bytes.
 const WORDS: usize = 10;
+/// In [`Script::vary`]: all packets of the mask once, in a random order.
+const RANDOM: u32 = 1 << 8;
 /// Entries of [`PORTS`].
 const PORTS_LEN: usize = 65_536;
 
@@ -23,7 +25,8 @@ pub(crate) struct Script {
     packet: [u64; WORDS],
     /// Where the number of the packet is added to a 32-bit word in network order: 0 nowhere, 1 IPv4
     /// source, 2 IPv6 source (last word), 3 IPv4 destination, 4 IPv6 destination; 5 and 6 (IPv4,
-    /// IPv6): destination port and the last byte of the source from `ports`.
+    /// IPv6): destination port and the last byte of the source from `ports`. With [`RANDOM`] the
+    /// numbers come in an order that no prefetcher foresees.
     vary: u32,
     /// Number of packets before the first comes again, less one; ones from the lowest bit on.
     mask: u32,
@@ -60,9 +63,15 @@ fn prepare(start: usize, end: usize) -> bool {
         }
         let n = (*script).next;
         (*script).next = n.wrapping_add(1);
-        let n = n & (*script).mask;
+        let mut n = n & (*script).mask;
+        if (*script).vary & RANDOM != 0 {
+            // Each step is one to one on the bits of the mask.
+            n ^= n >> 7;
+            n = n.wrapping_mul(0x9e37_79b1) & (*script).mask;
+            n ^= n >> 5;
+        }
         let word = ((*script).base.wrapping_add(n)).to_be();
-        match (*script).vary {
+        match (*script).vary & !RANDOM {
             1 => set(packet, 26, word),
             2 => set(packet, 34, word),
             3 => set(packet, 30, word),
@@ -72,7 +81,7 @@ fn prepare(start: usize, end: usize) -> bool {
                     return false;
                 };
                 let (port, last) = ((*entry as u16).to_be(), (*entry >> 16) as u8);
-                if (*script).vary == 5 {
+                if (*script).vary & !RANDOM == 5 {
                     set(packet, 36, port);
                     set(packet, 29, last);
                 } else {

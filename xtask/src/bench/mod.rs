@@ -6,6 +6,7 @@
 //! that is slower for a while is so for all.
 
 mod chart;
+mod compare;
 mod connections;
 mod datapath;
 mod lines;
@@ -21,7 +22,7 @@ use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{
-    build,
+    build, setup,
     shell::{as_root, cargo, is_root, run, say, show, target},
 };
 
@@ -31,7 +32,10 @@ pub(crate) use report::{Row, Target};
 
 /// Arguments of `bench`.
 #[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct Args {
+    #[command(subcommand)]
+    verb: Option<Verb>,
     /// What to measure; everything if nothing is named.
     groups: Vec<Group>,
     /// Fewer rounds and smaller sizes: everything within a minute. The results page is left as it
@@ -44,6 +48,14 @@ pub(crate) struct Args {
     /// Everything is built already: set when this starts itself again as root.
     #[arg(long, hide = true)]
     built: bool,
+}
+
+/// Other than measuring this tree.
+#[derive(Debug, clap::Subcommand)]
+enum Verb {
+    /// The programs of two commits in one run on one CPU, round by round: what changed by more than
+    /// 3 % or 2 ns, whichever is larger.
+    Compare(compare::Args),
 }
 
 /// What can be measured.
@@ -133,6 +145,11 @@ impl Bench {
 ///
 /// When the build or a group fails; the other groups are measured and reported all the same.
 pub(crate) fn bench(args: &Args) -> Result<()> {
+    if let Some(Verb::Compare(args)) = &args.verb {
+        setup::setup()?;
+        anyhow::ensure!(is_root(), "bench compare loads programs: run it as root");
+        return compare::compare(args);
+    }
     if !args.built {
         build::build()?;
         // Clients and servers are this program, which itself is not optimized.

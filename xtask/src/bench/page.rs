@@ -98,7 +98,7 @@ fn unexplained<'a>(page: &str, rows: &'a [Row]) -> Vec<&'a Row> {
 }
 
 /// Date, machine, kernel and commit.
-fn circumstances() -> String {
+pub(super) fn circumstances() -> String {
     let said = |program: &str, args: &[&str]| {
         let mut command = std::process::Command::new(program);
         command.args(args).current_dir(root());
