@@ -85,7 +85,6 @@ impl Tree {
         let name = format!("{commit}^{{commit}}");
         let hash = capture(git().args(["rev-parse", "--verify", "--short", &name]))
             .with_context(|| format!("{commit} is not a commit of this repository"))?;
-        // One that an interrupted run left behind bears another process's number.
         let folder =
             target()
                 .join("compare")
@@ -169,6 +168,26 @@ impl Drop for Tree {
     }
 }
 
+/// Removes the trees of runs that were killed: the last part of such a name is the process.
+fn sweep() -> Result<()> {
+    for entry in fs::read_dir(target().join("compare"))? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let Some((_, process)) = name.rsplit_once('-') else {
+            continue;
+        };
+        let process: Option<u32> = process.parse().ok();
+        let ended = process.is_some_and(|id| !Path::new(&format!("/proc/{id}")).exists());
+        if path.is_dir() && ended {
+            drop(Tree {
+                folder: path,
+                exported: true,
+            });
+        }
+    }
+    Ok(())
+}
+
 fn keep(file: &Path, place: &Path) -> Result<PathBuf> {
     fs::copy(file, place).with_context(|| format!("{}", file.display()))?;
     Ok(place.to_owned())
@@ -186,6 +205,7 @@ fn git() -> Command {
 /// When a commit is none, does not build, or its programs do not load.
 pub(super) fn compare(args: &Args) -> Result<()> {
     fs::create_dir_all(target().join("compare"))?;
+    sweep()?;
     let old = Tree::new(Some(&args.old))?;
     let new = Tree::new(args.new.as_deref())?;
     let here = Tree::new(None)?.layout()?;
