@@ -18,6 +18,7 @@ mod faults;
 mod relay;
 mod selector;
 mod serve;
+mod state;
 mod store;
 
 use std::{
@@ -26,7 +27,7 @@ use std::{
     net::{SocketAddr, TcpListener},
     path::PathBuf,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
         mpsc,
     },
@@ -53,6 +54,7 @@ pub use faults::{Faults, Gone, Refusal, Streaming};
 pub use relay::Relay;
 pub use store::Kind;
 
+use state::{Shared, State};
 use store::Store;
 
 /// What clients are let in with at first.
@@ -64,49 +66,6 @@ pub const CLUSTER_IP: &str = "10.96.0.1";
 const SERVICE_ACCOUNT: &str = "secrets/kubernetes.io/serviceaccount";
 /// The first version; real ones do not begin with 1 either.
 const FIRST_VERSION: u64 = 1000;
-
-/// State that requests, watches and the test see.
-#[derive(Debug)]
-struct State {
-    store: Store,
-    faults: Faults,
-    token: String,
-    /// `METHOD /path?query VERSION` of every request.
-    requests: Vec<String>,
-    /// Watches that began with a smaller number end.
-    drops: u64,
-    /// As `drops`, in mid-object.
-    cuts: u64,
-    /// Watches that began with a smaller number send a bookmark.
-    marks: u64,
-}
-
-/// [`State`] and its bell.
-#[derive(Debug)]
-struct Shared {
-    state: Mutex<State>,
-    generation: watch::Sender<u64>,
-    watches: AtomicUsize,
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn notify(&self) {
-        self.generation.send_modify(|generation| *generation += 1);
-    }
-
-    async fn until_changed(&self, holds: impl Fn(&State) -> bool) {
-        let mut generation = self.generation.subscribe();
-        while !holds(&self.lock()) {
-            if generation.changed().await.is_err() {
-                return;
-            }
-        }
-    }
-}
 
 /// What the thread that serves is told.
 enum Order {

@@ -25,9 +25,9 @@ use tokio::{
 };
 
 use crate::{
-    Shared,
     faults::{Gone, Streaming},
     selector::Selector,
+    state::Shared,
     store::{Key, Kind, Object, Wanted},
 };
 

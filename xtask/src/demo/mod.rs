@@ -22,7 +22,7 @@ use shunt_lab::{
 
 use crate::shell::{root, say, target};
 
-use table::Row;
+use table::{Row, Vantage};
 use view::{Address, Frontend, Hooks, View};
 
 /// Flows per client and address in the one round that must meet every backend: with 6 clients and 3
@@ -34,19 +34,6 @@ const FLOWS_LIVE: u32 = 2;
 const PAUSE: Duration = Duration::from_millis(500);
 /// How long a client waits for an answer: the lab answers within a millisecond.
 const TIMEOUT: Duration = Duration::from_secs(1);
-
-/// Who dials, for the latency columns.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Vantage {
-    /// A pod whose sockets are hooked.
-    Pod,
-    /// A pod whose packets are translated.
-    Packets,
-    /// A process on a node.
-    Node,
-    /// A host outside of the cluster.
-    Outside,
-}
 
 /// Traffic through every frontend once; prints the table.
 ///

@@ -8,16 +8,26 @@ use std::{
 
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 
-use super::{
-    Vantage,
-    view::{Frontend, Hooks},
-};
+use super::view::{Frontend, Hooks};
 
 /// Latencies that a row keeps per client kind: the last ones, for a median that follows what
 /// happens.
 const KEPT_LATENCIES: usize = 256;
 /// Without a terminal the table is printed anew after so long.
 const PRINT_EVERY: Duration = Duration::from_secs(5);
+
+/// Who dials, for the latency columns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Vantage {
+    /// A pod whose sockets are hooked.
+    Pod,
+    /// A pod whose packets are translated.
+    Packets,
+    /// A process on a node.
+    Node,
+    /// A host outside of the cluster.
+    Outside,
+}
 
 /// What is known of one frontend.
 #[derive(Default)]

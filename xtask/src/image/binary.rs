@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::Arch;
+use super::arch::Arch;
 use crate::shell::{capture, cargo, run, say, target, which};
 
 /// A target whose programs need nothing at run time.

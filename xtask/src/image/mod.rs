@@ -4,6 +4,7 @@
 //! image-archive`, `podman load`, `docker load` (25 and later) and `skopeo copy oci-archive:` take
 //! it. The same sources give the same bytes: nothing in it has a time or a user.
 
+mod arch;
 mod binary;
 mod oci;
 mod trial;
@@ -12,13 +13,13 @@ use std::{fs, path::PathBuf};
 
 use anyhow::{Context, Result, bail};
 
+use arch::Arch;
+use oci::NAME;
+
 use crate::{
     setup,
     shell::{say, target},
 };
-
-/// The image's name; `deploy/base/daemonset.yaml` has the same.
-const NAME: &str = concat!("localhost/shunt:", env!("CARGO_PKG_VERSION"));
 
 /// Arguments of `image`.
 #[derive(Debug, clap::Args)]
@@ -33,32 +34,6 @@ pub(crate) struct Args {
     /// Import it into a containerd of its own and run the agent from it. Needs root.
     #[arg(long = "try")]
     trial: bool,
-}
-
-/// What the image runs on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum Arch {
-    /// x86-64.
-    Amd64,
-    /// 64-bit Arm.
-    Arm64,
-}
-
-impl Arch {
-    const ALL: [Self; 2] = [Self::Amd64, Self::Arm64];
-
-    /// As Rust names it.
-    fn rust(self) -> &'static str {
-        match self {
-            Self::Amd64 => "x86_64",
-            Self::Arm64 => "aarch64",
-        }
-    }
-
-    /// Whether this machine is one.
-    fn is_here(self) -> bool {
-        std::env::consts::ARCH == self.rust()
-    }
 }
 
 /// Builds the agent for every architecture, writes the archive, and says how to load it.

@@ -12,7 +12,10 @@ use oci_spec::image::{
 use sha2::{Digest, Sha256};
 use tar::{EntryType, Header};
 
-use super::Arch;
+use super::arch::Arch;
+
+/// The image's name; `deploy/base/daemonset.yaml` has the same.
+pub(super) const NAME: &str = concat!("localhost/shunt:", env!("CARGO_PKG_VERSION"));
 
 /// Where the agent is in the image.
 pub(super) const AGENT: &str = "usr/bin/shunt";

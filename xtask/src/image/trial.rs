@@ -15,7 +15,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use shunt_lab::{Lab, PodSpec, Port, Sockets};
 
-use super::NAME;
+use super::oci::NAME;
 use crate::shell::{capture, is_root, run, say, target, which};
 
 /// Debian's packages of containerd; unpacked, not installed: installing them would start a service

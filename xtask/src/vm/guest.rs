@@ -10,14 +10,24 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use super::{BEGIN, END, Program, kernel::Kernel};
+use super::kernel::Kernel;
 use crate::shell::{capture, root, which};
 
+/// Printed by the guest before the first test program and after the last, with the number of
+/// programs that failed.
+pub(super) const BEGIN: &str = "shunt-vm: begin";
+pub(super) const END: &str = "shunt-vm: end, failed: ";
 /// The way to a 9p root with a layer in memory. Debian's kernels have the PCI bus and ACPI built
 /// in.
 const MODULES: [&str; 4] = ["virtio_pci", "9pnet_virtio", "9p", "overlay"];
 const INIT: &str = include_str!("init.sh");
 const GUEST: &str = include_str!("guest.sh");
+
+/// A test program, and the part of the names of its tests that are run.
+pub(super) struct Program {
+    pub(super) path: PathBuf,
+    pub(super) filter: Option<String>,
+}
 
 /// Packs the initial file system of one run.
 ///

@@ -19,15 +19,12 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
+use guest::{BEGIN, END, Program};
+
 use crate::{
     setup,
     shell::{cargo, say, target},
 };
-
-/// Printed by the guest before the first test program and after the last, with the number of
-/// programs that failed.
-const BEGIN: &str = "shunt-vm: begin";
-const END: &str = "shunt-vm: end, failed: ";
 
 /// Arguments of `vm`.
 #[derive(Debug, clap::Args)]
@@ -122,12 +119,6 @@ pub(crate) fn vm(args: &Args) -> Result<()> {
         );
     }
     Ok(())
-}
-
-/// A test program, and the part of the names of its tests that are run.
-struct Program {
-    path: PathBuf,
-    filter: Option<String>,
 }
 
 /// Builds test programs.

@@ -19,9 +19,10 @@ use shunt::{
 use shunt_lab::{AgentOptions, Lab};
 
 use super::{
-    ARRIVAL_US, FIRST_SYNC_S, MEMORY_MIB, capacities,
-    inside::{field, nth},
-    line, objects,
+    figures::{
+        ARRIVAL_US, ENDPOINTS, FIRST_SYNC_S, MEMORY_MIB, TARGETED, capacities, field, line, nth,
+    },
+    objects,
     server::Server,
 };
 use crate::report::Line;
@@ -65,7 +66,7 @@ pub(super) fn measure(services: u32, changes: u32) -> Result<Vec<Line>> {
     let (ready, cpu_ready) = (Instant::now(), cpu());
     let expected = format!(
         "ready: {services} services, {} backends",
-        services * super::ENDPOINTS
+        services * ENDPOINTS
     );
     ensure!(
         agent.ready_line().starts_with(&expected),
@@ -120,7 +121,7 @@ pub(super) fn measure(services: u32, changes: u32) -> Result<Vec<Line>> {
     Ok(vec![
         match services {
             // NUMBERS: one `nft -f` of 10,000 Services, in a run of its own.
-            super::TARGETED => first.beside(
+            TARGETED => first.beside(
                 "kube-proxy's nftables rules loaded at once (2026-11-20)",
                 70.0,
             ),

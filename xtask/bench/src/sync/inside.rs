@@ -3,7 +3,7 @@
 
 use std::{sync::Arc, time::Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use rustix::time::{ClockId, clock_gettime};
 use shunt::{
     datapath::{
@@ -17,7 +17,7 @@ use shunt::{
 use shunt_lab::Lab;
 
 use super::{
-    CHANGE_US, FIRST_SYNC_S, capacities, line,
+    figures::{CHANGE_US, FIRST_SYNC_S, capacities, line, nth},
     objects::{self, Generation},
 };
 use crate::{report::Line, world::node_settings};
@@ -97,22 +97,8 @@ fn in_namespace(lab: &Lab, services: u32, changes: u32) -> Result<Vec<Line>> {
     ])
 }
 
-/// A Service for each change, far from the one before.
-pub(super) fn nth(change: u32, services: u32) -> u32 {
-    (u64::from(change) * 7919 % u64::from(services)) as u32
-}
-
 /// CPU time of this thread, seconds.
 fn cpu_s() -> f64 {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
-}
-
-/// The number behind a key of a file like `/proc/<pid>/status` or `cpu.stat`.
-pub(super) fn field(text: &str, key: &str) -> Result<f64> {
-    let line = text.lines().find_map(|line| line.strip_prefix(key));
-    let value = line.and_then(|line| line.trim_start_matches(':').split_whitespace().next());
-    value
-        .and_then(|value| value.parse().ok())
-        .with_context(|| format!("no {key}"))
 }

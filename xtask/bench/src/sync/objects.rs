@@ -7,7 +7,7 @@ use shunt::object::{
     TrafficPolicy,
 };
 
-use super::ENDPOINTS;
+use super::figures::ENDPOINTS;
 
 /// The first cluster IP is the one after this.
 const CLUSTER_IPS: u32 = u32::from_be_bytes([10, 96, 0, 0]);

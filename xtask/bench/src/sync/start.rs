@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use shunt_lab::{Agent, AgentOptions, Lab, PodSpec};
 
 use super::{
-    line,
+    figures::line,
     objects::{self, Generation},
 };
 use crate::report::{Line, Target};
