@@ -14,13 +14,13 @@ use std::{
     time::Instant,
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use shunt::datapath::bpf::link::{self, Hook};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::{
     replay::Replay,
-    report::{Comparison, Line, Target, middle, spread},
+    report::{Comparison, Line, Target, middle, quick, spread},
     world::{self, BACKEND_PORT, CLUSTER_IP, World},
 };
 
@@ -83,6 +83,12 @@ struct Figure {
 }
 
 impl Figure {
+    /// The program of a world's build.
+    fn program<'w>(&self, world: &'w World) -> Result<BorrowedFd<'w>> {
+        let program = world.datapath.program(&self.program);
+        program.context("the program is not loaded")
+    }
+
     /// ns of the call to the ClusterIP with `program` attached to the cgroup `target`.
     fn hooked(&self, program: BorrowedFd<'_>, target: u32) -> Result<f64> {
         // Dropping the link takes the program away.
@@ -117,26 +123,30 @@ fn figures(only: &str) -> Result<Vec<Figure>> {
     Ok(figures)
 }
 
-/// What each of two programs adds to a call in every round, the first of them in turn.
-fn both(
+/// ns per call with each of the programs in every round, the first of them in turn; and without.
+fn beside<const N: usize>(
     figure: &Figure,
-    programs: [BorrowedFd<'_>; 2],
+    programs: [BorrowedFd<'_>; N],
     rounds: usize,
     target: u32,
-) -> Result<[Vec<f64>; 2]> {
-    let mut added = [Vec::new(), Vec::new()];
+) -> Result<([Vec<f64>; N], Vec<f64>)> {
+    let mut hooked = [const { Vec::new() }; N];
+    let mut bare = Vec::new();
     for round in 0..=rounds {
-        let bare = calls(figure.call, figure.backend)?;
-        for turn in 0..2 {
-            let which = (round + turn) % 2;
-            let ns = figure.hooked(programs[which], target)? - bare;
-            // The first round warms up.
+        let without = calls(figure.call, figure.backend)?;
+        // The first round warms up.
+        if round > 0 {
+            bare.push(without);
+        }
+        for turn in 0..N {
+            let which = (round + turn) % N;
+            let ns = figure.hooked(programs[which], target)?;
             if round > 0 {
-                added[which].push(ns);
+                hooked[which].push(ns);
             }
         }
     }
-    Ok(added)
+    Ok((hooked, bare))
 }
 
 /// Measures the hooks, and prints a line for each.
@@ -144,12 +154,15 @@ pub(crate) fn measure(world: &World, replay: &Replay, rounds: usize, only: &str)
     let cgroup = Cgroup::enter()?;
     let folder = fs::File::open(&cgroup.path)?;
     for figure in figures(only)? {
-        let own = world
-            .datapath
-            .program(&figure.program)
-            .context("not loaded")?;
+        let own = figure.program(world)?;
         let floor = replay.program(&figure.floor)?;
-        let [added, least] = both(&figure, [own, floor], rounds, folder.as_raw_fd() as u32)?;
+        let (hooked, bare) = beside(&figure, [own, floor], rounds, folder.as_raw_fd() as u32)?;
+        let [added, least] = hooked.map(|hooked| {
+            let pairs = hooked.iter().zip(&bare);
+            pairs
+                .map(|(hooked, bare)| hooked - bare)
+                .collect::<Vec<_>>()
+        });
         let ratios: Vec<f64> = added
             .iter()
             .zip(&least)
@@ -170,15 +183,22 @@ pub(crate) fn measure(world: &World, replay: &Replay, rounds: usize, only: &str)
     Ok(())
 }
 
-/// Measures two builds' hooks, and prints a line for each.
-pub(crate) fn compare(worlds: [&World; 2], rounds: usize, only: &str) -> Result<()> {
+/// Measures the hooks of two builds, each loaded twice, and prints a line for each.
+pub(crate) fn compare(worlds: &[&World], rounds: usize, only: &str) -> Result<()> {
+    let &[old, new, old_again, new_again] = worlds else {
+        bail!("{} worlds are not two builds loaded twice", worlds.len());
+    };
     let cgroup = Cgroup::enter()?;
     let folder = fs::File::open(&cgroup.path)?;
     for figure in figures(only)? {
-        let [old, new] = worlds.map(|world| world.datapath.program(&figure.program));
-        let programs = [old.context("not loaded")?, new.context("not loaded")?];
-        let added = both(&figure, programs, rounds, folder.as_raw_fd() as u32)?;
-        Comparison::of(figure.name, added).print()?;
+        let programs = [
+            figure.program(old)?,
+            figure.program(new)?,
+            figure.program(old_again)?,
+            figure.program(new_again)?,
+        ];
+        let (hooked, bare) = beside(&figure, programs, rounds, folder.as_raw_fd() as u32)?;
+        Comparison::of(figure.name, &hooked, quick(&bare)).print()?;
     }
     Ok(())
 }

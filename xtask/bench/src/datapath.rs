@@ -14,7 +14,7 @@ use shunt_lab::Lab;
 use crate::{
     connect,
     replay::{Hook, Replay, Script, Vary},
-    report::{Comparison, Line, Target, middle, spread},
+    report::{self, Comparison, Line, Target, middle, spread},
     world::{
         self, BACKEND_PORT, CLIENT, CLUSTER_IP, FLOWS, LOCAL_PORT, REMOTE_PORT, TO_CLUSTER_IP,
         TO_LOCAL, TO_REMOTE, World,
@@ -36,6 +36,8 @@ const RESOLUTION: f64 = 0.5;
 const ROUNDS: [usize; 2] = [15, 120];
 /// The same for a quick run.
 const QUICK_ROUNDS: [usize; 2] = [3, 6];
+/// The same where two builds are compared.
+const QUICK_COMPARED_ROUNDS: [usize; 2] = [8, 40];
 /// The fabric's addresses: next hop to outside clients.
 const GATEWAYS: [&str; 2] = ["192.168.50.1", "fd50::1"];
 /// Packets of one flow in one play.
@@ -92,16 +94,22 @@ pub(crate) fn lab() -> Result<Lab> {
     Ok(lab)
 }
 
-/// Two objects, each over maps of its own, beside each other: every case with flows in order and,
-/// where there are many, in random order. Needs root.
+/// Two objects, each loaded twice over maps of its own, beside each other: every case with flows in
+/// order and, where there are many, in random order. Needs root.
 pub(crate) fn compare(old: &Path, new: &Path, quick: bool, only: &str) -> Result<()> {
     let lab = lab()?;
-    let objects = [("old", fs::read(old)?), ("new", fs::read(new)?)];
-    let rounds = if quick { QUICK_ROUNDS } else { ROUNDS };
+    let (old, new) = (fs::read(old)?, fs::read(new)?);
+    let objects = [
+        ("old", &old),
+        ("new", &new),
+        ("old-again", &old),
+        ("new-again", &new),
+    ];
+    let rounds = if quick { QUICK_COMPARED_ROUNDS } else { ROUNDS };
     lab.ns("node-a")?.run(|| {
         let device = pin_to_cpu()?;
         let mut stages = Vec::new();
-        for (name, object) in &objects {
+        for (name, object) in objects {
             let world = World::of_object(&lab, name, object)
                 .with_context(|| format!("the {name} programs"))?;
             let replay = Replay::load(&world.datapath, device)?;
@@ -111,12 +119,13 @@ pub(crate) fn compare(old: &Path, new: &Path, quick: bool, only: &str) -> Result
                 replay,
             });
         }
-        connect::compare([&stages[0].world, &stages[1].world], rounds[0], only)?;
+        let worlds: Vec<&World> = stages.iter().map(|stage| &stage.world).collect();
+        connect::compare(&worlds, rounds[0], only)?;
         for v6 in [false, true] {
             prepare(&mut stages, v6)?;
-            for case in in_both_orders(cases(&stages[0].world, v6)) {
+            for case in compared(cases(&stages[0].world, v6)) {
                 if case.name.contains(only) {
-                    play_both(&mut stages, &case, rounds).with_context(|| case.name.clone())?;
+                    play_beside(&mut stages, &case, rounds).with_context(|| case.name.clone())?;
                 }
             }
         }
@@ -124,8 +133,13 @@ pub(crate) fn compare(old: &Path, new: &Path, quick: bool, only: &str) -> Result
     })
 }
 
-fn in_both_orders(cases: Vec<Case>) -> impl Iterator<Item = Case> {
+/// The same without floors, and of many flows also in a random order.
+fn compared(cases: Vec<Case>) -> impl Iterator<Item = Case> {
     cases.into_iter().flat_map(|case| {
+        let case = Case {
+            floor: None,
+            ..case
+        };
         let many = !case.fresh && case.script.mask != 0;
         let random = many.then(|| Case {
             name: format!("{}, random order", case.name),
@@ -139,21 +153,23 @@ fn in_both_orders(cases: Vec<Case>) -> impl Iterator<Item = Case> {
     })
 }
 
-/// Plays a case on both stages, round by round, the first one in turn, and prints its line.
-fn play_both(stages: &mut [Stage], case: &Case, rounds: [usize; 2]) -> Result<()> {
-    let mut figures = [Vec::new(), Vec::new()];
+/// Plays a case on all four stages, round by round, the first one in turn, and prints its line.
+fn play_beside(stages: &mut [Stage], case: &Case, rounds: [usize; 2]) -> Result<()> {
+    let mut figures: [Vec<f64>; 4] = Default::default();
+    let mut bare = Vec::new();
     let rounds = rounds[usize::from(case.repeat == ONE_FLOW)];
     for round in 0..=rounds {
-        for turn in 0..2 {
-            let which = (round + turn) % 2;
+        for turn in 0..stages.len() {
+            let which = (round + turn) % stages.len();
             let (own, _, empty) = one_round(&mut stages[which], case, round)?;
             // The first round warms up.
             if round > 0 {
-                figures[which].push(own - empty);
+                figures[which].push(own);
+                bare.push(empty);
             }
         }
     }
-    Comparison::of(case.name.clone(), figures).print()
+    Comparison::of(case.name.clone(), &figures, report::quick(&bare)).print()
 }
 
 /// Keeps this thread on one CPU; the index of the device that packets come in through.

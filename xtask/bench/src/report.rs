@@ -40,26 +40,29 @@ impl Line {
     }
 }
 
-/// One figure of two builds, ns.
+/// One figure of two builds, ns, each loaded twice: two loads of one build differ by where their
+/// maps and code lie in memory.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Comparison {
     /// What was measured.
     pub(crate) name: String,
-    /// The middle of the old one's rounds.
+    /// The older one.
     pub(crate) old: f64,
-    /// The same, further by the middle of the rounds' differences.
+    /// The newer one.
     pub(crate) new: f64,
+    /// By how much the two loads of a build differ, of the build where they differ more.
+    pub(crate) noise: f64,
 }
 
 impl Comparison {
-    /// What the rounds of the old and the new one come to.
-    pub(crate) fn of(name: String, [old, new]: [Vec<f64>; 2]) -> Self {
-        let differences: Vec<f64> = new.iter().zip(&old).map(|(new, old)| new - old).collect();
-        let old = middle(&old);
+    /// What the rounds of old, new, old again and new again come to; `empty` is to be taken off.
+    pub(crate) fn of(name: String, rounds: &[Vec<f64>; 4], empty: f64) -> Self {
+        let [old, new, old_again, new_again] = rounds.each_ref().map(|rounds| quick(rounds));
         Self {
             name,
-            old,
-            new: old + middle(&differences),
+            old: (old + old_again) / 2.0 - empty,
+            new: (new + new_again) / 2.0 - empty,
+            noise: (old - old_again).abs().max((new - new_again).abs()),
         }
     }
 
@@ -68,6 +71,15 @@ impl Comparison {
         println!("{}", serde_json::to_string(self)?);
         Ok(())
     }
+}
+
+/// The mean of the second eighth: what else the machine does makes rounds slower, never quicker.
+pub(crate) fn quick(figures: &[f64]) -> f64 {
+    let mut sorted = figures.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let eighth = sorted.len() / 8;
+    let part = &sorted[eighth..(2 * eighth).max(eighth + 1)];
+    part.iter().sum::<f64>() / part.len() as f64
 }
 
 /// The mean of the middle half: as steady as the median, and finer than whole nanoseconds.

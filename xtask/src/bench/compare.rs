@@ -2,8 +2,8 @@
 //!
 //! Each commit is exported into a git worktree under `target/compare`, which is removed afterwards.
 //! Where both have this tree's map layout, only their BPF objects are built, with this tree's
-//! compiler flags, and one process loads both, each over maps of its own, and plays every packet to
-//! them in turn. Where a layout differs, no process can fill the maps of both: `shunt-bench` of
+//! compiler flags, and one process loads each twice, over maps of its own, and plays every packet
+//! to them in turn: by how much the two loads of one commit differ is noise. Where a layout differs, no process can fill the maps of both: `shunt-bench` of
 //! each commit is built, and whole runs of the two alternate, which is slower and noisier.
 
 use std::{
@@ -22,7 +22,8 @@ use serde::{Deserialize, de::DeserializeOwned};
 use super::page::circumstances;
 use crate::shell::{capture, cargo, root, run, say, target};
 
-/// What is no change: a part of the old figure, and ns; whichever is larger.
+/// What is no change: a part of the old figure, or ns, or what the figure's own noise is; whichever
+/// is largest.
 const NOISE: (f64, f64) = (0.03, 2.0);
 /// How often the runs of two `shunt-bench` alternate; fewer with `--quick`.
 const RUNS: [usize; 2] = [5, 3];
@@ -51,12 +52,14 @@ struct Comparison {
     name: String,
     old: f64,
     new: f64,
+    /// By how much two measurements of one commit differ.
+    noise: f64,
 }
 
 impl Comparison {
     fn is_noise(&self) -> bool {
         let (part, ns) = NOISE;
-        (self.new - self.old).abs() <= ns.max(part * self.old)
+        (self.new - self.old).abs() <= ns.max(part * self.old).max(self.noise)
     }
 }
 
@@ -261,8 +264,12 @@ fn alternate(programs: [PathBuf; 2], args: &Args) -> Result<Vec<Comparison>> {
             say("compare", format!("only one of the two has {name:?}"));
             return None;
         };
-        let (old, new) = (median(old), median(new));
-        Some(Comparison { name, old, new })
+        Some(Comparison {
+            name,
+            old: median(old),
+            new: median(new),
+            noise: spread(old).max(spread(new)),
+        })
     };
     Ok(names.into_iter().filter_map(both).collect())
 }
@@ -271,6 +278,13 @@ fn median(figures: &[f64]) -> f64 {
     let mut sorted = figures.to_vec();
     sorted.sort_by(f64::total_cmp);
     sorted[sorted.len() / 2]
+}
+
+/// Between the quartiles.
+fn spread(figures: &[f64]) -> f64 {
+    let mut sorted = figures.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted[sorted.len() * 3 / 4] - sorted[sorted.len() / 4]
 }
 
 /// Runs a `shunt-bench`, and reads the lines of JSON that it prints.
@@ -296,13 +310,21 @@ fn report(args: &Args, whole: bool, all: &[Comparison]) -> String {
     let changed: Vec<&Comparison> = all.iter().filter(|line| !line.is_noise()).collect();
     let mut table = Table::new();
     table.load_style(presets::UTF8_HORIZONTAL_ONLY);
-    table.set_header(["name", "old, ns", "new, ns", "difference, ns", "ratio"]);
+    table.set_header([
+        "name",
+        "old, ns",
+        "new, ns",
+        "difference, ns",
+        "noise, ns",
+        "ratio",
+    ]);
     for line in &changed {
         table.add_row([
             line.name.clone(),
             format!("{:.1}", line.old),
             format!("{:.1}", line.new),
             format!("{:+.1}", line.new - line.old),
+            format!("{:.1}", line.noise),
             format!("{:.3}", line.new / line.old),
         ]);
     }
@@ -315,8 +337,7 @@ fn report(args: &Args, whole: bool, all: &[Comparison]) -> String {
         "round by round in one process"
     };
     let summary = format!(
-        "{} and {}, {how}: {} of {} figures changed by more than 3 % or 2 ns, whichever is \
-         larger.\n{}",
+        "{} and {}, {how}: {} of {} figures changed by more than 3 %, 2 ns and their noise.\n{}",
         args.old,
         args.new.as_deref().unwrap_or("the working tree"),
         changed.len(),
@@ -340,10 +361,16 @@ mod tests {
             name: String::new(),
             old,
             new,
+            noise: 0.0,
         };
         assert!(of(10.0, 12.0).is_noise() && !of(10.0, 12.1).is_noise());
         assert!(of(200.0, 206.0).is_noise() && !of(200.0, 193.9).is_noise());
         assert!(!of(200.0, 206.1).is_noise());
+        let unsteady = Comparison {
+            noise: 8.0,
+            ..of(200.0, 207.0)
+        };
+        assert!(unsteady.is_noise());
     }
 
     #[test]
