@@ -22,8 +22,8 @@ use serde::{Deserialize, de::DeserializeOwned};
 use super::page::circumstances;
 use crate::shell::{capture, cargo, root, run, say, target};
 
-/// What is no change: a part of the old figure, or ns, or what the figure's own noise is; whichever
-/// is largest.
+/// What is no change: a part of the old figure, or ns; and what noise explains: twice the figure's
+/// own, or that of three quarters of all figures (two loads may agree by chance).
 const NOISE: (f64, f64) = (0.03, 2.0);
 /// How often the runs of two `shunt-bench` alternate; fewer with `--quick`.
 const RUNS: [usize; 2] = [5, 3];
@@ -57,9 +57,11 @@ struct Comparison {
 }
 
 impl Comparison {
-    fn is_noise(&self) -> bool {
+    /// `usual`: the noise that figures of this run have, as a part of the old figure.
+    fn is_noise(&self, usual: f64) -> bool {
         let (part, ns) = NOISE;
-        (self.new - self.old).abs() <= ns.max(part * self.old).max(self.noise)
+        let least = ns.max(part.max(usual) * self.old);
+        (self.new - self.old).abs() <= least.max(2.0 * self.noise)
     }
 }
 
@@ -306,8 +308,19 @@ fn lines<T: DeserializeOwned>(mut command: Command, quick: bool, only: &str) -> 
     lines
 }
 
+/// The upper quartile of all figures' noise, as a part of the old figure.
+fn usual_noise(all: &[Comparison]) -> f64 {
+    let mut parts: Vec<f64> = all
+        .iter()
+        .map(|line| line.noise / line.old.max(1.0))
+        .collect();
+    parts.sort_by(f64::total_cmp);
+    parts[parts.len() * 3 / 4]
+}
+
 fn report(args: &Args, whole: bool, all: &[Comparison]) -> String {
-    let changed: Vec<&Comparison> = all.iter().filter(|line| !line.is_noise()).collect();
+    let usual = usual_noise(all);
+    let changed: Vec<&Comparison> = all.iter().filter(|line| !line.is_noise(usual)).collect();
     let mut table = Table::new();
     table.load_style(presets::UTF8_HORIZONTAL_ONLY);
     table.set_header([
@@ -337,11 +350,13 @@ fn report(args: &Args, whole: bool, all: &[Comparison]) -> String {
         "round by round in one process"
     };
     let summary = format!(
-        "{} and {}, {how}: {} of {} figures changed by more than 3 %, 2 ns and their noise.\n{}",
+        "{} and {}, {how}: {} of {} figures changed by more than 3 %, 2 ns and their noise ({:.1} % for \
+         three quarters of them).\n{}",
         args.old,
         args.new.as_deref().unwrap_or("the working tree"),
         changed.len(),
         all.len(),
+        100.0 * usual,
         circumstances()
     );
     if changed.is_empty() {
@@ -363,14 +378,24 @@ mod tests {
             new,
             noise: 0.0,
         };
-        assert!(of(10.0, 12.0).is_noise() && !of(10.0, 12.1).is_noise());
-        assert!(of(200.0, 206.0).is_noise() && !of(200.0, 193.9).is_noise());
-        assert!(!of(200.0, 206.1).is_noise());
-        let unsteady = Comparison {
-            noise: 8.0,
-            ..of(200.0, 207.0)
+        assert!(of(10.0, 12.0).is_noise(0.0) && !of(10.0, 12.1).is_noise(0.0));
+        assert!(of(200.0, 206.0).is_noise(0.0) && !of(200.0, 193.9).is_noise(0.0));
+        assert!(!of(200.0, 206.1).is_noise(0.0));
+    }
+
+    #[test]
+    fn what_noise_explains_is_no_change() {
+        let of = |new, noise| Comparison {
+            name: String::new(),
+            old: 200.0,
+            new,
+            noise,
         };
-        assert!(unsteady.is_noise());
+        assert!(of(216.0, 8.0).is_noise(0.0) && !of(216.1, 8.0).is_noise(0.0));
+        // Its own two measurements agree by chance.
+        assert!(of(220.0, 0.0).is_noise(0.1) && !of(220.1, 0.0).is_noise(0.1));
+        let all = [0.0, 2.0, 4.0, 20.0].map(|noise| of(200.0, noise));
+        assert_eq!(usual_noise(&all), 0.1);
     }
 
     #[test]
