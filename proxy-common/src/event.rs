@@ -76,6 +76,9 @@ events! {
     /// Packets dropped without the refusal, reset or echo reply that was due, because too many were
     /// sent to that address or in all.
     AnswerLimited = 21, "answer_limited";
+    /// New flows refused because their source is to be translated, and this node has no address of
+    /// their family.
+    NoSourceAddress = 22, "no_source_address";
 }
 
 /// Number of entries of the `events` map: room for more without a new layout.

@@ -66,6 +66,10 @@ pub(super) fn decide_here<F: Family, M: Subprograms<F>>(
     open(maps, scratch);
     if scratch.flow.state & FLOW_SNAT != 0 && scratch.flow.snat != scratch.arrival.tuple.src {
         follow_route(maps, scratch);
+        if scratch.flow.snat == F::UNSPECIFIED {
+            maps.count(Event::NoSourceAddress);
+            return Verdict::Refuse;
+        }
     }
     if scratch.flow.state & FLOW_SNAT != 0 && !translate_source(maps, scratch) {
         maps.count(Event::SnatExhausted);

@@ -195,6 +195,7 @@ async fn serve(settings: Settings, args: RunArgs, mut watch: Stopwatch) -> anyho
         errors: HashMap::new(),
         live: None,
         lack_local: Default::default(),
+        unaddressed: [false; 2],
         tuning: JoinSet::new(),
         metrics: metrics.clone(),
         reports: reports.clone(),

@@ -50,6 +50,9 @@ pub(super) struct Agent {
     pub(super) reports: Reports,
     /// Services whose endpoints are all elsewhere, by internal and external traffic policy `Local`.
     pub(super) lack_local: [LackLocal; 2],
+    /// Whether a warning has said that Services of IPv4, or of IPv6, have no address here to be
+    /// translated to.
+    pub(super) unaddressed: [bool; 2],
     /// Sets what is to be set in netfilter's table; ends with the agent.
     pub(super) tuning: JoinSet<()>,
     pub(super) checks: HealthChecks,
@@ -147,7 +150,29 @@ impl Agent {
         if first {
             self.watch.lap(Part::Attach);
         }
+        self.warn_of_missing_addresses();
         Ok(freed)
+    }
+
+    /// Says once for a family that there are Services of it, and no address of this node.
+    fn warn_of_missing_addresses(&mut self) {
+        let Some(live) = &self.live else { return };
+        for (v6, warned) in [false, true].into_iter().zip(&mut self.unaddressed) {
+            if live.addresses.iter().any(|ip| ip.is_ipv6() == v6) {
+                *warned = false;
+                continue;
+            }
+            let is_of = |service: &Service| service.cluster_ips.iter().any(|ip| ip.is_ipv6() == v6);
+            if *warned || !self.model.services().any(is_of) {
+                continue;
+            }
+            *warned = true;
+            let family = if v6 { "IPv6" } else { "IPv4" };
+            warn!(
+                "this node has no {family} address: flows of {family} Services whose client and backend are both \
+                 elsewhere are refused (no_source_address); give the node an address, or name one with --node-ip"
+            );
+        }
     }
 
     /// Plans and applies what is pending; when that frees something, also what failed before. Says

@@ -21,6 +21,11 @@ pub(super) fn of_event(event: Event) -> (&'static str, &'static str) {
             "every source port towards the backend belongs to an open flow",
             "give more with --snat-ports, or add backends",
         ),
+        Event::NoSourceAddress => (
+            "client and backend are both elsewhere, and this node has no address of their family to translate the \
+             source to",
+            "give the node an address of that family, or name one with --node-ip",
+        ),
         Event::SourceDenied => (
             "the source is in none of the Service's loadBalancerSourceRanges",
             "add it to spec.loadBalancerSourceRanges if it is meant to be let in",

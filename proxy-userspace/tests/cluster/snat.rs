@@ -135,3 +135,87 @@ fn source_ports_of_open_flows_are_safe_with_xdp() {
 fn source_ports_of_open_flows_are_safe_without_xdp() {
     source_ports_of_open_flows_are_safe("off");
 }
+
+/// Takes `node-a`'s IPv6 addresses away; its neighbours reach it by link-local ones. The cluster IPs
+/// are routed to it from outside, in both families.
+fn without_ipv6_addresses(lab: &Lab) {
+    let lines = |lines: &[&str]| lines.iter().map(ToString::to_string).collect::<Vec<_>>();
+    let [own_pods, pods] = [0, 1].map(|node| shunt_lab::pod_cidrs(node)[1].clone());
+    let [node, _] = lab.node_ips("node-a").unwrap();
+    lab.ns("node-b")
+        .unwrap()
+        .ip(&lines(&[
+            "address add fe80::b/64 dev eth0 nodad",
+            &format!("route replace {own_pods} via fe80::a dev eth0"),
+        ]))
+        .unwrap();
+    lab.ns("node-a")
+        .unwrap()
+        .ip(&lines(&[
+            "address flush dev eth0 scope global",
+            &format!("address add {node}/24 dev eth0"),
+            "route replace default via 192.168.50.1",
+            "address add fe80::a/64 dev eth0 nodad",
+            "route replace ::/0 via fe80::1 dev eth0",
+            &format!("route replace {pods} via fe80::b dev eth0"),
+        ]))
+        .unwrap();
+    let [v4, v6] = web::CLUSTER_IPS;
+    lab.ns("fabric")
+        .unwrap()
+        .ip(&lines(&[
+            "address add fe80::1/64 dev lan0 nodad",
+            &format!("route replace {v4} via {node}"),
+            &format!("route replace {v6} via fe80::a dev lan0"),
+        ]))
+        .unwrap();
+}
+
+/// What needs a source address of a family that the node has none of is refused at once, counted,
+/// and warned of once; what needs none is served.
+fn a_family_without_an_address_is_refused(xdp: &str) {
+    let lab = Lab::new().unwrap();
+    let ports = [Port::tcp(APP), Port::udp(APP)];
+    for pod in [
+        PodSpec::new("web", "node-b", &ports),
+        PodSpec::new("shell", "node-a", &[]),
+    ] {
+        lab.add_pod(&pod).unwrap();
+    }
+    without_ipv6_addresses(&lab);
+    let manifests = TempDir::new().unwrap();
+    let endpoints = web::slices(&lab, &[("web", "node-b", "")]);
+    let objects = [web::service(), endpoints].join("---\n");
+    web::write(manifests.path(), "web.yaml", &objects);
+    let mut options = AgentOptions::manifests(manifests.path())
+        .xdp(xdp)
+        .shunt(env!("CARGO_BIN_EXE_shunt"))
+        .small_maps();
+    options.finds_addresses = true;
+    let agent = lab.start_agent("node-a", &options).unwrap();
+
+    let [v4, v6] = web::CLUSTER_IPS.map(|ip| SocketAddr::new(ip.parse().unwrap(), 80));
+    let outside = lab.client("client", shunt_lab::Sockets::Unhooked).unwrap();
+    let inside = lab.client("shell", shunt_lab::Sockets::Unhooked).unwrap();
+    for proto in [Proto::Tcp, Proto::Udp] {
+        let once = |client: &Client, to| client.once(proto, to, &Dial::default());
+        once(&outside, v4).unwrap_or_else(|error| panic!("{proto} {v4} from outside: {error}"));
+        let error = once(&outside, v6).unwrap_err();
+        assert!(error.is_refused(), "{proto} {v6} from outside: {error}");
+        once(&inside, v6).unwrap_or_else(|error| panic!("{proto} {v6} from a pod: {error}"));
+    }
+    let status = agent.json(&["status"]).unwrap();
+    assert!(status["events"]["no_source_address"].as_u64().unwrap() >= 2);
+    let warnings = agent.output().matches("no IPv6 address").count();
+    assert_eq!(warnings, 1, "{}", agent.output());
+}
+
+#[test]
+fn a_family_without_an_address_is_refused_with_xdp() {
+    a_family_without_an_address_is_refused("native");
+}
+
+#[test]
+fn a_family_without_an_address_is_refused_without_xdp() {
+    a_family_without_an_address_is_refused("off");
+}
