@@ -384,8 +384,7 @@ fn the_names_of_the_cluster() {
             "db-0.db.web.svc",
             SRV,
             &[
-                "db-0.db.web.svc.Z. SRV 0 50 5432 db-0.db.web.svc.Z.",
-                "db-0.db.web.svc.Z. SRV 0 50 5432 db-0.db.web.svc.Z.",
+                "db-0.db.web.svc.Z. SRV 0 100 5432 db-0.db.web.svc.Z.",
                 "+ db-0.db.web.svc.Z. A 10.44.9.1",
                 "+ db-0.db.web.svc.Z. AAAA fd00:44::1",
             ][..],
@@ -394,10 +393,9 @@ fn the_names_of_the_cluster() {
             "_sql._tcp.db.web.svc",
             SRV,
             &[
-                "_sql._tcp.db.web.svc.Z. SRV 0 25 5432 db-0.db.web.svc.Z.",
-                "_sql._tcp.db.web.svc.Z. SRV 0 25 5432 db-0.db.web.svc.Z.",
-                "_sql._tcp.db.web.svc.Z. SRV 0 25 5432 db-1.db.web.svc.Z.",
-                "_sql._tcp.db.web.svc.Z. SRV 0 25 5432 fd00-44--9.db.web.svc.Z.",
+                "_sql._tcp.db.web.svc.Z. SRV 0 33 5432 db-0.db.web.svc.Z.",
+                "_sql._tcp.db.web.svc.Z. SRV 0 33 5432 db-1.db.web.svc.Z.",
+                "_sql._tcp.db.web.svc.Z. SRV 0 33 5432 fd00-44--9.db.web.svc.Z.",
                 "+ db-0.db.web.svc.Z. A 10.44.9.1",
                 "+ db-0.db.web.svc.Z. AAAA fd00:44::1",
                 "+ db-1.db.web.svc.Z. A 10.44.9.2",

@@ -18,7 +18,7 @@
 //! (`Zone::short_names`).
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::{
         Arc,
@@ -619,11 +619,17 @@ fn server(name: Name, port: u16, target: Name) -> Record {
     record(name, RData::SRV(SRV::new(0, 0, port, target)))
 }
 
-/// No records are NODATA. Servers share a weight of 100, as CoreDNS has it.
+/// No records are NODATA. A server with addresses of both families is one record (RFC 2181, section
+/// 5). Servers share a weight of 100, as CoreDNS has it.
 fn finish(mut answers: Vec<Record>, additionals: Vec<Record>) -> Found {
     if answers.is_empty() {
         return Found::NoData;
     }
+    let mut seen = HashSet::new();
+    answers.retain(|record| match &record.data {
+        RData::SRV(srv) => seen.insert((srv.port, srv.target.clone())),
+        _ => true,
+    });
     let weight = u16::try_from(100 / answers.len()).unwrap_or(0).max(1);
     for record in &mut answers {
         if let RData::SRV(srv) = &mut record.data {

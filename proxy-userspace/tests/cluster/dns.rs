@@ -2,6 +2,8 @@
 //! sockets as resolvers have them and by glibc's; and any DNS behind `kube-dns` whose pods come and
 //! go.
 
+mod peers;
+
 use std::{
     fs,
     io::{self, Read, Write},

@@ -1,5 +1,5 @@
-//! A Kubernetes API server for tests: Services, EndpointSlices, Nodes and Events over TLS with a
-//! bearer token, lists in pages or streamed, watches with bookmarks — and every kind of
+//! A Kubernetes API server for tests: Services, EndpointSlices, Nodes, Namespaces and Events over
+//! TLS with a bearer token, lists in pages or streamed, watches with bookmarks — and every kind of
 //! misbehaviour that a real one shows, on demand.
 //!
 //! What it says is the truth about what it holds: versions only grow, a watch from a version tells
@@ -223,7 +223,7 @@ impl ApiServer {
         self.shared.notify();
     }
 
-    /// Deletes an object (Nodes have an empty namespace); whether there was one.
+    /// Deletes an object (Nodes and Namespaces have an empty namespace); whether there was one.
     pub fn delete(&self, kind: Kind, namespace: &str, name: &str) -> bool {
         let deleted = self
             .shared

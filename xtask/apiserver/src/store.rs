@@ -22,16 +22,19 @@ pub enum Kind {
     EndpointSlices,
     /// `/api/v1/nodes`
     Nodes,
+    /// `/api/v1/namespaces`
+    Namespaces,
     /// `/api/v1/events` and `/apis/events.k8s.io/v1/events`
     Events,
 }
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Self; 4] = [
+    pub const ALL: [Self; 5] = [
         Self::Services,
         Self::EndpointSlices,
         Self::Nodes,
+        Self::Namespaces,
         Self::Events,
     ];
 
@@ -42,6 +45,7 @@ impl Kind {
             Self::Services => "services",
             Self::EndpointSlices => "endpointslices",
             Self::Nodes => "nodes",
+            Self::Namespaces => "namespaces",
             Self::Events => "events",
         }
     }
@@ -53,6 +57,7 @@ impl Kind {
             Self::Services => "Service",
             Self::EndpointSlices => "EndpointSlice",
             Self::Nodes => "Node",
+            Self::Namespaces => "Namespace",
             Self::Events => "Event",
         }
     }
@@ -61,9 +66,14 @@ impl Kind {
     #[must_use]
     pub fn api_version(self) -> &'static str {
         match self {
-            Self::Services | Self::Nodes | Self::Events => "v1",
+            Self::Services | Self::Nodes | Self::Namespaces | Self::Events => "v1",
             Self::EndpointSlices => "discovery.k8s.io/v1",
         }
+    }
+
+    /// Whether its objects are in namespaces.
+    pub(crate) fn is_namespaced(self) -> bool {
+        !matches!(self, Self::Nodes | Self::Namespaces)
     }
 
     /// The kind of an object.
@@ -75,7 +85,7 @@ impl Kind {
     }
 }
 
-/// Namespace (empty for Nodes) and name.
+/// Namespace (empty for Nodes and Namespaces) and name.
 pub(crate) type Key = (String, String);
 
 /// One version of an object.
@@ -228,12 +238,11 @@ impl Store {
         if name.is_empty() {
             return Err("metadata.name: Required value".to_owned());
         }
-        let namespace = match kind {
-            Kind::Nodes => String::new(),
-            _ => value["metadata"]["namespace"]
-                .as_str()
-                .unwrap_or("default")
-                .to_owned(),
+        let namespace = if kind.is_namespaced() {
+            let namespace = value["metadata"]["namespace"].as_str();
+            namespace.unwrap_or("default").to_owned()
+        } else {
+            String::new()
         };
         let key = (namespace, name);
         let before = self.get(kind, &key).cloned();
@@ -246,7 +255,7 @@ impl Store {
         value["apiVersion"] = json!(kind.api_version());
         let metadata = &mut value["metadata"];
         metadata["resourceVersion"] = json!(self.version.to_string());
-        if kind != Kind::Nodes {
+        if kind.is_namespaced() {
             metadata["namespace"] = json!(key.0);
         }
         let given = [

@@ -8,13 +8,14 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use anyhow::{Context, Result};
 
 use crate::{
     setup,
-    shell::{say, target, which},
+    shell::{root, run, say, target, which},
 };
 
 /// One program.
@@ -27,7 +28,11 @@ struct Peer {
 
 /// All of them. One that must be built leaves its program in its folder, and is found there the
 /// next time.
-const PEERS: [Peer; 3] = [
+const PEERS: [Peer; 4] = [
+    Peer {
+        name: "coredns",
+        find: |folder| built_with_go("coredns", folder),
+    },
     Peer {
         name: "kubectl",
         find: |_| installed("kubectl", "kubernetes-client"),
@@ -75,4 +80,21 @@ fn installed(program: &str, package: &'static str) -> Result<PathBuf> {
     }
     setup::package(program, package)?;
     which(program).with_context(|| format!("{package} has no {program}"))
+}
+
+/// A program of a Go module of its own in `xtask/peers`, whose `go.sum` says what it is built of.
+fn built_with_go(name: &str, folder: &Path) -> Result<PathBuf> {
+    let module = root().join("xtask/peers").join(name);
+    let (program, stamp) = (folder.join(name), folder.join("go.sum"));
+    let sums = fs::read(module.join("go.sum")).with_context(|| format!("{}", module.display()))?;
+    if program.is_file() && fs::read(&stamp).is_ok_and(|built| built == sums) {
+        return Ok(program);
+    }
+    which("go").context("no Go on this machine: install it from https://go.dev/dl/")?;
+    say("peers", format_args!("building {name} (minutes, once)"));
+    let mut go = Command::new("go");
+    go.current_dir(&module).args(["build", "-trimpath", "-o"]);
+    run(go.arg(&program).arg("."))?;
+    fs::write(&stamp, sums)?;
+    Ok(program)
 }
