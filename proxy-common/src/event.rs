@@ -37,7 +37,7 @@ events! {
     NoBackend = 3, "no_backend";
     /// Packets dropped because no backend is eligible under the traffic policy.
     PolicyDrop = 4, "policy_drop";
-    /// New flows dropped because every source port towards the backend belongs to an open flow.
+    /// New flows refused because every source port towards the backend belongs to an open flow.
     SnatExhausted = 5, "snat_exhausted";
     /// Flows forwarded by hash without an entry, because the conntrack map refused one.
     ConntrackFull = 6, "conntrack_full";
@@ -79,6 +79,9 @@ events! {
     /// New flows refused because their source is to be translated, and this node has no address of
     /// their family.
     NoSourceAddress = 22, "no_source_address";
+    /// New flows refused because their client's network, or their Service, has more than its share
+    /// of the source ports towards a backend, and those are short.
+    SnatLimited = 23, "snat_limited";
 }
 
 /// Number of entries of the `events` map: room for more without a new layout.

@@ -42,6 +42,9 @@ pub trait Family: Copy + Debug + Eq + 'static {
     /// `addr & mask`.
     fn mask(addr: Self::Words, mask: Self::Words) -> Self::Words;
 
+    /// The network that an address's owner may have all of: a `/24` or a `/64`.
+    fn network(addr: Self::Words) -> u64;
+
     /// Whether the address is a loopback address (`127.0.0.0/8`, `::1`).
     fn is_loopback(addr: Self::Words) -> bool;
 
@@ -104,6 +107,11 @@ impl Family for V4 {
     #[inline(always)]
     fn mask(addr: u32, mask: u32) -> u32 {
         addr & mask
+    }
+
+    #[inline(always)]
+    fn network(addr: u32) -> u64 {
+        u64::from(addr & u32::from_ne_bytes([255, 255, 255, 0]))
     }
 
     #[inline(always)]
@@ -173,6 +181,11 @@ impl Family for V6 {
             high: addr.high & mask.high,
             low: addr.low & mask.low,
         }
+    }
+
+    #[inline(always)]
+    fn network(addr: Words6) -> u64 {
+        addr.high
     }
 
     #[inline(always)]

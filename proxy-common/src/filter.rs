@@ -18,13 +18,13 @@ use crate::{
 
 const BITS: u32 = FILTER_HASHED_WORDS as u32 * 64;
 const CLIENT_BITS: u32 = CLIENT_WORDS as u32 * 64;
-/// Odd, with well-spread bits: the golden ratio, and the square roots of three, five, seven and
-/// eleven.
+/// Odd, with well-spread bits: the golden ratio, and the square roots of primes.
 const FRONTEND: u64 = 0x9e37_79b9_7f4a_7c15;
 const BACKEND: u64 = 0xbb67_ae85_84ca_a73b;
 const SERVICE: u64 = 0x3c6e_f372_fe94_f82b;
 const CLIENT: u64 = 0xa54f_f53a_5f1d_36f1;
 const UNCONFIRMED: u64 = 0x510e_527f_ade6_82d1;
+const TRANSLATED: u64 = 0x9b05_688c_2b3e_6c1f;
 
 /// The bit of a frontend that has an address of its own.
 #[inline(always)]
@@ -66,6 +66,13 @@ pub fn client<F: Family>(addr: F::Words) -> u32 {
 #[inline(always)]
 pub fn unconfirmed<F: Family>(addr: F::Words) -> u32 {
     hash(F::fold(addr), UNCONFIRMED, CLIENT_BITS)
+}
+
+/// The bit in `clients` of an address that is, or was, one side of a translated source: a client's,
+/// or that which was put in its place.
+#[inline(always)]
+pub fn translated<F: Family>(addr: F::Words) -> u32 {
+    hash(F::fold(addr), TRANSLATED, CLIENT_BITS)
 }
 
 #[inline(always)]

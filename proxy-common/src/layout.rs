@@ -22,7 +22,7 @@ pub mod names {
     /// `LRU_HASH` [`FlowKey`](super::FlowKey) → [`Flow`](super::Flow): flows not yet confirmed (a
     /// SYN flood fills this).
     pub const UNCONFIRMED: [&str; 2] = ["unconfirmed4", "unconfirmed6"];
-    /// `ARRAY`, memory-mappable: index by port and backend → [`SnatSlot`](super::SnatSlot).
+    /// `ARRAY`, memory-mappable: one of two [places](crate::snat::places) → [`SnatSlot`](super::SnatSlot).
     pub const SNAT: [&str; 2] = ["snat4", "snat6"];
     /// `LRU_HASH` [`DirectKey`](super::DirectKey) → `u32`: what left the node from a frontend's port
     /// and is no Service's, and when it did last (`CLOCK_MONOTONIC` in [`TICK_NS`](super::TICK_NS)).
@@ -313,9 +313,9 @@ pub const TRIED_KEEP: u32 = 1 << 31;
 /// A translated source port towards one backend, and the flow that owns it: how replies find their
 /// way.
 ///
-/// Found without hashing into a map: see [`crate::snat::index`]. Not an LRU: a flow takes a free,
-/// closed or idle slot, and never one of an open flow.
-#[repr(C, align(4))]
+/// Found without hashing into a map: see [`crate::snat::places`]. Not an LRU: a flow takes a free,
+/// closed or idle slot, or one whose flow was never confirmed, and never one of an open flow.
+#[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SnatSlot<A> {
     /// The client's address.
@@ -333,26 +333,26 @@ pub struct SnatSlot<A> {
     pub frontend_port: u16,
     /// The backend's port, host order.
     pub backend_port: u16,
-    /// As [`Flow::epoch`].
-    pub epoch: u16,
+    /// The source port that the backend sees, host order.
+    pub snat_port: u16,
+    /// When the last packet was seen, as [`Flow::last_seen`]; 0: never used. Claimed by
+    /// compare-and-swap, together with `owner`.
+    pub last_seen: u32,
+    /// Flow hash of the client's side and the frontend ([`crate::hash::flow`]): whose slot it is,
+    /// at a glance, and before the rest is written.
+    pub owner: u32,
     /// `FLOW_*` bits, as [`Flow::state`].
     pub state: u32,
-    /// When the last packet was seen, as [`Flow::last_seen`]; 0: never used. Claimed by
-    /// compare-and-swap.
-    pub last_seen: u32,
     /// Index into `backends`.
     pub backend_id: u32,
+    /// As [`Flow::epoch`].
+    pub epoch: u16,
     /// IANA protocol number.
     pub proto: u8,
     /// Always zero.
     pub reserved: u8,
-    /// Always zero.
-    pub reserved2: u16,
-    /// Flow hash of the client's side and the frontend ([`crate::hash::flow`]): whose slot it is,
-    /// at a glance.
-    pub owner: u32,
     /// Always zero: room for what a source port needs next.
-    pub reserved3: u32,
+    pub reserved2: u32,
 }
 
 /// A connection of the node that is no Service's, though its own port is a frontend's: as those
@@ -447,6 +447,8 @@ pub struct BackendState {
     /// With `failures`: the end of its quarantine, when it is tried again, in [`AFFINITY_TICK_NS`].
     /// Written by programs.
     pub quarantined_until: u32,
+    /// Flows that were refused because no source port towards it was left for them.
+    pub snat_refused: u64,
 }
 
 /// What the packet path carried to and from a backend. Bytes are those of IP packets; segments that
@@ -588,9 +590,13 @@ pub struct Config {
     pub snat_first: u16,
     /// Number of ports in the SNAT range, at least 1.
     pub snat_ports: u16,
-    /// `snat` slots per port, at least 1: flows with one port to so many different backends can
-    /// live side by side.
-    pub snat_ways: u32,
+    /// `snat` slots in use, a power of two: see [`crate::snat::places`].
+    pub snat_entries: u32,
+    /// First of the ports that the kernel gives to sockets of this node
+    /// (`net.ipv4.ip_local_port_range`), host order: only taken when others are short.
+    pub local_first: u16,
+    /// How many those are.
+    pub local_ports: u16,
     /// `CONFIG_*` bits.
     pub flags: u32,
     /// When flows are over.
@@ -600,6 +606,8 @@ pub struct Config {
     pub quarantine: u32,
     /// Longest quarantine, in [`AFFINITY_TICK_NS`].
     pub quarantine_max: u32,
+    /// Always zero.
+    pub reserved: u32,
     /// IPv4.
     pub v4: FamilyConfig<[u8; 4]>,
     /// IPv6.
@@ -652,8 +660,8 @@ no_padding!(
     FlowKey<[u8; 16]> = 2 * 16 + 2 + 2 + 1 + 1 + 2,
     Flow<[u8; 4]> = 3 * 4 + 4 * 2 + 4 * 6,
     Flow<[u8; 16]> = 3 * 16 + 4 * 2 + 4 * 6,
-    SnatSlot<[u8; 4]> = 4 * 4 + 4 * 2 + 4 * 3 + 1 + 1 + 2 + 4 + 4,
-    SnatSlot<[u8; 16]> = 4 * 16 + 4 * 2 + 4 * 3 + 1 + 1 + 2 + 4 + 4,
+    SnatSlot<[u8; 4]> = 4 * 4 + 4 * 2 + 4 * 4 + 2 + 1 + 1 + 4,
+    SnatSlot<[u8; 16]> = 4 * 16 + 4 * 2 + 4 * 4 + 2 + 1 + 1 + 4,
     DirectKey<[u8; 4]> = 2 * 4 + 2 + 2 + 4,
     DirectKey<[u8; 16]> = 2 * 16 + 2 + 2 + 4,
     AffinityKey<[u8; 4]> = 4 + 4 + 4 + 2 * 4,
@@ -664,7 +672,7 @@ no_padding!(
     SourceRangeKey<[u8; 16]> = 4 + 4 + 16,
     ServiceInfo = 2 * NAME_LEN,
     Traffic = 4 * 8,
-    BackendState = 3 * 8 + 2 + 2 + 4,
+    BackendState = 4 * 8 + 2 + 2 + 4,
     FragmentKey<[u8; 4]> = 2 * 4 + 4 + 4,
     FragmentKey<[u8; 16]> = 2 * 16 + 4 + 4,
     FragmentPorts = 2 + 2 + 4,
@@ -673,7 +681,7 @@ no_padding!(
     FamilyConfig<[u8; 4]> = 4 + MAX_CLUSTER_CIDRS * 8 + 2 * 4 + 8 + MAX_SERVICE_CIDRS * 8,
     FamilyConfig<[u8; 16]> = 16 + MAX_CLUSTER_CIDRS * 32 + 2 * 4 + 32 + MAX_SERVICE_CIDRS * 32,
     Timeouts = 8 * 4,
-    Config = 8 + 2 + 2 + 4 * 4 + 8 * 4 + 84 + 312,
+    Config = 8 + 4 * 2 + 4 * 4 + 8 * 4 + 84 + 312 + 4,
 );
 
 #[cfg(feature = "user")]

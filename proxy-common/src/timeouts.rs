@@ -56,6 +56,15 @@ pub fn is_unconfirmed(proto: u8, state: u32) -> bool {
     state & FLOW_SEEN_REPLY == 0 || (proto == TCP && half_open)
 }
 
+/// Whether a source port of such a flow may be given to another when ports are short: nobody else
+/// may be there, or it is over, or it was one question and its answer.
+#[inline(always)]
+pub fn may_be_given_up(proto: u8, state: u32) -> bool {
+    is_closed(state)
+        || is_unconfirmed(proto, state)
+        || (proto == UDP && state & FLOW_CONFIRMED == 0)
+}
+
 impl Timeouts {
     /// Ticks that a flow of this protocol in this state (`FLOW_*` bits) may be silent.
     #[inline(always)]

@@ -24,6 +24,8 @@ mod networks;
 mod owner;
 #[path = "balance/reset.rs"]
 mod reset;
+#[path = "balance/source_ports.rs"]
+mod source_ports;
 mod support;
 
 impl<F: Family<Words: Hash>> Node<F> {
@@ -71,7 +73,7 @@ fn config() -> Config {
     let mut config = Config {
         snat_first: 10_240,
         snat_ports: 1000,
-        snat_ways: 4,
+        snat_entries: 4096,
         ..Config::default()
     };
     config.v4.node = [192, 168, 50, 11];
@@ -461,7 +463,7 @@ fn a_client_port_in_the_range_is_kept_unless_a_socket_of_the_node_has_it() {
 fn source_ports_run_out_without_breaking_an_open_flow() {
     let node: Node<V4> = Node::new(Config {
         snat_ports: 8,
-        snat_ways: 1,
+        snat_entries: 128,
         ..config()
     });
     node.serve(ip(10, 96, 0, 1), 80, TCP, &[REMOTE]);
@@ -474,7 +476,7 @@ fn source_ports_run_out_without_breaking_an_open_flow() {
                 assert!(ports.insert(to.tuple.src_port), "a port was given twice");
                 open.push((dialled, to.tuple));
             }
-            verdict => assert_eq!(verdict, Verdict::Drop),
+            verdict => assert_eq!(verdict, Verdict::Refuse),
         }
     }
     assert_eq!(ports.len(), 8, "every port was found");
@@ -600,7 +602,7 @@ proptest! {
 fn node_with_few_ports(proto: u8) -> Node<V4> {
     let node = Node::new(Config {
         snat_ports: 8,
-        snat_ways: 1,
+        snat_entries: 128,
         ..config()
     });
     node.serve(ip(10, 96, 0, 1), 80, proto, &[REMOTE]);
@@ -725,9 +727,10 @@ fn datagrams_answered_once_keep_their_port_for_a_shorter_time_than_streams() {
         )
     };
     let start = node.now.get();
-    node.now.set(start + timeouts.udp);
+    // One question and its answer, when ports are short.
+    node.now.set(start + 2);
     assert!(!open(9));
-    node.now.set(start + timeouts.udp + 1);
+    node.now.set(start + 3);
     assert!(open(9) && open(10) && !open(11));
     node.now.set(start + timeouts.udp_stream + 1);
     assert!(open(11));

@@ -121,7 +121,7 @@ fn node<F: Addresses>() -> Node<F> {
     let mut config = Config {
         snat_first: 10_240,
         snat_ports: 4000,
-        snat_ways: 8,
+        snat_entries: 32_768,
         ..Config::default()
     };
     fn prefix<A: Copy>(addr: A, mask: A) -> Prefix<A> {

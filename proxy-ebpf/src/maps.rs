@@ -603,12 +603,16 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
     }
 
     #[inline(always)]
-    fn claim(&self, slot: Entry<'_, SnatSlot<F::Words>>, seen: u32, now: u32) -> bool {
-        let last_seen = slot.last_seen();
-        // SAFETY: an aligned field of a live map value.
+    fn claim(&self, slot: Entry<'_, SnatSlot<F::Words>>, old: (u32, u32), new: (u32, u32)) -> bool {
+        let word = |(seen, owner): (u32, u32)| u64::from(seen) | u64::from(owner) << 32;
+        const { assert!(cfg!(target_endian = "little")) };
+        let (old, new) = (word(old), word(new));
+        // SAFETY: two fields side by side of a live map value, aligned to eight.
         unsafe {
-            atomic_cxchg::<u32, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(
-                last_seen, seen, now,
+            atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(
+                slot.last_seen().cast(),
+                old,
+                new,
             )
             .1
         }
@@ -671,6 +675,14 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
             add(unsafe { H::counter(state) });
         }
         count(H::NEW_FLOW);
+    }
+
+    #[inline(always)]
+    fn count_snat_refused(&self, backend: u32) {
+        if let Some(state) = BACKENDS.get_ptr_mut(backend) {
+            // SAFETY: a live map value.
+            add(unsafe { &raw mut (*state).snat_refused });
+        }
     }
 
     #[inline(always)]

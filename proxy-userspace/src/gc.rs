@@ -377,15 +377,15 @@ mod tests {
                 client_port: key.client_port,
                 frontend_port: 80,
                 backend_port: 8080,
-                state,
+                snat_port: index,
                 last_seen: flow.last_seen,
+                owner: 0,
+                state,
                 backend_id: u32::from(index),
+                epoch: 0,
                 proto: TCP,
                 reserved: 0,
                 reserved2: 0,
-                epoch: 0,
-                owner: 0,
-                reserved3: 0,
             };
             maps.v4.snat.set(index.into(), slot);
             maps.v4.flows.set(&key, &flow).unwrap();

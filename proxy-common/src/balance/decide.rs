@@ -72,8 +72,8 @@ pub(super) fn decide_here<F: Family, M: Subprograms<F>>(
         }
     }
     if scratch.flow.state & FLOW_SNAT != 0 && !translate_source(maps, scratch) {
-        maps.count(Event::SnatExhausted);
-        return Verdict::Drop;
+        maps.count_snat_refused(scratch.flow.backend_id);
+        return Verdict::Refuse;
     }
     insert(maps, scratch);
     Verdict::Translate(InScratch)

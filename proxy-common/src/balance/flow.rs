@@ -36,7 +36,7 @@ pub(crate) fn shared_port_bit<F: Family>(tuple: &Tuple<F::Words>) -> u32 {
     hash::side::<F>(tuple.src, tuple.src_port, tuple.proto) as u32 % (SHARED_PORT_WORDS as u32 * 64)
 }
 
-/// The slot of a port in the SNAT range towards a backend, if it is in use for that backend and
+/// The slot of a translated source port towards a backend, if it is in use for that backend and
 /// protocol.
 #[inline(always)]
 pub(crate) fn snat_slot<'m, F: Family, M: Maps<F>>(
@@ -47,13 +47,15 @@ pub(crate) fn snat_slot<'m, F: Family, M: Maps<F>>(
     backend_port: u16,
     proto: u8,
 ) -> Option<Read<'m, SnatSlot<F::Words>>> {
-    let entry = maps.snat(snat::index::<F>(config, port, backend, backend_port, proto))?;
-    let slot = entry.read();
-    (slot.backend == backend
-        && slot.backend_port == backend_port
-        && slot.proto == proto
-        && slot.last_seen != 0)
-        .then_some((entry, slot))
+    let [first, second] = snat::places::<F>(config, port, backend, backend_port, proto);
+    let mut entry = maps.snat(first)?;
+    if !snat::is_of(&entry.read(), port, backend, backend_port, proto) {
+        entry = maps.snat(second)?;
+        if !snat::is_of(&entry.read(), port, backend, backend_port, proto) {
+            return None;
+        }
+    }
+    Some((entry, entry.read()))
 }
 
 /// Ticks ([`TICK_NS`]) after an RST, in which its sender may show that it was not its own.

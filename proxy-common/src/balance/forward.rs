@@ -34,9 +34,7 @@ pub fn established<F: Family, M: Maps<F>>(
     let Some(config) = maps.config() else {
         return Lookup::Unmatched;
     };
-    if snat::in_range(config, tuple.dst_port)
-        && maps.filter(filter::backend::<F>(tuple.src, tuple.src_port, tuple.proto))
-    {
+    if maps.filter(filter::backend_port(tuple.src_port)) && snat::may_be(maps, tuple.dst) {
         match snat_reply_arriving(maps, config, arrival) {
             Lookup::Unmatched => {}
             lookup => return lookup,
@@ -154,7 +152,7 @@ fn forward<F: Family, M: Maps<F>>(
     }
     if (passed || state != 0)
         && flow.state & FLOW_SNAT != 0
-        && let Some((slot, _)) = snat_slot(
+        && let Some((entry, slot)) = snat_slot(
             maps,
             config,
             flow.snat_port,
@@ -162,15 +160,17 @@ fn forward<F: Family, M: Maps<F>>(
             flow.backend_port,
             tuple.proto,
         )
+        && slot.client == tuple.src
+        && slot.client_port == tuple.src_port
     {
-        slot.record(maps, state);
+        entry.record(maps, state);
     }
     Some(towards_backend(&flow, arrival))
 }
 
-/// A datagram of a flow that may have been silent: if the last was answered, they are a stream.
-/// `false`: the flow's translated source port is not its own any more; after a silence another flow
-/// may have it, or the agent may have given it up.
+/// A packet of a flow that may have been silent: of datagrams, if the last was answered, they are a
+/// stream. `false`: the flow's translated source port is not its own any more; after a silence
+/// another flow may have it, or the agent may have given it up.
 #[inline(never)]
 fn resumes<F: Family, M: Maps<F>>(
     maps: &M,
@@ -181,7 +181,7 @@ fn resumes<F: Family, M: Maps<F>>(
         return false;
     };
     let flow = entry.read();
-    if flow.state & (FLOW_SEEN_REPLY | FLOW_CONFIRMED) == FLOW_SEEN_REPLY {
+    if key.proto == UDP && flow.state & (FLOW_SEEN_REPLY | FLOW_CONFIRMED) == FLOW_SEEN_REPLY {
         entry.set(FLOW_CONFIRMED);
     }
     if flow.state & FLOW_SNAT == 0 {
@@ -349,7 +349,8 @@ pub(super) fn unconfirmed_here<F: Family, M: Maps<F>>(
     let Some(entry) = maps.unconfirmed_flow(&scratch.key) else {
         return false;
     };
-    if scratch.arrival.tuple.proto == UDP && !resumes(maps, &scratch.key, entry) {
+    // A port that is not confirmed is given to another flow when ports are short.
+    if !resumes(maps, &scratch.key, entry) {
         return false;
     }
     if !is_of(maps, entry, scratch) {

@@ -65,8 +65,9 @@ pub trait Maps<F: Family>: Clock {
     fn add_direct(&self, key: &DirectKey<F::Words>, now: u32);
     /// A slot of `snat`.
     fn snat(&self, index: u32) -> Option<Entry<'_, SnatSlot<F::Words>>>;
-    /// Sets a SNAT slot's `last_seen` from `seen` to `now`, unless another CPU was first.
-    fn claim(&self, slot: Entry<'_, SnatSlot<F::Words>>, seen: u32, now: u32) -> bool;
+    /// Sets a SNAT slot's `last_seen` and `owner` from the first to the second pair, unless another
+    /// CPU was first.
+    fn claim(&self, slot: Entry<'_, SnatSlot<F::Words>>, old: (u32, u32), new: (u32, u32)) -> bool;
     /// Whether a socket of this node would get packets of this tuple (a reply's: from the backend
     /// to the node).
     fn socket_takes(&self, reply: &Tuple<F::Words>) -> bool;
@@ -95,6 +96,8 @@ pub trait Maps<F: Family>: Clock {
     fn may_answer(&self, answered: &Tuple<F::Words>) -> bool;
     /// Counts a new flow of a backend, under the hook that runs.
     fn count_flow(&self, backend: u32);
+    /// Counts a flow that no source port towards its backend was left for.
+    fn count_snat_refused(&self, backend: u32);
     /// Counts an event.
     fn count(&self, event: Event);
 }

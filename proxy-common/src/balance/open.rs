@@ -150,7 +150,7 @@ fn port_is_lent<F: Family, M: Maps<F>>(
     tuple: &Tuple<F::Words>,
     backend: &Slot<F::Words>,
 ) -> bool {
-    snat::in_range(config, tuple.src_port)
+    snat::may_be(maps, tuple.src)
         && match snat_slot(
             maps,
             config,

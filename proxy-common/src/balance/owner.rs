@@ -149,7 +149,7 @@ pub(super) fn note<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Wor
         }
     }
     let Some(config) = maps.config() else { return };
-    if snat::in_range(config, answer.dst_port)
+    if snat::may_be(maps, answer.dst)
         && snat_slot(
             maps,
             config,

@@ -30,7 +30,7 @@ pub fn answering<F: Family, M: Maps<F>>(
         && maps.client(filter::client::<F>(tuple.dst))
     {
         let state = reply_state(tuple.proto, tcp_flags);
-        if snat::in_range(config, tuple.dst_port)
+        if snat::may_be(maps, tuple.dst)
             && let Some((entry, slot)) = snat_slot(
                 maps,
                 config,
@@ -71,8 +71,8 @@ pub fn answering<F: Family, M: Maps<F>>(
             lookup => return lookup,
         }
     }
-    if snat::in_range(config, tuple.src_port)
-        && maps.filter(filter::backend::<F>(tuple.dst, tuple.dst_port, tuple.proto))
+    if maps.filter(filter::backend_port(tuple.dst_port))
+        && snat::may_be(maps, tuple.src)
         && let Some((_, slot)) = snat_slot(
             maps,
             config,

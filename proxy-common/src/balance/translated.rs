@@ -46,7 +46,7 @@ pub(super) fn is_translated<F: Family, M: Maps<F>>(
     let Some(config) = maps.config() else {
         return false;
     };
-    snat::in_range(config, tuple.src_port)
+    snat::may_be(maps, tuple.src)
         && match snat_slot(
             maps,
             config,

@@ -25,7 +25,7 @@ pub(crate) fn refuses<F: Family, M: Maps<F>>(maps: &M, scratch: &Scratch<F::Word
     };
     let tuple = &scratch.arrival.tuple;
     tuple.proto == TCP
-        && snat::in_range(config, tuple.dst_port)
+        && snat::may_be(maps, tuple.dst)
         && maps.filter(filter::backend::<F>(tuple.src, tuple.src_port, tuple.proto))
         && match snat_slot(
             maps,
@@ -117,7 +117,7 @@ fn find_request<F: Family, M: Maps<F>>(
         return false;
     }
     let mut state = None;
-    if snat::in_range(config, reply.dst_port)
+    if snat::may_be(maps, reply.dst)
         && let Some((_, slot)) =
             snat_slot(maps, config, reply.dst_port, reply.src, reply.src_port, TCP)
         && (if leaving {

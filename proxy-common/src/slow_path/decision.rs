@@ -34,7 +34,7 @@ fn established<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::
         return Step::Break(Verdict::Pass);
     };
     let tuple = &scratch.arrival.tuple;
-    if snat::in_range(config, tuple.dst_port)
+    if snat::may_be(maps, tuple.dst)
         && maps.filter(filter::backend::<F>(tuple.src, tuple.src_port, tuple.proto))
     {
         match snat_reply_arriving(maps, config, &scratch.arrival) {

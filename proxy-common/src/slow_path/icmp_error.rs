@@ -158,7 +158,7 @@ fn arriving<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) ->
     };
     let slow = &mut scratch.slow;
     let answer = slow.answer;
-    if snat::in_range(config, answer.dst_port)
+    if snat::may_be(maps, answer.dst)
         && maps.filter(filter::backend::<F>(
             answer.src,
             answer.src_port,
@@ -231,7 +231,7 @@ fn leaving<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> 
         answer.src_port,
         answer.proto,
     )) {
-        if snat::in_range(config, answer.dst_port)
+        if snat::may_be(maps, answer.dst)
             && let Some((_, slot)) = snat_slot(
                 maps,
                 config,
@@ -266,7 +266,7 @@ fn leaving<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> 
         answer.dst,
         answer.dst_port,
         answer.proto,
-    )) && snat::in_range(config, answer.src_port)
+    )) && snat::may_be(maps, answer.src)
         && let Some((_, slot)) = snat_slot(
             maps,
             config,

@@ -196,7 +196,7 @@ fn a_reset_connection_keeps_its_entry_and_its_source_port_for_a_while() {
     let keeps = |ports, ticks, expected| {
         let node: Node<V4> = Node::new(Config {
             snat_ports: ports,
-            snat_ways: 1,
+            snat_entries: 128,
             ..config()
         });
         node.serve(ip(10, 96, 0, 1), 80, TCP, &[REMOTE]);

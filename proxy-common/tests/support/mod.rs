@@ -14,7 +14,6 @@ use shunt_common::{
     filter,
     layout::*,
     packet::Tuple,
-    snat,
 };
 
 type Flows<A> = RefCell<HashMap<FlowKey<A>, Box<Flow<A>>>>;
@@ -263,7 +262,7 @@ impl<F: Family<Words: Hash>> Maps<F> for Node<F> {
         self.unconfirmed.borrow_mut().remove(key);
     }
     fn snat(&self, index: u32) -> Option<Entry<'_, SnatSlot<F::Words>>> {
-        if index >= snat::entries(&self.config) {
+        if index >= self.config.snat_entries {
             return None;
         }
         let mut slots = self.snat.borrow_mut();
@@ -273,13 +272,14 @@ impl<F: Family<Words: Hash>> Maps<F> for Node<F> {
             .or_insert_with(|| Box::new(unsafe { std::mem::zeroed() }));
         entry(Some(slot))
     }
-    fn claim(&self, slot: Entry<'_, SnatSlot<F::Words>>, seen: u32, now: u32) -> bool {
-        // SAFETY: one thread, a live entry.
-        unsafe {
-            let free = *slot.last_seen() == seen;
-            *slot.last_seen() = now;
-            free
+    fn claim(&self, slot: Entry<'_, SnatSlot<F::Words>>, old: (u32, u32), new: (u32, u32)) -> bool {
+        let mut value = slot.read();
+        let free = (value.last_seen, value.owner) == old;
+        if free {
+            (value.last_seen, value.owner) = new;
+            slot.write(&value);
         }
+        free
     }
     fn socket_takes(&self, reply: &Tuple<F::Words>) -> bool {
         self.sockets.borrow().contains(reply)
@@ -319,6 +319,10 @@ impl<F: Family<Words: Hash>> Maps<F> for Node<F> {
         true
     }
     fn count_flow(&self, _backend: u32) {}
+    fn count_snat_refused(&self, backend: u32) {
+        let mut backends = self.backends.borrow_mut();
+        backends.entry(backend).or_default().snat_refused += 1;
+    }
     fn count(&self, event: Event) {
         self.events.borrow_mut().push(event);
     }

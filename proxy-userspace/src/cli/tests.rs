@@ -391,7 +391,7 @@ fn flush_deletes_what_its_filter_admits_frees_source_ports_and_says_how_many() {
     let config = Config {
         snat_first: 20_000,
         snat_ports: 100,
-        snat_ways: 4,
+        snat_entries: 128,
         ..Default::default()
     };
     maps.set_config(&config).unwrap();
@@ -404,7 +404,7 @@ fn flush_deletes_what_its_filter_admits_frees_source_ports_and_says_how_many() {
         FLOW_SEEN_REPLY | FLOW_SNAT,
         0,
     );
-    let index = snat::index::<V4>(
+    let [index, _] = snat::places::<V4>(
         &config,
         flow.snat_port,
         V4::words(flow.backend),
@@ -419,15 +419,15 @@ fn flush_deletes_what_its_filter_admits_frees_source_ports_and_says_how_many() {
         client_port: 2,
         frontend_port: flow.frontend_port,
         backend_port: flow.backend_port,
-        state: FLOW_SEEN_REPLY,
+        snat_port: flow.snat_port,
         last_seen: NOW,
+        owner: 0,
+        state: FLOW_SEEN_REPLY,
         backend_id: 1,
+        epoch: 0,
         proto: TCP,
         reserved: 0,
         reserved2: 0,
-        epoch: 0,
-        owner: 0,
-        reserved3: 0,
     };
     maps.v4.snat.set(index, slot);
     add_flow::<V6>(&maps.v6, [1; 16], 3, UDP, FLOW_SEEN_REPLY, 0);

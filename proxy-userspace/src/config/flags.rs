@@ -112,7 +112,8 @@ pub struct RunArgs {
     /// of a Service says whether its connections try another backend [default: 1].
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(0..=60))]
     retry_silence: Option<u32>,
-    /// Source ports of translated packets [default: 10240-29999].
+    /// Source ports of translated packets; each backend has a supply of its own, node ports and
+    /// those that sockets of the node use are left out [default: 1024-65535].
     #[arg(long, value_name = "FIRST-LAST")]
     snat_ports: Option<PortRange>,
     /// Where /healthz, /livez and /readyz are served; 0.0.0.0 means all addresses of both families,
@@ -201,8 +202,8 @@ struct CapacityArgs {
     /// Flows without an answer yet, per family [default: 65536].
     #[arg(long, value_name = "N")]
     max_new_flows: Option<u32>,
-    /// Translated source ports per family: the ports of --snat-ports times flows that may share one
-    /// [default: 262144].
+    /// Translated source ports per family, of all backends together; the next power of two below is
+    /// used [default: 262144].
     #[arg(long, value_name = "N")]
     max_snat: Option<u32>,
     /// Clients that backends are kept for (sessionAffinity), per family, and as many more that may

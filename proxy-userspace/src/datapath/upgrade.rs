@@ -37,7 +37,12 @@ use std::{
     sync::atomic::Ordering,
 };
 
-use shunt_common::layout::{LAYOUT_VERSION, Octets, SnatSlot, TICK_NS, names};
+use shunt_common::{
+    family::{V4, V6},
+    filter,
+    layout::{Config, LAYOUT_VERSION, Octets, SnatSlot, TICK_NS, names},
+    snat,
+};
 use tracing::{info, warn};
 
 use super::{
@@ -49,6 +54,7 @@ use super::{
             types::{ARRAY, HASH, LPM_TRIE, LRU_HASH},
         },
     },
+    maps::MapFamily,
 };
 
 /// The kernel's monotonic clock in units of so many ns.
@@ -188,42 +194,96 @@ impl Map {
     }
 
     /// Takes source ports over that the programs of `old` have given out since `since`, or have
-    /// seen packets of: beside programs that give out ports of this map.
-    fn copy_ports<A: Octets + PartialEq>(&self, old: &Self, since: u32) -> io::Result<()> {
-        let slots = MappedArray::<SnatSlot<A>>::new(self.fd.as_fd(), self.info.max_entries)?;
+    /// seen packets of: beside programs that give out ports of this map. Each goes to one of its
+    /// places in this layout; `range` says which port a place of layout 5 is of.
+    fn copy_ports<F: MapFamily>(
+        &self,
+        old: &Self,
+        range: Option<v5::Range>,
+        clients: &MappedArray<u64>,
+        since: u32,
+    ) -> io::Result<usize> {
+        let slots = MappedArray::<SnatSlot<F::Addr>>::new(self.fd.as_fd(), self.info.max_entries)?;
+        let config = Config {
+            snat_entries: snat::entries(self.info.max_entries),
+            ..Config::default()
+        };
+        let mut copied = 0;
         old.for_each(self.info.value_size, |key, value| {
             // SAFETY: as long as a slot, by `value_size`; any bytes are a Pod.
-            let theirs = unsafe { value.as_ptr().cast::<SnatSlot<A>>().read_unaligned() };
-            let index = u32::from_ne_bytes(key.try_into().unwrap_or_default());
-            if theirs.last_seen < since || index >= slots.len() {
+            let mut theirs = unsafe { value.as_ptr().cast::<SnatSlot<F::Addr>>().read_unaligned() };
+            if let Some(range) = range {
+                let index = u32::from_ne_bytes(key.try_into().unwrap_or_default());
+                theirs.snat_port = range.port(index);
+            }
+            if theirs.last_seen == 0 || theirs.last_seen < since {
                 return Ok(());
             }
-            let ours = slots.get(index);
-            let same_flow = (ours.client, ours.client_port, ours.frontend, ours.backend)
-                == (
-                    theirs.client,
-                    theirs.client_port,
-                    theirs.frontend,
-                    theirs.backend,
-                );
-            if same_flow {
-                slots.state(index).fetch_or(theirs.state, Ordering::Relaxed);
-            } else if ours.last_seen < since
-                && slots
-                    .last_seen(index)
-                    .compare_exchange(
-                        ours.last_seen,
-                        theirs.last_seen,
-                        Ordering::AcqRel,
-                        Ordering::Relaxed,
-                    )
-                    .is_ok()
-            {
-                slots.set(index, theirs);
+            for addr in [theirs.client, theirs.snat] {
+                let bit = filter::translated::<F>(F::words(addr));
+                let (word, mask) = filter::word_and_mask(bit);
+                clients.atomic(word).fetch_or(mask, Ordering::Relaxed);
             }
+            let places = snat::places::<F>(
+                &config,
+                theirs.snat_port,
+                F::words(theirs.backend),
+                theirs.backend_port,
+                theirs.proto,
+            );
+            copied += usize::from(place(&slots, places, theirs, since));
             Ok(())
-        })
+        })?;
+        Ok(copied)
     }
+}
+
+/// Puts a source port of another layout to one of its places, unless it has been given out here.
+fn place<A: Octets + Eq>(
+    slots: &MappedArray<SnatSlot<A>>,
+    places: [u32; 2],
+    theirs: SnatSlot<A>,
+    since: u32,
+) -> bool {
+    let is_it = |&index: &u32| {
+        snat::is_of(
+            &slots.get(index),
+            theirs.snat_port,
+            theirs.backend,
+            theirs.backend_port,
+            theirs.proto,
+        )
+    };
+    let index = places
+        .into_iter()
+        .find(is_it)
+        .or_else(|| (places.into_iter()).find(|&index| slots.get(index).last_seen == 0));
+    let Some(index) = index else { return false };
+    let ours = slots.get(index);
+    let same_flow = ours.last_seen != 0
+        && (ours.client, ours.client_port, ours.frontend)
+            == (theirs.client, theirs.client_port, theirs.frontend);
+    if same_flow {
+        slots.state(index).fetch_or(theirs.state, Ordering::Relaxed);
+        slots
+            .last_seen(index)
+            .fetch_max(theirs.last_seen, Ordering::Relaxed);
+        return false;
+    }
+    let claimed = (ours.last_seen == 0 || ours.last_seen < since)
+        && slots
+            .last_seen(index)
+            .compare_exchange(
+                ours.last_seen,
+                theirs.last_seen,
+                Ordering::AcqRel,
+                Ordering::Relaxed,
+            )
+            .is_ok();
+    if claimed {
+        slots.set(index, theirs);
+    }
+    claimed
 }
 
 impl Upgrade {
@@ -322,7 +382,9 @@ impl Upgrade {
             if name == names::CONFIG || !self.readable {
                 continue;
             }
-            if let Some((old, new)) = self.pair(&name)? {
+            if names::SNAT.contains(&name.as_str()) {
+                entries += self.copy_ports(&name, 0)?;
+            } else if let Some((old, new)) = self.pair(&name)? {
                 entries += new.copy_from(&old, BPF_ANY)?;
             }
         }
@@ -352,8 +414,10 @@ impl Upgrade {
         }
         // A port that is given out from here on is found by `catch_up`.
         self.copied_at.set(now_in(TICK_NS));
-        // Ports are not to be written like this beside the programs.
-        self.copy_flows(WRITTEN.iter().chain([&&names::SNAT[..]]), BPF_ANY)
+        for name in names::SNAT {
+            self.copy_ports(name, 0)?;
+        }
+        self.copy_flows(WRITTEN.iter(), BPF_ANY)
     }
 
     /// Copies flows that were opened since the last copy; programs of both layouts may run.
@@ -363,12 +427,8 @@ impl Upgrade {
     /// `ENOMEM`). The other layout's programs go on as they are: start the agent again.
     pub fn catch_up(&self) -> io::Result<()> {
         // First, for the answers to a flow are found by its port.
-        let since = self.copied_at.get();
-        if let Some((old, new)) = self.pair(names::SNAT[0])? {
-            new.copy_ports::<[u8; 4]>(&old, since)?;
-        }
-        if let Some((old, new)) = self.pair(names::SNAT[1])? {
-            new.copy_ports::<[u8; 16]>(&old, since)?;
+        for name in names::SNAT {
+            self.copy_ports(name, self.copied_at.get())?;
         }
         self.copy_flows(WRITTEN.iter(), BPF_NOEXIST)
     }
@@ -392,6 +452,25 @@ impl Upgrade {
         fs::remove_dir(&self.old)?;
         info!("{} is not used any more: removed", self.old.display());
         Ok(())
+    }
+
+    /// Takes source ports over, and sets the bits that programs look for them by.
+    fn copy_ports(&self, name: &str, since: u32) -> io::Result<usize> {
+        let Some((old, new)) = self.pair(name)? else {
+            return Ok(0);
+        };
+        let range = if self.version < 6 {
+            Some(v5::Range::read(&self.old.join("maps"))?)
+        } else {
+            None
+        };
+        let map = Map::open(&self.maps, names::CLIENTS)?;
+        let clients = MappedArray::<u64>::new(map.fd.as_fd(), map.info.max_entries)?;
+        if name == names::SNAT[0] {
+            new.copy_ports::<V4>(&old, range, &clients, since)
+        } else {
+            new.copy_ports::<V6>(&old, range, &clients, since)
+        }
     }
 
     fn copy_flows<'a>(
@@ -505,7 +584,7 @@ struct Convert {
 /// How the values of the map that is called `name` here are converted from layout `version`.
 fn converted(version: u32, name: &str) -> Option<Convert> {
     let is = |maps: [&str; 2]| maps.iter().position(|&map| map == name);
-    // Six: the state has 32 bits, and stands behind the clock.
+    // Six: the state has 32 bits, and stands behind the clock; a source port says which it is.
     if version < 6 {
         for maps in [names::FLOWS, names::UNCONFIRMED] {
             match is(maps) {
@@ -524,7 +603,42 @@ fn converted(version: u32, name: &str) -> Option<Convert> {
 
 /// Values as they were in layout 5.
 mod v5 {
-    use super::Convert;
+    use std::{io, os::fd::AsFd, path::Path};
+
+    use shunt_common::layout::names;
+
+    use super::{Convert, bpf, map};
+
+    /// Which port stands where: the first, and how many places each has, side by side.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub(super) struct Range {
+        pub(super) first: u16,
+        pub(super) ways: u32,
+    }
+
+    impl Range {
+        /// As the configuration of that layout says.
+        pub(super) fn read(folder: &Path) -> io::Result<Self> {
+            let fd = bpf::open(&folder.join(names::CONFIG))?;
+            let info = map::map_info(fd.as_fd())?;
+            let mut cursor = map::Cursor::default();
+            let batch = map::lookup_batch_raw(fd.as_fd(), &info, &mut cursor, 1)?;
+            let field = |at: usize, size: usize| -> Option<u32> {
+                let mut bytes = [0; 4];
+                bytes[..size].copy_from_slice(batch.values.get(at..at + size)?);
+                Some(u32::from_le_bytes(bytes))
+            };
+            let (first, ways) = (field(8, 2), field(12, 4));
+            Ok(Self {
+                first: first.unwrap_or_default() as u16,
+                ways: ways.unwrap_or_default().max(1),
+            })
+        }
+
+        pub(super) fn port(self, index: u32) -> u16 {
+            self.first.wrapping_add((index / self.ways) as u16)
+        }
+    }
 
     /// Bytes in the order of this layout's fields.
     fn join(fields: &[&[u8]]) -> Vec<u8> {
@@ -557,7 +671,8 @@ mod v5 {
         }
     }
 
-    /// Four addresses, three ports, state, last seen, backend, protocol, zero, epoch, owner.
+    /// Four addresses, three ports, state, last seen, backend, protocol, zero, epoch, owner. The
+    /// port itself is in the entry's index.
     pub(super) fn snat_slot<const A: usize>() -> Convert {
         Convert {
             sizes: (4 * A as u32 + 24, 4 * A as u32 + 32),
@@ -566,11 +681,13 @@ mod v5 {
                 join(&[
                     addresses,
                     &rest[..6],
-                    &rest[18..20],
-                    &state(&rest[6..8]),
-                    &rest[8..18],
                     &[0; 2],
+                    &rest[8..12],
                     &rest[20..24],
+                    &state(&rest[6..8]),
+                    &rest[12..16],
+                    &rest[18..20],
+                    &rest[16..18],
                     &[0; 4],
                 ])
             },
@@ -677,17 +794,22 @@ mod tests {
             client_port: 1,
             frontend_port: 2,
             backend_port: 3,
-            epoch: 5,
-            state: 0x4021,
+            snat_port: 0,
             last_seen: 99,
+            owner: 12,
+            state: 0x4021,
             backend_id: 7,
+            epoch: 5,
             proto: 6,
             reserved: 0,
             reserved2: 0,
-            owner: 12,
-            reserved3: 0,
         };
         assert_eq!(slot, expected);
+        let range = v5::Range {
+            first: 10_240,
+            ways: 13,
+        };
+        assert_eq!((range.port(12), range.port(13)), (10_240, 10_241));
         assert!(converted(5, names::AFFINITY[0]).is_none());
         assert!(converted(LAYOUT_VERSION, names::FLOWS[0]).is_none());
     }

@@ -414,27 +414,28 @@ impl<F: CopiedFamily> Maps<F> for Copied<'_, F> {
                 client_port: slot.client_port,
                 frontend_port: slot.frontend_port,
                 backend_port: slot.backend_port,
-                state: slot.state,
+                snat_port: slot.snat_port,
                 last_seen: slot.last_seen,
+                owner: slot.owner,
+                state: slot.state,
                 backend_id: slot.backend_id,
+                epoch: slot.epoch,
                 proto: slot.proto,
                 reserved: 0,
                 reserved2: 0,
-                epoch: slot.epoch,
-                owner: slot.owner,
-                reserved3: 0,
             })
         })
     }
 
-    fn claim(&self, slot: Entry<'_, SnatSlot<F::Words>>, seen: u32, now: u32) -> bool {
-        let last_seen = slot.last_seen();
-        // SAFETY: an aligned field of a copy that lives as long as this does, in one thread.
-        unsafe {
-            let free = *last_seen == seen;
-            *last_seen = now;
-            free
+    fn claim(&self, slot: Entry<'_, SnatSlot<F::Words>>, old: (u32, u32), new: (u32, u32)) -> bool {
+        // A copy that nobody else writes to.
+        let mut value = slot.read();
+        let free = (value.last_seen, value.owner) == old;
+        if free {
+            (value.last_seen, value.owner) = new;
+            slot.write(&value);
         }
+        free
     }
 
     fn socket_takes(&self, reply: &Tuple<F::Words>) -> bool {
@@ -501,6 +502,8 @@ impl<F: CopiedFamily> Maps<F> for Copied<'_, F> {
     fn count_flow(&self, backend: u32) {
         self.seen.borrow_mut().chosen.push(backend);
     }
+
+    fn count_snat_refused(&self, _backend: u32) {}
 
     fn count(&self, event: Event) {
         self.seen.borrow_mut().events.push(event);

@@ -26,6 +26,10 @@ pub(super) fn of_event(event: Event) -> (&'static str, &'static str) {
              source to",
             "give the node an address of that family, or name one with --node-ip",
         ),
+        Event::SnatLimited => (
+            "source ports towards the backend are short, and the client's network or its Service has its share",
+            "look who has so many connections: `shunt conntrack list`; or add backends",
+        ),
         Event::SourceDenied => (
             "the source is in none of the Service's loadBalancerSourceRanges",
             "add it to spec.loadBalancerSourceRanges if it is meant to be let in",

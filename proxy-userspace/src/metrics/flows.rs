@@ -32,6 +32,8 @@ pub struct ServicePort {
 pub struct Counts {
     /// New flows by the hook that chose the backend, as in [`HOOKS`].
     pub flows: [u64; 3],
+    /// Flows refused for lack of a source port.
+    pub snat_refused: u64,
     /// What the packet path carried, where that is counted.
     pub traffic: Traffic,
 }
@@ -43,11 +45,12 @@ impl Counts {
     fn new(state: &BackendState, traffic: Traffic) -> Self {
         Self {
             flows: [state.socket_flows, state.tc_flows, state.xdp_flows],
+            snat_refused: state.snat_refused,
             traffic,
         }
     }
 
-    fn numbers(&self) -> [u64; 7] {
+    fn numbers(&self) -> [u64; 8] {
         let [socket, tc, xdp] = self.flows;
         let Traffic {
             to_packets,
@@ -63,6 +66,7 @@ impl Counts {
             to_bytes,
             from_packets,
             from_bytes,
+            self.snat_refused,
         ]
     }
 
@@ -75,10 +79,12 @@ impl Counts {
             to_bytes,
             from_packets,
             from_bytes,
-        ]: [u64; 7],
+            snat_refused,
+        ]: [u64; 8],
     ) -> Self {
         Self {
             flows: [socket, tc, xdp],
+            snat_refused,
             traffic: Traffic {
                 to_packets,
                 to_bytes,
@@ -226,7 +232,11 @@ mod tests {
             to_packets: flows[0] * 10,
             ..Traffic::default()
         };
-        Counts { flows, traffic }
+        Counts {
+            flows,
+            traffic,
+            ..Counts::default()
+        }
     }
 
     /// A2: a Service's counter never goes back, whatever becomes of its backends and their ids.

@@ -142,6 +142,17 @@ impl Kernel {
             "New flows to backends of a Service port, by the hook that chose the backend.",
             flows,
         )?;
+        let refused = totals.iter().filter_map(|(port, counts)| {
+            let [namespace, service, number, protocol, _] = labels(port, "", "");
+            (counts.snat_refused != 0)
+                .then_some(([namespace, service, number, protocol], counts.snat_refused))
+        });
+        counters(
+            encoder,
+            "shunt_service_snat_refused",
+            "Flows to backends of a Service port that were refused for lack of a source port.",
+            refused,
+        )?;
         // Without --count-traffic there are no samples: zeros would be lies.
         let carried = || {
             totals

@@ -3,18 +3,21 @@
 use std::{collections::BTreeSet, net::IpAddr, ops::RangeInclusive, time::Duration};
 
 use ipnet::IpNet;
-use shunt_common::layout::{
-    AFFINITY_TICK_NS, CONFIG_ANSWER_PING, CONFIG_NODEPORT_LOOPBACK4, CONFIG_NODEPORT_LOOPBACK6,
-    Config, MAX_CLUSTER_CIDRS, MAX_SERVICE_CIDRS, Octets, Prefix, Timeouts,
+use shunt_common::{
+    layout::{
+        AFFINITY_TICK_NS, CONFIG_ANSWER_PING, CONFIG_NODEPORT_LOOPBACK4, CONFIG_NODEPORT_LOOPBACK6,
+        Config, MAX_CLUSTER_CIDRS, MAX_SERVICE_CIDRS, Octets, Prefix, Timeouts,
+    },
+    snat,
 };
 
 use super::addresses;
 
 use crate::datapath::maps::{MapError, MapFamily, Maps, PerFamily, settings};
 
-/// The SNAT range where the user names none: apart from node ports (30000–32767) and from Linux's
-/// own choice of source ports (`ip_local_port_range`, 32768–60999).
-pub const SNAT_PORTS: RangeInclusive<u16> = 10_240..=29_999;
+/// The SNAT range where the user names none: all that need no right. Node ports and what sockets of
+/// the node have are left out, and what Linux gives to its sockets (`ip_local_port_range`) comes last.
+pub const SNAT_PORTS: RangeInclusive<u16> = 1024..=65_535;
 
 /// Longest time that a backend which does not answer gets no new connections: its trial may come so
 /// late after its recovery.
@@ -35,6 +38,8 @@ pub struct NodeSettings {
     pub retry_silence: Duration,
     /// `--snat-ports`.
     pub snat_ports: RangeInclusive<u16>,
+    /// `net.ipv4.ip_local_port_range`, which holds for both families.
+    pub local_ports: RangeInclusive<u16>,
     /// When flows are over.
     pub timeouts: Timeouts,
     /// Whether node ports answer on loopback addresses, to processes in the node's own namespace:
@@ -69,14 +74,13 @@ pub enum NodeError {
         /// As given.
         last: u16,
     },
-    /// More ports than entries.
+    /// Fewer entries than can be searched.
     #[error(
-        "--snat-ports has {ports} ports, but {} only {entries} entries: give as many at least",
-        settings::MAX_SNAT
+        "{} {entries}: give {} at least",
+        settings::MAX_SNAT,
+        snat::MIN_ENTRIES
     )]
     TooFewEntries {
-        /// Ports in the range.
-        ports: u32,
         /// Entries of the `snat` maps.
         entries: u32,
     },
@@ -93,10 +97,8 @@ pub fn config(settings: &NodeSettings, snat_entries: u32) -> Result<Config, Node
     }
     // 65535 ports at most, since port 0 is none.
     let ports = last - first + 1;
-    let ways = snat_entries / u32::from(ports);
-    if ways == 0 {
+    if snat_entries < snat::MIN_ENTRIES {
         return Err(NodeError::TooFewEntries {
-            ports: ports.into(),
             entries: snat_entries,
         });
     }
@@ -104,7 +106,9 @@ pub fn config(settings: &NodeSettings, snat_entries: u32) -> Result<Config, Node
         host_netns: settings.host_netns,
         snat_first: first,
         snat_ports: ports,
-        snat_ways: ways,
+        snat_entries: snat::entries(snat_entries),
+        local_first: *settings.local_ports.start(),
+        local_ports: settings.local_ports.len().min(u16::MAX.into()) as u16,
         flags: flags(settings),
         timeouts: settings.timeouts,
         quarantine: ticks(settings.retry_silence.min(MAX_QUARANTINE)),
@@ -237,6 +241,7 @@ mod tests {
             answer_ping: true,
             retry_silence: Duration::from_secs(1),
             snat_ports: SNAT_PORTS,
+            local_ports: 32_768..=60_999,
             timeouts: Timeouts::default(),
             loopback: [false, true],
             host_netns: 7,
@@ -247,10 +252,10 @@ mod tests {
     fn the_configuration_follows_the_settings() {
         let config = config(&settings(), 262_144).unwrap();
         assert_eq!(
-            (config.snat_first, config.snat_ports, config.snat_ways),
-            (10_240, 19_760, 13)
+            (config.snat_first, config.snat_ports, config.snat_entries),
+            (1024, 64_512, 262_144)
         );
-        assert!(shunt_common::snat::entries(&config) <= 262_144);
+        assert_eq!((config.local_first, config.local_ports), (32_768, 28_232));
         assert_eq!(
             (config.quarantine, config.quarantine_max),
             (59, 3576),
@@ -282,9 +287,10 @@ mod tests {
         let with = |change: fn(&mut NodeSettings)| {
             let mut settings = settings();
             change(&mut settings);
-            config(&settings, 1000).unwrap_err().to_string()
+            config(&settings, 4096).unwrap_err().to_string()
         };
-        assert!(with(|_| ()).contains("--max-snat"));
+        let too_few = config(&settings(), 127).unwrap_err().to_string();
+        assert_eq!(too_few, "--max-snat 127: give 128 at least");
         #[expect(clippy::reversed_empty_ranges, reason = "that is the mistake")]
         let message = with(|s| s.snat_ports = 20..=10);
         assert!(message.starts_with("--snat-ports 20-10"), "{message}");

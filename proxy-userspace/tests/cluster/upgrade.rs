@@ -2,6 +2,7 @@
 //! the same build, with other settings, over pins that somebody has damaged. Needs root.
 
 use std::{
+    collections::BTreeMap,
     env, fs,
     net::SocketAddr,
     os::fd::AsFd,
@@ -64,6 +65,25 @@ fn as_version(root: &Path, version: u32) {
     fs::rename(folder(LAYOUT_VERSION), folder(version)).unwrap();
 }
 
+/// First port and places a port of version 5, as its default is with the maps of these tests.
+const SNAT_FIRST: u16 = 10_240;
+const SNAT_WAYS: u32 = 2;
+
+/// Writes a configuration that says so.
+fn old_range(maps: &Path) {
+    let path = maps.join("config");
+    let from = bpf::open(&path).unwrap();
+    let info = bpf::map::map_info(from.as_fd()).unwrap();
+    let mut cursor = bpf::map::Cursor::default();
+    let batch = bpf::map::lookup_batch_raw(from.as_fd(), &info, &mut cursor, 1).unwrap();
+    let mut value = batch.values;
+    value[8..10].copy_from_slice(&SNAT_FIRST.to_le_bytes());
+    value[12..16].copy_from_slice(&SNAT_WAYS.to_le_bytes());
+    let to = bpf::map::create(info.map_type, 4, value.len(), 1, info.map_flags).unwrap();
+    bpf::map::update_raw(to.as_fd(), &info, &0u32.to_le_bytes(), &value, 0).unwrap();
+    bpf::pin_over(to.as_fd(), &path).unwrap();
+}
+
 /// Makes of them what an agent of version 5 would have left: under other names, and with flows and
 /// source ports whose state has 16 bits. These are copies, which the programs that run do not write
 /// to.
@@ -73,9 +93,11 @@ fn as_version_5(root: &Path) {
     for (old, new) in RENAMED {
         fs::rename(maps.join(new), maps.join(old)).unwrap();
     }
+    old_range(&maps);
     // Its present parts, in their old order.
     let flow: &[(usize, usize)] = &[(0, 6), (8, 2), (12, 8), (6, 2), (20, 2), (24, 4)];
-    let slot: &[(usize, usize)] = &[(0, 6), (8, 2), (12, 8), (20, 2), (6, 2), (24, 4)];
+    // The last two are protocol and zero.
+    let slot: &[(usize, usize)] = &[(0, 6), (16, 2), (8, 4), (20, 4), (26, 2), (24, 2), (12, 4)];
     for (name, addresses, parts) in [
         ("flows", 3, flow),
         ("new_flows", 3, flow),
@@ -99,6 +121,7 @@ fn as_version_5(root: &Path) {
             .unwrap();
             let mut cursor = bpf::map::Cursor::default();
             let mut at_end = false;
+            let mut way = BTreeMap::new();
             while !at_end {
                 let batch =
                     bpf::map::lookup_batch_raw(from.as_fd(), &info, &mut cursor, 65_536).unwrap();
@@ -109,7 +132,20 @@ fn as_version_5(root: &Path) {
                     for &(at, length) in parts {
                         bytes.extend(&tail[at..at + length]);
                     }
-                    bpf::map::update_raw(to.as_fd(), &old, key, &bytes, 0).unwrap();
+                    let mut key = key.to_vec();
+                    if name == "snat" {
+                        // Where the port says.
+                        let port = u16::from_le_bytes([tail[6], tail[7]]);
+                        if port == 0 {
+                            continue;
+                        }
+                        let place = u32::from(port - SNAT_FIRST) * SNAT_WAYS;
+                        let other = way.entry(place).or_insert(place);
+                        assert!(*other < place + SNAT_WAYS, "too many flows of one port");
+                        key = other.to_le_bytes().to_vec();
+                        *other += 1;
+                    }
+                    bpf::map::update_raw(to.as_fd(), &old, &key, &bytes, 0).unwrap();
                 }
                 at_end = batch.at_end;
             }
@@ -178,6 +214,7 @@ impl Cluster {
         let options = AgentOptions::manifests(manifests.path())
             .xdp(xdp)
             .args(&["--max-flows", "16384", "--max-snat", "40000"])
+            .args(&["--snat-ports", "10240-29999"])
             .shunt(env!("CARGO_BIN_EXE_shunt"));
         Self {
             lab,

@@ -95,6 +95,7 @@ impl Loaded {
             answer_ping: true,
             retry_silence: std::time::Duration::ZERO,
             snat_ports: 10_240..=29_999,
+            local_ports: 32_768..=60_999,
             timeouts: Default::default(),
             loopback: [false; 2],
             host_netns: 0,

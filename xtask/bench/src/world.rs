@@ -89,7 +89,8 @@ pub(crate) fn node_settings(addresses: &[IpAddr]) -> NodeSettings {
         service_cidrs: Vec::new(),
         answer_ping: true,
         retry_silence: Duration::from_secs(1),
-        snat_ports: 10_240..=29_999,
+        snat_ports: 1024..=65_535,
+        local_ports: 32_768..=60_999,
         timeouts: Default::default(),
         loopback: [false; 2],
         host_netns: 0,
@@ -273,22 +274,19 @@ impl World {
     /// Backend and source port of each flow through SNAT: no two in one slot.
     pub(crate) fn places<F: Maplike>(&self, v6: bool) -> Vec<(u8, u16)> {
         let each = FLOWS / u32::from(BACKENDS);
-        let way = |which: u8| {
-            let backend = F::words(F::octets(backend(v6, false, which)));
-            snat::index::<F>(
-                &self.config,
-                self.config.snat_first,
-                backend,
-                BACKEND_PORT,
-                TCP,
-            )
-        };
-        (0..FLOWS)
-            .map(|n| {
-                let which = (n / each) as u8;
-                let rank = (0..which).filter(|&other| way(other) == way(which)).count() as u32;
-                assert!(rank < 4, "too many backends share a way");
-                (which, self.config.snat_first + (n % each * 4 + rank) as u16)
+        let mut taken = std::collections::HashSet::new();
+        (0..u32::from(BACKENDS))
+            .flat_map(|which| {
+                let backend = F::words(F::octets(backend(v6, false, which as u8)));
+                let place =
+                    |port| snat::places::<F>(&self.config, port, backend, BACKEND_PORT, TCP)[0];
+                let ports: Vec<_> = (self.config.snat_first..=u16::MAX)
+                    .filter(|&port| taken.insert(place(port)))
+                    .take(each as usize)
+                    .map(|port| (which as u8, port))
+                    .collect();
+                assert_eq!(ports.len(), each as usize, "too many backends share places");
+                ports
             })
             .collect()
     }
@@ -353,13 +351,19 @@ impl World {
                     reserved2: 0,
                 };
                 if snat {
-                    indices.push(snat::index::<F>(
+                    let [place, _] = snat::places::<F>(
                         &self.config,
                         snat_port,
                         F::words(backend),
                         BACKEND_PORT,
                         TCP,
-                    ));
+                    );
+                    indices.push(place);
+                    for addr in [client, flow.snat] {
+                        let bit = filter::translated::<F>(F::words(addr));
+                        let (word, mask) = filter::word_and_mask(bit);
+                        clients[word as usize] |= mask;
+                    }
                     slots.push(SnatSlot {
                         client,
                         frontend: flow.frontend,
@@ -368,15 +372,15 @@ impl World {
                         client_port: port,
                         frontend_port,
                         backend_port: BACKEND_PORT,
-                        state,
+                        snat_port,
                         last_seen: now,
+                        owner: 0,
+                        state,
                         backend_id: 0,
+                        epoch: 0,
                         proto: TCP,
                         reserved: 0,
                         reserved2: 0,
-                        epoch: 0,
-                        owner: 0,
-                        reserved3: 0,
                     });
                 }
                 flows.push(flow);
@@ -410,15 +414,15 @@ impl World {
             client_port: 1,
             frontend_port: 1,
             backend_port: 1,
-            state: FLOW_SEEN_REPLY | FLOW_CLIENT_FIN | FLOW_BACKEND_FIN,
+            snat_port: 1,
             last_seen: 1,
+            owner: 0,
+            state: FLOW_SEEN_REPLY | FLOW_CLIENT_FIN | FLOW_BACKEND_FIN,
             backend_id: 0,
+            epoch: 0,
             proto: TCP,
             reserved: 0,
             reserved2: 0,
-            epoch: 0,
-            owner: 0,
-            reserved3: 0,
         };
         let map = bpf::open(
             &self

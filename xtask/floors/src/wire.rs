@@ -217,7 +217,7 @@ impl<A: Copy> Seen<A> {
     }
 }
 
-/// The entry of a translated source port. The range begins at 10240 with 13 ways, as it does by
+/// The entry of a translated source port, at the first of its places among as many as there are by
 /// default.
 #[inline(always)]
 pub(crate) fn snat_slot<F: Wire>(
@@ -225,15 +225,11 @@ pub(crate) fn snat_slot<F: Wire>(
     backend: F::Words,
     backend_port: u16,
 ) -> Option<&'static SnatSlot<F::Words>> {
-    const FIRST: u16 = 10_240;
-    const WAYS: u32 = 13;
-    let way = hash::pick(
-        hash::side::<F>(backend, u16::from_be(backend_port), TCP) as u32,
-        WAYS,
-    );
-    let index = u32::from(u16::from_be(port).wrapping_sub(FIRST)) * WAYS + way;
+    const ENTRIES: u32 = 262_144;
+    let side = hash::side::<F>(backend, u16::from_be(backend_port), TCP) as u32;
+    let index = (side & !31).wrapping_add(u16::from_be(port).into()) & (ENTRIES - 1);
     let slot = value::<_, SnatSlot<F::Words>>(F::SNAT.get_ptr_mut(index))?;
-    (slot.backend == backend).then_some(slot)
+    (slot.snat_port == u16::from_be(port) && slot.backend == backend).then_some(slot)
 }
 
 /// The one's complement difference of the pseudo-header.

@@ -121,25 +121,30 @@ impl<F: MapFamily> PerFamily<F> {
         if flow.state & FLOW_SNAT == 0 {
             return;
         }
-        let index = snat::index::<F>(
+        let places = snat::places::<F>(
             config,
             flow.snat_port,
             F::words(flow.backend),
             flow.backend_port,
             key.proto,
         );
-        let Some(slot) = self.snat.get(index) else {
-            return;
-        };
-        let owned = slot.client == key.client
-            && slot.client_port == key.client_port
-            && slot.proto == key.proto
-            && slot.frontend == flow.frontend
-            && slot.frontend_port == flow.frontend_port
-            && slot.backend == flow.backend
-            && slot.backend_port == flow.backend_port;
-        if owned {
-            self.snat.release(index, slot.last_seen);
+        for index in places {
+            let Some(slot) = self.snat.get(index) else {
+                return;
+            };
+            let owned = snat::is_of(
+                &slot,
+                flow.snat_port,
+                flow.backend,
+                flow.backend_port,
+                key.proto,
+            ) && slot.client == key.client
+                && slot.client_port == key.client_port
+                && slot.frontend == flow.frontend
+                && slot.frontend_port == flow.frontend_port;
+            if owned {
+                self.snat.release(index, slot.last_seen);
+            }
         }
     }
 
