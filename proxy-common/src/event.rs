@@ -82,6 +82,8 @@ events! {
     /// New flows refused because their client's network, or their Service, has more than its share
     /// of the source ports towards a backend, and those are short.
     SnatLimited = 23, "snat_limited";
+    /// Packets of this node's processes to a backend dropped because no route leads there.
+    NoRoute = 24, "no_route";
 }
 
 /// Number of entries of the `events` map: room for more without a new layout.

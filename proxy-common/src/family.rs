@@ -3,7 +3,7 @@
 
 use core::fmt::Debug;
 
-use crate::layout::{Config, FamilyConfig};
+use crate::layout::{CONFIG_NODEPORT_LOOPBACK4, CONFIG_NODEPORT_LOOPBACK6, Config, FamilyConfig};
 
 /// An address family.
 pub trait Family: Copy + Debug + Eq + 'static {
@@ -26,6 +26,8 @@ pub trait Family: Copy + Debug + Eq + 'static {
     const HEADER: usize;
     /// Offset of the source address in the IP header; the destination follows it.
     const ADDRESSES: usize;
+    /// Bit of [`Config::flags`] that says that node ports answer on loopback addresses.
+    const NODEPORT_LOOPBACK: u32;
 
     /// Bytes as words.
     fn words(addr: Self::Addr) -> Self::Words;
@@ -83,6 +85,7 @@ impl Family for V4 {
     const ETHERTYPE: u16 = 0x0800;
     const HEADER: usize = 20;
     const ADDRESSES: usize = 12;
+    const NODEPORT_LOOPBACK: u32 = CONFIG_NODEPORT_LOOPBACK4;
 
     #[inline(always)]
     fn words(addr: [u8; 4]) -> u32 {
@@ -142,6 +145,7 @@ impl Family for V6 {
     const ETHERTYPE: u16 = 0x86dd;
     const HEADER: usize = 40;
     const ADDRESSES: usize = 8;
+    const NODEPORT_LOOPBACK: u32 = CONFIG_NODEPORT_LOOPBACK6;
 
     #[inline(always)]
     fn words(x: [u8; 16]) -> Words6 {

@@ -265,6 +265,9 @@ pub const FLOW_BACKEND_RESET: u32 = 1 << 14;
 pub const FLOW_RESET: u32 = FLOW_CLIENT_RESET | FLOW_BACKEND_RESET;
 /// [`Flow::state`]: in `flows` from the first packet on, and counted in `half_open` until the client has spoken after an answer.
 pub const FLOW_HALF_OPEN: u32 = 1 << 15;
+/// [`Flow::state`]: the client is a process of this node. Its source is always translated, so that nothing it gets from
+/// the backend itself can be taken for an answer of the Service's.
+pub const FLOW_PROCESS: u32 = 1 << 20;
 
 /// One flow: what its packets carry on either side of this node.
 ///

@@ -2,7 +2,9 @@
 //!
 //! [RFC 9293](https://www.rfc-editor.org/rfc/rfc9293#section-3.5.2), group 1: the reset takes its
 //! sequence number from the acknowledgement field of the segment that it answers, and the client
-//! believes it.
+//! believes it. A SYN has none: its reset acknowledges it (same section). A process of this node is
+//! refused so, because its socket is busy sending when the answer comes, and forgets ICMP errors
+//! meanwhile.
 
 use crate::{
     checksum::{self, Difference},
@@ -19,6 +21,12 @@ const HEADER: usize = 20;
 #[inline(always)]
 pub fn is_due(proto: u8, tcp_flags: u8) -> bool {
     proto == TCP && tcp_flags & (SYN | RST | ACK) == ACK
+}
+
+/// Whether the reset refuses a connection: it answers a SYN.
+#[inline(always)]
+fn is_refusal(tcp_flags: u8) -> bool {
+    tcp_flags & (SYN | RST | ACK) == SYN
 }
 
 /// Length of the whole frame.
@@ -65,20 +73,29 @@ pub fn reset<F: Family>(packet: &impl Packet, answered: &Headers<F::Words>) -> b
     );
     // SAFETY: 20 bytes were checked.
     unsafe {
-        let seq: u32 = read(tcp, 8);
+        let (mut seq, mut acknowledged): (u32, u32) = (read(tcp, 8), 0);
+        let mut flags = RST;
+        if is_refusal(answered.tcp_flags) {
+            let first = u32::from_be(read(tcp, 4));
+            (seq, acknowledged) = (0, first.wrapping_add(1).to_be());
+            flags |= ACK;
+        }
         let ports = u32::from(tuple.dst_port) << 16 | u32::from(tuple.src_port);
-        // Five words long, RST.
-        let flags = u16::from_be_bytes([5 << 4, RST]).to_be();
+        // Five words long.
+        let flags = u16::from_be_bytes([5 << 4, flags]).to_be();
         write::<u32>(tcp, 0, ports.to_be());
         write::<u32>(tcp, 4, seq);
-        write::<u32>(tcp, 8, 0);
+        write::<u32>(tcp, 8, acknowledged);
         write::<u16>(tcp, 12, flags);
         write::<u16>(tcp, 14, 0);
         // A sender on this machine may have left the checksum to be filled in, which nothing takes
         // back: the urgent pointer, at which nobody looks, makes the pseudo-header's sum the right
         // checksum, filled in or not.
-        let rest =
-            u64::from(ports.to_be()) + u64::from(seq) + u64::from(flags) + 2 * u64::from(pseudo);
+        let rest = u64::from(ports.to_be())
+            + u64::from(seq)
+            + u64::from(acknowledged)
+            + u64::from(flags)
+            + 2 * u64::from(pseudo);
         write::<u16>(tcp, 16, pseudo);
         write::<u16>(tcp, 18, !checksum::fold(rest));
     }

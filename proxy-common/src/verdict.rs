@@ -5,7 +5,7 @@ use core::ops::ControlFlow;
 
 use crate::packet::Tuple;
 
-/// Who sent a packet that comes in through a device.
+/// Who sent a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Origin {
@@ -13,12 +13,14 @@ pub enum Origin {
     Pod,
     /// The network: the device is the node's.
     Network,
+    /// A process of this node: the packet leaves through the device.
+    Process,
 }
 
 /// Where a packet is seen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
-    /// It comes in through a device.
+    /// It comes in through a device, or from a process of this node.
     Ingress(Origin),
     /// It leaves through one.
     Egress,
@@ -136,6 +138,9 @@ pub struct Translation<A> {
     pub tuple: Tuple<A>,
     /// The receiver is on this node: hand the packet to the kernel, do not send it on.
     pub local: bool,
+    /// The receiver is a process of this node that dialled by packets: it gets the packet by the
+    /// loopback device.
+    pub process: bool,
     /// Whose traffic the packet is.
     pub counted: Counted,
 }

@@ -704,7 +704,7 @@ fn mangle<F: Addresses>(steps: &[Step], changes: &[(Index, u8)], cut: Option<Ind
                     Action::Pass | Action::Drop | Action::Refuse => {
                         assert_eq!(out, frame, "{action:?} changed it")
                     }
-                    Action::SendBack => {}
+                    Action::SendBack | Action::Deliver | Action::Send => {}
                 }
             }
         }

@@ -8,6 +8,9 @@ use shunt_common::{
     packet::Tuple,
 };
 
+/// Index of the loopback device, in every network namespace (`LOOPBACK_IFINDEX` of the kernel).
+pub(crate) const LOOPBACK: u32 = 1;
+
 /// A family as the kernel's routing knows it.
 pub(crate) trait RoutedFamily: Family {
     /// `AF_INET` or `AF_INET6`.
@@ -110,7 +113,7 @@ fn is_link_local<F: Family>(addr: &Words6) -> bool {
 }
 
 /// `BPF_FIB_LKUP_RET_FRAG_NEEDED` of linux/bpf.h.
-const FRAG_NEEDED: i64 = 8;
+pub(crate) const FRAG_NEEDED: i64 = 8;
 
 /// An address as the kernel's union holds it: IPv4 in the first word.
 #[inline(always)]

@@ -31,7 +31,10 @@ use shunt_common::{
     packet::Tuple,
 };
 
-use crate::{answers, fib};
+use crate::{
+    answers,
+    fib::{self, LOOPBACK},
+};
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 /// Of linux/tcp_states.h.
@@ -247,7 +250,16 @@ hooks! {
     /// tc.
     Tc: TcFlow, tc_flows, |ctx| {
         // SAFETY: the caller's promise.
-        unsafe { (*ctx.cast::<__sk_buff>()).ifindex }
+        unsafe {
+            let skb = ctx.cast::<__sk_buff>();
+            // What a process of this node sends has come in by none: the kernel's rules know that
+            // as the loopback device.
+            if (*skb).ingress_ifindex == 0 {
+                LOOPBACK
+            } else {
+                (*skb).ifindex
+            }
+        }
     };
     /// XDP.
     Xdp: XdpFlow, xdp_flows, |ctx| {

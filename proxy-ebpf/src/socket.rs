@@ -35,8 +35,6 @@ const MAPPED: u32 = 0xffffu32.to_be();
 
 /// What is dialled, or who sent: address and port as the context holds them.
 trait Peer: KernelFamily {
-    /// The flag of [`Config::flags`] that lets node ports answer on loopback addresses.
-    const NODEPORT_LOOPBACK: u32;
     fn addr(ctx: &SockAddrContext) -> Self::Words;
     fn set_addr(ctx: &SockAddrContext, addr: Self::Words);
     /// As [`SocketPeer`] keeps it.
@@ -63,8 +61,6 @@ fn set_word6(ctx: &SockAddrContext, i: usize, word: u32) {
 }
 
 impl Peer for V4 {
-    const NODEPORT_LOOPBACK: u32 = CONFIG_NODEPORT_LOOPBACK4;
-
     #[inline(always)]
     fn addr(ctx: &SockAddrContext) -> u32 {
         // SAFETY: the context is valid while the program runs.
@@ -92,8 +88,6 @@ impl Peer for V4 {
 }
 
 impl Peer for V6 {
-    const NODEPORT_LOOPBACK: u32 = CONFIG_NODEPORT_LOOPBACK6;
-
     #[inline(always)]
     fn addr(ctx: &SockAddrContext) -> Words6 {
         let pair = |i| u64::from(word6(ctx, i)) | u64::from(word6(ctx, i + 1)) << 32;

@@ -10,7 +10,7 @@ use crate::{
     filter, hash,
     layout::*,
     packet::Tuple,
-    verdict::{Origin, Step, Verdict, step_of_number},
+    verdict::{Arrival, Origin, Step, Verdict, step_of_number},
 };
 
 /// Whether a frontend may have the packet's destination.
@@ -85,7 +85,7 @@ pub(super) fn look_up_here<F: Family, M: Maps<F>>(
     } = scratch;
     let tuple = &arrival.tuple;
     let scope = match arrival.origin {
-        Origin::Pod => SCOPE_INTERNAL,
+        Origin::Pod | Origin::Process => SCOPE_INTERNAL,
         Origin::Network => scope_of::<F>(config, tuple.src),
     };
     *frontend_key = FrontendKey {
@@ -103,7 +103,7 @@ pub(super) fn look_up_here<F: Family, M: Maps<F>>(
     )) {
         frontend = maps.frontend(frontend_key);
     }
-    if frontend.is_none() && maps.is_node_addr(&tuple.dst) {
+    if frontend.is_none() && means_this_node(maps, config, arrival) {
         frontend_key.addr = F::UNSPECIFIED;
         // A pod that dials another node's port comes from outside there; only addresses that are no node's are the whole
         // cluster's (SPEC P2).
@@ -120,12 +120,30 @@ pub(super) fn look_up_here<F: Family, M: Maps<F>>(
         });
     };
 
-    if frontend.flags & FRONTEND_SOURCE_RANGES != 0 && !is_allowed(maps, tuple, &frontend) {
+    // The node itself is let through whatever the ranges (SPEC P5).
+    if frontend.flags & FRONTEND_SOURCE_RANGES != 0
+        && arrival.origin != Origin::Process
+        && !is_allowed(maps, tuple, &frontend)
+    {
         maps.count(Event::SourceDenied);
         return Step::Break(Verdict::Drop);
     }
     scratch.frontend = frontend;
     Step::Continue(())
+}
+
+/// Whether the packet's destination is an address that node ports answer on.
+#[inline(always)]
+fn means_this_node<F: Family, M: Maps<F>>(
+    maps: &M,
+    config: &Config,
+    arrival: &Arrival<F::Words>,
+) -> bool {
+    // Anybody else's loopback is his own.
+    if arrival.origin == Origin::Process && F::is_loopback(arrival.tuple.dst) {
+        return config.flags & F::NODEPORT_LOOPBACK != 0;
+    }
+    maps.is_node_addr(&arrival.tuple.dst)
 }
 
 /// Whether the packet's source may dial a frontend with `loadBalancerSourceRanges`.

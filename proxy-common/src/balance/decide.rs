@@ -64,7 +64,10 @@ pub(super) fn decide_here<F: Family, M: Subprograms<F>>(
         return verdict;
     }
     open(maps, scratch);
-    if scratch.flow.state & FLOW_SNAT != 0 && scratch.flow.snat != scratch.arrival.tuple.src {
+    if scratch.flow.state & FLOW_SNAT != 0
+        && (scratch.flow.snat != scratch.arrival.tuple.src
+            || scratch.flow.state & FLOW_PROCESS != 0)
+    {
         follow_route(maps, scratch);
         if scratch.flow.snat == F::UNSPECIFIED {
             maps.count(Event::NoSourceAddress);

@@ -58,6 +58,14 @@ pub(crate) fn snat_slot<'m, F: Family, M: Maps<F>>(
     Some((entry, entry.read()))
 }
 
+/// Whether replies to the translated source `dst` come to this node itself, which translates them
+/// where they arrive. A port translated under the client's own address comes back through the
+/// client's device, unless the client is a process of this node.
+#[inline(always)]
+pub(crate) fn returns_here<A: Copy + Eq>(slot: &SnatSlot<A>, dst: A) -> bool {
+    slot.snat == dst && (slot.snat != slot.client || slot.state & FLOW_PROCESS != 0)
+}
+
 /// Ticks ([`TICK_NS`]) after an RST, in which its sender may show that it was not its own.
 const RESET_TICKS: u32 = 2;
 

@@ -28,37 +28,98 @@ pub fn established<F: Family, M: Maps<F>>(
     maps: &M,
     arrival: &Arrival<F::Words>,
 ) -> Lookup<F::Words> {
-    let tuple = &arrival.tuple;
     // A reply to a translated source comes before any frontend: a SNAT port could be a frontend's
     // too.
     let Some(config) = maps.config() else {
         return Lookup::Unmatched;
     };
-    if maps.filter(filter::backend_port(tuple.src_port)) && snat::may_be(maps, tuple.dst) {
-        match snat_reply_arriving(maps, config, arrival) {
-            Lookup::Unmatched => {}
-            lookup => return lookup,
-        }
+    match answered(maps, config, arrival) {
+        Lookup::Unmatched => {}
+        lookup => return lookup,
     }
-
+    let tuple = &arrival.tuple;
     if maps.filter(filter::service::<F>(tuple.dst))
         || maps.filter(filter::node_port(tuple.dst_port))
     {
-        let key = client_key::<F>(tuple);
-        // A port whose connection is over is reused in place: such a flow may wait for its first
-        // answer here as well.
-        if let Some(flow) = maps.flow(&key)
-            && !(arrival.tcp_flags & SYN != 0 && failover::is_open(flow.read().state))
-            && let Some(translation) = forward(maps, config, &key, flow, arrival)
-        {
-            return Lookup::Translate(translation);
-        }
-        if may_be_frontend::<F>(maps, tuple) {
-            return Lookup::Undecided;
-        }
+        return dialled(maps, config, arrival);
     }
     // The next step judges unknown ports and addresses.
     if address::may_be_service::<F>(config, tuple.dst) {
+        Lookup::Undecided
+    } else {
+        Lookup::Unmatched
+    }
+}
+
+/// [`established`] of a packet that a process of this node sends by a device that leads out. Node
+/// ports of its own are not reached that way.
+#[inline(always)]
+pub fn sent<F: Family, M: Maps<F>>(maps: &M, arrival: &Arrival<F::Words>) -> Lookup<F::Words> {
+    let Some(config) = maps.config() else {
+        return Lookup::Unmatched;
+    };
+    if maps.filter(filter::service::<F>(arrival.tuple.dst)) {
+        return dialled(maps, config, arrival);
+    }
+    if address::may_be_service::<F>(config, arrival.tuple.dst) {
+        Lookup::Undecided
+    } else {
+        Lookup::Unmatched
+    }
+}
+
+/// [`established`] of a packet that a process of this node sends to another, or to a node port, by
+/// the loopback device.
+#[inline(always)]
+pub fn looped<F: Family, M: Maps<F>>(maps: &M, arrival: &Arrival<F::Words>) -> Lookup<F::Words> {
+    let Some(config) = maps.config() else {
+        return Lookup::Unmatched;
+    };
+    match answered(maps, config, arrival) {
+        Lookup::Unmatched => {}
+        lookup => return lookup,
+    }
+    if maps.filter(filter::node_port(arrival.tuple.dst_port))
+        || maps.filter(filter::service::<F>(arrival.tuple.dst))
+    {
+        return dialled(maps, config, arrival);
+    }
+    Lookup::Unmatched
+}
+
+/// A reply to a translated source.
+#[inline(always)]
+fn answered<F: Family, M: Maps<F>>(
+    maps: &M,
+    config: &Config,
+    arrival: &Arrival<F::Words>,
+) -> Lookup<F::Words> {
+    let tuple = &arrival.tuple;
+    if maps.filter(filter::backend_port(tuple.src_port)) && snat::may_be(maps, tuple.dst) {
+        snat_reply_arriving(maps, config, arrival)
+    } else {
+        Lookup::Unmatched
+    }
+}
+
+/// A packet to an address or a port that Services have.
+#[inline(always)]
+fn dialled<F: Family, M: Maps<F>>(
+    maps: &M,
+    config: &Config,
+    arrival: &Arrival<F::Words>,
+) -> Lookup<F::Words> {
+    let tuple = &arrival.tuple;
+    let key = client_key::<F>(tuple);
+    // A port whose connection is over is reused in place: such a flow may wait for its first
+    // answer here as well.
+    if let Some(flow) = maps.flow(&key)
+        && !(arrival.tcp_flags & SYN != 0 && failover::is_open(flow.read().state))
+        && let Some(translation) = forward(maps, config, &key, flow, arrival)
+    {
+        return Lookup::Translate(translation);
+    }
+    if may_be_frontend::<F>(maps, tuple) || address::may_be_service::<F>(config, tuple.dst) {
         Lookup::Undecided
     } else {
         Lookup::Unmatched
@@ -400,7 +461,7 @@ pub(super) fn towards_backend<A: Copy>(flow: &Flow<A>, arrival: &Arrival<A>) -> 
     let local = flow.state & FLOW_LOCAL_BACKEND != 0;
     if flow.state & FLOW_SNAT != 0 {
         tuple.src_port = flow.snat_port;
-        if arrival.sends_on && !local {
+        if flow.state & FLOW_PROCESS != 0 || arrival.sends_on && !local {
             tuple.src = flow.snat;
         }
     }
@@ -411,6 +472,7 @@ pub(super) fn towards_backend<A: Copy>(flow: &Flow<A>, arrival: &Arrival<A>) -> 
     Translation {
         tuple,
         local,
+        process: false,
         counted,
     }
 }

@@ -44,7 +44,7 @@ pub use self::{
     clock::Clock,
     decide::undecided,
     entry::{Entry, Tracked},
-    forward::established,
+    forward::{established, looped, sent},
     maps::Maps,
     refusal::refused,
     reply::{answering, departing},
@@ -54,7 +54,7 @@ pub use self::{
 pub(crate) use self::{
     choose::{affinity_key, look_up, may_be_frontend},
     decide::decide,
-    flow::{client_key, shared_key, shared_port_bit, snat_slot},
+    flow::{client_key, returns_here, shared_key, shared_port_bit, snat_slot},
     forward::{explains, unconfirmed},
     opaque::Opaque,
     refusal::{note_leaving, refuse_leaving},

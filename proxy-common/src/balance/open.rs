@@ -61,14 +61,17 @@ pub(super) fn open<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Wor
     if local {
         flow.state |= FLOW_LOCAL_BACKEND;
     }
-    if arrival.origin == Origin::Pod {
-        flow.state |= FLOW_LOCAL_CLIENT;
+    match arrival.origin {
+        Origin::Pod => flow.state |= FLOW_LOCAL_CLIENT,
+        Origin::Process => flow.state |= FLOW_PROCESS,
+        Origin::Network => {}
     }
     // A pod that is its own backend would take its own address as a source for a forgery.
     let hairpin = slot.addr == tuple.src;
     let elsewhere =
         arrival.origin == Origin::Network && !local && frontend.flags & FRONTEND_KEEP_SOURCE == 0;
-    if hairpin || elsewhere || frontend.flags & FRONTEND_MASQUERADE != 0 {
+    let process = arrival.origin == Origin::Process;
+    if hairpin || elsewhere || process || frontend.flags & FRONTEND_MASQUERADE != 0 {
         flow.snat = F::words(F::config(config).node);
         flow.state |= FLOW_SNAT;
     }

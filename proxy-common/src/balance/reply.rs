@@ -2,7 +2,7 @@
 
 use super::{
     Entry, Maps, Scratch, Tracked,
-    flow::{client_key, snat_slot},
+    flow::{client_key, returns_here, snat_slot},
     owner::is_noteworthy,
 };
 use crate::{
@@ -13,7 +13,7 @@ use crate::{
     packet::{FIN, RST, SYN, Tuple},
     snat,
     timeouts::is_closed,
-    verdict::{Arrival, Counted, InScratch, Lookup, Step, Translation, Verdict},
+    verdict::{Arrival, Counted, InScratch, Lookup, Origin, Step, Translation, Verdict},
 };
 
 /// The first half of [`leaving`](super::leaving): all there is to do but for refusals of SYNs.
@@ -184,26 +184,29 @@ pub(crate) fn snat_reply_arriving<F: Family, M: Maps<F>>(
     ) else {
         return Lookup::Unmatched;
     };
-    // A port translated under the client's own address comes back through the client's device:
-    // `leaving` does it.
-    if slot.snat != tuple.dst || slot.snat == slot.client {
+    if !returns_here(&slot, tuple.dst) {
         return Lookup::Unmatched;
     }
+    let process = slot.state & FLOW_PROCESS != 0;
     if arrival.tcp_flags & (SYN | RST) != 0 && failover::is_open(slot.state) {
         if arrival.tcp_flags & RST != 0 {
             return Lookup::Undecided;
         }
         failover::answered(maps, slot.backend_id);
     }
+    if process && arrival.sends_on && arrival.origin == Origin::Network {
+        // tc has the means to hand it to the process.
+        return translate(*tuple, Counted::ELSEWHERE);
+    }
     entry.record(maps, reply_state(tuple.proto, arrival.tcp_flags));
     goes_on(entry, slot.state, arrival.tcp_flags);
-    let local = slot.state & FLOW_LOCAL_CLIENT != 0;
+    let local = slot.state & (FLOW_LOCAL_CLIENT | FLOW_PROCESS) != 0;
     let mut tuple = Tuple {
         dst: slot.client,
         ..*tuple
     };
     let mut counted = Counted::ELSEWHERE;
-    if arrival.sends_on && !local {
+    if process || arrival.sends_on && !local {
         tuple.src = slot.frontend;
         tuple.src_port = slot.frontend_port;
         tuple.dst_port = slot.client_port;
@@ -212,6 +215,7 @@ pub(crate) fn snat_reply_arriving<F: Family, M: Maps<F>>(
     Lookup::Translate(Translation {
         tuple,
         local,
+        process,
         counted,
     })
 }
@@ -248,6 +252,7 @@ fn translate<A: Copy>(tuple: Tuple<A>, counted: Counted) -> Lookup<A> {
     Lookup::Translate(Translation {
         tuple,
         local: true,
+        process: false,
         counted,
     })
 }

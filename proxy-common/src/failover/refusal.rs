@@ -6,7 +6,9 @@ use super::{
     resent::{MAX_BACKENDS, entry_of, pending},
 };
 use crate::{
-    balance::{Maps, Scratch, Subprogram, Subprograms, client_key, look_up, snat_slot},
+    balance::{
+        Maps, Scratch, Subprogram, Subprograms, client_key, look_up, returns_here, snat_slot,
+    },
     event::Event,
     family::Family,
     filter,
@@ -35,9 +37,7 @@ pub(crate) fn refuses<F: Family, M: Maps<F>>(maps: &M, scratch: &Scratch<F::Word
             tuple.src_port,
             tuple.proto,
         ) {
-            Some((_, slot)) => {
-                slot.snat == tuple.dst && slot.snat != slot.client && is_open(slot.state)
-            }
+            Some((_, slot)) => returns_here(&slot, tuple.dst) && is_open(slot.state),
             None => false,
         }
 }
@@ -123,7 +123,7 @@ fn find_request<F: Family, M: Maps<F>>(
         && (if leaving {
             slot.client == reply.dst
         } else {
-            slot.snat == reply.dst && slot.snat != slot.client
+            returns_here(&slot, reply.dst)
         })
     {
         arrival.tuple = Tuple {
@@ -160,6 +160,8 @@ fn find_request<F: Family, M: Maps<F>>(
     let Some(state) = state else { return false };
     arrival.origin = if state & FLOW_LOCAL_CLIENT != 0 {
         Origin::Pod
+    } else if state & FLOW_PROCESS != 0 {
+        Origin::Process
     } else {
         Origin::Network
     };

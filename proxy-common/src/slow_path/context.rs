@@ -7,6 +7,10 @@ use crate::{extension::Path, packet::Tuple};
 pub enum Action {
     /// It goes on.
     Pass,
+    /// A process of this node gets it, by the loopback device.
+    Deliver,
+    /// A process of this node has sent it to a backend, and the way there is to be found.
+    Send,
     /// It is not allowed, or nothing can be done for it.
     Drop,
     /// It is its own answer now, and goes back to where it came from.

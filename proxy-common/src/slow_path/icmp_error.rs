@@ -23,8 +23,8 @@ use super::Action;
 use crate::{
     access::{Access, load_addr, store_addrs},
     balance::{
-        Maps, Scratch, Subprograms, client_key, may_be_frontend, shared_key, shared_port_bit,
-        snat_slot,
+        Maps, Scratch, Subprograms, client_key, may_be_frontend, returns_here, shared_key,
+        shared_port_bit, snat_slot,
     },
     checksum::Difference,
     event::Event,
@@ -96,6 +96,7 @@ pub(super) fn translate<F: Family, M: Subprograms<F>>(
             return Action::Drop;
         }
     }
+    scratch.translation.process = false;
     let ours = match direction {
         Direction::Ingress(_) => arriving(maps, scratch),
         Direction::Egress => leaving(maps, scratch),
@@ -105,7 +106,11 @@ pub(super) fn translate<F: Family, M: Subprograms<F>>(
     }
     if write::<F>(packet, scratch) {
         maps.count(Event::ErrorTranslated);
-        Action::Pass
+        if scratch.translation.process {
+            Action::Deliver
+        } else {
+            Action::Pass
+        }
     } else {
         maps.count(Event::RewriteFailed);
         Action::Drop
@@ -172,13 +177,18 @@ fn arriving<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) ->
             answer.src_port,
             answer.proto,
         )
-        && slot.snat == answer.dst
-        && slot.snat != slot.client
+        && returns_here(&slot, answer.dst)
     {
         slow.becomes = Tuple {
             dst: slot.client,
             ..answer
         };
+        if slot.state & FLOW_PROCESS != 0 {
+            slow.becomes.src = slot.frontend;
+            slow.becomes.src_port = slot.frontend_port;
+            slow.becomes.dst_port = slot.client_port;
+            scratch.translation.process = true;
+        }
         return true;
     }
     if !may_be_frontend::<F>(maps, &answer) {

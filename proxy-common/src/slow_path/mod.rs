@@ -27,7 +27,7 @@ use crate::{
         ACK, FIN, Headers, Packet, RST, SCTP_CHECKSUM, SYN, Tuple, checksum_offset, differences,
         port_word,
     },
-    verdict::{Direction, InScratch, Verdict},
+    verdict::{Direction, InScratch, Origin, Verdict},
 };
 
 /// A packet that [`crate::packet::parse`] made nothing of.
@@ -83,6 +83,12 @@ pub fn handle<F: Family, M: Subprograms<F>>(
         Direction::Ingress(_) => unmatched(maps, scratch),
         Direction::Egress => Action::Pass,
     }
+}
+
+/// Where a packet goes that gets [`Action::Send`].
+#[inline(always)]
+pub fn destination<F: Family, M: Maps<F>>(maps: &M) -> Option<&Tuple<F::Words>> {
+    Some(&maps.scratch()?.translation.tuple)
 }
 
 /// The headers of a packet that gets [`Action::Refuse`]; `None` if they are too long to be quoted.
@@ -143,7 +149,13 @@ fn transport<F: Family, M: Subprograms<F>>(
                 fragment::record(maps, scratch);
             }
             if write::<F>(packet, scratch) {
-                Action::Pass
+                if scratch.translation.process {
+                    Action::Deliver
+                } else if direction == Direction::Ingress(Origin::Process) {
+                    Action::Send
+                } else {
+                    Action::Pass
+                }
             } else {
                 maps.count(Event::RewriteFailed);
                 Action::Drop

@@ -49,7 +49,7 @@ impl Kept {
 
     fn dialled(&self, port: u16, frontend: u8) -> Tuple<u32> {
         let client = match self.way.0 {
-            Origin::Pod => CLIENT,
+            Origin::Pod | Origin::Process => CLIENT,
             Origin::Network => ip(203, 0, 113, 9),
         };
         Tuple {

@@ -33,6 +33,7 @@ use shunt_common::{
 };
 
 use super::{
+    loopback,
     skb::{Buffer, arrival, count_traffic, headers, rewrite, translate},
     step::{Encoded, Step},
 };
@@ -117,6 +118,9 @@ pub(super) fn decide<F: RoutingFamily>(ctx: &TcContext, origin: Origin) -> Step 
     let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
     let (translation, next) = match established::<F, _>(&maps, &arrival(&headers, origin)) {
         Lookup::Undecided => return Step::Undecided,
+        Lookup::Translate(to) if to.process => {
+            return Step::End(loopback::arrive::<F>(ctx, &headers, &to));
+        }
         Lookup::Translate(to) => (to, Step::Translated),
         Lookup::Unmatched => match answering::<F, _>(&maps, &headers.tuple, headers.tcp_flags) {
             Lookup::Translate(out) => (out, Step::Reply),

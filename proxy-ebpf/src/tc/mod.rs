@@ -4,36 +4,36 @@
 //! Only addresses and ports change here; routing, neighbours and netfilter stay the kernel's,
 //! unless there is [`host_routing`].
 
+mod answer;
 mod host_routing;
+mod loopback;
+mod process;
 mod skb;
 mod step;
 
 use aya_ebpf::{
     EbpfContext,
     bindings::{BPF_F_INGRESS, TC_ACT_SHOT, TC_ACT_UNSPEC},
-    helpers::{bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_tail},
+    helpers::bpf_redirect,
     macros::classifier,
     programs::TcContext,
 };
 use shunt_common::{
     balance::{Maps, departing, established, refused, undecided},
     family::{Family, V4, V6},
-    icmp,
-    packet::{Headers, Packet},
-    reset,
+    packet::Headers,
     slow_path::{self, Action},
     verdict::{Direction, InScratch, Lookup, Origin, Verdict},
 };
 
 use self::{
+    answer::{refuse, reset},
     host_routing::RoutingFamily,
     skb::{Buffer, arrival, family, headers, parse, translate},
     step::{Encoded, Step},
 };
 use crate::maps::{KernelFamily, KernelMaps, Tc};
 
-/// `bpf_skb_adjust_room`: between the MAC and the network header (an enum that the bindings lack).
-const BPF_ADJ_ROOM_MAC: u32 = 1;
 /// `skb->pkt_type` of linux/if_packet.h: to this host.
 const PACKET_HOST: u32 = 0;
 /// To all hosts of the link.
@@ -59,10 +59,14 @@ fn tc_node_in(ctx: TcContext) -> i32 {
     }
 }
 
-/// Packets to the network.
+/// Packets to the network, and those that processes of this node send to each other.
 #[classifier]
 fn tc_node_out(ctx: TcContext) -> i32 {
-    out(&ctx)
+    match family(&ctx) {
+        Some(V4::ETHERTYPE) => sent::<V4>(&ctx, node_out4(&ctx).step()),
+        Some(V6::ETHERTYPE) => sent::<V6>(&ctx, node_out6(&ctx).step()),
+        _ => TC_ACT_UNSPEC,
+    }
 }
 
 /// Packets from a pod.
@@ -82,7 +86,11 @@ fn tc_pod_in(ctx: TcContext) -> i32 {
 /// Packets to a pod.
 #[classifier]
 fn tc_pod_out(ctx: TcContext) -> i32 {
-    out(&ctx)
+    match family(&ctx) {
+        Some(V4::ETHERTYPE) => whole::<V4>(&ctx, Direction::Egress, pod_out4(&ctx).step()),
+        Some(V6::ETHERTYPE) => whole::<V6>(&ctx, Direction::Egress, pod_out6(&ctx).step()),
+        _ => TC_ACT_UNSPEC,
+    }
 }
 
 // One function per family and place: each has a BPF stack of its own.
@@ -106,23 +114,57 @@ fn pod_in6(ctx: &TcContext) -> Encoded {
     handle::<V6>(ctx, Direction::Ingress(Origin::Pod)).encode()
 }
 
-#[inline(always)]
-fn out(ctx: &TcContext) -> i32 {
-    match family(ctx) {
-        Some(V4::ETHERTYPE) => whole::<V4>(ctx, Direction::Egress, out4(ctx).step()),
-        Some(V6::ETHERTYPE) => whole::<V6>(ctx, Direction::Egress, out6(ctx).step()),
-        _ => TC_ACT_UNSPEC,
-    }
+#[inline(never)]
+fn node_out4(ctx: &TcContext) -> Encoded {
+    node_out::<V4>(ctx).encode()
 }
 
 #[inline(never)]
-fn out4(ctx: &TcContext) -> Encoded {
+fn node_out6(ctx: &TcContext) -> Encoded {
+    node_out::<V6>(ctx).encode()
+}
+
+#[inline(never)]
+fn pod_out4(ctx: &TcContext) -> Encoded {
     handle::<V4>(ctx, Direction::Egress).encode()
 }
 
 #[inline(never)]
-fn out6(ctx: &TcContext) -> Encoded {
+fn pod_out6(ctx: &TcContext) -> Encoded {
     handle::<V6>(ctx, Direction::Egress).encode()
+}
+
+/// [`handle`] of a packet that leaves the node, or goes from one of its processes to another.
+#[inline(always)]
+fn node_out<F: RoutingFamily>(ctx: &TcContext) -> Step {
+    let sender = loopback::is_sender(ctx);
+    if !sender && loopback::is_looped(ctx) {
+        // An answer that [`loopback::loop_back`] has sent.
+        return Step::End(TC_ACT_UNSPEC);
+    }
+    let Some(headers) = headers::<F>(ctx) else {
+        return Step::SlowPath;
+    };
+    if sender {
+        if let Some(step) = process::decide::<F>(ctx, &headers) {
+            return step;
+        }
+        if loopback::is_looped(ctx) {
+            return Step::End(TC_ACT_UNSPEC);
+        }
+    }
+    leave::<F>(ctx, &headers)
+}
+
+/// A packet that leaves by a device, as far as open flows tell.
+#[inline(always)]
+fn leave<F: RoutingFamily>(ctx: &TcContext, headers: &Headers<F::Words>) -> Step {
+    let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
+    match departing::<F, _>(&maps, &headers.tuple, headers.tcp_flags) {
+        Lookup::Unmatched => Step::End(TC_ACT_UNSPEC),
+        Lookup::Translate(to) => Step::End(translate::<F>(ctx, headers, &to)),
+        Lookup::Undecided => Step::Undecided,
+    }
 }
 
 /// The path of almost all packets: of flows that are open, and of no Service. For the others it
@@ -139,15 +181,31 @@ fn handle<F: RoutingFamily>(ctx: &TcContext, direction: Direction) -> Step {
     let Some(headers) = headers::<F>(ctx) else {
         return Step::SlowPath;
     };
-    let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
-    let lookup = match direction {
-        Direction::Ingress(origin) => established::<F, _>(&maps, &arrival(&headers, origin)),
-        Direction::Egress => departing::<F, _>(&maps, &headers.tuple, headers.tcp_flags),
+    let Direction::Ingress(origin) = direction else {
+        return leave::<F>(ctx, &headers);
     };
-    match lookup {
+    let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
+    match established::<F, _>(&maps, &arrival(&headers, origin)) {
         Lookup::Unmatched => Step::End(TC_ACT_UNSPEC),
-        Lookup::Translate(to) => Step::End(translate::<F>(ctx, &headers, &to)),
+        Lookup::Translate(to) => Step::End(loopback::arrive::<F>(ctx, &headers, &to)),
         Lookup::Undecided => Step::Undecided,
+    }
+}
+
+/// The action for what leaves the node, after the steps that are next.
+#[inline(always)]
+fn sent<F: RoutingFamily>(ctx: &TcContext, step: Step) -> i32 {
+    let step = match step {
+        Step::Dialled => process::dial::<F>(ctx).step(),
+        step => step,
+    };
+    match step {
+        Step::Sent => process::send::<F>(ctx),
+        Step::SlowPath => match process::direction::<F>(ctx) {
+            Direction::Ingress(_) => slow_process::<F>(ctx),
+            Direction::Egress => slow_egress::<F>(ctx),
+        },
+        step => whole::<F>(ctx, Direction::Egress, step),
     }
 }
 
@@ -191,8 +249,14 @@ fn opened<F: KernelFamily>(ctx: &TcContext, origin: Origin) -> Step {
             }
             Verdict::Refuse => refuse::<F>(ctx, &headers),
             Verdict::Reset => reset::<F>(ctx, &headers),
-            Verdict::Translate(InScratch) if host_routing::is_on() => return Step::Translated,
-            Verdict::Translate(InScratch) => translate::<F>(ctx, &headers, &scratch.translation),
+            Verdict::Translate(InScratch)
+                if host_routing::is_on() && !scratch.translation.process =>
+            {
+                return Step::Translated;
+            }
+            Verdict::Translate(InScratch) => {
+                loopback::arrive::<F>(ctx, &headers, &scratch.translation)
+            }
         },
     )
 }
@@ -227,6 +291,12 @@ fn slow_egress<F: KernelFamily>(ctx: &TcContext) -> i32 {
     slow::<F>(ctx, Direction::Egress)
 }
 
+/// The same of a process of this node, to what may be a frontend.
+#[inline(never)]
+fn slow_process<F: KernelFamily>(ctx: &TcContext) -> i32 {
+    slow::<F>(ctx, Direction::Ingress(Origin::Process))
+}
+
 #[inline(always)]
 fn slow<F: KernelFamily>(ctx: &TcContext, direction: Direction) -> i32 {
     if !is_to_us(ctx, direction) {
@@ -235,12 +305,19 @@ fn slow<F: KernelFamily>(ctx: &TcContext, direction: Direction) -> i32 {
     let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
     match slow_path::handle::<F, _>(&maps, &Buffer(ctx), direction) {
         Action::Pass => TC_ACT_UNSPEC,
+        // On its way from one process to another it is there already.
+        Action::Deliver if direction == Direction::Ingress(Origin::Process) => TC_ACT_UNSPEC,
+        Action::Deliver => loopback::loop_back(ctx),
+        Action::Send => process::send_slowly::<F>(ctx),
         Action::Drop => TC_ACT_SHOT,
         Action::Refuse => match slow_path::headers::<F, _>(&maps, &Buffer(ctx)) {
             Some(headers) => refuse::<F>(ctx, &headers),
             None => TC_ACT_SHOT,
         },
         Action::SendBack => {
+            if direction == Direction::Ingress(Origin::Process) {
+                return loopback::loop_back(ctx);
+            }
             // What a process on this node sends comes back to it as if it had come in.
             let flags = match direction {
                 Direction::Ingress(_) => 0,
@@ -261,57 +338,10 @@ fn is_to_us(ctx: &TcContext, direction: Direction) -> bool {
     // SAFETY: the context is valid while the program runs.
     let packet_type = unsafe { (*ctx.skb.skb).pkt_type };
     match direction {
-        Direction::Egress => true,
+        Direction::Egress | Direction::Ingress(Origin::Process) => true,
         Direction::Ingress(Origin::Network) => packet_type == PACKET_HOST,
         Direction::Ingress(Origin::Pod) => {
             !matches!(packet_type, PACKET_BROADCAST | PACKET_MULTICAST)
         }
     }
-}
-
-/// Takes the right to answer a packet.
-#[inline(always)]
-fn may_answer<F: KernelFamily>(ctx: &TcContext, headers: &Headers<F::Words>) -> bool {
-    Maps::<F>::may_answer(&KernelMaps::<Tc>::new(ctx.as_ptr()), &headers.tuple)
-}
-
-/// Turns the packet into its refusal and sends it back through the device it came from.
-#[inline(never)]
-fn refuse<F: KernelFamily>(ctx: &TcContext, headers: &Headers<F::Words>) -> i32 {
-    if !may_answer::<F>(ctx, headers) {
-        return TC_ACT_SHOT;
-    }
-    let quote = icmp::quote_len(headers);
-    let prefix = icmp::prefix_len::<F>() as i32;
-    // SAFETY: the helpers check their arguments against the buffer; pointers are taken anew
-    // afterwards.
-    unsafe {
-        if bpf_skb_change_tail(ctx.skb.skb, (Buffer(ctx).link_header() + quote) as u32, 0) != 0
-            || bpf_skb_adjust_room(ctx.skb.skb, prefix, BPF_ADJ_ROOM_MAC, 0) != 0
-        {
-            return TC_ACT_SHOT;
-        }
-    }
-    if !icmp::port_unreachable::<F>(&Buffer(ctx), headers, quote) {
-        return TC_ACT_SHOT;
-    }
-    // SAFETY: the context is valid while the program runs; the helper only notes where to send.
-    unsafe { bpf_redirect((*ctx.skb.skb).ifindex, 0) as i32 }
-}
-
-/// Turns the segment into its reset and sends it back through the device it came from.
-#[inline(never)]
-fn reset<F: KernelFamily>(ctx: &TcContext, headers: &Headers<F::Words>) -> i32 {
-    if !may_answer::<F>(ctx, headers) {
-        return TC_ACT_SHOT;
-    }
-    // SAFETY: the helper checks its arguments against the buffer; pointers are taken anew
-    // afterwards.
-    if unsafe { bpf_skb_change_tail(ctx.skb.skb, reset::len(headers) as u32, 0) } != 0
-        || !reset::reset::<F>(&Buffer(ctx), headers)
-    {
-        return TC_ACT_SHOT;
-    }
-    // SAFETY: the context is valid while the program runs; the helper only notes where to send.
-    unsafe { bpf_redirect((*ctx.skb.skb).ifindex, 0) as i32 }
 }

@@ -21,6 +21,11 @@ pub(super) enum Step {
     /// [`Scratch::translation`](shunt_common::balance::Scratch::translation) on its way out: host
     /// routing.
     Reply,
+    /// A process of this node sends it to what may be a frontend, and it may open a flow.
+    Dialled,
+    /// A process of this node sends it to a backend, as
+    /// [`Scratch::translation`](shunt_common::balance::Scratch::translation) says.
+    Sent,
     /// It is as it was, and goes through the node's stack.
     Stack,
 }
@@ -36,6 +41,8 @@ const SLOW_PATH: i32 = i32::MIN;
 const UNDECIDED: i32 = i32::MIN + 1;
 const TRANSLATED: i32 = i32::MIN + 2;
 const REPLY: i32 = i32::MIN + 3;
+const DIALLED: i32 = i32::MIN + 4;
+const SENT: i32 = i32::MIN + 5;
 
 impl Step {
     #[inline(always)]
@@ -46,7 +53,9 @@ impl Step {
             Self::Undecided => UNDECIDED,
             Self::Translated => TRANSLATED,
             Self::Reply => REPLY,
-            Self::Stack => i32::MIN + 4,
+            Self::Dialled => DIALLED,
+            Self::Sent => SENT,
+            Self::Stack => i32::MIN + 6,
         })
     }
 }
@@ -61,6 +70,8 @@ impl Encoded {
             UNDECIDED => Step::Undecided,
             TRANSLATED => Step::Translated,
             REPLY => Step::Reply,
+            DIALLED => Step::Dialled,
+            SENT => Step::Sent,
             _ => Step::Stack,
         }
     }

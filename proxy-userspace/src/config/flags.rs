@@ -69,7 +69,8 @@ pub struct RunArgs {
     /// XDP on node devices [default: auto].
     #[arg(long, value_enum)]
     xdp: Option<XdpMode>,
-    /// Translate at connect and sendmsg, before there is a packet [default: on].
+    /// Translate at connect and sendmsg, before there is a packet [default: on]. Off, packets are
+    /// translated, those of the node's own processes too: for meshes, VMs and kind inside pods.
     #[arg(long, value_enum)]
     socket_lb: Option<Switch>,
     /// At tc, hand packets of Services straight to the pod or to the next hop. Faster, but they

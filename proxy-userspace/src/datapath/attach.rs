@@ -20,8 +20,8 @@ use serde::{Deserialize, Serialize};
 use tracing::{debug, info, warn};
 
 use super::{
-    CGROUP_PROGRAMS, LAYER3_NODE_PROGRAMS, LAYER3_POD_PROGRAMS, NODE_PROGRAMS, POD_PROGRAMS, Paths,
-    XDP_PROGRAM,
+    CGROUP_PROGRAMS, LAYER3_NODE_PROGRAMS, LAYER3_POD_PROGRAMS, LOOPBACK_PROGRAMS, NODE_PROGRAMS,
+    POD_PROGRAMS, Paths, XDP_PROGRAM,
     bpf::{
         self,
         link::{self, Hook, OpenLink, Target},
@@ -404,7 +404,7 @@ impl Attacher {
             let no_xdp = match role {
                 Role::Node => xdp::refusal(self.xdp, device, &facts)
                     .or_else(|| self.no_xdp.get(&device.index).cloned()),
-                Role::Pod => None,
+                Role::Pod | Role::Loopback => None,
             };
             let mut state = DeviceStatus {
                 name: device.name.clone(),
@@ -493,6 +493,7 @@ impl Attacher {
             (Role::Pod, false) => POD_PROGRAMS.to_vec(),
             (Role::Node, true) => LAYER3_NODE_PROGRAMS.to_vec(),
             (Role::Pod, true) => LAYER3_POD_PROGRAMS.to_vec(),
+            (Role::Loopback, _) => LOOPBACK_PROGRAMS.to_vec(),
         };
         if layer3 && !self.programs.contains_key(LAYER3_NODE_PROGRAMS[0].0) {
             match self.layer3.load() {

@@ -7,7 +7,8 @@
 //! own leads out all the same. Every other device is a node device, tunnels and second NICs
 //! included, but for those where no packet passes that another device does not have
 //! ([`DevicePatterns::select`]): a packet is to be translated once. With `--devices` only those
-//! that it names are node devices.
+//! that it names are node devices. The loopback device is always taken: by it processes of the node
+//! dial node ports on its own addresses.
 
 use std::{
     borrow::Cow,
@@ -55,6 +56,8 @@ pub enum Role {
     Node,
     /// It leads to a pod on this node.
     Pod,
+    /// It leads from one process of this node to another.
+    Loopback,
 }
 
 impl fmt::Display for Role {
@@ -62,6 +65,7 @@ impl fmt::Display for Role {
         f.pad(match self {
             Self::Node => "node",
             Self::Pod => "pod",
+            Self::Loopback => "loopback",
         })
     }
 }
@@ -205,7 +209,6 @@ impl DevicePatterns {
         for (device, judged) in devices.into_iter().zip(judged) {
             match judged {
                 Ok(role) => taken.push((device, role)),
-                Err(_) if device.loopback => {}
                 Err(reason) => left_out.push(LeftOut {
                     name: device.name,
                     reason,
@@ -219,7 +222,7 @@ impl DevicePatterns {
     fn role_of(&self, device: &Device, all: &[Device]) -> Result<Role, Cow<'static, str>> {
         let named = |globs: &[Glob]| globs.iter().any(|g| g.matches(&device.name));
         if device.loopback {
-            return Err("the loopback device".into());
+            return Ok(Role::Loopback);
         }
         if let LinkHeader::Other(number) = device.header {
             return Err(
@@ -742,7 +745,7 @@ mod tests {
                 (&pod_tun, Ok(Role::Pod)),
                 (&wireguard, Ok(Role::Node)),
                 (&can, Err("type 280")),
-                (&loopback, Err("loopback")),
+                (&loopback, Ok(Role::Loopback)),
             ],
         );
     }

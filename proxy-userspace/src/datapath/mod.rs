@@ -100,6 +100,8 @@ pub const LAYER3_POD_PROGRAMS: [(&str, Hook); 2] = [
     ("tc_pod_in_l3", Hook::TcxIngress),
     ("tc_pod_out_l3", Hook::TcxEgress),
 ];
+/// The tc programs of the loopback device: what processes of the node send to its own addresses.
+pub const LOOPBACK_PROGRAMS: [(&str, Hook); 1] = [("tc_node_out", Hook::TcxEgress)];
 /// The XDP program of node devices.
 pub const XDP_PROGRAM: &str = "xdp_node";
 

@@ -326,7 +326,7 @@ impl<'m, F: CopiedFamily> Walk<'m, F> {
             return Ok(self.told);
         }
         let Some(device) = self.incoming_device() else {
-            self.sent_by_the_node();
+            self.sent_by_the_node()?;
             return Ok(self.told);
         };
         self.told.device = Some(device.name.clone());
@@ -486,20 +486,40 @@ impl<'m, F: CopiedFamily> Walk<'m, F> {
     }
 
     /// A packet that the node itself sends and that no hook has changed.
-    fn sent_by_the_node(&mut self) {
-        if self.told.frontend.is_none() {
-            let _not_readable = self.frontend();
-        }
-        if self.told.frontend.is_some() || !self.told.backends.is_empty() {
-            self.told.why =
-                "the node's own packets meet no program before they leave, and its sockets are left alone".to_owned();
-            self.told.advice = Some(
-                "run the agent with --socket-lb on or host, so that connect is translated"
-                    .to_owned(),
+    /// A packet of the node itself, where it leaves.
+    fn sent_by_the_node(&mut self) -> anyhow::Result<()> {
+        let way = match node::route(self.now.dst.ip(), None) {
+            Ok(route) => DeviceSeen::of(route.device, &self.links),
+            Err(error) => {
+                self.told.why = format!(
+                    "no route leads to {}: {}",
+                    self.now.dst.ip(),
+                    text::no_route(&error)
+                );
+                return Ok(());
+            }
+        };
+        if way.outgoing().is_none() && self.tc_is_listed {
+            self.told.why = format!(
+                "{} has no program: what the node sends there is not translated",
+                way.name
             );
-        } else if self.told.hooks.is_empty() {
-            self.told.why = "no Service has this address and port".to_owned();
+            self.told.advice = Some("`shunt status` says why it has none".to_owned());
+            return Ok(());
         }
+        self.frontend_of_packet(Origin::Process)?;
+        let name = way.outgoing().unwrap_or("tc_node_out").to_owned();
+        let (verdict, seen) = self.decide(Origin::Process, false);
+        match verdict {
+            Verdict::Translate(to) => {
+                self.translated(&name, &way, &to, &seen);
+                self.delivered(&DeviceSeen::default())?;
+            }
+            other => {
+                self.ended(&name, &way, other, &seen);
+            }
+        }
+        Ok(())
     }
 
     /// A packet that comes in by a device.
@@ -558,6 +578,7 @@ impl<'m, F: CopiedFamily> Walk<'m, F> {
             (Some(name), _) => name.to_owned(),
             (None, Origin::Pod) => "tc_pod_in".to_owned(),
             (None, Origin::Network) => "tc_node_in".to_owned(),
+            (None, Origin::Process) => "tc_node_out".to_owned(),
         };
         let (verdict, seen) = self.decide(origin, false);
         match verdict {

@@ -86,8 +86,11 @@ impl Place {
         }
     }
 
+    /// The links but for the loopback device's, which every namespace has.
     fn links(&self) -> Vec<PinnedLink> {
-        pinned_links(&self.paths()).unwrap()
+        let mut links = pinned_links(&self.paths()).unwrap();
+        links.retain(|link| link.target != "lo");
+        links
     }
 
     /// Link and program ids by pin.
@@ -304,7 +307,8 @@ fn a_restart_keeps_links_and_maps() {
         drop(second);
 
         let removed = cleanup(&place.bpf_root).unwrap();
-        assert_eq!(removed.links.len(), before.len());
+        // And the loopback device's.
+        assert_eq!(removed.links.len(), before.len() + 1);
         assert!(!place.bpf_root.exists());
     });
 }
@@ -359,6 +363,11 @@ fn programs_follow_devices() {
         runtime().block_on(async {
             let _watcher = DeviceWatcher::spawn(attacher, patterns()).unwrap();
             assert_eq!(place.pins(), set(&[]));
+            let links = pinned_links(&place.paths()).unwrap();
+            assert!(
+                matches!(&links[..], [lo] if lo.target == "lo" && lo.program == "tc_node_out"),
+                "{links:?}"
+            );
 
             ip("link add pod1 type veth peer name other1");
             until("a device that appears", || {
@@ -572,7 +581,8 @@ fn clsact_filters_are_replaced_not_stacked_and_cleaned_up() {
                 let watcher = DeviceWatcher::spawn(attacher, patterns()).unwrap();
                 for device in watcher.status.borrow().iter() {
                     assert_eq!(device.problems, Vec::<String>::new());
-                    assert_eq!(device.programs.len(), 2);
+                    let programs = if device.role == Role::Loopback { 1 } else { 2 };
+                    assert_eq!(device.programs.len(), programs);
                 }
             });
         };
@@ -591,7 +601,9 @@ fn clsact_filters_are_replaced_not_stacked_and_cleaned_up() {
         assert_ne!(program(), first, "the filter runs the new program");
 
         let removed = cleanup(&place.bpf_root).unwrap();
-        assert_eq!(removed.filters, ["node0", "pod0"]);
+        let filters: BTreeSet<&str> = removed.filters.iter().map(String::as_str).collect();
+        assert_eq!(filters, BTreeSet::from(["lo", "node0", "pod0"]));
+        assert!(!tc("qdisc show dev lo").contains("clsact"));
         assert!(!tc("qdisc show dev node0").contains("clsact"));
         assert!(tc("qdisc show dev pod0").contains("clsact"));
         let left = tc("filter show dev pod0 ingress");
@@ -876,7 +888,7 @@ fn devices_are_found_without_patterns() {
         let expected = node
             .map(|name| (name, Role::Node))
             .into_iter()
-            .chain([("veth1", Role::Pod)]);
+            .chain([("veth1", Role::Pod), ("lo", Role::Loopback)]);
         assert_eq!(roles, expected.collect());
         let left_out: Vec<&str> = left_out.iter().map(|device| device.name.as_str()).collect();
         assert_eq!(left_out, ["br0"]);
@@ -902,7 +914,12 @@ fn xdp_is_only_where_frames_are_taken() {
         runtime().block_on(async {
             let watcher = DeviceWatcher::spawn(attacher, patterns()).unwrap();
             let has_xdp = || place.pins().contains("node0-xdp_node");
-            let why = watcher.status.borrow()[0].no_xdp.clone().unwrap();
+            let why = watcher
+                .status
+                .borrow()
+                .iter()
+                .find_map(|device| device.no_xdp.clone())
+                .unwrap();
             assert!(why.contains("takes no frames from XDP"), "{why}");
             assert!(!has_xdp() && place.pins().contains("node0-tc_node_in"));
             takes_frames("other0", true);

@@ -12,6 +12,7 @@ mod own;
 mod packets;
 mod pod;
 mod policies;
+mod processes;
 mod retry;
 mod sctp;
 mod services;

@@ -44,6 +44,8 @@ enum Place {
     OtherPod,
     /// A process on node-a.
     Node,
+    /// A process on node-a whose packets are translated: it is outside of the hooks' cgroup.
+    Process,
     /// A process on node-b.
     OtherNode,
     /// A host outside of the cluster.
@@ -59,6 +61,8 @@ enum Frontend {
     LoadBalancer,
     /// The node port on node-a.
     NodePort,
+    /// The node port on node-a's loopback address.
+    Loopback,
     /// The node port on node-b.
     OtherNodePort,
     /// The node port on the address of node-a's second NIC.
@@ -182,6 +186,7 @@ impl Cluster {
             (Place::Packets, client("packets", Sockets::Unhooked)),
             (Place::OtherPod, client("other", Sockets::Unhooked)),
             (Place::Node, client("node-a", Sockets::Hooked)),
+            (Place::Process, client("node-a", Sockets::Unhooked)),
             (Place::OtherNode, client("node-b", Sockets::Hooked)),
             (Place::Outside, client("client", Sockets::Unhooked)),
         ];
@@ -200,6 +205,13 @@ impl Cluster {
             }
             Frontend::NodePort => SocketAddr::new(
                 self.lab.node_ips("node-a").unwrap()[family],
+                service.node_port,
+            ),
+            Frontend::Loopback => SocketAddr::new(
+                match v6 {
+                    true => Ipv6Addr::LOCALHOST.into(),
+                    false => Ipv4Addr::LOCALHOST.into(),
+                },
                 service.node_port,
             ),
             Frontend::OtherNodePort => SocketAddr::new(
@@ -222,6 +234,7 @@ impl Cluster {
                 !(self.network.guarded && place == Place::Outside)
             }
             Frontend::NodePort => true,
+            Frontend::Loopback => matches!(place, Place::Node | Place::Process),
             // What comes to node-b from a VPN of node-a has no way back there.
             Frontend::OtherNodePort => place != Place::Vpn,
             Frontend::SecondNic => self.network.second_nic && outside,
@@ -234,13 +247,13 @@ impl Cluster {
             Place::Pod => ("hooked", Some("node-a")),
             Place::Packets => ("packets", Some("node-a")),
             Place::OtherPod => ("other", Some("node-b")),
-            Place::Node => ("node-a", Some("node-a")),
+            Place::Node | Place::Process => ("node-a", Some("node-a")),
             Place::OtherNode => ("node-b", Some("node-b")),
             Place::Outside => ("client", None),
             Place::Vpn => ("vpn", None),
         };
         let translates = match frontend {
-            Frontend::NodePort | Frontend::SecondNic => "node-a",
+            Frontend::NodePort | Frontend::SecondNic | Frontend::Loopback => "node-a",
             Frontend::OtherNodePort => "node-b",
             Frontend::ClusterIp | Frontend::LoadBalancer => client_node.unwrap_or("node-a"),
         };
@@ -248,7 +261,12 @@ impl Cluster {
         if client_node != Some(translates) && service.node != translates {
             return self.way_out(translates, service.node);
         }
-        let is_node = matches!(place, Place::Node | Place::OtherNode);
+        // P10: what is translated on its way gets the address of that way.
+        if place == Place::Process && service.node != translates && client_node == Some(translates)
+        {
+            return self.way_out(translates, service.node);
+        }
+        let is_node = matches!(place, Place::Node | Place::OtherNode | Place::Process);
         match client_node {
             // A process on a node has no address until it has dialled; and what a pod sends to a
             // node, its CNI masquerades.
@@ -360,6 +378,7 @@ fn run(name: &str, xdp: &str) {
         Frontend::NodePort,
         Frontend::ClusterIp,
         Frontend::LoadBalancer,
+        Frontend::Loopback,
         Frontend::OtherNodePort,
         Frontend::SecondNic,
     ] {

@@ -761,3 +761,50 @@ fn what_is_not_ours_or_not_whole_passes_untouched() {
         }
     }
 }
+
+/// N3: a process's packet is sent on with another source port, and its answer is handed back by the
+/// loopback device; XDP leaves that to tc.
+#[test]
+fn processes_of_the_node_are_clients_by_packets() {
+    const XDP_PASS: u32 = 2;
+    const TC_ACT_REDIRECT: u32 = 7;
+    let loaded = Loaded::new("processes");
+    let l3 = 14;
+    for v6 in [0, 1] {
+        let (node, web, backend) = (NODE[v6], WEB[v6], BACKEND[v6]);
+        for udp in [false, true] {
+            let frame = |from: &str, from_port, to: &str, to_port, flags| {
+                if udp {
+                    packet(from, from_port, to, to_port, true)
+                } else {
+                    segment(from, from_port, to, to_port, flags)
+                }
+            };
+            let ports = |frame: &[u8]| {
+                let l4 = l3 + if v6 == 1 { 40 } else { 20 };
+                [l4, l4 + 2].map(|at| u16::from_be_bytes([frame[at], frame[at + 1]]))
+            };
+            let request = frame(node, 40_000, web, 80, "SYN");
+            let (verdict, sent) = loaded.run_sent("tc_node_out", &request);
+            assert_eq!(verdict, TC_ACT_REDIRECT);
+            let [port, app] = ports(&sent);
+            assert!((10_240..30_000).contains(&port), "{port}");
+            assert_eq!(app, 8080);
+            assert_eq!(sent[l3..], frame(node, port, backend, app, "SYN")[l3..]);
+            // What it was before is a client's from elsewhere: that leaves as it is.
+            assert_eq!(loaded.run("tc_node_out", &request).1, request);
+
+            let answer = frame(backend, 8080, node, port, "SYN ACK");
+            assert_eq!(loaded.run("xdp_node", &answer), (XDP_PASS, answer.clone()));
+            let back = frame(web, 80, node, 40_000, "SYN ACK");
+            for program in ["tc_node_in", "tc_pod_in"] {
+                let (verdict, out) = loaded.run(program, &answer);
+                assert_eq!(verdict, TC_ACT_REDIRECT, "{program}");
+                assert_eq!(out[l3..], back[l3..], "{program}");
+            }
+            // The next packet goes the same way, from the same port.
+            let (_, sent) = loaded.run_sent("tc_node_out", &frame(node, 40_000, web, 80, "ACK"));
+            assert_eq!(ports(&sent), [port, 8080]);
+        }
+    }
+}

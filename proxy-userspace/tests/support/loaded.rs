@@ -43,6 +43,13 @@ pub(crate) const BACKEND: [&str; 2] = ["10.44.0.7", "fd44::7"];
 /// The backend of [`FAR`].
 pub(crate) const REMOTE: [&str; 2] = ["10.44.1.7", "fd44:0:0:b::7"];
 
+/// Index of the loopback device.
+const LOOPBACK: u32 = 1;
+/// Words of `struct __sk_buff` that the tests say something in, and where.
+const SK_BUFF: usize = 11;
+const INGRESS_IFINDEX: usize = 9;
+const IFINDEX: usize = 10;
+
 const TC_ACT_SHOT: u32 = 2;
 const TC_ACT_REDIRECT: u32 = 7;
 
@@ -52,6 +59,8 @@ pub(crate) struct Loaded {
     syncer: RefCell<Syncer>,
     /// Where everything is pinned.
     pub(crate) root: PathBuf,
+    /// Index of a device that leads out.
+    device: u32,
     /// Last: its pins go with it.
     _unique: UniqueName,
 }
@@ -106,6 +115,7 @@ impl Loaded {
             datapath,
             syncer: RefCell::new(Syncer::new(maps).unwrap()),
             root,
+            device: add_device(),
             _unique: unique,
         };
         loaded.serve(true);
@@ -174,13 +184,36 @@ impl Loaded {
 
     /// Runs a program once: its verdict, and the packet as it is then.
     pub(crate) fn run(&self, program: &str, packet: &[u8]) -> (u32, Vec<u8>) {
+        // Without a device that it came in by, a process of this node would have sent it.
+        self.run_from(LOOPBACK, program, packet)
+    }
+
+    /// The same of a packet that a process of this node sends.
+    pub(crate) fn run_sent(&self, program: &str, packet: &[u8]) -> (u32, Vec<u8>) {
+        self.run_from(0, program, packet)
+    }
+
+    fn run_from(&self, came_in: u32, program: &str, packet: &[u8]) -> (u32, Vec<u8>) {
+        let device = if program.ends_with("_out") {
+            self.device
+        } else {
+            LOOPBACK
+        };
+        let mut context = [0; SK_BUFF];
+        context[INGRESS_IFINDEX] = came_in;
+        context[IFINDEX] = device;
+        let context = if program.starts_with("tc_") {
+            &context[..]
+        } else {
+            &[]
+        };
         let fd = self.datapath.program(program).unwrap();
         if program.starts_with("tc_") {
-            match test_run(fd, packet, true) {
+            match test_run(fd, packet, true, context) {
                 Ok(result) => return result,
                 // What is sent back, or dropped: nobody looks at its sum any more.
                 Err(error) if error.raw_os_error() == Some(libc::EBADMSG) => {
-                    let result = test_run(fd, packet, false).unwrap();
+                    let result = test_run(fd, packet, false, context).unwrap();
                     assert!(
                         [TC_ACT_REDIRECT, TC_ACT_SHOT].contains(&result.0),
                         "{program}: {error}: {packet:02x?}"
@@ -195,7 +228,7 @@ impl Loaded {
                 ),
             }
         }
-        test_run(fd, packet, false).unwrap()
+        test_run(fd, packet, false, context).unwrap()
     }
 }
 
@@ -240,6 +273,24 @@ fn frontend(
     }
 }
 
+/// Makes a device in the calling thread's namespace; its index.
+fn add_device() -> u32 {
+    const SIOCBRADDBR: libc::Ioctl = 0x89a0;
+    let name = c"out0";
+    // SAFETY: the calls read a name that ends with zero.
+    unsafe {
+        let socket = libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0);
+        assert_eq!(
+            libc::ioctl(socket, SIOCBRADDBR, name.as_ptr()),
+            0,
+            "{}",
+            io::Error::last_os_error()
+        );
+        libc::close(socket);
+        libc::if_nametoindex(name.as_ptr())
+    }
+}
+
 /// `union bpf_attr` of `BPF_PROG_TEST_RUN`, as far as it is used here.
 #[repr(C)]
 #[derive(Default)]
@@ -252,14 +303,20 @@ struct TestRun {
     data_out: u64,
     repeat: u32,
     duration: u32,
-    ctx: [u64; 3],
+    ctx_size: u64,
+    ctx: [u64; 2],
     flags: u32,
     rest: [u32; 3],
 }
 
 /// A packet whose sum a device has computed (`CHECKSUM_COMPLETE`), at tc: the kernel says `EBADMSG`
 /// when the sum is not the packet's any more afterwards.
-fn test_run(program: BorrowedFd<'_>, packet: &[u8], summed: bool) -> io::Result<(u32, Vec<u8>)> {
+fn test_run(
+    program: BorrowedFd<'_>,
+    packet: &[u8],
+    summed: bool,
+    context: &[u32],
+) -> io::Result<(u32, Vec<u8>)> {
     const BPF_F_TEST_SKB_CHECKSUM_COMPLETE: u32 = 1 << 2;
     const BPF_PROG_TEST_RUN: libc::c_int = 10;
     let mut out = vec![0; 4096];
@@ -270,6 +327,15 @@ fn test_run(program: BorrowedFd<'_>, packet: &[u8], summed: bool) -> io::Result<
         data_in: packet.as_ptr() as u64,
         data_out: out.as_mut_ptr() as u64,
         repeat: 1,
+        ctx_size: size_of_val(context) as u64,
+        ctx: [
+            if context.is_empty() {
+                0
+            } else {
+                context.as_ptr() as u64
+            },
+            0,
+        ],
         flags: if summed {
             BPF_F_TEST_SKB_CHECKSUM_COMPLETE
         } else {

@@ -1,0 +1,199 @@
+//! Processes of this node that no socket hook sees: what they send to Services, where it leaves by
+//! a device, and what they get from backends.
+//!
+//! The kernel has routed such a packet to the frontend's address, most often by the default route,
+//! and chosen its source for that way. Here it gets the backend's address and a source that suits
+//! the way there, and is sent on by that way past the rest of the stack. Its source port is always a
+//! translated one, so that answers are known where they come in, by the same look-up as those of
+//! clients from outside.
+//!
+//! An answer is given back to its process by the loopback device ([`loop_back`]).
+
+use aya_ebpf::{
+    EbpfContext,
+    bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1},
+    helpers::{bpf_fib_lookup, bpf_redirect_neigh},
+    programs::TcContext,
+};
+use shunt_common::{
+    balance::{Maps, looped, sent, undecided},
+    event::Event,
+    family::Words6,
+    layout::TCP,
+    packet::{Headers, Packet, Tuple},
+    slow_path,
+    verdict::{Direction, InScratch, Lookup, Origin, Verdict},
+};
+
+use super::{
+    answer::{refuse, reset},
+    loopback::{as_frame, is_looped, is_sender, loop_back},
+    skb::{Buffer, arrival, count_traffic, parse, rewrite, translate},
+    step::{Encoded, Step},
+};
+use crate::{
+    fib::{FRAG_NEEDED, FibLookup, LOOPBACK, RoutedFamily},
+    maps::{KernelFamily, KernelMaps, Tc, count},
+};
+
+/// `BPF_FIB_LKUP_RET_NOT_FWDED` of linux/bpf.h: it is for this node.
+const NOT_FORWARDED: i64 = 4;
+/// `BPF_FIB_LKUP_RET_FWD_DISABLED`: the kernel is not asked for the way of packets that it does not
+/// forward.
+const NO_FORWARDING: i64 = 5;
+/// `BPF_FIB_LKUP_RET_UNSUPP_LWT`: the route has an encapsulation of its own.
+const UNSUPPORTED: i64 = 6;
+/// `BPF_FIB_LKUP_RET_NO_NEIGH`: a route, but the next hop's MAC address is not known yet.
+const NO_NEIGH: i64 = 7;
+
+/// What becomes of a process's packet, as far as open flows tell; `None`: it is not for a Service.
+#[inline(always)]
+pub(super) fn decide<F: KernelFamily>(
+    ctx: &TcContext,
+    headers: &Headers<F::Words>,
+) -> Option<Step> {
+    let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
+    let arrival = arrival(headers, Origin::Process);
+    let lookup = if is_looped(ctx) {
+        looped::<F, _>(&maps, &arrival)
+    } else {
+        sent::<F, _>(&maps, &arrival)
+    };
+    match lookup {
+        Lookup::Unmatched => None,
+        Lookup::Undecided => Some(Step::Dialled),
+        // From a process to another, which dialled by packets: it is on its way already.
+        Lookup::Translate(to) if to.process => Some(Step::End(translate::<F>(ctx, headers, &to))),
+        Lookup::Translate(to) => Some(match Maps::<F>::scratch(&maps) {
+            Some(scratch) => {
+                scratch.translation = to;
+                Step::Sent
+            }
+            None => Step::End(TC_ACT_UNSPEC),
+        }),
+    }
+}
+
+/// A packet of a process that may open a flow.
+#[inline(never)]
+pub(super) fn dial<F: KernelFamily>(ctx: &TcContext) -> Encoded {
+    let Some(headers) = parse::<F>(ctx) else {
+        return Step::End(TC_ACT_UNSPEC).encode();
+    };
+    let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
+    let Some(scratch) = Maps::<F>::scratch(&maps) else {
+        return Step::End(TC_ACT_UNSPEC).encode();
+    };
+    match undecided::<F, _>(&maps, scratch, &arrival(&headers, Origin::Process)) {
+        Verdict::Pass => Step::End(TC_ACT_UNSPEC),
+        Verdict::Drop => Step::End(TC_ACT_SHOT),
+        Verdict::Refuse if headers.tuple.proto != TCP => Step::End(refuse::<F>(ctx, &headers)),
+        Verdict::Refuse | Verdict::Reset => Step::End(reset::<F>(ctx, &headers)),
+        Verdict::Translate(InScratch) if scratch.translation.process => {
+            Step::End(translate::<F>(ctx, &headers, &scratch.translation))
+        }
+        Verdict::Translate(InScratch) => Step::Sent,
+    }
+    .encode()
+}
+
+/// Rewrites a process's packet to a backend, as was decided, and sends it there.
+#[inline(never)]
+pub(super) fn send<F: KernelFamily + RoutedFamily>(ctx: &TcContext) -> i32 {
+    let Some(headers) = parse::<F>(ctx) else {
+        return TC_ACT_SHOT;
+    };
+    let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
+    let Some(scratch) = Maps::<F>::scratch(&maps) else {
+        return TC_ACT_SHOT;
+    };
+    let to = &scratch.translation;
+    if !rewrite::<F>(ctx, &headers, &to.tuple) {
+        count(Event::RewriteFailed);
+        return TC_ACT_SHOT;
+    }
+    count_traffic(ctx, to.counted);
+    route::<F>(ctx, &to.tuple)
+}
+
+/// Sends a packet on the slow path that was rewritten to go to a backend.
+#[inline(never)]
+pub(super) fn send_slowly<F: KernelFamily + RoutedFamily>(ctx: &TcContext) -> i32 {
+    let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
+    match slow_path::destination::<F, _>(&maps) {
+        Some(tuple) => route::<F>(ctx, tuple),
+        None => TC_ACT_SHOT,
+    }
+}
+
+/// Sends the packet by the way to its destination, which the kernel has not asked for.
+#[inline(always)]
+fn route<F: RoutedFamily>(ctx: &TcContext, tuple: &Tuple<F::Words>) -> i32 {
+    let mut fib = FibLookup::new::<F>(tuple, 0, LOOPBACK);
+    // SAFETY: `fib` has the size and layout of the kernel's struct.
+    let routed = unsafe {
+        bpf_fib_lookup(
+            ctx.as_ptr(),
+            (&raw mut fib).cast(),
+            size_of::<FibLookup>() as i32,
+            0,
+        )
+    };
+    match routed {
+        NOT_FORWARDED if is_looped(ctx) => return TC_ACT_UNSPEC,
+        NOT_FORWARDED => return loop_back(ctx),
+        0 | NO_NEIGH | FRAG_NEEDED => {}
+        // By the device that it was on its way to: the helper asks for the next hop itself.
+        NO_FORWARDING | UNSUPPORTED if !is_looped(ctx) && as_frame(ctx) => {
+            // SAFETY: as in `loop_back`.
+            return unsafe {
+                bpf_redirect_neigh((*ctx.skb.skb).ifindex, core::ptr::null_mut(), 0, 0) as i32
+            };
+        }
+        _ => {
+            count(Event::NoRoute);
+            return TC_ACT_SHOT;
+        }
+    }
+    if !as_frame(ctx) {
+        return TC_ACT_SHOT;
+    }
+    let Words6 { high, low } = fib.dst;
+    // The kernel put the gateway's address, of whichever family, in place of the destination's.
+    let mut hop = bpf_redir_neigh {
+        nh_family: fib.family.into(),
+        __bindgen_anon_1: bpf_redir_neigh__bindgen_ty_1 {
+            ipv6_nh: [
+                high as u32,
+                (high >> 32) as u32,
+                low as u32,
+                (low >> 32) as u32,
+            ],
+        },
+    };
+    let size = size_of::<bpf_redir_neigh>() as i32;
+    // SAFETY: the helper reads `hop` and notes where to send.
+    unsafe { bpf_redirect_neigh(fib.ifindex, &raw mut hop, size, 0) as i32 }
+}
+
+/// Where a process's packet is seen on the slow path: as one that comes in, if it may be for a
+/// Service.
+#[inline(always)]
+pub(super) fn direction<F: KernelFamily>(ctx: &TcContext) -> Direction {
+    let destination = shunt_common::access::load_addr::<F>(
+        &Buffer(ctx),
+        (Buffer(ctx).link_header() + F::ADDRESSES + size_of::<F::Words>()) as u32,
+    );
+    let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
+    match (destination, Maps::<F>::config(&maps)) {
+        _ if !is_sender(ctx) => Direction::Egress,
+        (Some(destination), Some(config))
+            if is_looped(ctx)
+                || Maps::<F>::filter(&maps, shunt_common::filter::service::<F>(destination))
+                || shunt_common::address::may_be_service::<F>(config, destination) =>
+        {
+            Direction::Ingress(Origin::Process)
+        }
+        _ => Direction::Egress,
+    }
+}
