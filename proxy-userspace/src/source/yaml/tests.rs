@@ -29,6 +29,94 @@ fn read(text: &str) -> Vec<String> {
         .collect()
 }
 
+/// What one pass and what several say of a document; `None` where one pass leaves it to the others.
+fn both(document: Document<'_>) -> Option<[String; 2]> {
+    let told = |parsed: &Parsed<'_>| {
+        let Parsed {
+            object,
+            kind,
+            name,
+            line,
+            prefix,
+            ..
+        } = parsed;
+        format!("{object:?} {kind} {name:?} {line:?} {prefix:?}")
+    };
+    let plain = told(&parse_plain(document)?);
+    let all: Vec<String> = parse_document(document).iter().map(told).collect();
+    Some([plain, all.join("\n")])
+}
+
+#[test]
+fn one_pass_reads_what_several_read() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures");
+    let mut plain = 0;
+    for file in ["dns-and-edge", "external", "kubia", "story", "whoami"] {
+        let text = std::fs::read_to_string(format!("{folder}/{file}.yaml")).unwrap();
+        for document in documents(&text) {
+            if let Some([one, several]) = both(document) {
+                assert_eq!(one, several, "{}", document.text);
+                plain += 1;
+            }
+            // The same as JSON, behind a marker.
+            let Ok(value) =
+                serde_saphyr::from_str_with_options::<serde_json::Value>(document.text, options())
+            else {
+                continue;
+            };
+            let json = format!("---\n\n{value:#}");
+            for document in documents(&json) {
+                if let Some([one, several]) = both(document) {
+                    assert_eq!(one, several, "{}", document.text);
+                    plain += 1;
+                }
+            }
+        }
+    }
+    assert!(plain > 40, "{plain} documents are read in one pass");
+}
+
+#[test]
+fn what_is_not_plain_is_left_to_several_passes() {
+    for text in [
+        "kind: Service\nkind: Pod\nmetadata: { name: a }\n",
+        "'kind': Service\nmetadata: { name: a }\n",
+        "kind: &kind Service\nmetadata: { name: a }\n",
+        "  kind: Service\n  metadata: { name: a }\n",
+        "kind: ServiceList\nitems: []\n",
+        "kind: ConfigMap\nmetadata: { name: a }\n",
+        "kind: Service\nmetadata: { name: [] }\n",
+        "--- # a comment\nkind: Service\nmetadata: { name: a }\n",
+        "--- {kind: Service, metadata: {name: a}}\n",
+        "{kind: Service, metadata: {name: a}}\n",
+        "{\"kind\":\"Service\",\"metadata\":{\"name\":1}}\n",
+        "{\"kind\":\"Service\",\"metadata\":{\"name\":\"a\"}} trailing\n",
+        "# nothing\n",
+    ] {
+        for document in documents(text) {
+            assert_eq!(both(document), None, "{text}");
+        }
+    }
+    // Skipped, though it looks like a second kind.
+    let text = "kind: Service\nmetadata: { name: a }\nextra: |\n  kind: Pod\n";
+    for document in documents(text) {
+        let [one, several] = both(document).unwrap();
+        assert_eq!(one, several);
+    }
+}
+
+#[test]
+fn many_documents_keep_their_order() {
+    let text: Vec<String> = (0..300)
+        .map(|n| format!("kind: Service\nmetadata: {{ name: s{n} }}\n"))
+        .collect();
+    let read = read(&text.join("---\n"));
+    let expected: Vec<String> = (0..300)
+        .map(|n| format!("{} Service default/s{n}", 3 * n + 1))
+        .collect();
+    assert_eq!(read, expected);
+}
+
 #[test]
 fn documents_are_apart_and_know_their_lines() {
     let text = "\
