@@ -18,6 +18,11 @@ macro_rules! events {
                 match self { $(Self::$variant => $name,)+ }
             }
 
+            /// Its bit in a set of events.
+            pub const fn bit(self) -> u64 {
+                1 << self as u32
+            }
+
             /// One sentence for help texts.
             pub const fn describe(self) -> &'static str {
                 match self { $(Self::$variant => concat!($($doc),+),)+ }

@@ -35,6 +35,9 @@ pub trait Family: Copy + Debug + Eq + 'static {
     /// Words as bytes.
     fn bytes(words: Self::Words) -> Self::Addr;
 
+    /// The address as an IPv6 socket shows it: IPv4 ones mapped (`::ffff:a.b.c.d`).
+    fn mapped(words: Self::Words) -> Words6;
+
     /// The address folded into 64 bits for hashing; injective for IPv4.
     fn fold(addr: Self::Words) -> u64;
 
@@ -58,6 +61,9 @@ pub trait Family: Copy + Debug + Eq + 'static {
     fn config(config: &Config) -> &FamilyConfig<Self::Addr>;
 }
 
+/// What stands before an IPv4 address in an IPv6 one: bytes 8 to 11 of `::ffff:0:0`, in memory order.
+pub const MAPPED: u32 = 0xffffu32.to_be();
+
 /// Internet Protocol version 4, [RFC 791](https://www.rfc-editor.org/rfc/rfc791).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct V4;
@@ -69,7 +75,7 @@ pub struct V6;
 /// An IPv6 address as words in memory order. Two fields, because rustc keeps pairs in registers:
 /// see [`Family::Words`].
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Words6 {
     /// Bytes 0 to 7.
     pub high: u64,
@@ -95,6 +101,14 @@ impl Family for V4 {
     #[inline(always)]
     fn bytes(words: u32) -> [u8; 4] {
         words.to_ne_bytes()
+    }
+
+    #[inline(always)]
+    fn mapped(addr: u32) -> Words6 {
+        Words6 {
+            high: 0,
+            low: u64::from(MAPPED) | u64::from(addr) << 32,
+        }
     }
 
     #[inline(always)]
@@ -161,6 +175,11 @@ impl Family for V6 {
         bytes[..8].copy_from_slice(&words.high.to_ne_bytes());
         bytes[8..].copy_from_slice(&words.low.to_ne_bytes());
         bytes
+    }
+
+    #[inline(always)]
+    fn mapped(addr: Words6) -> Words6 {
+        addr
     }
 
     #[inline(always)]

@@ -7,6 +7,16 @@
 //!
 //! A change of any layout here must raise [`LAYOUT_VERSION`].
 
+/// Asserts that a type is exactly as large as the sum of its fields: the kernel compares keys byte
+/// by byte.
+macro_rules! no_padding {
+    ($($ty:ty = $size:expr),+ $(,)?) => { $(const _: () = assert!(size_of::<$ty>() == $size);)+ };
+}
+
+mod trace;
+
+pub use self::trace::*;
+
 /// Version of everything in this module; maps are pinned under `<bpf-root>/v<LAYOUT_VERSION>/`.
 pub const LAYOUT_VERSION: u32 = 6;
 
@@ -90,6 +100,11 @@ pub mod names {
     /// `SK_STORAGE` → [`SocketPeers`](super::SocketPeers): which frontends an unconnected UDP
     /// socket sent to.
     pub const UDP_PEERS: &str = "udp_peers";
+    /// `ARRAY` of one, memory-mappable, of [`Tracers`](super::Tracers): who traces what.
+    pub const TRACERS: &str = "tracers";
+    /// `ARRAY_OF_MAPS` of [`MAX_TRACERS`](super::MAX_TRACERS) ring buffers of
+    /// [`TraceRecord`](super::TraceRecord)s: the tracers' own.
+    pub const TRACE_RINGS: &str = "trace_rings";
 }
 
 /// IANA protocol number of TCP.
@@ -648,11 +663,6 @@ pub struct SocketPeers {
     pub next: u32,
 }
 
-/// Asserts that a type is exactly as large as the sum of its fields: the kernel compares keys byte
-/// by byte.
-macro_rules! no_padding {
-    ($($ty:ty = $size:expr),+ $(,)?) => { $(const _: () = assert!(size_of::<$ty>() == $size);)+ };
-}
 no_padding!(
     FrontendKey<[u8; 4]> = 4 + 2 + 1 + 1 + 4,
     FrontendKey<[u8; 16]> = 16 + 2 + 1 + 1 + 4,
@@ -737,6 +747,8 @@ mod pod {
         Traffic,
         Config,
         SocketPeer,
-        SocketPeers
+        SocketPeers,
+        TraceRecord<[u8; 16]>,
+        Tracers<[u8; 16]>
     );
 }

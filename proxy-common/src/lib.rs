@@ -6,7 +6,7 @@
 //! [`hash`], [`maglev`] and [`affinity`] (which backend), [`verdict`] (what can become of a
 //! packet), [`balance`] (the decision itself), [`failover`] (backends that do not answer),
 //! [`packet`] (headers in, headers out), [`slow_path`] (packets that are not plain), [`event`]
-//! (what is counted).
+//! (what is counted), [`trace`] (what tracers are told).
 #![no_std]
 #![cfg_attr(target_arch = "bpf", feature(core_intrinsics))]
 #![cfg_attr(
@@ -45,4 +45,5 @@ pub mod reset;
 pub mod slow_path;
 pub mod snat;
 pub mod timeouts;
+pub mod trace;
 pub mod verdict;

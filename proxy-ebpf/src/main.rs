@@ -3,7 +3,7 @@
 //!
 //! [`socket`] at the cgroup hooks, [`tc`] on pod and node devices with host routing as an option,
 //! [`xdp`] on node devices, [`maps`] for all of them, [`fib`] for routes, [`subprograms`] for those
-//! that packets pass.
+//! that packets pass, [`trace`] for those who want to know.
 #![no_std]
 #![no_main]
 // No call of `memset` where a few stores do: BPF has no such function, and ours goes byte by byte.
@@ -20,6 +20,7 @@ mod maps;
 mod socket;
 mod subprograms;
 mod tc;
+mod trace;
 mod traffic;
 mod xdp;
 

@@ -29,11 +29,13 @@ use shunt_common::{
     filter,
     layout::*,
     packet::Tuple,
+    trace::record,
 };
 
 use crate::{
     answers,
     fib::{self, LOOPBACK},
+    trace,
 };
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
@@ -208,6 +210,8 @@ impl KernelFamily for V6 {
 pub(crate) trait Hook {
     /// The event that counts its new flows.
     const NEW_FLOW: Event;
+    /// One of `TRACE_AT_*`.
+    const TRACED_AS: u8;
     /// A backend's counter of its new flows.
     ///
     /// # Safety
@@ -221,13 +225,15 @@ pub(crate) trait Hook {
 }
 
 macro_rules! hooks {
-    ($($(#[$doc:meta])* $hook:ident: $event:ident, $counter:ident, |$ctx:ident| $device:expr;)+) => {
+    ($($(#[$doc:meta])* $hook:ident: $event:ident, $counter:ident, $traced:ident,
+    |$ctx:ident| $device:expr;)+) => {
         $(
             $(#[$doc])*
             pub(crate) struct $hook;
 
             impl Hook for $hook {
                 const NEW_FLOW: Event = Event::$event;
+                const TRACED_AS: u8 = $traced;
 
                 #[inline(always)]
                 unsafe fn counter(state: *mut BackendState) -> *mut u64 {
@@ -246,9 +252,9 @@ macro_rules! hooks {
 
 hooks! {
     /// The cgroup hooks.
-    Socket: SocketFlow, socket_flows, |_ctx| 0;
+    Socket: SocketFlow, socket_flows, TRACE_AT_SOCKET, |_ctx| 0;
     /// tc.
-    Tc: TcFlow, tc_flows, |ctx| {
+    Tc: TcFlow, tc_flows, TRACE_AT_TC, |ctx| {
         // SAFETY: the caller's promise.
         unsafe {
             let skb = ctx.cast::<__sk_buff>();
@@ -262,7 +268,7 @@ hooks! {
         }
     };
     /// XDP.
-    Xdp: XdpFlow, xdp_flows, |ctx| {
+    Xdp: XdpFlow, xdp_flows, TRACE_AT_XDP, |ctx| {
         // SAFETY: the caller's promise.
         unsafe { (*ctx.cast::<xdp_md>()).ingress_ifindex }
     };
@@ -292,6 +298,40 @@ impl<H: Hook> KernelMaps<H> {
 }
 
 impl<H: Hook> KernelMaps<H> {
+    /// Notes an event for whoever traces, also while nobody does: the verifier would follow the
+    /// rest of the decision twice. Not at sockets, whose programs a packet may interrupt:
+    /// what is noted is the packet's.
+    #[inline(always)]
+    fn note<F: KernelFamily>(&self, event: Event) {
+        if H::TRACED_AS != TRACE_AT_SOCKET
+            && let Some(scratch) = F::SCRATCH.get_ptr_mut(0)
+        {
+            // SAFETY: this CPU's own, and programs of the packet path do not interrupt each other.
+            unsafe {
+                let counted = &raw mut (*scratch).counted;
+                counted.write_volatile(counted.read_volatile() | event.bit());
+            }
+        }
+    }
+
+    /// Tells the tracer at a place what became of the packet, when something was counted for it.
+    #[inline(always)]
+    pub(crate) fn tell<F: KernelFamily>(&self, place: u32) -> u32 {
+        let Some(scratch) = F::SCRATCH.get_ptr(0) else {
+            return 0;
+        };
+        // SAFETY: this CPU's own, and programs of the packet path do not interrupt each other.
+        let mut record = record::<F>(unsafe { &*scratch });
+        if record.events == 0 {
+            return 0;
+        }
+        record.hook = H::TRACED_AS;
+        // SAFETY: it is the running program's.
+        record.device = unsafe { H::device(self.ctx) };
+        trace::send_to(&mut record, place);
+        0
+    }
+
     /// Whether the node's socket that would get a packet is connected, or about to be; `None`: there
     /// is none.
     #[inline(always)]
@@ -675,6 +715,7 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
         }
         let may = answers::may_answer::<F>(bytes(&answered.src));
         if !may {
+            self.note::<F>(Event::AnswerLimited);
             count(Event::AnswerLimited);
         }
         may
@@ -686,6 +727,7 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
             // SAFETY: a live map value.
             add(unsafe { H::counter(state) });
         }
+        self.note::<F>(H::NEW_FLOW);
         count(H::NEW_FLOW);
     }
 
@@ -699,6 +741,7 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
 
     #[inline(always)]
     fn count(&self, event: Event) {
+        self.note::<F>(event);
         count(event);
     }
 }

@@ -19,26 +19,25 @@ use shunt_common::{
     balance::{Maps, socket_frontend},
     event::Event,
     failover,
-    family::{Family, V4, V6, Words6},
+    family::{Family, MAPPED, V4, V6, Words6},
     filter, hash,
     layout::*,
 };
 
-use crate::maps::{BACKENDS, KernelFamily, KernelMaps, SOCKETS, Socket, UDP_PEERS, count};
+use crate::{
+    maps::{BACKENDS, KernelFamily, KernelMaps, SOCKETS, Socket, UDP_PEERS, count},
+    trace,
+};
 
 /// Let the call go on.
 const ALLOW: i32 = 1;
 /// Let it fail, with the error set by `bpf_set_retval`.
 const DENY: i32 = 0;
-/// `::ffff:0:0/96`, the third word in memory order.
-const MAPPED: u32 = 0xffffu32.to_be();
 
 /// What is dialled, or who sent: address and port as the context holds them.
 trait Peer: KernelFamily {
     fn addr(ctx: &SockAddrContext) -> Self::Words;
     fn set_addr(ctx: &SockAddrContext, addr: Self::Words);
-    /// As [`SocketPeer`] keeps it.
-    fn mapped(addr: Self::Words) -> Words6;
     fn unmapped(addr: Words6) -> Self::Words;
 }
 
@@ -74,14 +73,6 @@ impl Peer for V4 {
     }
 
     #[inline(always)]
-    fn mapped(addr: u32) -> Words6 {
-        Words6 {
-            high: 0,
-            low: u64::from(MAPPED) | u64::from(addr) << 32,
-        }
-    }
-
-    #[inline(always)]
     fn unmapped(addr: Words6) -> u32 {
         (addr.low >> 32) as u32
     }
@@ -103,11 +94,6 @@ impl Peer for V6 {
         set_word6(ctx, 1, (addr.high >> 32) as u32);
         set_word6(ctx, 2, addr.low as u32);
         set_word6(ctx, 3, (addr.low >> 32) as u32);
-    }
-
-    #[inline(always)]
-    fn mapped(addr: Words6) -> Words6 {
-        addr
     }
 
     #[inline(always)]
@@ -165,6 +151,8 @@ fn choose<F: Peer>(
         means_this_node::<F>(ctx, &maps, addr)
     }) else {
         return if is_refused::<F>(ctx, addr, call) {
+            let peer = || asked_for::<F>(addr, port);
+            tell_call(ctx, Event::UnknownPort, None, peer);
             Err(())
         } else {
             Ok((addr, port))
@@ -210,11 +198,14 @@ fn choose<F: Peer>(
         Maps::<F>::slot(&maps, index)
     };
     let Some(slot) = slot else {
-        count(if frontend.flags & FRONTEND_DROP != 0 {
+        let event = if frontend.flags & FRONTEND_DROP != 0 {
             Event::PolicyDrop
         } else {
             Event::NoBackend
-        });
+        };
+        count(event);
+        let peer = || asked_for::<F>(addr, port);
+        tell_call(ctx, event, Some(frontend.service), peer);
         return Err(());
     };
     let peer = SocketPeer {
@@ -230,7 +221,18 @@ fn choose<F: Peer>(
         Call::Send => record_sent(ctx, peer),
     }
     Maps::<F>::count_flow(&maps, slot.backend);
+    tell_call(ctx, Event::SocketFlow, Some(frontend.service), || peer);
     Ok((slot.addr, slot.port))
+}
+
+/// What was dialled, without a backend.
+#[inline(always)]
+fn asked_for<F: Peer>(addr: F::Words, port: u16) -> SocketPeer {
+    SocketPeer {
+        frontend: V6::bytes(F::mapped(addr)),
+        frontend_port: port,
+        ..SocketPeer::default()
+    }
 }
 
 /// Refuses a port that no Service has on a cluster IP (see [`address`]). Other destinations are
@@ -368,6 +370,76 @@ fn record_connected(cookie: u64, proto: u8, peer: &SocketPeer) {
     }
 }
 
+/// Tells tracers what became of a call at a socket. `peer` is what was dialled, and the backend
+/// where there is one.
+#[inline(always)]
+fn tell_call(
+    ctx: &SockAddrContext,
+    event: Event,
+    service: Option<u32>,
+    peer: impl FnOnce() -> SocketPeer,
+) {
+    if trace::is_on() {
+        let (known, service) = match service {
+            Some(service) => (TRACE_HAS_SERVICE, service),
+            None => (0, 0),
+        };
+        told_call(ctx, event, known, service, &peer());
+    }
+}
+
+#[inline(never)]
+fn told_call(
+    ctx: &SockAddrContext,
+    event: Event,
+    known: u8,
+    service: u32,
+    peer: &SocketPeer,
+) -> i32 {
+    let mut record = of_a_socket(peer);
+    record.events = event.bit();
+    record.flags |= known;
+    record.service = service;
+    // SAFETY: the context is valid while the program runs.
+    record.proto = unsafe { (&raw const (*ctx.sock_addr).protocol).read_volatile() } as u8;
+    trace::send(&mut record);
+    0
+}
+
+/// Tells tracers that a connected socket closes.
+#[inline(always)]
+fn tell_release(ctx: &SockContext, peer: &SocketPeer) {
+    if trace::is_on() {
+        told_release(ctx, peer);
+    }
+}
+
+#[inline(never)]
+fn told_release(ctx: &SockContext, peer: &SocketPeer) -> i32 {
+    let mut record = of_a_socket(peer);
+    record.flags |= TRACE_CLIENT_CLOSES;
+    // SAFETY: the context is valid while the program runs.
+    record.proto = unsafe { (&raw const (*ctx.sock).protocol).read_volatile() } as u8;
+    trace::send(&mut record);
+    0
+}
+
+#[inline(always)]
+fn of_a_socket(peer: &SocketPeer) -> trace::Record {
+    let mut record = trace::Record {
+        dst: words(&peer.frontend),
+        dst_port: peer.frontend_port,
+        hook: TRACE_AT_SOCKET,
+        ..trace::Record::default()
+    };
+    if peer.backend_port != 0 {
+        record.flags = TRACE_HAS_BACKEND;
+        record.backend = words(&peer.backend);
+        record.backend_port = peer.backend_port;
+    }
+    record
+}
+
 #[inline(always)]
 fn refused() -> i32 {
     const ECONNREFUSED: i32 = 111;
@@ -466,7 +538,8 @@ fn sock_release(ctx: SockContext) -> i32 {
     // SAFETY: the helper takes the program's own context.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
     // Looking takes no lock.
-    if connected(cookie).is_some() {
+    if let Some(peer) = connected(cookie) {
+        tell_release(&ctx, peer);
         let _gone_already = SOCKETS.remove(cookie);
     }
     ALLOW

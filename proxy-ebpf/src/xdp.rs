@@ -26,6 +26,7 @@ use shunt_common::{
 use crate::{
     fib::FibLookup,
     maps::{KernelFamily, KernelMaps, Xdp, count},
+    subprograms::PacketHook,
     traffic,
 };
 
@@ -152,7 +153,11 @@ impl Step {
 fn whole<F: KernelFamily>(ctx: &XdpContext, step: Step) -> u32 {
     match step {
         Step::End(action) => action,
-        Step::Undecided => open::<F>(ctx),
+        Step::Undecided => {
+            let action = open::<F>(ctx);
+            Xdp::tell::<F>(ctx.as_ptr());
+            action
+        }
     }
 }
 

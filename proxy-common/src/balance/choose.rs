@@ -120,6 +120,7 @@ pub(super) fn look_up_here<F: Family, M: Maps<F>>(
         });
     };
 
+    scratch.frontend = frontend;
     // The node itself is let through whatever the ranges (SPEC P5).
     if frontend.flags & FRONTEND_SOURCE_RANGES != 0
         && arrival.origin != Origin::Process
@@ -128,7 +129,6 @@ pub(super) fn look_up_here<F: Family, M: Maps<F>>(
         maps.count(Event::SourceDenied);
         return Step::Break(Verdict::Drop);
     }
-    scratch.frontend = frontend;
     Step::Continue(())
 }
 

@@ -32,6 +32,7 @@ pub fn undecided<F: Family, M: Subprograms<F>>(
     scratch: &mut Scratch<F::Words>,
     arrival: &Arrival<F::Words>,
 ) -> Verdict {
+    scratch.counted = 0;
     scratch.arrival = *arrival;
     decide(maps, scratch)
 }

@@ -22,6 +22,7 @@ pub fn refused<F: Family, M: Subprograms<F>>(
     tuple: &Tuple<F::Words>,
     tcp_flags: u8,
 ) -> Verdict {
+    scratch.counted = 0;
     scratch.arrival.tuple = *tuple;
     scratch.arrival.tcp_flags = tcp_flags;
     if tcp_flags & RST == 0 {

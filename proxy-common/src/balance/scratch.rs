@@ -33,6 +33,8 @@ pub struct Scratch<A> {
     pub(super) port_use: Opaque<PortUse>,
     /// Whether the flow is written over one that is over.
     pub(super) over: Opaque<bool>,
+    /// What was counted for the packet, one bit for each [`Event`](crate::event::Event).
+    pub counted: u64,
     /// Of a packet on the slow path.
     pub(crate) slow: Context<A>,
 }

@@ -40,6 +40,7 @@ pub fn handle<F: Family, M: Subprograms<F>>(
     let Some(scratch) = maps.scratch() else {
         return Action::Pass;
     };
+    scratch.counted = 0;
     let l3 = packet.link_length();
     if !extension::find::<F>(packet, l3, &mut scratch.slow.path) {
         return Action::Pass;
@@ -59,6 +60,8 @@ pub fn handle<F: Family, M: Subprograms<F>>(
         dst_port: 0,
         proto: slow.path.proto as u8,
     };
+    scratch.arrival.tuple = slow.tuple;
+    scratch.arrival.tcp_flags = 0;
     if slow.path.more != 0 && slow.path.offset == 0 {
         fragment::forget(maps, scratch);
     }

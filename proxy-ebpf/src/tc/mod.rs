@@ -32,7 +32,10 @@ use self::{
     skb::{Buffer, arrival, family, headers, parse, translate},
     step::{Encoded, Step},
 };
-use crate::maps::{KernelFamily, KernelMaps, Tc};
+use crate::{
+    maps::{KernelFamily, KernelMaps, Tc},
+    subprograms::PacketHook,
+};
 
 /// `skb->pkt_type` of linux/if_packet.h: to this host.
 const PACKET_HOST: u32 = 0;
@@ -196,14 +199,18 @@ fn handle<F: RoutingFamily>(ctx: &TcContext, direction: Direction) -> Step {
 #[inline(always)]
 fn sent<F: RoutingFamily>(ctx: &TcContext, step: Step) -> i32 {
     let step = match step {
-        Step::Dialled => process::dial::<F>(ctx).step(),
+        Step::Dialled => {
+            let step = process::dial::<F>(ctx).step();
+            Tc::tell::<F>(ctx.as_ptr());
+            step
+        }
         step => step,
     };
     match step {
         Step::Sent => process::send::<F>(ctx),
         Step::SlowPath => match process::direction::<F>(ctx) {
-            Direction::Ingress(_) => slow_process::<F>(ctx),
-            Direction::Egress => slow_egress::<F>(ctx),
+            Direction::Ingress(_) => told::<F>(ctx, slow_process::<F>(ctx)),
+            Direction::Egress => told::<F>(ctx, slow_egress::<F>(ctx)),
         },
         step => whole::<F>(ctx, Direction::Egress, step),
     }
@@ -214,14 +221,24 @@ fn sent<F: RoutingFamily>(ctx: &TcContext, step: Step) -> i32 {
 fn whole<F: RoutingFamily>(ctx: &TcContext, direction: Direction, step: Step) -> i32 {
     match (step, direction) {
         (Step::End(action), _) => action,
-        (Step::SlowPath, Direction::Ingress(origin)) => slow_ingress::<F>(ctx, origin),
-        (Step::SlowPath, Direction::Egress) => slow_egress::<F>(ctx),
-        (Step::Undecided, Direction::Ingress(origin)) => {
-            host_routing::send_on::<F>(ctx, open::<F>(ctx, origin).step())
+        (Step::SlowPath, Direction::Ingress(origin)) => {
+            told::<F>(ctx, slow_ingress::<F>(ctx, origin))
         }
-        (Step::Undecided, Direction::Egress) => refusal::<F>(ctx),
+        (Step::SlowPath, Direction::Egress) => told::<F>(ctx, slow_egress::<F>(ctx)),
+        (Step::Undecided, Direction::Ingress(origin)) => {
+            let step = open::<F>(ctx, origin).step();
+            told::<F>(ctx, host_routing::send_on::<F>(ctx, step))
+        }
+        (Step::Undecided, Direction::Egress) => told::<F>(ctx, refusal::<F>(ctx)),
         (step, _) => host_routing::send_on::<F>(ctx, step),
     }
+}
+
+/// The action, after tracers were told what it is about.
+#[inline(always)]
+fn told<F: KernelFamily>(ctx: &TcContext, action: i32) -> i32 {
+    Tc::tell::<F>(ctx.as_ptr());
+    action
 }
 
 /// A packet that may open a flow; with host routing it is left to that.

@@ -41,6 +41,7 @@ use crate::{
         maps::Maps,
         sockets::StaleSockets,
         start::{self, Part, Stopwatch},
+        trace,
     },
     dns,
     gc::{self, Collector, Walk},
@@ -249,6 +250,9 @@ async fn serve(settings: Settings, args: RunArgs, mut watch: Stopwatch) -> anyho
                 None => return source_ended((&mut source).await),
             },
             Some(walk) = walks.recv() => {
+                if let Err(error) = trace::clear(&agent.settings.bpf_root) {
+                    warn!("what a tracer has left stays until the next walk: {error}");
+                }
                 let reclaimed = agent.syncer.reclaim(walk.started, &walk.referenced)?;
                 if reclaimed > 0 {
                     debug!("{reclaimed} backend ids are free again");

@@ -1,28 +1,23 @@
 //! `shunt explain`: what this node does with a packet, hook by hook, and why.
 
-use std::{
-    net::{IpAddr, SocketAddr},
-    path::PathBuf,
-};
+use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context, anyhow, bail};
 use clap::{Args, ValueEnum};
 
-use super::{Common, print, services, table};
+use super::{
+    Common,
+    pods::{PodSource, ProtocolArg, nearest},
+    print, services, table,
+};
 use crate::{
-    config::{SERVICE_CIDRS, Settings},
     datapath::maps::Maps,
     explain::{self, Explanation, Pinned, Question, Sender},
     object::{ObjectName, Protocol},
-    source::{kinds::Pod, kubernetes, manifests},
 };
 
 /// The port of a client that names none: of the range that Linux takes such ports from.
 const CLIENT_PORT: u16 = 40_000;
-/// How like the name must be that is proposed for one that is unknown (1 less the share of letters
-/// that were added, left out, changed or swapped).
-const ALIKE: f64 = 0.6;
-
 /// `shunt explain`.
 #[derive(Clone, Debug, Args)]
 pub struct ExplainArgs {
@@ -41,22 +36,10 @@ pub struct ExplainArgs {
     /// The device by which it comes in [default: the one that leads back to SRC].
     #[arg(long, value_name = "NAME")]
     device: Option<String>,
-    /// Files and folders of Kubernetes YAML that have the Pod, as `shunt run` has them.
-    #[arg(long, value_name = "PATH", num_args = 1..)]
-    manifests: Vec<PathBuf>,
-    /// The Pod is asked of the API server that this file names [default: the one of the pod that
-    /// this runs in].
-    #[arg(long, value_name = "FILE", conflicts_with = "manifests")]
-    kubeconfig: Option<PathBuf>,
+    #[command(flatten)]
+    pods: PodSource,
     #[command(flatten)]
     common: Common,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum ProtocolArg {
-    Tcp,
-    Udp,
-    Sctp,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -145,73 +128,6 @@ fn destination(text: &str) -> anyhow::Result<Destination> {
     })
 }
 
-/// The addresses of a Pod.
-async fn pod_addresses(args: &ExplainArgs, name: &ObjectName) -> anyhow::Result<Vec<IpAddr>> {
-    let pod: Pod = if args.manifests.is_empty() {
-        let namespace = [&*name.namespace];
-        let read = kubernetes::snapshot(args.kubeconfig.as_deref(), &namespace, Some(&name.name));
-        let (_services, pod) = match (read.await, &args.kubeconfig) {
-            (Err(error), None) => {
-                return Err(error.context(
-                    "addresses of Pods stand in no map: give the address, --manifests PATH or --kubeconfig FILE",
-                ));
-            }
-            (read, _) => read?,
-        };
-        pod.with_context(|| format!("there is no Pod {name}"))?
-    } else {
-        let mut snapshot = manifests::snapshot(manifests::Config {
-            paths: args.manifests.clone(),
-            service_cidrs: SERVICE_CIDRS.to_vec(),
-            node_ports: Settings::default().service_node_port_range.0,
-            load_balancer_cidrs: Vec::new(),
-            node_name: String::new(),
-        })
-        .await?;
-        match snapshot.pods.remove(name) {
-            Some(pod) => pod,
-            None => {
-                let known = snapshot.pods.keys();
-                let known = known.map(|pod| (pod.namespace.to_string(), pod.name.to_string()));
-                let near = nearest(&name.name, known);
-                bail!("the manifests have no Pod {name}{near}");
-            }
-        }
-    };
-    let status = pod.status.unwrap_or_default();
-    let first = status.pod_ip.as_deref();
-    let addresses: Vec<IpAddr> = status
-        .pod_ips
-        .iter()
-        .map(|ip| ip.ip.as_str())
-        .chain(first)
-        .filter_map(|ip| ip.parse().ok())
-        .collect();
-    if addresses.is_empty() {
-        bail!("the Pod {name} has no address yet");
-    }
-    Ok(addresses)
-}
-
-/// `; the nearest: …` with the names that are most like one, in whichever namespace; nothing if
-/// none is.
-fn nearest(name: &str, known: impl Iterator<Item = (String, String)>) -> String {
-    let mut alike: Vec<(f64, String)> = known
-        .map(|(namespace, known)| {
-            let likeness = strsim::normalized_damerau_levenshtein(name, &known);
-            (likeness, format!("{namespace}/{known}"))
-        })
-        .filter(|(likeness, _)| *likeness >= ALIKE)
-        .collect();
-    alike.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| a.1.cmp(&b.1)));
-    alike.dedup_by(|a, b| a.1 == b.1);
-    let names: Vec<String> = alike.into_iter().take(3).map(|(_, name)| name).collect();
-    match names.as_slice() {
-        [] => String::new(),
-        names => format!("; the nearest: {}", names.join(", ")),
-    }
-}
-
 /// The address of a Service's port, of the client's family.
 fn service_address(
     maps: &Maps,
@@ -263,11 +179,7 @@ fn service_address(
 }
 
 fn question(args: &ExplainArgs, maps: &Maps) -> anyhow::Result<Question> {
-    let protocol = match args.protocol {
-        ProtocolArg::Tcp => Protocol::Tcp,
-        ProtocolArg::Udp => Protocol::Udp,
-        ProtocolArg::Sctp => Protocol::Sctp,
-    };
+    let protocol = args.protocol.protocol();
     let destination = destination(&args.destination)?;
     let mut sender = args.from.map(|from| match from {
         From::Pod => Sender::Pod,
@@ -282,7 +194,7 @@ fn question(args: &ExplainArgs, maps: &Maps) -> anyhow::Result<Question> {
                 .enable_all()
                 .build()
                 .context("cannot start a thread")?
-                .block_on(pod_addresses(args, &name))?;
+                .block_on(args.pods.addresses(&name))?;
             sender.get_or_insert(Sender::Pod);
             namespace = Some(name.namespace.to_string());
             (addresses, CLIENT_PORT)
@@ -467,17 +379,5 @@ mod tests {
         for wrong in ["client", "pod/", "pod/a/b/c", "10.0.0"] {
             assert!(source(wrong).is_err(), "{wrong}");
         }
-    }
-
-    #[test]
-    fn unknown_names_are_answered_with_the_nearest() {
-        let known = || {
-            [("default", "kubia"), ("shop", "web"), ("a", "kube-dns")]
-                .map(|(namespace, name)| (namespace.to_owned(), name.to_owned()))
-                .into_iter()
-        };
-        assert_eq!(nearest("kubai", known()), "; the nearest: default/kubia");
-        assert_eq!(nearest("wbe", known()), "; the nearest: shop/web");
-        assert_eq!(nearest("zzz", known()), "");
     }
 }

@@ -31,10 +31,12 @@ pub mod conntrack;
 pub mod env;
 pub mod explain;
 mod listening;
+mod pods;
 pub mod run;
 pub mod services;
 pub mod status;
 pub mod sysdump;
+pub mod trace;
 
 /// An eBPF and XDP load balancer for Kubernetes Services: replaces kube-proxy on a node.
 #[derive(Debug, Parser)]
@@ -71,6 +73,8 @@ enum Verb {
     Conntrack(conntrack::ConntrackArgs),
     /// What this node does with a packet, hook by hook, and why.
     Explain(explain::ExplainArgs),
+    /// What the programs decide, as they decide it: new flows, refusals, drops with their reasons.
+    Trace(trace::TraceArgs),
     /// The environment variables of Services that a kubelet gives to a pod's containers.
     Env(env::EnvArgs),
     /// One archive with what a maintainer asks for, secrets left out.
@@ -134,6 +138,7 @@ pub fn main() -> ExitCode {
         Verb::Backends(args) => backends::run(&args).map(|()| true),
         Verb::Conntrack(args) => conntrack::run(&args).map(|()| true),
         Verb::Explain(args) => explain::run(&args).map(|()| true),
+        Verb::Trace(args) => trace::run(&args).map(|()| true),
         Verb::Env(args) => env::run(&args).map(|()| true),
         Verb::Sysdump(args) => sysdump::run(&args).map(|()| true),
         Verb::Cleanup(common) => cleanup::run(&common.bpf_root, common.output).map(|()| true),

@@ -20,6 +20,7 @@ use crate::{
         lock::agent_pid,
         maps::{MapFamily, Maps, PerFamily, Usage},
         start::{self, Start},
+        trace,
         xdp::{self, Facts},
     },
     sync::table::FamilyIndex,
@@ -59,6 +60,8 @@ pub struct Status {
     pub links: Vec<Link>,
     /// Devices of this network namespace that lack a program, and why.
     pub without_programs: Vec<Without>,
+    /// `shunt trace`s at work.
+    pub tracers: usize,
     /// Counters by name.
     pub events: BTreeMap<&'static str, u64>,
 }
@@ -224,6 +227,7 @@ impl Status {
             maps: maps.usage()?,
             without_programs: without_programs(&paths, &links, &node_addresses)?,
             links,
+            tracers: trace::active(maps.root())?,
             events: maps
                 .events()?
                 .into_iter()

@@ -45,6 +45,7 @@ pub(crate) mod rtnl;
 pub mod sockets;
 pub mod start;
 pub(crate) mod takeover;
+pub mod trace;
 pub mod upgrade;
 pub mod xdp;
 

@@ -3,6 +3,7 @@
 mod explained;
 mod odd;
 mod packets;
+mod traced;
 
 #[path = "../support/loaded.rs"]
 mod loaded;

@@ -324,10 +324,10 @@ const ARRIVING: [(&str, u32, u32); 3] = [
     ("tc_pod_in", TC_ACT_SHOT, TC_ACT_REDIRECT),
 ];
 /// In the Service range, and nobody's.
-const UNALLOCATED: [&str; 2] = ["10.96.7.7", "fd96::77"];
+pub(crate) const UNALLOCATED: [&str; 2] = ["10.96.7.7", "fd96::77"];
 
 /// An echo request (or its answer, which comes by fewer hops).
-fn echo(from: &str, to: &str, hops: u8, is_answer: bool) -> Vec<u8> {
+pub(crate) fn echo(from: &str, to: &str, hops: u8, is_answer: bool) -> Vec<u8> {
     let (id, seq) = (0x1234, 7);
     let ethernet = match is_answer {
         false => PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [0; 6]),
@@ -500,7 +500,7 @@ fn fill_ipv4_checksum(frame: &mut [u8]) {
 }
 
 /// The frame in fragments of at most `size` bytes of payload (a multiple of eight).
-fn fragments(frame: &[u8], v6: usize, id: u16, size: usize) -> Vec<Vec<u8>> {
+pub(crate) fn fragments(frame: &[u8], v6: usize, id: u16, size: usize) -> Vec<Vec<u8>> {
     let payload = &frame[ETHERNET + IP[v6]..];
     let parts: Vec<_> = payload.chunks(size).collect();
     let last = parts.len() - 1;
@@ -871,7 +871,7 @@ fn lies_are_passed_on_as_they_are() {
 }
 
 /// An SCTP INIT.
-fn sctp(from: (&str, u16), to: (&str, u16)) -> Vec<u8> {
+pub(crate) fn sctp(from: (&str, u16), to: (&str, u16)) -> Vec<u8> {
     chunk(1, from, to)
 }
 

@@ -43,7 +43,7 @@ const TC_ACT_REDIRECT: u32 = 7;
 const XDP_PASS: u32 = 2;
 const XDP_REDIRECT: u32 = 4;
 
-fn packet(from: &str, from_port: u16, to: &str, to_port: u16, udp: bool) -> Vec<u8> {
+pub(crate) fn packet(from: &str, from_port: u16, to: &str, to_port: u16, udp: bool) -> Vec<u8> {
     let builder = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [0; 6]);
     let builder = match (from.parse().unwrap(), to.parse().unwrap()) {
         (IpAddr::V4(from), IpAddr::V4(to)) => builder.ipv4(from.octets(), to.octets(), 64),
@@ -299,7 +299,7 @@ fn traffic(maps: &Maps) -> [u64; 4] {
     })
 }
 
-fn segment(from: &str, from_port: u16, to: &str, to_port: u16, flags: &str) -> Vec<u8> {
+pub(crate) fn segment(from: &str, from_port: u16, to: &str, to_port: u16, flags: &str) -> Vec<u8> {
     let mut bytes = packet(from, from_port, to, to_port, false);
     let at = 14 + if from.contains(':') { 40 } else { 20 } + 13;
     bytes[at] = match flags {

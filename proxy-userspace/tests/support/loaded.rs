@@ -154,6 +154,11 @@ impl Loaded {
         self.syncer.borrow_mut().apply(&plan).unwrap();
     }
 
+    /// Brings a Service of a test's own in.
+    pub(crate) fn apply(&self, plan: &ServicePlan) {
+        self.syncer.borrow_mut().apply(plan).unwrap();
+    }
+
     /// Puts so many backends behind [`KEPT`], at [`kept_backend`].
     pub(crate) fn serve_kept(&self, backends: u8) {
         let mut frontends = Vec::new();
@@ -241,7 +246,8 @@ pub(crate) fn kept_backend(v6: bool, n: u8) -> String {
     }
 }
 
-fn frontend(
+/// Port 80 of an address, with its backend and whether that is on this node.
+pub(crate) fn frontend(
     address: &str,
     protocol: Protocol,
     scope: Scope,

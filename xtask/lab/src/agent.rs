@@ -533,15 +533,24 @@ impl Agent {
         self.shunt = binary.into();
     }
 
+    /// A verb of the command line on this node's maps, with `--bpf-root` set, that is not run yet.
+    ///
+    /// # Errors
+    ///
+    /// When its namespace or cgroup cannot be entered.
+    pub fn verb(&self, args: &[&str]) -> Result<Command> {
+        let mut command = self.command()?;
+        command.args(args).arg("--bpf-root").arg(&self.bpf_root);
+        Ok(command)
+    }
+
     /// Runs a verb of the command line on this node's maps, with `--bpf-root` set.
     ///
     /// # Errors
     ///
     /// When the binary cannot be run; its own failure is in the output's status.
     pub fn cli(&self, args: &[&str]) -> Result<Output> {
-        let mut command = self.command()?;
-        command.args(args).arg("--bpf-root").arg(&self.bpf_root);
-        command
+        self.verb(args)?
             .output()
             .with_context(|| format!("cannot run {}", self.shunt.display()))
     }

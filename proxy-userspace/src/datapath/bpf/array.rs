@@ -71,7 +71,8 @@ impl<T: Pod> MappedArray<T> {
         self.len == 0
     }
 
-    fn at(&self, index: u32) -> *mut T {
+    /// Where an element stands, for atomic access.
+    pub(in crate::datapath) fn at(&self, index: u32) -> *mut T {
         assert!(
             index < self.len,
             "index {index} of an array of {}",

@@ -34,6 +34,7 @@ pub(crate) mod types {
     pub(crate) const PERCPU_ARRAY: u32 = 6;
     pub(crate) const LRU_HASH: u32 = 9;
     pub(crate) const LPM_TRIE: u32 = 11;
+    pub(crate) const RINGBUF: u32 = 27;
 }
 
 /// The head of the `BPF_MAP_CREATE` part of `union bpf_attr`.

@@ -29,7 +29,7 @@ pub(crate) mod testing;
 mod tests;
 mod usage;
 
-use self::pinned::open_pin;
+pub(in crate::datapath) use self::pinned::open_pin;
 pub use self::{
     error::{MapError, Result},
     family::MapFamily,

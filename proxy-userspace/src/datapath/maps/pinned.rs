@@ -65,7 +65,8 @@ fn other_layout(bpf_root: &Path) -> Option<u32> {
     versions.filter(|&version| version != LAYOUT_VERSION).max()
 }
 
-pub(super) fn open_pin(
+/// A pinned map and its capacity, with keys and values of these sizes.
+pub(in crate::datapath) fn open_pin(
     bpf_root: &Path,
     name: &'static str,
     key: usize,

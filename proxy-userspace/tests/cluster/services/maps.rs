@@ -77,6 +77,10 @@ fn bpftool_reads_the_maps() {
             path.file_name().unwrap().to_str(),
             "{map}"
         );
+        // The kernel takes no types for maps of maps.
+        if map["type"] == "array_of_maps" {
+            continue;
+        }
         assert!(
             map["btf_id"].as_u64().is_some_and(|id| id > 0),
             "{map} has no BTF"
