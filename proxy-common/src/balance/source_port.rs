@@ -283,16 +283,26 @@ fn examine<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> 
         return NOT_TO_BE_HAD;
     };
     let now = flow.last_seen;
-    let mut entry = one;
-    let (one, other) = (one.read(), two.read());
-    if !snat::is_of(&one, port, backend, backend_port, proto)
-        && (snat::is_of(&other, port, backend, backend_port, proto)
-            // Unless another CPU may be about to write this very port to the first.
-            || (!is_free(config, &one, now) && one.last_seen != now && is_free(config, &other, now)))
-    {
+    // Two values at once would be too much for the stack.
+    let (in_second, second_is_free) = {
+        let other = two.read();
+        (
+            snat::is_of(&other, port, backend, backend_port, proto),
+            is_free(config, &other, now),
+        )
+    };
+    let in_first = {
+        let one = one.read();
+        snat::is_of(&one, port, backend, backend_port, proto)
+            // Or another CPU may be about to write this very port to it.
+            || (!in_second && (!second_is_free || one.last_seen == now || is_free(config, &one, now)))
+    };
+    let entry = if in_first {
+        one
+    } else {
         search.place.set(second);
-        entry = two;
-    }
+        two
+    };
     let slot = entry.read();
     let state = if slot.owner == search.owner.get() && is_own(&slot, flow, tuple, port) {
         State::Own
@@ -381,12 +391,8 @@ pub(super) fn take_port_here<F: Family, M: Maps<F>>(
     }
     flow.snat_port = port;
     // First, or their answers would not be looked for here.
-    for addr in [tuple.src, flow.snat] {
-        let bit = filter::translated::<F>(addr);
-        if !maps.client(bit) {
-            maps.set_client(bit);
-        }
-    }
+    look_for_answers::<F, M>(maps, tuple.src);
+    look_for_answers::<F, M>(maps, flow.snat);
     if !maps.claim(entry, (slot.last_seen, slot.owner), (now, owner)) {
         // The same packet, sent twice, on another CPU: the port is the flow's, and written there.
         let slot = entry.read();
@@ -635,6 +641,15 @@ fn leave_reserve<A>(scratch: &mut Scratch<A>) -> bool {
 fn is_free<A: Copy>(config: &Config, slot: &SnatSlot<A>, now: u32) -> bool {
     slot.last_seen == 0
         || now.saturating_sub(slot.last_seen) > config.timeouts.of_port(slot.proto, slot.state)
+}
+
+/// Has answers to a translated source looked for.
+#[inline(always)]
+fn look_for_answers<F: Family, M: Maps<F>>(maps: &M, source: F::Words) {
+    let bit = filter::translated::<F>(source);
+    if !maps.client(bit) {
+        maps.set_client(bit);
+    }
 }
 
 /// Whether a slot with the flow's [`SnatSlot::owner`] is what an evicted entry of this very flow

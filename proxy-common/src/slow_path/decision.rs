@@ -30,22 +30,12 @@ pub(super) fn arriving<F: Family, M: Subprograms<F>>(
 /// [`established`](crate::balance::established) in the same way.
 #[inline(never)]
 fn established<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Step {
-    let Some(config) = maps.config() else {
-        return Step::Break(Verdict::Pass);
-    };
-    let tuple = &scratch.arrival.tuple;
-    if snat::may_be(maps, tuple.dst)
-        && maps.filter(filter::backend::<F>(tuple.src, tuple.src_port, tuple.proto))
-    {
-        match snat_reply_arriving(maps, config, &scratch.arrival) {
-            Lookup::Unmatched => {}
-            Lookup::Translate(translation) => {
-                scratch.translation = translation;
-                return Step::Break(Verdict::Translate(InScratch));
-            }
-            Lookup::Undecided => return Step::Continue(()),
-        }
+    match replies(maps, scratch) {
+        Reply::No => {}
+        Reply::Translated => return Step::Break(Verdict::Translate(InScratch)),
+        Reply::Undecided => return Step::Continue(()),
     }
+    let tuple = &scratch.arrival.tuple;
     if !may_be_frontend::<F>(maps, tuple) {
         return Step::Break(match address::unknown_port(maps, tuple.dst) {
             Unmatched::Pass => Verdict::Pass,
@@ -62,6 +52,37 @@ fn established<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::
         return Step::Break(Verdict::Translate(InScratch));
     }
     Step::Continue(())
+}
+
+/// What a packet is to a flow whose source was translated.
+enum Reply {
+    No,
+    /// Of it, with the translation left in `scratch`.
+    Translated,
+    Undecided,
+}
+
+/// Whether the packet in `scratch.arrival` replies to a translated source.
+// Its locals have left the stack when a flow is looked at.
+#[inline(never)]
+fn replies<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Reply {
+    let tuple = &scratch.arrival.tuple;
+    let Some(config) = maps.config() else {
+        return Reply::No;
+    };
+    if !snat::may_be(maps, tuple.dst)
+        || !maps.filter(filter::backend::<F>(tuple.src, tuple.src_port, tuple.proto))
+    {
+        return Reply::No;
+    }
+    match snat_reply_arriving(maps, config, &scratch.arrival) {
+        Lookup::Unmatched => Reply::No,
+        Lookup::Translate(translation) => {
+            scratch.translation = translation;
+            Reply::Translated
+        }
+        Lookup::Undecided => Reply::Undecided,
+    }
 }
 
 /// The packet in `scratch.arrival` leaves.

@@ -200,7 +200,7 @@ fn handle<F: RoutingFamily>(ctx: &TcContext, direction: Direction) -> Step {
 fn sent<F: RoutingFamily>(ctx: &TcContext, step: Step) -> i32 {
     let step = match step {
         Step::Dialled => {
-            let step = process::dial::<F>(ctx).step();
+            let step = process::act::<F>(ctx, process::dial::<F>(ctx)).step();
             Tc::tell::<F>(ctx.as_ptr());
             step
         }
@@ -208,10 +208,7 @@ fn sent<F: RoutingFamily>(ctx: &TcContext, step: Step) -> i32 {
     };
     match step {
         Step::Sent => process::send::<F>(ctx),
-        Step::SlowPath => match process::direction::<F>(ctx) {
-            Direction::Ingress(_) => told::<F>(ctx, slow_process::<F>(ctx)),
-            Direction::Egress => told::<F>(ctx, slow_egress::<F>(ctx)),
-        },
+        Step::SlowPath => told::<F>(ctx, slow_sent::<F>(ctx)),
         step => whole::<F>(ctx, Direction::Egress, step),
     }
 }
@@ -226,11 +223,13 @@ fn whole<F: RoutingFamily>(ctx: &TcContext, direction: Direction, step: Step) ->
         }
         (Step::SlowPath, Direction::Egress) => told::<F>(ctx, slow_egress::<F>(ctx)),
         (Step::Undecided, Direction::Ingress(origin)) => {
-            let step = open::<F>(ctx, origin).step();
+            let step = act::<F>(ctx, origin, open::<F>(ctx, origin)).step();
             told::<F>(ctx, host_routing::send_on::<F>(ctx, step))
         }
         (Step::Undecided, Direction::Egress) => told::<F>(ctx, refusal::<F>(ctx)),
-        (step, _) => host_routing::send_on::<F>(ctx, step),
+        (step, Direction::Ingress(_)) => host_routing::send_on::<F>(ctx, step),
+        // Host routing is where packets come in; the verifier would walk through it here as well.
+        (_, Direction::Egress) => TC_ACT_UNSPEC,
     }
 }
 
@@ -241,14 +240,32 @@ fn told<F: KernelFamily>(ctx: &TcContext, action: i32) -> i32 {
     action
 }
 
-/// A packet that may open a flow; with host routing it is left to that.
+/// A packet that may open a flow: what becomes of it. [`act`] does it, so that the locals here and
+/// those of the decision have the stack for themselves.
 #[inline(never)]
 fn open<F: KernelFamily>(ctx: &TcContext, origin: Origin) -> Encoded {
-    opened::<F>(ctx, origin).encode()
+    let Some(headers) = parse::<F>(ctx) else {
+        return Step::End(TC_ACT_UNSPEC).encode();
+    };
+    let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
+    let Some(scratch) = Maps::<F>::scratch(&maps) else {
+        return Step::End(TC_ACT_UNSPEC).encode();
+    };
+    let verdict = undecided::<F, _>(&maps, scratch, &arrival(&headers, origin));
+    Step::from(verdict).encode()
+}
+
+/// Does what was decided; with host routing a translation is left to that.
+#[inline(never)]
+fn act<F: KernelFamily>(ctx: &TcContext, origin: Origin, step: Encoded) -> Encoded {
+    acted::<F>(ctx, origin, step.step()).encode()
 }
 
 #[inline(always)]
-fn opened<F: KernelFamily>(ctx: &TcContext, origin: Origin) -> Step {
+fn acted<F: KernelFamily>(ctx: &TcContext, origin: Origin, step: Step) -> Step {
+    if matches!(step, Step::End(_)) {
+        return step;
+    }
     let Some(headers) = parse::<F>(ctx) else {
         return Step::End(TC_ACT_UNSPEC);
     };
@@ -256,26 +273,14 @@ fn opened<F: KernelFamily>(ctx: &TcContext, origin: Origin) -> Step {
     let Some(scratch) = Maps::<F>::scratch(&maps) else {
         return Step::End(TC_ACT_UNSPEC);
     };
-    Step::End(
-        match undecided::<F, _>(&maps, scratch, &arrival(&headers, origin)) {
-            Verdict::Pass => TC_ACT_UNSPEC,
-            Verdict::Drop => TC_ACT_SHOT,
-            // Perhaps it is for a device on top of this one, which sees it next.
-            Verdict::Refuse | Verdict::Reset if !is_to_us(ctx, Direction::Ingress(origin)) => {
-                TC_ACT_UNSPEC
-            }
-            Verdict::Refuse => refuse::<F>(ctx, &headers),
-            Verdict::Reset => reset::<F>(ctx, &headers),
-            Verdict::Translate(InScratch)
-                if host_routing::is_on() && !scratch.translation.process =>
-            {
-                return Step::Translated;
-            }
-            Verdict::Translate(InScratch) => {
-                loopback::arrive::<F>(ctx, &headers, &scratch.translation)
-            }
-        },
-    )
+    Step::End(match step {
+        // Perhaps it is for a device on top of this one, which sees it next.
+        Step::Refuse | Step::Reset if !is_to_us(ctx, Direction::Ingress(origin)) => TC_ACT_UNSPEC,
+        Step::Refuse => refuse::<F>(ctx, &headers),
+        Step::Reset => reset::<F>(ctx, &headers),
+        _ if host_routing::is_on() && !scratch.translation.process => return Step::Translated,
+        _ => loopback::arrive::<F>(ctx, &headers, &scratch.translation),
+    })
 }
 
 /// A backend's refusal of a SYN, on its way to the client.
@@ -308,10 +313,10 @@ fn slow_egress<F: KernelFamily>(ctx: &TcContext) -> i32 {
     slow::<F>(ctx, Direction::Egress)
 }
 
-/// The same of a process of this node, to what may be a frontend.
+/// The same where it leaves the node, or goes from one of its processes to another.
 #[inline(never)]
-fn slow_process<F: KernelFamily>(ctx: &TcContext) -> i32 {
-    slow::<F>(ctx, Direction::Ingress(Origin::Process))
+fn slow_sent<F: KernelFamily>(ctx: &TcContext) -> i32 {
+    slow::<F>(ctx, process::direction::<F>(ctx))
 }
 
 #[inline(always)]

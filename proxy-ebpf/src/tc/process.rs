@@ -22,7 +22,7 @@ use shunt_common::{
     layout::TCP,
     packet::{Headers, Packet, Tuple},
     slow_path,
-    verdict::{Direction, InScratch, Lookup, Origin, Verdict},
+    verdict::{Direction, Lookup, Origin},
 };
 
 use super::{
@@ -74,7 +74,7 @@ pub(super) fn decide<F: KernelFamily>(
     }
 }
 
-/// A packet of a process that may open a flow.
+/// A packet of a process that may open a flow: what becomes of it. [`act`] does it.
 #[inline(never)]
 pub(super) fn dial<F: KernelFamily>(ctx: &TcContext) -> Encoded {
     let Some(headers) = parse::<F>(ctx) else {
@@ -84,17 +84,36 @@ pub(super) fn dial<F: KernelFamily>(ctx: &TcContext) -> Encoded {
     let Some(scratch) = Maps::<F>::scratch(&maps) else {
         return Step::End(TC_ACT_UNSPEC).encode();
     };
-    match undecided::<F, _>(&maps, scratch, &arrival(&headers, Origin::Process)) {
-        Verdict::Pass => Step::End(TC_ACT_UNSPEC),
-        Verdict::Drop => Step::End(TC_ACT_SHOT),
-        Verdict::Refuse if headers.tuple.proto != TCP => Step::End(refuse::<F>(ctx, &headers)),
-        Verdict::Refuse | Verdict::Reset => Step::End(reset::<F>(ctx, &headers)),
-        Verdict::Translate(InScratch) if scratch.translation.process => {
-            Step::End(translate::<F>(ctx, &headers, &scratch.translation))
-        }
-        Verdict::Translate(InScratch) => Step::Sent,
+    let verdict = undecided::<F, _>(&maps, scratch, &arrival(&headers, Origin::Process));
+    Step::from(verdict).encode()
+}
+
+/// Does what was decided, up to sending the packet to a backend.
+#[inline(never)]
+pub(super) fn act<F: KernelFamily>(ctx: &TcContext, step: Encoded) -> Encoded {
+    acted::<F>(ctx, step.step()).encode()
+}
+
+#[inline(always)]
+fn acted<F: KernelFamily>(ctx: &TcContext, step: Step) -> Step {
+    if matches!(step, Step::End(_)) {
+        return step;
     }
-    .encode()
+    let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
+    let Some(scratch) = Maps::<F>::scratch(&maps) else {
+        return Step::End(TC_ACT_UNSPEC);
+    };
+    if step == Step::Translated && !scratch.translation.process {
+        return Step::Sent;
+    }
+    let Some(headers) = parse::<F>(ctx) else {
+        return Step::End(TC_ACT_UNSPEC);
+    };
+    Step::End(match step {
+        Step::Refuse if headers.tuple.proto != TCP => refuse::<F>(ctx, &headers),
+        Step::Refuse | Step::Reset => reset::<F>(ctx, &headers),
+        _ => translate::<F>(ctx, &headers, &scratch.translation),
+    })
 }
 
 /// Rewrites a process's packet to a backend, as was decided, and sends it there.

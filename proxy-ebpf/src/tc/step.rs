@@ -3,7 +3,8 @@
 //! The functions are called one after the other and not by each other, because the BPF stack holds
 //! 512 bytes for a whole chain of calls; so each says which is next.
 
-use aya_ebpf::bindings::TC_ACT_UNSPEC;
+use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
+use shunt_common::verdict::{InScratch, Verdict};
 
 /// What is next for a packet.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -15,7 +16,7 @@ pub(super) enum Step {
     /// It may open a flow, or refuses to.
     Undecided,
     /// It goes to a backend, or back to a translated client, as
-    /// [`Scratch::translation`](shunt_common::balance::Scratch::translation) says: host routing.
+    /// [`Scratch::translation`](shunt_common::balance::Scratch::translation) says.
     Translated,
     /// It is a reply that would become
     /// [`Scratch::translation`](shunt_common::balance::Scratch::translation) on its way out: host
@@ -26,6 +27,10 @@ pub(super) enum Step {
     /// A process of this node sends it to a backend, as
     /// [`Scratch::translation`](shunt_common::balance::Scratch::translation) says.
     Sent,
+    /// It is refused: it becomes its own refusal.
+    Refuse,
+    /// Its connection is over: it becomes its own reset.
+    Reset,
     /// It is as it was, and goes through the node's stack.
     Stack,
 }
@@ -43,6 +48,8 @@ const TRANSLATED: i32 = i32::MIN + 2;
 const REPLY: i32 = i32::MIN + 3;
 const DIALLED: i32 = i32::MIN + 4;
 const SENT: i32 = i32::MIN + 5;
+const REFUSE: i32 = i32::MIN + 6;
+const RESET: i32 = i32::MIN + 7;
 
 impl Step {
     #[inline(always)]
@@ -55,8 +62,23 @@ impl Step {
             Self::Reply => REPLY,
             Self::Dialled => DIALLED,
             Self::Sent => SENT,
-            Self::Stack => i32::MIN + 6,
+            Self::Refuse => REFUSE,
+            Self::Reset => RESET,
+            Self::Stack => i32::MIN + 8,
         })
+    }
+}
+
+impl From<Verdict> for Step {
+    #[inline(always)]
+    fn from(verdict: Verdict) -> Self {
+        match verdict {
+            Verdict::Pass => Self::End(TC_ACT_UNSPEC),
+            Verdict::Drop => Self::End(TC_ACT_SHOT),
+            Verdict::Refuse => Self::Refuse,
+            Verdict::Reset => Self::Reset,
+            Verdict::Translate(InScratch) => Self::Translated,
+        }
     }
 }
 
@@ -72,6 +94,8 @@ impl Encoded {
             REPLY => Step::Reply,
             DIALLED => Step::Dialled,
             SENT => Step::Sent,
+            REFUSE => Step::Refuse,
+            RESET => Step::Reset,
             _ => Step::Stack,
         }
     }
