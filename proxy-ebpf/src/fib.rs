@@ -2,7 +2,11 @@
 
 use core::ffi::c_void;
 
-use aya_ebpf::{Global, helpers::bpf_fib_lookup};
+use aya_ebpf::{
+    Global,
+    bindings::{bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1},
+    helpers::{bpf_fib_lookup, bpf_redirect_neigh},
+};
 use shunt_common::{
     family::{Family, V4, V6, Words6},
     packet::Tuple,
@@ -65,6 +69,27 @@ impl FibLookup {
             macs: [0; 6],
         }
     }
+
+    /// At tc: sends the packet to the next hop that the kernel has found; the action that does it.
+    #[inline(always)]
+    pub(crate) fn send_on(&self) -> i32 {
+        let Words6 { high, low } = self.dst;
+        // The kernel put the gateway's address, of whichever family, in place of the destination's.
+        let mut hop = bpf_redir_neigh {
+            nh_family: self.family.into(),
+            __bindgen_anon_1: bpf_redir_neigh__bindgen_ty_1 {
+                ipv6_nh: [
+                    high as u32,
+                    (high >> 32) as u32,
+                    low as u32,
+                    (low >> 32) as u32,
+                ],
+            },
+        };
+        let size = size_of::<bpf_redir_neigh>() as i32;
+        // SAFETY: the helper reads `hop` and notes where to send.
+        unsafe { bpf_redirect_neigh(self.ifindex, &raw mut hop, size, 0) as i32 }
+    }
 }
 
 /// Flags with which the kernel tells the source address of a route (`BPF_FIB_LOOKUP_SKIP_NEIGH`,
@@ -112,6 +137,9 @@ fn is_link_local<F: Family>(addr: &Words6) -> bool {
     F::HEADER == 40 && first == 0xfe && second & 0xc0 == 0x80
 }
 
+/// `BPF_FIB_LKUP_RET_NO_NEIGH` of linux/bpf.h: a route, but the next hop's MAC address is not known
+/// yet.
+pub(crate) const NO_NEIGH: i64 = 7;
 /// `BPF_FIB_LKUP_RET_FRAG_NEEDED` of linux/bpf.h.
 pub(crate) const FRAG_NEEDED: i64 = 8;
 

@@ -298,22 +298,6 @@ impl<H: Hook> KernelMaps<H> {
 }
 
 impl<H: Hook> KernelMaps<H> {
-    /// Notes an event for whoever traces, also while nobody does: the verifier would follow the
-    /// rest of the decision twice. Not at sockets, whose programs a packet may interrupt:
-    /// what is noted is the packet's.
-    #[inline(always)]
-    fn note<F: KernelFamily>(&self, event: Event) {
-        if H::TRACED_AS != TRACE_AT_SOCKET
-            && let Some(scratch) = F::SCRATCH.get_ptr_mut(0)
-        {
-            // SAFETY: this CPU's own, and programs of the packet path do not interrupt each other.
-            unsafe {
-                let counted = &raw mut (*scratch).counted;
-                counted.write_volatile(counted.read_volatile() | event.bit());
-            }
-        }
-    }
-
     /// Tells the tracer at a place what became of the packet, when something was counted for it.
     #[inline(always)]
     pub(crate) fn tell<F: KernelFamily>(&self, place: u32) -> u32 {
@@ -431,6 +415,23 @@ pub(crate) fn count(event: Event) {
     if let Some(counter) = EVENTS.get_ptr_mut(event as u32) {
         // SAFETY: a per-CPU value: only this CPU writes it.
         unsafe { *counter += 1 };
+    }
+}
+
+/// Counts an event of a packet, and notes it for whoever traces, also while nobody does: the verifier
+/// would follow the rest of the decision twice. Not at sockets, whose programs a packet may
+/// interrupt: what is noted is the packet's.
+// A function of its own, for the kernel rewrites each look-up in a map when it loads a program, and
+// moves all behind it.
+#[inline(never)]
+fn count_packet<F: KernelFamily>(event: u32) {
+    if let Some(counter) = EVENTS.get_ptr_mut(event) {
+        // SAFETY: a per-CPU value: only this CPU writes it.
+        unsafe { *counter += 1 };
+    }
+    if let Some(scratch) = F::SCRATCH.get_ptr_mut(0) {
+        // SAFETY: this CPU's own, and programs of the packet path do not interrupt each other.
+        unsafe { (*scratch).counted |= 1 << (event & 63) };
     }
 }
 
@@ -656,8 +657,13 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
 
     #[inline(always)]
     fn claim(&self, slot: Entry<'_, SnatSlot<F::Words>>, old: (u32, u32), new: (u32, u32)) -> bool {
-        let word = |(seen, owner): (u32, u32)| u64::from(seen) | u64::from(owner) << 32;
-        const { assert!(cfg!(target_endian = "little")) };
+        let word = |(seen, owner): (u32, u32)| {
+            if cfg!(target_endian = "little") {
+                u64::from(seen) | u64::from(owner) << 32
+            } else {
+                u64::from(seen) << 32 | u64::from(owner)
+            }
+        };
         let (old, new) = (word(old), word(new));
         // SAFETY: two fields side by side of a live map value, aligned to eight.
         unsafe {
@@ -715,8 +721,7 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
         }
         let may = answers::may_answer::<F>(bytes(&answered.src));
         if !may {
-            self.note::<F>(Event::AnswerLimited);
-            count(Event::AnswerLimited);
+            Maps::<F>::count(self, Event::AnswerLimited);
         }
         may
     }
@@ -727,8 +732,7 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
             // SAFETY: a live map value.
             add(unsafe { H::counter(state) });
         }
-        self.note::<F>(H::NEW_FLOW);
-        count(H::NEW_FLOW);
+        Maps::<F>::count(self, H::NEW_FLOW);
     }
 
     #[inline(always)]
@@ -741,7 +745,10 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
 
     #[inline(always)]
     fn count(&self, event: Event) {
-        self.note::<F>(event);
-        count(event);
+        if H::TRACED_AS == TRACE_AT_SOCKET {
+            count(event);
+        } else {
+            count_packet::<F>(event as u32);
+        }
     }
 }

@@ -65,6 +65,20 @@ impl<T: Copy> Entry<'_, T> {
     }
 }
 
+impl<A: Copy> Entry<'_, SnatSlot<A>> {
+    /// [`Maps::claim`](super::Maps::claim) of a slot that nobody else writes to: in a copy of the
+    /// maps, or a test's.
+    pub fn claim_alone(self, old: (u32, u32), new: (u32, u32)) -> bool {
+        let mut slot = self.read();
+        let free = (slot.last_seen, slot.owner) == old;
+        if free {
+            (slot.last_seen, slot.owner) = new;
+            self.write(&slot);
+        }
+        free
+    }
+}
+
 /// Copies word by word: LLVM would call a `memmove` for it that goes byte by byte.
 ///
 /// # Safety

@@ -150,13 +150,7 @@ fn first_port<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) 
     search
         .take
         .set(if opens { Take::Free } else { Take::Own } as u32);
-    search.free_port.set(NONE);
-    search.oldest.set(NONE);
-    search.fresh.set(NONE);
-    search.used.set(0);
-    search.of_service.set(0);
-    search.of_network.set(0);
-    search.free.set(0);
+    forget(search);
     begin(config, search, 0, 0);
     let client = tuple.src_port;
     let own = snat::in_range(config, client)
@@ -164,6 +158,18 @@ fn first_port<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) 
         && !snat::is_reserved(config, client)
         && !maps.filter(filter::node_port(client));
     search.port.set(if own { client.into() } else { NONE });
+}
+
+/// Forgets what the ports looked at have told.
+#[inline(always)]
+fn forget(search: &mut Search) {
+    search.free_port.set(NONE);
+    search.oldest.set(NONE);
+    search.fresh.set(NONE);
+    search.used.set(0);
+    search.of_service.set(0);
+    search.of_network.set(0);
+    search.free.set(0);
 }
 
 /// The first port, and the number, of those that the kernel gives to sockets, within the range.
@@ -437,18 +443,18 @@ pub(super) fn look_at_port_here<F: Family, M: Maps<F>>(
     maps: &M,
     scratch: &mut Scratch<F::Words>,
 ) -> bool {
-    match step(maps, scratch) {
-        Step::Look => {}
-        Step::Skip => return false,
-        Step::Found => return true,
+    match next(maps, scratch) {
+        Next::Look => {}
+        Next::Skip => return false,
+        Next::Found => return true,
     }
     let state = examine(maps, scratch);
     judge(maps, scratch, state)
 }
 
-/// What is at the next step of the search.
+/// What is next in the search.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Step {
+enum Next {
     /// A port in [`Search::port`].
     Look,
     /// None.
@@ -460,16 +466,16 @@ enum Step {
 /// Every flow takes steps of its own length: neighbours in turn would all search the runs of taken
 /// ports that arise long before a large range is full.
 #[inline(always)]
-fn step<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Step {
+fn next<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Next {
     let Some(config) = maps.config() else {
-        return Step::Skip;
+        return Next::Skip;
     };
     let Scratch { flow, search, .. } = scratch;
     if search.left.get() == 0 {
         return if next_phase(config, search, flow.last_seen) {
-            Step::Found
+            Next::Found
         } else {
-            Step::Skip
+            Next::Skip
         };
     }
     let pool = pool(search.phase.get());
@@ -492,10 +498,10 @@ fn step<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Ste
     if snat::is_reserved(config, port) != (pool == Pool::Reserve)
         || maps.filter(filter::node_port(port))
     {
-        return Step::Skip;
+        return Next::Skip;
     }
     search.port.set(port.into());
-    Step::Look
+    Next::Look
 }
 
 /// Notes whose the port is that was [examined](examine); whether the flow may have it.
@@ -610,12 +616,7 @@ fn enter_reserve<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words
         return false;
     }
     search.take.set(Take::Free as u32);
-    search.free_port.set(NONE);
-    search.oldest.set(NONE);
-    search.fresh.set(NONE);
-    search.used.set(0);
-    search.of_service.set(0);
-    search.of_network.set(0);
+    forget(search);
     begin(config, search, RESERVE, 0);
     true
 }
@@ -644,7 +645,7 @@ fn is_free<A: Copy>(config: &Config, slot: &SnatSlot<A>, now: u32) -> bool {
 }
 
 /// Has answers to a translated source looked for.
-#[inline(always)]
+#[inline(never)]
 fn look_for_answers<F: Family, M: Maps<F>>(maps: &M, source: F::Words) {
     let bit = filter::translated::<F>(source);
     if !maps.client(bit) {

@@ -273,13 +273,7 @@ impl<F: Family<Words: Hash>> Maps<F> for Node<F> {
         entry(Some(slot))
     }
     fn claim(&self, slot: Entry<'_, SnatSlot<F::Words>>, old: (u32, u32), new: (u32, u32)) -> bool {
-        let mut value = slot.read();
-        let free = (value.last_seen, value.owner) == old;
-        if free {
-            (value.last_seen, value.owner) = new;
-            slot.write(&value);
-        }
-        free
+        slot.claim_alone(old, new)
     }
     fn socket_takes(&self, reply: &Tuple<F::Words>) -> bool {
         self.sockets.borrow().contains(reply)

@@ -16,9 +16,9 @@
 
 use aya_ebpf::{
     EbpfContext, Global,
-    bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1},
+    bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
     btf_maps::{HashMap, LruHashMap, PerCpuArray},
-    helpers::{bpf_fib_lookup, bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_change_type},
+    helpers::{bpf_fib_lookup, bpf_redirect_peer, bpf_skb_change_type},
     macros::btf_map,
     programs::TcContext,
 };
@@ -26,7 +26,7 @@ use shunt_common::{
     access::Access,
     balance::{Clock, Maps, Scratch, answering, established},
     event::Event,
-    family::{V4, V6, Words6},
+    family::{V4, V6},
     layout::TCP,
     packet::{self, ETHERNET, Headers, Packet, Tuple},
     verdict::{Counted, Lookup, Origin, Translation},
@@ -38,7 +38,7 @@ use super::{
     step::{Encoded, Step},
 };
 use crate::{
-    fib::FibLookup,
+    fib::{FibLookup, NO_NEIGH},
     maps::{KernelFamily, KernelMaps, Tc, bytes, count},
 };
 
@@ -96,9 +96,6 @@ impl RoutingFamily for V6 {
     const PATHS: &'static Paths<[u8; 16]> = &PATHS6;
 }
 
-/// `BPF_FIB_LKUP_RET_NO_NEIGH` of linux/bpf.h: a route, but the next hop's MAC address is not known
-/// yet.
-const NO_NEIGH: i64 = 7;
 /// `PACKET_HOST` of linux/if_packet.h: for the receiver itself.
 const PACKET_HOST: u32 = 0;
 
@@ -274,22 +271,7 @@ fn send<F: RoutingFamily>(
         count(Event::RewriteFailed);
         return Step::End(TC_ACT_SHOT);
     }
-    let Words6 { high, low } = fib.dst;
-    // The kernel put the gateway's address, of whichever family, in place of the destination's.
-    let mut hop = bpf_redir_neigh {
-        nh_family: fib.family.into(),
-        __bindgen_anon_1: bpf_redir_neigh__bindgen_ty_1 {
-            ipv6_nh: [
-                high as u32,
-                (high >> 32) as u32,
-                low as u32,
-                (low >> 32) as u32,
-            ],
-        },
-    };
-    let size = size_of::<bpf_redir_neigh>() as i32;
-    // SAFETY: the helper reads `hop` and notes where to send.
-    Step::End(unsafe { bpf_redirect_neigh(fib.ifindex, &raw mut hop, size, 0) as i32 })
+    Step::End(fib.send_on())
 }
 
 /// Length of the packet from its IP header on; of one of the segments that it will be cut into.

@@ -11,14 +11,13 @@
 
 use aya_ebpf::{
     EbpfContext,
-    bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1},
+    bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
     helpers::{bpf_fib_lookup, bpf_redirect_neigh},
     programs::TcContext,
 };
 use shunt_common::{
     balance::{Maps, looped, sent, undecided},
     event::Event,
-    family::Words6,
     layout::TCP,
     packet::{Headers, Packet, Tuple},
     slow_path,
@@ -32,7 +31,7 @@ use super::{
     step::{Encoded, Step},
 };
 use crate::{
-    fib::{FRAG_NEEDED, FibLookup, LOOPBACK, RoutedFamily},
+    fib::{FRAG_NEEDED, FibLookup, LOOPBACK, NO_NEIGH, RoutedFamily},
     maps::{KernelFamily, KernelMaps, Tc, count},
 };
 
@@ -43,8 +42,6 @@ const NOT_FORWARDED: i64 = 4;
 const NO_FORWARDING: i64 = 5;
 /// `BPF_FIB_LKUP_RET_UNSUPP_LWT`: the route has an encapsulation of its own.
 const UNSUPPORTED: i64 = 6;
-/// `BPF_FIB_LKUP_RET_NO_NEIGH`: a route, but the next hop's MAC address is not known yet.
-const NO_NEIGH: i64 = 7;
 
 /// What becomes of a process's packet, as far as open flows tell; `None`: it is not for a Service.
 #[inline(always)]
@@ -177,22 +174,7 @@ fn route<F: RoutedFamily>(ctx: &TcContext, tuple: &Tuple<F::Words>) -> i32 {
     if !as_frame(ctx) {
         return TC_ACT_SHOT;
     }
-    let Words6 { high, low } = fib.dst;
-    // The kernel put the gateway's address, of whichever family, in place of the destination's.
-    let mut hop = bpf_redir_neigh {
-        nh_family: fib.family.into(),
-        __bindgen_anon_1: bpf_redir_neigh__bindgen_ty_1 {
-            ipv6_nh: [
-                high as u32,
-                (high >> 32) as u32,
-                low as u32,
-                (low >> 32) as u32,
-            ],
-        },
-    };
-    let size = size_of::<bpf_redir_neigh>() as i32;
-    // SAFETY: the helper reads `hop` and notes where to send.
-    unsafe { bpf_redirect_neigh(fib.ifindex, &raw mut hop, size, 0) as i32 }
+    fib.send_on()
 }
 
 /// Where a process's packet is seen on the slow path: as one that comes in, if it may be for a

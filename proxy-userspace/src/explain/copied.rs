@@ -428,14 +428,7 @@ impl<F: CopiedFamily> Maps<F> for Copied<'_, F> {
     }
 
     fn claim(&self, slot: Entry<'_, SnatSlot<F::Words>>, old: (u32, u32), new: (u32, u32)) -> bool {
-        // A copy that nobody else writes to.
-        let mut value = slot.read();
-        let free = (value.last_seen, value.owner) == old;
-        if free {
-            (value.last_seen, value.owner) = new;
-            slot.write(&value);
-        }
-        free
+        slot.claim_alone(old, new)
     }
 
     fn socket_takes(&self, reply: &Tuple<F::Words>) -> bool {

@@ -297,15 +297,15 @@ fn cases(world: &World, v6: bool) -> Vec<Case> {
         base: low(client),
         random: false,
     };
+    let port = world.first_port();
     let snat_reply = |mask| Script {
-        packet: packet(remote, BACKEND_PORT, node, 10_240, false).expect("a packet"),
+        packet: packet(remote, BACKEND_PORT, node, port, false).expect("a packet"),
         vary: Vary::Port,
         mask,
         base: 0,
         random: false,
     };
     // Of the first flow only: client, port and backend would have to vary together.
-    let port = world.first_port();
     let snat_out = || Script {
         packet: packet(client, port, remote, BACKEND_PORT, false).expect("a packet"),
         vary: Vary::Source,

@@ -105,9 +105,19 @@ struct XdpMd {
     egress_ifindex: u32,
 }
 
+/// The first words of `struct __sk_buff`.
+#[repr(C)]
+#[derive(Default)]
+struct SkBuff {
+    before: [u32; 9],
+    /// Not 0: that is a packet of a process of this node.
+    ingress_ifindex: u32,
+    ifindex: u32,
+}
+
 impl Replay {
-    /// Loads the floors onto the maps of `datapath`. `device`: index of the device that XDP packets
-    /// come in through.
+    /// Loads the floors onto the maps of `datapath`. `device`: index of the device that packets come
+    /// in and leave through.
     pub(crate) fn load(datapath: &Datapath, device: u32) -> Result<Self> {
         let mut loader = EbpfLoader::new();
         let capacities = datapath.capacities();
@@ -232,10 +242,15 @@ impl Replay {
             repeat,
             ..TestRun::default()
         };
-        if hook == Hook::Xdp {
-            attr.ctx_in = (&raw const md) as u64;
-            attr.ctx_size_in = size_of::<XdpMd>() as u32;
-        }
+        let skb = SkBuff {
+            ingress_ifindex: self.device,
+            ifindex: self.device,
+            ..SkBuff::default()
+        };
+        (attr.ctx_in, attr.ctx_size_in) = match hook {
+            Hook::Xdp => ((&raw const md) as u64, size_of::<XdpMd>() as u32),
+            Hook::Tc => ((&raw const skb) as u64, size_of::<SkBuff>() as u32),
+        };
         let began = Instant::now();
         // SAFETY: the attribute names buffers that live until the call returns, with their sizes.
         let done = unsafe {

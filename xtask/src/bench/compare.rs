@@ -110,17 +110,21 @@ impl Tree {
         Ok(tree)
     }
 
-    /// The number of its map layout.
-    fn layout(&self) -> Result<String> {
-        let file = self.folder.join("proxy-common/src/layout.rs");
-        let text = fs::read_to_string(&file).with_context(|| format!("{}", file.display()))?;
-        let version = text
-            .lines()
-            .find(|line| line.starts_with("pub const LAYOUT_VERSION"))
-            .and_then(|line| line.rsplit('=').next());
-        let version =
-            version.with_context(|| format!("no LAYOUT_VERSION in {}", file.display()))?;
-        Ok(version.trim_matches([' ', ';']).to_owned())
+    /// The files that say what stands in the maps, and where. Between releases they change under
+    /// one version number.
+    fn layout(&self) -> Result<Vec<String>> {
+        let sources = self.folder.join("proxy-common/src");
+        let mut files = vec![sources.join("layout.rs"), sources.join("snat.rs")];
+        if let Ok(parts) = fs::read_dir(sources.join("layout")) {
+            for part in parts {
+                files.push(part?.path());
+            }
+        }
+        files.sort();
+        let read = |file: PathBuf| {
+            fs::read_to_string(&file).with_context(|| format!("{}", file.display()))
+        };
+        files.into_iter().map(read).collect()
     }
 
     /// Builds its programs, and keeps the object under `target/compare` as `name`.
