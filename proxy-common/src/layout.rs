@@ -447,6 +447,19 @@ pub const BACKEND_SERVING: u16 = 1 << 0;
 /// [`BackendState::flags`]: there is no such endpoint any more: connections that it does not answer are reset.
 pub const BACKEND_GONE: u16 = 1 << 1;
 
+/// Most clients that are kept in mind for each backend that has failed.
+pub const MAX_WITNESSES: usize = 4;
+
+/// A client whose connection a backend has failed: it alone goes elsewhere next time.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Witness {
+    /// Hash of a pod's address, or of the network of a client elsewhere; 0: none.
+    pub source: u32,
+    /// The end of the backend's quarantine for it, in [`AFFINITY_TICK_NS`].
+    pub until: u32,
+}
+
 /// What is known of a backend beside its address. One per Service port and endpoint.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -462,11 +475,17 @@ pub struct BackendState {
     /// How often in a row it left a SYN unanswered or refused it; the next answer sets it to zero.
     /// Written by programs.
     pub failures: u16,
-    /// With `failures`: the end of its quarantine, when it is tried again, in [`AFFINITY_TICK_NS`].
-    /// Written by programs.
+    /// With `failures`: the end of its last quarantine, in [`AFFINITY_TICK_NS`]. Written by programs.
     pub quarantined_until: u32,
     /// Flows that were refused because no source port towards it was left for them.
     pub snat_refused: u64,
+    /// With `failures`: whom it has failed, each at the place that `source` says. Written by
+    /// programs.
+    pub witnesses: [Witness; MAX_WITNESSES],
+    /// With `failures`: the end of its quarantine for sockets of this node and its pods.
+    pub sockets_until: u32,
+    /// Always zero.
+    pub reserved: u32,
 }
 
 /// What the packet path carried to and from a backend. Bytes are those of IP packets; segments that
@@ -685,7 +704,7 @@ no_padding!(
     SourceRangeKey<[u8; 16]> = 4 + 4 + 16,
     ServiceInfo = 2 * NAME_LEN,
     Traffic = 4 * 8,
-    BackendState = 4 * 8 + 2 + 2 + 4,
+    BackendState = 4 * 8 + 2 + 2 + 4 + MAX_WITNESSES * 8 + 2 * 4,
     FragmentKey<[u8; 4]> = 2 * 4 + 4 + 4,
     FragmentKey<[u8; 16]> = 2 * 16 + 4 + 4,
     FragmentPorts = 2 + 2 + 4,

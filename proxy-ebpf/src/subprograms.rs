@@ -108,6 +108,7 @@ subprograms! {
     Decide: tc_decide4, tc_decide6;
     LookUp: tc_look_up4, tc_look_up6;
     TakePort: tc_take_port4, tc_take_port6;
+    LookAtPorts: tc_look_at_ports4, tc_look_at_ports6;
     LookAtPort: tc_look_at_port4, tc_look_at_port6;
     Explains: tc_explains4, tc_explains6;
     Unconfirmed: tc_unconfirmed4, tc_unconfirmed6;
@@ -121,6 +122,7 @@ subprograms! {
     Decide: xdp_decide4, xdp_decide6;
     LookUp: xdp_look_up4, xdp_look_up6;
     TakePort: xdp_take_port4, xdp_take_port6;
+    LookAtPorts: xdp_look_at_ports4, xdp_look_at_ports6;
     LookAtPort: xdp_look_at_port4, xdp_look_at_port6;
     Explains: xdp_explains4, xdp_explains6;
     Unconfirmed: xdp_unconfirmed4, xdp_unconfirmed6;

@@ -115,7 +115,7 @@ fn dialled<F: Family, M: Maps<F>>(
     // answer here as well.
     if let Some(flow) = maps.flow(&key)
         && !(arrival.tcp_flags & SYN != 0 && failover::is_open(flow.read().state))
-        && let Some(translation) = forward(maps, config, &key, flow, arrival)
+        && let Some(translation) = forward(maps, &key, flow, arrival)
     {
         return Lookup::Translate(translation);
     }
@@ -154,10 +154,7 @@ fn is_of<F: Family, M: Maps<F>>(
     entry: Entry<'_, Flow<F::Words>>,
     scratch: &mut Scratch<F::Words>,
 ) -> bool {
-    let Some(config) = maps.config() else {
-        return false;
-    };
-    match forward(maps, config, &scratch.key, entry, &scratch.arrival) {
+    match forward(maps, &scratch.key, entry, &scratch.arrival) {
         Some(translation) => {
             scratch.translation = translation;
             true
@@ -171,7 +168,6 @@ fn is_of<F: Family, M: Maps<F>>(
 #[inline(always)]
 fn forward<F: Family, M: Maps<F>>(
     maps: &M,
-    config: &Config,
     key: &FlowKey<F::Words>,
     entry: Entry<'_, Flow<F::Words>>,
     arrival: &Arrival<F::Words>,
@@ -184,7 +180,7 @@ fn forward<F: Family, M: Maps<F>>(
     // Opened anew on a port whose connection is over, or whose backend gets no new ones.
     if tcp_flags & SYN != 0
         && (maps.backend_flags(flow.backend_id) & BACKEND_SERVING == 0
-            || is_closed(flow.state | snat_state(maps, config, &flow, tuple.proto)))
+            || is_closed(flow.state | snat_state(maps, entry, tuple.proto)))
     {
         return None;
     }
@@ -211,22 +207,35 @@ fn forward<F: Family, M: Maps<F>>(
             return None;
         }
     }
-    if (passed || state != 0)
-        && flow.state & FLOW_SNAT != 0
-        && let Some((entry, slot)) = snat_slot(
-            maps,
-            config,
-            flow.snat_port,
-            flow.backend,
-            flow.backend_port,
-            tuple.proto,
-        )
-        && slot.client == tuple.src
+    if (passed || state != 0) && flow.state & FLOW_SNAT != 0 {
+        note_in_slot(maps, entry, tuple, state);
+    }
+    Some(towards_backend(&flow, arrival))
+}
+
+/// Notes a client's packet in the slot of its translated source port, if that is still its own.
+// A step of its own, for its locals: see `resumes`.
+#[inline(never)]
+fn note_in_slot<F: Family, M: Maps<F>>(
+    maps: &M,
+    entry: Entry<'_, Flow<F::Words>>,
+    tuple: &Tuple<F::Words>,
+    state: u32,
+) {
+    let Some(config) = maps.config() else { return };
+    let flow = entry.read();
+    if let Some((entry, slot)) = snat_slot(
+        maps,
+        config,
+        flow.snat_port,
+        flow.backend,
+        flow.backend_port,
+        tuple.proto,
+    ) && slot.client == tuple.src
         && slot.client_port == tuple.src_port
     {
         entry.record(maps, state);
     }
-    Some(towards_backend(&flow, arrival))
 }
 
 /// A packet of a flow that may have been silent: of datagrams, if the last was answered, they are a
@@ -331,13 +340,12 @@ fn goes_on<F: Family, M: Maps<F>>(
 
 /// What the slot of a translated source has seen of the backend's side: replies to it do not pass
 /// by the flow.
-#[inline(always)]
-fn snat_state<F: Family, M: Maps<F>>(
-    maps: &M,
-    config: &Config,
-    flow: &Flow<F::Words>,
-    proto: u8,
-) -> u32 {
+#[inline(never)]
+fn snat_state<F: Family, M: Maps<F>>(maps: &M, entry: Entry<'_, Flow<F::Words>>, proto: u8) -> u32 {
+    let Some(config) = maps.config() else {
+        return 0;
+    };
+    let flow = entry.read();
     if flow.state & FLOW_SNAT == 0 {
         return 0;
     }

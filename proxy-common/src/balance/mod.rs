@@ -82,6 +82,7 @@ pub fn run<F: Family, M: Subprograms<F>>(
         Subprogram::Explains => forward::explains_here(maps, scratch).into(),
         Subprogram::Unconfirmed => forward::unconfirmed_here(maps, scratch).into(),
         Subprogram::TakePort => source_port::take_port_here(maps, scratch).into(),
+        Subprogram::LookAtPorts => source_port::look_at_ports_here(maps, scratch).into(),
         Subprogram::LookAtPort => source_port::look_at_port_here(maps, scratch).into(),
         Subprogram::PickOtherBackend => failover::pick_other_backend_here(maps, scratch).into(),
         Subprogram::LookAtSlot => failover::look_at_slot_here(maps, scratch).into(),

@@ -16,7 +16,7 @@ use crate::{
     family::Family,
     filter,
     layout::*,
-    packet::{ACK, RST, SYN, Tuple},
+    packet::{ACK, FIN, RST, SYN, Tuple},
     snat,
     verdict::{Step, Verdict},
 };
@@ -49,11 +49,12 @@ fn may_be_the_nodes<F: Family>(maps: &impl Maps<F>, tuple: &Tuple<F::Words>) -> 
 }
 
 /// Whether a packet that nobody claims may open a flow, or bring one back that was forgotten. A
-/// SYN-ACK and a reset answer somebody.
+/// SYN-ACK and a reset answer somebody, and what nobody answers opens nothing.
 #[inline(always)]
 fn may_open(proto: u8, flags: u8) -> bool {
     match proto {
-        TCP => matches!(flags & (SYN | ACK | RST), SYN | ACK),
+        // Nobody answers SYN and FIN at once.
+        TCP => matches!(flags & (SYN | ACK | RST), SYN | ACK) && flags & (SYN | FIN) != SYN | FIN,
         SCTP => flags & RST == 0 && flags & (SYN | ACK) != SYN | ACK,
         _ => true,
     }

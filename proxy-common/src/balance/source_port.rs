@@ -338,6 +338,13 @@ pub(super) fn take_port_here<F: Family, M: Maps<F>>(
         return false;
     }
     let state = examine(maps, scratch);
+    claim(maps, scratch, state)
+}
+
+/// Takes the port that was [examined](examine), if the flow may.
+// A step of its own, whose locals share the stack with that one's.
+#[inline(never)]
+fn claim<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>, state: u32) -> bool {
     let Scratch {
         arrival,
         own_port,
@@ -427,8 +434,17 @@ pub(super) fn take_port_here<F: Family, M: Maps<F>>(
 }
 
 /// Looks at the next ports, up to one that is the flow's, or free; whether there is one.
-#[inline(never)]
+#[inline(always)]
 fn look_at_ports<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> bool {
+    maps.call(Subprogram::LookAtPorts, scratch) != 0
+}
+
+/// [`look_at_ports`] itself.
+#[inline(always)]
+pub(super) fn look_at_ports_here<F: Family, M: Subprograms<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+) -> bool {
     for _ in 0..BATCH {
         if maps.call(Subprogram::LookAtPort, scratch) != 0 {
             return true;

@@ -25,7 +25,9 @@ pub enum Subprogram {
     Unconfirmed,
     /// Takes the source port that the search stands at.
     TakePort,
-    /// Looks at the next source port.
+    /// Looks at the next few source ports.
+    LookAtPorts,
+    /// Looks at the next one.
     LookAtPort,
     /// Finds a backend that the connection has not tried.
     PickOtherBackend,

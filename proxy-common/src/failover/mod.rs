@@ -3,7 +3,7 @@
 //!
 //! The client's own retransmissions are the clock. When a backend has answered neither a SYN nor
 //! its first retransmission, the next SYN goes to another backend, and the one that failed is in
-//! *quarantine*: it gets no first SYNs for a while
+//! *quarantine* for that client: it gets no first SYNs of it for a while
 //! ([`Config::quarantine`](crate::layout::Config::quarantine)), which doubles each time that it fails
 //! again. When the while is over one SYN *probes* it; its first answer ends the matter. When all
 //! backends are in quarantine, the choice is as ever.
@@ -14,6 +14,10 @@
 //! for the shortest quarantine: refusing costs the client one retransmission at most, and whoever
 //! refuses may listen again at any moment.
 //!
+//! What one client, or somebody in its name, has seen moves that client alone, a pod or a network
+//! outside: whoever makes up sources takes a backend from nobody. The next answer to anybody's SYN
+//! ends all of it.
+//!
 //! A flow that was answered never moves, and with no backend in quarantine the choice is what it is
 //! without this module.
 
@@ -23,7 +27,7 @@ mod quarantine;
 mod refusal;
 mod resent;
 
-pub use self::quarantine::socket_slot;
+pub use self::quarantine::{socket_slot, source};
 pub(crate) use self::{
     pick::{avoid_quarantined, look_at_slot_here, pick_other_backend_here},
     progress::Progress,

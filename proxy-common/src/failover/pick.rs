@@ -1,6 +1,6 @@
 //! Another backend for a connection whose first one has failed, or is in quarantine.
 
-use super::quarantine::{ANYWHERE, LOOKED_AT, bit, is_for, is_quarantined, quarantine_length};
+use super::quarantine::{ANYWHERE, LOOKED_AT, bit, is_for, quarantine_length, source};
 use crate::{
     affinity,
     balance::{Maps, Scratch, Subprogram, Subprograms, affinity_key},
@@ -14,7 +14,8 @@ use crate::{
 const NONE: u32 = u32::MAX;
 
 /// For a first SYN: passes over a backend that is in quarantine, if there is another.
-#[inline(always)]
+// A step of its own: its locals are not beneath those of the flow tables.
+#[inline(never)]
 pub(crate) fn avoid_quarantined<F: Family, M: Subprograms<F>>(
     maps: &M,
     scratch: &mut Scratch<F::Words>,
@@ -28,11 +29,14 @@ pub(crate) fn avoid_quarantined<F: Family, M: Subprograms<F>>(
     let Some(entry) = maps.backend(scratch.chosen.backend) else {
         return;
     };
-    let state = entry.read();
-    if state.failures == 0 {
+    if entry.read().failures == 0 {
         return;
     }
-    if is_quarantined(&state, maps.affinity_now()) {
+    let source = source::<F>(tuple.src, scratch.arrival.origin);
+    if !entry.has_failed(source) {
+        return;
+    }
+    if entry.is_quarantined(source, maps.affinity_now()) {
         let first = bit(scratch.chosen.backend);
         scratch.failover.tried.set(first);
         let found = pick_other_backend(maps, scratch, false);
@@ -63,7 +67,7 @@ pub(crate) fn pick_other_backend_here<F: Family, M: Subprograms<F>>(
     scratch: &mut Scratch<F::Words>,
 ) -> bool {
     let Scratch {
-        arrival: Arrival { tuple, .. },
+        arrival: Arrival { tuple, origin, .. },
         failover,
         ..
     } = scratch;
@@ -77,6 +81,7 @@ pub(crate) fn pick_other_backend_here<F: Family, M: Subprograms<F>>(
     );
     let seed = hash::mix(u64::from(first) << 32 | u64::from(failover.tried.get())) as u32;
     failover.seed.set(seed);
+    failover.source.set(source::<F>(tuple.src, *origin));
     failover.found.set(NONE);
     failover.second.set(NONE);
     failover.offset.set(0);
@@ -114,6 +119,7 @@ pub(crate) fn look_at_slot_here<F: Family, M: Maps<F>>(
     let Scratch {
         frontend, failover, ..
     } = scratch;
+    let source = failover.source.get();
     let (tried, count, i) = (
         failover.tried.get(),
         frontend.slot_count,
@@ -136,7 +142,7 @@ pub(crate) fn look_at_slot_here<F: Family, M: Maps<F>>(
         return false;
     };
     let untried = (tried & bit(slot.backend) == 0) & (count > 1);
-    let answers = untried & !is_quarantined(&backend.read(), maps.affinity_now());
+    let answers = untried & !backend.is_quarantined(source, maps.affinity_now());
     if answers && failover.found.get() == NONE {
         failover.found.set(offset);
     }
@@ -156,11 +162,13 @@ pub(super) fn take<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Wor
         return;
     };
     let (state, now) = (entry.read(), maps.affinity_now());
-    if state.failures != 0 && !is_quarantined(&state, now) {
+    let source = source::<F>(scratch.arrival.tuple.src, scratch.arrival.origin);
+    if entry.has_failed(source) && !entry.is_quarantined(source, now) {
         // The others pass it over meanwhile.
         entry.set_quarantine(
             state.failures,
             now.wrapping_add(quarantine_length(config, state.failures)),
+            source,
         );
         // It gets no second SYN.
         scratch.failover.probe.set(FLOW_PROBE | FLOW_RETRANSMITTED);

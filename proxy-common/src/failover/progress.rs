@@ -17,6 +17,8 @@ pub(crate) struct Progress {
     /// Where the search begins, and how many slots were looked at.
     pub(super) seed: Opaque,
     pub(super) looked_at: Opaque,
+    /// Who asks: [`source`](super::quarantine::source).
+    pub(super) source: Opaque,
     /// `FLOW_*` bits of a flow that probes a backend.
     pub(super) probe: Opaque<u32>,
     /// Whether a backend in quarantine will do.

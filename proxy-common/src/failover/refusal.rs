@@ -76,7 +76,7 @@ fn hold_back<F: Family, M: Subprograms<F>>(
     if !find_request(maps, scratch, leaving) || !pending(maps, scratch) {
         return false;
     }
-    fail(maps, &scratch.flow, false);
+    fail(maps, scratch, false);
     let tried = scratch.flow.tried & !TRIED_KEEP | bit(scratch.flow.backend_id);
     scratch.failover.tried.set(tried);
     look_up(maps, scratch).is_continue()

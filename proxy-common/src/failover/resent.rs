@@ -159,7 +159,7 @@ fn stay<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F::Words>)
 #[inline(always)]
 fn give_up<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
     if scratch.flow.state & FLOW_REFUSED == 0 {
-        fail(maps, &scratch.flow, true);
+        fail(maps, scratch, true);
     }
     let tried = scratch.flow.tried & !TRIED_KEEP | bit(scratch.flow.backend_id);
     scratch.failover.tried.set(tried);

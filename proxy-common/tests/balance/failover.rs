@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use shunt_common::{
     balance::{Clock, Maps},
-    failover::socket_slot,
+    failover::{socket_slot, source},
     hash,
 };
 
@@ -80,6 +80,16 @@ fn answer(
         Verdict::Translate(to) => Some(to.tuple),
         Verdict::Drop => None,
         other => panic!("{inside:?} got {other:?}"),
+    }
+}
+
+/// A backend that has failed the client of these tests.
+fn failed(until: u32) -> BackendState {
+    let source = source::<V4>(dialled(1).src, WAYS[0].0);
+    BackendState {
+        failures: 1,
+        witnesses: [Witness { source, until }; MAX_WITNESSES],
+        ..BackendState::default()
     }
 }
 
@@ -313,11 +323,7 @@ fn a_silent_backends_share_falls_to_all_others_and_nobody_else_moves() {
     let silent = BACKENDS[1].0;
     Maps::<V4>::backend(&failing, 1)
         .unwrap()
-        .write(&BackendState {
-            failures: 1,
-            quarantined_until: failing.affinity_now() + 1000,
-            ..BackendState::default()
-        });
+        .write(&failed(failing.affinity_now() + 1000));
     let mut shares = HashMap::new();
     for port in 20_000..32_000 {
         let before = send(&healthy, dialled(port), SYN, WAYS[0]).dst;
@@ -361,7 +367,7 @@ fn sockets_pass_over_a_silent_backend() {
             .unwrap()
             .write(&BackendState {
                 failures,
-                quarantined_until: until,
+                sockets_until: until,
                 ..BackendState::default()
             });
     };
@@ -411,6 +417,87 @@ fn a_client_that_keeps_its_backend_keeps_the_other_one_from_then_on() {
     }
 }
 
+/// SYNs that nobody answers, from made-up sources, and of one client that is there: those who are
+/// failed go elsewhere, and nobody else.
+#[test]
+fn nobody_takes_a_backend_from_another_client() {
+    for way in WAYS {
+        let (node, calm) = (node(4, 0), node(4, 0));
+        let made_up = |n: u32| match way.0 {
+            // A pod sends from its own address.
+            Origin::Pod | Origin::Process => ip(203, 0, 113, 9),
+            Origin::Network => ip(10, 77, (n >> 2) as u8, n as u8),
+        };
+        for round in 0..3 {
+            for n in 0..1024 {
+                let syn = Tuple {
+                    src: made_up(n),
+                    ..dialled(10_000 + n as u16)
+                };
+                let seen = send(&node, syn, SYN, way);
+                if round == 0 && n % 7 == 0 {
+                    // In a backend's name.
+                    answer(&node, seen, RST | ACK, way);
+                }
+            }
+            wait(&node, 1);
+        }
+        assert!(count(&node, Event::Retry) > 500);
+        for port in 30_000..31_000 {
+            let dialled = Tuple {
+                src: ip(198, 51, 100, 77),
+                ..dialled(port)
+            };
+            assert_eq!(
+                send(&node, dialled, SYN, way).dst,
+                send(&calm, dialled, SYN, way).dst,
+                "{way:?}"
+            );
+        }
+    }
+}
+
+/// A backend that answers anybody is no more in quarantine for anybody.
+#[test]
+fn an_answer_to_one_ends_the_quarantine_for_all() {
+    let node = node(4, 0);
+    let silent = BACKENDS[2].0;
+    let mut ports = 20_000..60_000;
+    let first = dial_until(&node, &mut ports, silent).unwrap();
+    for _ in 0..2 {
+        wait(&node, 1);
+        send(&node, dialled(first), SYN, WAYS[0]);
+    }
+    assert_eq!(dial_until(&node, &mut ports, silent), None);
+    let other = |port| Tuple {
+        src: ip(198, 51, 100, 77),
+        ..dialled(port)
+    };
+    let seen = (20_000..)
+        .map(|port| send(&node, other(port), SYN, WAYS[0]))
+        .find(|seen| seen.dst == silent)
+        .unwrap();
+    answer(&node, seen, SYN | ACK, WAYS[0]);
+    assert_eq!(state(&node, silent).failures, 0);
+    assert!(dial_until(&node, &mut ports, silent).is_some());
+}
+
+/// What no host sends opens nothing, and says nothing of a backend.
+#[test]
+fn a_syn_with_fin_opens_nothing() {
+    for way in WAYS {
+        let node = node(4, 0);
+        for flags in [SYN | FIN, SYN | FIN | ACK, SYN | FIN | RST] {
+            for _ in 0..4 {
+                let verdict = node.arrive(dialled(40_000), flags, way.0, way.1);
+                assert!(!matches!(verdict, Verdict::Translate(_)), "{verdict:?}");
+                wait(&node, 1);
+            }
+        }
+        assert!(node.flows.borrow().is_empty() && node.unconfirmed.borrow().is_empty());
+    }
+}
+
 #[test]
 fn all_silent_is_as_if_none_were() {
     let healthy = node(4, 0);
@@ -418,11 +505,7 @@ fn all_silent_is_as_if_none_were() {
     for id in 0..4 {
         Maps::<V4>::backend(&failing, id)
             .unwrap()
-            .write(&BackendState {
-                failures: 1,
-                quarantined_until: failing.affinity_now() + 1000,
-                ..BackendState::default()
-            });
+            .write(&failed(failing.affinity_now() + 1000));
     }
     for port in 20_000..20_500 {
         let now = send(&failing, dialled(port), SYN, WAYS[0]);

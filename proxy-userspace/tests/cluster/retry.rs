@@ -386,9 +386,9 @@ fn services_decide_by_annotation() {
         assert!(silent("sockets"));
 
         // While it is known to be silent the hook leads nobody to it. Clients whose packets are
-        // seen have found that out.
+        // seen have found that out, each for itself.
         let (packets, _) = &cluster.ways(1)[usize::from(v6) * 2];
-        for (number, service) in [(1, "web"), (3, "sockets")] {
+        for (number, service, finds) in [(1, "web", packets), (3, "sockets", &hooked)] {
             for _ in 0..64 {
                 if silent(service)
                     && cluster.row(service, BAD, v6)["quarantine"]["remainingMs"].as_u64()
@@ -396,7 +396,7 @@ fn services_decide_by_annotation() {
                 {
                     break;
                 }
-                dial(packets, cluster_ip(number, v6)).unwrap();
+                dial(finds, cluster_ip(number, v6)).unwrap();
             }
             let before = cluster.row(service, BAD, v6)["flows"]["socket"].clone();
             let began = Instant::now();
