@@ -38,11 +38,12 @@ impl Health {
         state.last_queued = Some(SystemTime::now());
     }
 
-    /// The oldest of the batches that wait is in the maps, as far as it fits.
-    pub fn programmed(&self) {
+    /// The oldest of the batches that wait is in the maps, as far as it fits. Says since when it
+    /// has waited.
+    pub fn programmed(&self) -> Option<Instant> {
         let mut state = self.lock();
-        state.queued.pop_front();
         state.last_programmed = Some(SystemTime::now());
+        state.queued.pop_front()
     }
 
     /// What an earlier agent left goes on until this one is live.

@@ -150,7 +150,13 @@ async fn serve(settings: Settings, args: RunArgs, mut watch: Stopwatch) -> anyho
         ));
     }
     if let Some(address) = settings.metrics_bind_address {
-        let exporter = Exporter::new(&metrics, health.clone(), maps.clone(), connections.clone());
+        let exporter = Exporter::new(
+            &metrics,
+            health.clone(),
+            maps.clone(),
+            connections.clone(),
+            settings.metrics_services,
+        );
         let pages = Pages::new(&settings)?;
         servers.spawn(admin::serve_metrics(
             address,
@@ -224,7 +230,9 @@ async fn serve(settings: Settings, args: RunArgs, mut watch: Stopwatch) -> anyho
                         retry = slots::GRACE;
                     }
                     health.set_node_leaves(agent.model.node().leaves);
-                    health.programmed();
+                    if let Some(queued) = health.programmed() {
+                        metrics.event_programmed(queued.elapsed().as_secs_f64());
+                    }
                     metrics.programmed(changes, began.elapsed().as_secs_f64());
                     for time in triggers {
                         // The clocks of two machines may differ.

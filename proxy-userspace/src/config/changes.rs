@@ -46,6 +46,7 @@ impl Settings {
             capacities,
             healthz_bind_address,
             metrics_bind_address,
+            metrics_services,
             dns,
             bind_address_hard_fail,
             netfilter,
@@ -119,6 +120,7 @@ impl Settings {
                 "metricsBindAddress",
                 *metrics_bind_address != new.metrics_bind_address,
             ),
+            ("metricsServices", *metrics_services != new.metrics_services),
             ("dns", *dns != new.dns),
             (
                 "bindAddressHardFail",

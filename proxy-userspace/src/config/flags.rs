@@ -124,6 +124,10 @@ pub struct RunArgs {
     /// Where /metrics is served; empty: nowhere [default: 127.0.0.1:10249].
     #[arg(long, value_name = "IP:PORT")]
     metrics_bind_address: Option<Listen<METRICS_PORT>>,
+    /// Most ports of Services that have metrics of their own; what others get is summed under the
+    /// empty name. 0: only sums [default: 1000].
+    #[arg(long, value_name = "N")]
+    metrics_services: Option<u32>,
     /// How log lines are written, to stderr: text, or json with the fields of Kubernetes'
     /// components [default: text].
     #[arg(long, value_name = "FORMAT", value_parser = ["text", "json"])]
@@ -315,6 +319,7 @@ impl RunArgs {
             &mut to.metrics_bind_address,
             self.metrics_bind_address.map(|listen| listen.0),
         );
+        set(&mut to.metrics_services, self.metrics_services);
         let given = dns::Given {
             addresses: self.dns.dns,
             zone: self.dns.dns_zone,

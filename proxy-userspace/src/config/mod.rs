@@ -114,6 +114,8 @@ pub struct Settings {
     pub healthz_bind_address: Option<SocketAddr>,
     /// `--metrics-bind-address`; `None`: no such server.
     pub metrics_bind_address: Option<SocketAddr>,
+    /// `--metrics-services`.
+    pub metrics_services: u32,
     /// `--dns` and `--dns-*`.
     pub dns: Dns,
     /// `bindAddressHardFail`: an agent that cannot listen on either ends.
@@ -167,6 +169,7 @@ impl Default for Settings {
             capacities: Capacities::default(),
             healthz_bind_address: Some((Ipv4Addr::UNSPECIFIED, HEALTHZ_PORT).into()),
             metrics_bind_address: Some((Ipv4Addr::LOCALHOST, METRICS_PORT).into()),
+            metrics_services: 1000,
             dns: Dns::default(),
             bind_address_hard_fail: false,
             netfilter: None,

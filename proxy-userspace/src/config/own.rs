@@ -48,6 +48,7 @@ pub(super) struct ShuntConfiguration {
     /// As `healthz_bind_address`.
     #[serde(skip_serializing_if = "Option::is_none")]
     metrics_bind_address: Option<Text<Listen<METRICS_PORT>>>,
+    metrics_services: Option<u32>,
     /// Whether `conntrack` of the other document is applied to netfilter's table.
     netfilter_conntrack: Option<bool>,
     #[serde(rename = "nodeIPs", deserialize_with = "or_null")]
@@ -122,6 +123,7 @@ impl ShuntConfiguration {
             &mut to.metrics_bind_address,
             self.metrics_bind_address.map(|text| text.0.0),
         );
+        set(&mut to.metrics_services, self.metrics_services);
         if self.netfilter_conntrack == Some(false) {
             to.netfilter = None;
         }
@@ -205,6 +207,7 @@ impl From<&Settings> for ShuntConfiguration {
                 .metrics_bind_address
                 .is_none()
                 .then_some(Text(Listen(None))),
+            metrics_services: Some(settings.metrics_services),
             netfilter_conntrack: Some(settings.netfilter.is_some()),
             node_ips: settings
                 .node_ips

@@ -44,7 +44,7 @@ fn the_help_tells_the_defaults() {
             told.push(flag);
         }
     }
-    assert_eq!(told.len(), 27, "{told:?}");
+    assert_eq!(told.len(), 28, "{told:?}");
     for (flag, other) in [
         ("xdp", "off"),
         ("snat-ports", "1-2"),
@@ -245,6 +245,7 @@ fn every_field_arrives_and_ours_stands_over_theirs() {
         },
         healthz_bind_address: None,
         metrics_bind_address: Some("[2001:db8::1]:9000".parse().unwrap()),
+        metrics_services: 50,
         dns: Dns {
             addresses: vec![
                 "192.0.2.7:53".parse().unwrap(),

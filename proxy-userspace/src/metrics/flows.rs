@@ -114,26 +114,64 @@ impl Counts {
 }
 
 /// The sums, and what they were made from.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Totals {
+    /// Most ports with sums of their own.
+    limit: usize,
     /// What each backend id had last time, and whose it was.
     counted: HashMap<u32, (ServicePort, Counts)>,
     sums: BTreeMap<ServicePort, Counts>,
+    quarantined: BTreeMap<ServicePort, u64>,
+}
+
+impl ServicePort {
+    /// All that have no sums of their own.
+    fn others() -> Self {
+        Self {
+            service: ObjectName::new("", ""),
+            port: 0,
+            protocol: Protocol::Tcp,
+        }
+    }
+
+    /// Whether this is the sum of those that have none of their own.
+    pub fn is_others(&self) -> bool {
+        self.service.name.is_empty()
+    }
 }
 
 impl Totals {
+    /// Of at most so many ports; what the others get is summed too, so that sums grow only.
+    pub fn new(limit: u32) -> Self {
+        Self {
+            limit: limit as usize,
+            counted: HashMap::new(),
+            sums: BTreeMap::new(),
+            quarantined: BTreeMap::new(),
+        }
+    }
+
+    /// How many backends had left connections unanswered, and not answered since, when the maps
+    /// were read.
+    pub fn quarantined(&self) -> &BTreeMap<ServicePort, u64> {
+        &self.quarantined
+    }
+
     /// Reads the maps, and adds what is new. Services that are gone leave.
     ///
     /// # Errors
     /// `MapError::Kernel` when a map cannot be listed: `EPERM` without `CAP_BPF`, `ENOMEM` without
     /// memory for a batch. Nothing has changed: try again.
-    pub fn read(&mut self, maps: &Maps) -> Result<&BTreeMap<ServicePort, Counts>> {
-        let mut seen = Vec::new();
+    pub fn read(&mut self, maps: &Maps) -> Result<()> {
+        let (mut seen, mut silent) = (Vec::new(), Vec::new());
         maps.backends.for_each_batch(|ids, states| {
             for (&id, state) in ids.iter().zip(states) {
                 // Whoever had a packet has had a flow.
                 if Counts::new(state, Traffic::default()) != Counts::default() {
                     seen.push((id, Counts::new(state, maps.traffic(id)?)));
+                }
+                if state.failures != 0 {
+                    silent.push(id);
                 }
             }
             Ok(())
@@ -147,11 +185,36 @@ impl Totals {
                 (number, name)
             })
             .collect();
-        let owners = owners(maps, &names, &seen.iter().map(|&(id, _)| id).collect())?;
+        let wanted = seen.iter().map(|&(id, _)| id);
+        let owners = owners(
+            maps,
+            &names,
+            &wanted.chain(silent.iter().copied()).collect(),
+        )?;
         self.add(seen, &owners);
+        self.quarantined.clear();
+        for port in silent.iter().filter_map(|id| owners.get(id)) {
+            *self.quarantined.entry(self.row(port)).or_default() += 1;
+        }
         let known: HashSet<&ObjectName> = names.values().collect();
-        self.sums.retain(|port, _| known.contains(&port.service));
-        Ok(&self.sums)
+        self.sums
+            .retain(|port, _| port.is_others() || known.contains(&port.service));
+        Ok(())
+    }
+
+    /// What each port got, as far as the maps were read.
+    pub fn sums(&self) -> &BTreeMap<ServicePort, Counts> {
+        &self.sums
+    }
+
+    /// Where a port is counted.
+    fn row(&self, port: &ServicePort) -> ServicePort {
+        let others = ServicePort::others();
+        let taken = self.sums.len() - usize::from(self.sums.contains_key(&others));
+        match self.sums.contains_key(port) || taken < self.limit {
+            true => port.clone(),
+            false => others,
+        }
     }
 
     fn add(&mut self, seen: Vec<(u32, Counts)>, owners: &HashMap<u32, ServicePort>) {
@@ -171,7 +234,7 @@ impl Totals {
                 Some((was, then)) if was == port => now.since(&then),
                 _ => None,
             };
-            let sum = self.sums.entry(port.clone()).or_default();
+            let sum = self.sums.entry(self.row(&port)).or_default();
             // Without a before, or with less than before, the id was somebody else's.
             *sum = sum.plus(&more.unwrap_or(now));
             counted.insert(id, (port, now));
@@ -242,7 +305,7 @@ mod tests {
     /// A2: a Service's counter never goes back, whatever becomes of its backends and their ids.
     #[test]
     fn sums_only_grow() {
-        let mut totals = Totals::default();
+        let mut totals = Totals::new(10);
         let web = HashMap::from([(1, port("web")), (2, port("web"))]);
         totals.add(vec![(1, flows([5, 0, 0])), (2, flows([2, 1, 0]))], &web);
         assert_eq!(totals.sums[&port("web")].flows, [7, 1, 0]);
@@ -263,5 +326,30 @@ mod tests {
         // Of an id that nobody knows, as before the first look at its Service.
         totals.add(vec![(9, flows([3, 0, 0]))], &both);
         assert_eq!(totals.sums.len(), 2);
+    }
+
+    /// A2: so many Services have samples of their own, whatever a cluster has; nothing is lost of
+    /// the others, and a place that is free again begins at zero.
+    #[test]
+    fn the_number_of_samples_is_bounded() {
+        let mut totals = Totals::new(2);
+        let owners: HashMap<u32, ServicePort> =
+            (0..5).map(|id| (id, port(&format!("s{id}")))).collect();
+        let all = |n| (0..5).map(|id| (id, flows([n, 0, 0]))).collect::<Vec<_>>();
+        totals.add(all(1), &owners);
+        assert_eq!(totals.sums.len(), 3);
+        assert_eq!(totals.sums[&ServicePort::others()].flows, [3, 0, 0]);
+        totals.add(all(4), &owners);
+        assert_eq!(totals.sums[&port("s0")].flows, [4, 0, 0]);
+        assert_eq!(totals.sums[&ServicePort::others()].flows, [12, 0, 0]);
+        totals.sums.remove(&port("s0"));
+        totals.add((1..5).map(|id| (id, flows([5, 0, 0]))).collect(), &owners);
+        assert_eq!(totals.sums[&port("s1")].flows, [5, 0, 0]);
+        assert_eq!(totals.sums[&port("s2")].flows, [1, 0, 0]);
+        assert_eq!(totals.sums[&ServicePort::others()].flows, [14, 0, 0]);
+        let mut none = Totals::new(0);
+        none.add(all(1), &owners);
+        assert_eq!(none.sums[&ServicePort::others()].flows, [5, 0, 0]);
+        assert_eq!(none.sums.len(), 1);
     }
 }

@@ -15,7 +15,7 @@ use shunt_common::layout::{Traffic, names};
 
 use super::flows::{HOOKS, ServicePort, Totals};
 use crate::{
-    datapath::maps::{Maps, Usage},
+    datapath::maps::{Maps, SnatUse, Usage},
     health::Health,
 };
 
@@ -36,11 +36,11 @@ impl fmt::Debug for Kernel {
 }
 
 impl Kernel {
-    pub(super) fn new(maps: Arc<Maps>, health: Health) -> Self {
+    pub(super) fn new(maps: Arc<Maps>, health: Health, services: u32) -> Self {
         Self {
             maps,
             health,
-            totals: Mutex::default(),
+            totals: Mutex::new(Totals::new(services)),
         }
     }
 
@@ -122,16 +122,55 @@ impl Kernel {
         )
     }
 
+    fn encode_snat(&self, encoder: &mut DescriptorEncoder, snat: &SnatUse) -> fmt::Result {
+        let used = FAMILIES
+            .into_iter()
+            .zip(snat.busiest)
+            .map(|(family, ports)| ([("family", family)], ports));
+        gauges(
+            encoder,
+            "shunt_snat_ports_used",
+            "Translated source ports towards the backend that has most of them in use.",
+            used,
+        )?;
+        let (name, help) = (
+            "shunt_snat_ports_supply",
+            "Translated source ports that each backend has.",
+        );
+        ConstGauge::new(f64::from(snat.supply)).encode(encoder.encode_descriptor(
+            name,
+            help,
+            None,
+            MetricType::Gauge,
+        )?)
+    }
+
     /// New flows by Service port and hook; a Service that nobody has dialled yet has no sample.
     fn encode_services(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
         let mut totals = self.totals.lock().unwrap_or_else(PoisonError::into_inner);
-        let totals = match totals.read(&self.maps) {
-            Ok(totals) => totals,
-            Err(error) => {
-                tracing::warn!("metrics: {error}");
-                return Ok(());
-            }
-        };
+        if let Err(error) = totals.read(&self.maps) {
+            tracing::warn!("metrics: {error}");
+            return Ok(());
+        }
+        let quarantined = totals
+            .quarantined()
+            .iter()
+            .map(|(port, &backends)| (own_labels(port), backends));
+        gauges(
+            encoder,
+            "shunt_service_quarantined_backends",
+            "Backends of a Service port that left connections unanswered and have not answered since.",
+            quarantined,
+        )?;
+        let all = totals.quarantined().values().sum::<u64>();
+        let help = "Such backends of all Services.";
+        ConstGauge::new(all as f64).encode(encoder.encode_descriptor(
+            "shunt_quarantined_backends",
+            help,
+            None,
+            MetricType::Gauge,
+        )?)?;
+        let totals = totals.sums();
         let flows = totals.iter().flat_map(|(port, counts)| {
             let hooks = HOOKS.iter().zip(counts.flows);
             hooks.map(move |(hook, flows)| (labels(port, "hook", hook), flows))
@@ -143,9 +182,7 @@ impl Kernel {
             flows,
         )?;
         let refused = totals.iter().filter_map(|(port, counts)| {
-            let [namespace, service, number, protocol, _] = labels(port, "", "");
-            (counts.snat_refused != 0)
-                .then_some(([namespace, service, number, protocol], counts.snat_refused))
+            (counts.snat_refused != 0).then_some((own_labels(port), counts.snat_refused))
         });
         counters(
             encoder,
@@ -190,13 +227,23 @@ impl Kernel {
     }
 }
 
+/// The labels of a Service port; empty for the sum of those that have no samples of their own.
+fn own_labels(port: &ServicePort) -> [(&'static str, String); 4] {
+    let [namespace, service, number, protocol, _] = labels(port, "", "");
+    [namespace, service, number, protocol]
+}
+
 /// The labels of a Service port, and one more.
 fn labels(port: &ServicePort, name: &'static str, value: &str) -> [(&'static str, String); 5] {
+    let or_empty = |text: String| match port.is_others() {
+        true => String::new(),
+        false => text,
+    };
     [
         ("namespace", port.service.namespace.to_string()),
         ("service", port.service.name.to_string()),
-        ("port", port.port.to_string()),
-        ("protocol", port.protocol.to_string()),
+        ("port", or_empty(port.port.to_string())),
+        ("protocol", or_empty(port.protocol.to_string())),
         (name, value.to_owned()),
     ]
 }
@@ -214,6 +261,10 @@ impl Collector for Kernel {
         // What cannot be read leaves the rest.
         match self.maps.usage() {
             Ok(usage) => self.encode_maps(&mut encoder, &usage)?,
+            Err(error) => tracing::warn!("metrics: {error}"),
+        }
+        match self.maps.snat_use() {
+            Ok(snat) => self.encode_snat(&mut encoder, &snat)?,
             Err(error) => tracing::warn!("metrics: {error}"),
         }
         match self.maps.events() {

@@ -53,6 +53,13 @@ struct Request {
     host: String,
 }
 
+/// As client-go labels their durations.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Verb {
+    verb: String,
+    host: String,
+}
+
 /// Services of one family; what concerns both has the same value for each.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct IpFamily {
@@ -156,6 +163,8 @@ pub struct Metrics {
     healthz: Family<Code, Counter>,
     livez: Family<Code, Counter>,
     requests: Family<Request, Counter>,
+    request_duration: Family<Verb, Histogram, fn() -> Histogram>,
+    event_lag: Histogram,
     problems: Family<Kind, Counter>,
     unprogrammed: Gauge,
     reloads: Family<Outcome, Counter>,
@@ -176,6 +185,12 @@ impl Default for Metrics {
                     .chain(linear_buckets(120.0, 30.0, 7)),
             )
         };
+        // client-go's, as Kubernetes' components have them.
+        let request: fn() -> Histogram = || {
+            Histogram::new([
+                0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0,
+            ])
+        };
         Self {
             sync_duration: Family::new_with_constructor(sync),
             programming_duration: Family::new_with_constructor(programming),
@@ -185,6 +200,8 @@ impl Default for Metrics {
             healthz: Family::default(),
             livez: Family::default(),
             requests: Family::default(),
+            request_duration: Family::new_with_constructor(request),
+            event_lag: sync(),
             problems: Family::default(),
             unprogrammed: Gauge::default(),
             reloads: Family::default(),
@@ -270,6 +287,23 @@ impl Metrics {
             host: host.to_owned(),
         };
         self.requests.get_or_create(&labels).inc();
+    }
+
+    /// An answer of the API server has begun so many seconds after it was asked for.
+    pub fn request_took(&self, method: &str, host: &str, seconds: f64) {
+        let labels = Verb {
+            verb: method.to_owned(),
+            host: host.to_owned(),
+        };
+        self.request_duration
+            .get_or_create(&labels)
+            .observe(seconds);
+    }
+
+    /// So many seconds lay between the source's word of a batch of changes and its being in the
+    /// maps.
+    pub fn event_programmed(&self, seconds: f64) {
+        self.event_lag.observe(seconds);
     }
 
     /// Something in an object of this kind cannot be served.
@@ -370,11 +404,22 @@ impl Metrics {
             "Requests to the API server",
             self.requests.clone(),
         );
+        registry.register(
+            "rest_client_request_duration_seconds",
+            "Time until the API server's answer to a request begins",
+            self.request_duration.clone(),
+        );
         let own = registry.sub_registry_with_prefix("shunt");
         own.register(
             "object_problems",
             "Fields of objects that could not be served as they are written",
             self.problems.clone(),
+        );
+        own.register(
+            "event_lag_seconds",
+            "Time from the source's word of a batch of changes to its being in the maps, \
+             its wait for others included",
+            self.event_lag.clone(),
         );
         own.register(
             "unprogrammed_services",
@@ -428,16 +473,18 @@ struct Renderings {
 }
 
 impl Exporter {
-    /// Of an agent that counts in `metrics` and programs `maps`.
+    /// Of an agent that counts in `metrics` and programs `maps`. So many ports of Services at most
+    /// have samples of their own.
     pub fn new(
         metrics: &Metrics,
         health: Health,
         maps: Arc<Maps>,
         connections: Connections,
+        services: u32,
     ) -> Self {
         let mut registry = Registry::default();
         metrics.register(&mut registry);
-        registry.register_collector(Box::new(kernel::Kernel::new(maps, health)));
+        registry.register_collector(Box::new(kernel::Kernel::new(maps, health, services)));
         registry.register_collector(Box::new(process::Process));
         registry.register_collector(Box::new(servers::Servers(connections)));
         Self::of(registry)

@@ -308,56 +308,58 @@ fn a_port_in_use_is_said_once_and_tried_again() {
         .unwrap();
 }
 
-/// Every query of the dashboard names metrics, and each of them is in a scrape.
-fn dashboard_asks_for_what_is_there(scrape: &Scrape) {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/grafana/shunt.json");
-    let dashboard: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+/// Every query of the dashboard and of the alerts names metrics and events that a scrape has.
+fn what_is_asked_for_is_there(scrape: &Scrape) {
+    let read = |path: &str| {
+        let path = format!("{}/../deploy/{path}", env!("CARGO_MANIFEST_DIR"));
+        std::fs::read_to_string(path).unwrap()
+    };
+    let dashboard: Value = serde_json::from_str(&read("grafana/shunt.json")).unwrap();
+    let alerts = read("components/alerts/prometheus-rule.yaml");
+    let alerts: Value = serde_saphyr::from_str(&alerts).unwrap();
+    let all = |of: &Value| of.as_array().unwrap().clone();
+    let mut queries: Vec<Value> = all(&dashboard["panels"])
+        .iter()
+        .flat_map(|panel| all(&panel["targets"]))
+        .collect();
+    assert!(queries.len() >= 15, "{queries:?}");
+    queries.extend(all(&alerts["spec"]["groups"][0]["rules"]));
+
     let is_of_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
-    let there: BTreeSet<&str> = scrape
+    // Of some there is no sample while there is nothing to tell.
+    let there: BTreeSet<String> = scrape
         .0
         .lines()
-        .filter(|line| !line.starts_with('#'))
-        .filter_map(|line| line.split(|c| !is_of_name(c)).next())
+        .filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' '))
+        .map(|(name, kind)| match kind {
+            "counter" => format!("{name}_total"),
+            "histogram" => format!("{name}_bucket"),
+            _ => name.to_owned(),
+        })
         .collect();
-    let mut queries = 0;
-    for panel in dashboard["panels"].as_array().unwrap() {
-        for target in panel["targets"].as_array().unwrap() {
-            let query = target["expr"].as_str().unwrap();
-            let names: Vec<&str> = query
-                .split(|c| !is_of_name(c))
-                .filter(|word| {
-                    ["shunt_", "kubeproxy_", "process_", "rest_client_"]
-                        .iter()
-                        .any(|of| word.starts_with(of))
-                })
-                .collect();
-            assert!(!names.is_empty(), "{query}");
-            for name in names {
-                assert!(
-                    there.contains(name),
-                    "{name} of {query} is not in {there:?}"
-                );
-            }
-            queries += 1;
+    for query in queries {
+        let query = query["expr"].as_str().unwrap();
+        let names: Vec<&str> = query
+            .split(|c| !is_of_name(c))
+            .filter(|word| {
+                ["shunt_", "kubeproxy_", "process_", "rest_client_"]
+                    .iter()
+                    .any(|of| word.starts_with(of))
+            })
+            .collect();
+        assert!(!names.is_empty(), "{query}");
+        for name in names {
+            assert!(
+                there.contains(name),
+                "{name} of {query} is not in {there:?}"
+            );
         }
-    }
-    assert!(queries >= 15, "{queries}");
-    // Reasons that the datapath does not know would be drawn as nothing.
-    let reasons = dashboard.to_string();
-    let reasons = reasons
-        .split("event=~\\\"")
-        .nth(1)
-        .unwrap()
-        .split('\\')
-        .next()
-        .unwrap();
-    for reason in reasons.split('|') {
-        assert!(
-            scrape
-                .0
-                .contains(&format!("shunt_events_total{{event=\"{reason}\"}}")),
-            "{reason}"
-        );
+        // Reasons that the datapath does not know would be drawn as nothing.
+        let events = query.split("event=~\"").skip(1);
+        for event in events.flat_map(|rest| rest.split('"').next().unwrap().split('|')) {
+            let sample = format!("shunt_events_total{{event=\"{event}\"}}");
+            assert!(scrape.0.contains(&sample), "{event}");
+        }
     }
 }
 
@@ -399,6 +401,8 @@ fn flows_of_a_service_are_counted() {
     assert_eq!(more(80, "TCP", "socket"), 6.0, "{}", after.0);
     assert_eq!(more(80, "TCP", "tc"), 4.0, "{}", after.0);
     assert_eq!(more(53, "UDP", "tc"), 2.0, "{}", after.0);
+    // The client is on the backend's node: nothing is translated.
+    assert_eq!(after.value("shunt_snat_ports_used{family=\"IPv4\"}"), 0.0);
     for family in ["IPv4", "IPv6"] {
         assert!(after.sum(&format!("shunt_conntrack_entries{{family=\"{family}\"")) > 0.0);
     }
@@ -406,7 +410,7 @@ fn flows_of_a_service_are_counted() {
     assert!(after.value("shunt_map_capacity{map=\"flows6\"}") > 1000.0);
     let tc = "shunt_events_total{event=\"tc_flow\"}";
     assert_eq!(after.value(tc) - before.value(tc), 6.0);
-    dashboard_asks_for_what_is_there(&after);
+    what_is_asked_for_is_there(&after);
 
     // All endpoints leave: what was counted stays.
     world
@@ -430,6 +434,61 @@ fn flows_of_a_service_are_counted() {
     wait_until("no samples of a Service that is gone", || {
         !world.scrape().0.contains("service=\"web\"")
     });
+}
+
+/// A2: which Service's backends do not answer is in the metrics, and how many samples there are is
+/// bounded.
+#[test]
+fn quarantined_backends_are_counted_and_samples_bounded() {
+    let world = World::start(&["--metrics-services", "1"]);
+    let ips = world.serve_web(json!({}));
+    let pod = world.lab.client("client-1", Sockets::Unhooked).unwrap();
+    for &ip in &ips {
+        wait_until("a backend", || pod.tcp(SocketAddr::new(ip, 80)).is_ok());
+    }
+    let web = "shunt_service_flows_total{namespace=\"default\",service=\"web\"";
+    assert!(world.scrape().sum(web) >= 2.0);
+    assert_eq!(world.scrape().value("shunt_quarantined_backends"), 0.0);
+
+    world.api.apply(json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": { "name": "shut", "namespace": "default" },
+        "spec": { "ipFamilyPolicy": "PreferDualStack", "ports": [{ "port": 80 }] },
+    }));
+    for (family, ip) in ["IPv4", "IPv6"].iter().zip(world.lab.ips("web-1").unwrap()) {
+        world.api.apply(json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": family,
+            "metadata": {
+                "name": format!("shut-{}", family.to_lowercase()), "namespace": "default",
+                "labels": { "kubernetes.io/service-name": "shut" },
+            },
+            // Nobody listens there.
+            "ports": [{ "name": "", "protocol": "TCP", "port": 9 }],
+            "endpoints": [{
+                "addresses": [ip], "nodeName": NODE, "conditions": { "ready": true },
+            }],
+        }));
+    }
+    let shut = world.api.get(Kind::Services, "default", "shut").unwrap();
+    let ips = shut["spec"]["clusterIPs"].as_array().unwrap().iter();
+    let ips: Vec<IpAddr> = ips
+        .map(|ip| ip.as_str().unwrap().parse().unwrap())
+        .collect();
+    wait_until("a refusal by each backend", || {
+        for &ip in &ips {
+            assert!(pod.tcp(SocketAddr::new(ip, 80)).is_err());
+        }
+        world.scrape().value("shunt_quarantined_backends") == 2.0
+    });
+    let scrape = world.scrape();
+    let others = "{namespace=\"\",service=\"\",port=\"\",protocol=\"\"";
+    assert_eq!(
+        scrape.value(&format!("shunt_service_quarantined_backends{others}}}")),
+        2.0,
+        "{}",
+        scrape.0
+    );
+    assert!(scrape.sum(&format!("shunt_service_flows_total{others}")) >= 2.0);
+    assert!(!scrape.0.contains("service=\"shut\""), "{}", scrape.0);
 }
 
 /// A2: with --count-traffic a Service's packets and bytes are counted, both ways and in both
@@ -572,6 +631,21 @@ fn kube_proxys_metrics_are_there() {
             "rest_client_requests_total{{code=\"200\",method=\"GET\",host=\"{SERVER}\"}}"
         )) >= 3.0
     );
+    let took =
+        format!("rest_client_request_duration_seconds_count{{verb=\"GET\",host=\"{SERVER}\"}}");
+    assert!(scrape.value(&took) >= 3.0, "{}", scrape.0);
+    let bucket = "rest_client_request_duration_seconds_bucket{le=\"60.0\"";
+    assert!(scrape.sum(bucket) >= scrape.value(&took));
+    // Every batch that kube-proxy's metric counts, and its wait.
+    assert_eq!(
+        scrape.value("shunt_event_lag_seconds_count"),
+        scrape.value("kubeproxy_sync_proxy_rules_duration_seconds_count{ip_family=\"IPv4\"}")
+    );
+    assert!(
+        scrape.value("shunt_event_lag_seconds_sum")
+            >= scrape.value("kubeproxy_sync_proxy_rules_duration_seconds_sum{ip_family=\"IPv4\"}")
+    );
+    assert_eq!(scrape.value("shunt_snat_ports_supply"), 64_512.0);
     let version = env!("CARGO_PKG_VERSION");
     assert!(scrape.0.lines().any(|line| {
         line.starts_with("kubernetes_build_info{")

@@ -554,6 +554,24 @@ fn the_component_for_prometheus_leads_to_the_agents() {
     }
 }
 
+/// Each alert says what is wrong and what to do; nothing else is changed.
+#[test]
+fn the_component_for_alerts_says_what_to_do() {
+    let with = with_component("overlays/instead-of-kube-proxy", "components/alerts");
+    let without = objects("overlays/instead-of-kube-proxy");
+    let (mut rules, rest): (Vec<Value>, Vec<Value>) = with
+        .into_iter()
+        .partition(|object| object["kind"] == "PrometheusRule");
+    assert_eq!(rest, without);
+    let rule: strict::PrometheusRule = serde_json::from_value(rules.remove(0)).unwrap();
+    assert_eq!(rules, Vec::<Value>::new());
+    for rule in rule.spec.groups.iter().flat_map(|group| &group.rules) {
+        let said: Vec<&str> = rule.annotations.keys().map(String::as_str).collect();
+        assert_eq!(said, ["description", "summary"], "{}", rule.alert);
+        assert!(["critical", "warning"].contains(&&*rule.labels["severity"]));
+    }
+}
+
 /// Probes and scrapes go where the configuration has the agent listen.
 #[test]
 fn probes_ask_where_the_agent_listens() {

@@ -1,6 +1,8 @@
 //! Objects against the types of the Kubernetes API: a field that the API does not have is a
 //! mistake, as `kubectl --validate=strict` sees it, not something to be dropped in silence.
 
+use std::collections::BTreeMap;
+
 use k8s_openapi::{
     api::{
         apps::v1::DaemonSet,
@@ -29,6 +31,7 @@ pub(crate) fn mistakes(object: &Value) -> Vec<String> {
         ("rbac.authorization.k8s.io/v1", "ClusterRole") => of::<ClusterRole>,
         ("rbac.authorization.k8s.io/v1", "ClusterRoleBinding") => of::<ClusterRoleBinding>,
         ("monitoring.coreos.com/v1", "PodMonitor") => of::<PodMonitor>,
+        ("monitoring.coreos.com/v1", "PrometheusRule") => of::<PrometheusRule>,
         (version, kind) => return vec![format!("no type is known for {version} {kind}")],
     };
     check(object)
@@ -67,6 +70,38 @@ pub(crate) struct Relabeling {
     action: String,
     source_labels: Vec<String>,
     pub(crate) target_label: String,
+}
+
+/// The same for alerts
+/// (<https://prometheus-operator.dev/docs/api-reference/api/#monitoring.coreos.com/v1.PrometheusRule>).
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct PrometheusRule {
+    api_version: String,
+    kind: String,
+    metadata: ObjectMeta,
+    pub(crate) spec: PrometheusRuleSpec,
+}
+
+#[derive(Serialize, Deserialize)]
+pub(crate) struct PrometheusRuleSpec {
+    pub(crate) groups: Vec<RuleGroup>,
+}
+
+#[derive(Serialize, Deserialize)]
+pub(crate) struct RuleGroup {
+    name: String,
+    pub(crate) rules: Vec<Rule>,
+}
+
+#[derive(Serialize, Deserialize)]
+pub(crate) struct Rule {
+    pub(crate) alert: String,
+    expr: String,
+    #[serde(default, rename = "for", skip_serializing_if = "Option::is_none")]
+    pause: Option<String>,
+    pub(crate) labels: BTreeMap<String, String>,
+    pub(crate) annotations: BTreeMap<String, String>,
 }
 
 /// Reads an object as its type and writes it again: what is lost on the way the type does not have.

@@ -34,7 +34,7 @@ pub use self::{
     error::{MapError, Result},
     family::MapFamily,
     pinned::{Array, Map, links_dir, maps_dir, progs_dir},
-    usage::Usage,
+    usage::{SnatUse, Usage},
 };
 
 /// The settings of `shunt run` that say how large a map is, for messages.

@@ -1,6 +1,6 @@
 //! How full the maps are.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use aya::Pod;
 use shunt_common::layout::BackendState;
@@ -20,7 +20,36 @@ pub struct Usage {
     pub setting: &'static str,
 }
 
+/// What is left of translated source ports, of which each backend has its own.
+#[derive(Clone, Copy, Debug)]
+pub struct SnatUse {
+    /// Those of the backend that has most in use, of IPv4 and of IPv6.
+    pub busiest: [u64; 2],
+    /// How many each has.
+    pub supply: u16,
+}
+
 impl Maps {
+    /// How near the busiest backends are to the end of their source ports.
+    ///
+    /// # Errors
+    /// `MapError::Kernel` when the configuration cannot be read: `EPERM` without `CAP_BPF`.
+    pub fn snat_use(&self) -> Result<SnatUse> {
+        fn busiest<F: MapFamily>(maps: &PerFamily<F>) -> u64 {
+            let mut used: HashMap<_, u64> = HashMap::new();
+            let slots = (0..maps.snat.capacity()).filter_map(|index| maps.snat.get(index));
+            for slot in slots.filter(|slot| slot.last_seen != 0) {
+                let backend = (slot.backend, slot.backend_port, slot.proto);
+                *used.entry(backend).or_default() += 1;
+            }
+            used.into_values().max().unwrap_or(0)
+        }
+        Ok(SnatUse {
+            busiest: [busiest(&self.v4), busiest(&self.v6)],
+            supply: self.config()?.snat_ports,
+        })
+    }
+
     /// How full every map is. Walks them all, without marking entries as used.
     ///
     /// # Errors

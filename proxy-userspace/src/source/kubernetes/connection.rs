@@ -1,6 +1,11 @@
 //! The API server's address and credentials, read again when they no longer work.
 
-use std::{net::IpAddr, path::Path, sync::PoisonError, time::Duration};
+use std::{
+    net::IpAddr,
+    path::Path,
+    sync::PoisonError,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, anyhow};
 use http_body_util::BodyExt;
@@ -131,12 +136,15 @@ impl Connection {
         };
         let client = self.client();
         let method = request.method().clone();
+        let asked = Instant::now();
         let answer = timeout(ANSWER, client.send(request.map(Body::from))).await;
         let code = answer.as_ref().ok().and_then(|answer| answer.as_ref().ok());
         let code = code.map(|answer| answer.status().as_u16());
         let server = self.server();
         let host = server.split_once("://").map_or(&*server, |(_, host)| host);
         self.metrics.requested(method.as_str(), host, code);
+        let took = asked.elapsed().as_secs_f64();
+        self.metrics.request_took(method.as_str(), host, took);
         let answer = answer
             .map_err(|_| unreachable(format!("no answer within {ANSWER:?}")))?
             .map_err(|error| unreachable(root_cause(&error)))?;
