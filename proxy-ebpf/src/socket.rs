@@ -1,6 +1,8 @@
 //! The cgroup hooks: a frontend is replaced by a backend before a packet exists, and shown again
 //! when a process asks who its peer is.
 //!
+//! `connect` of UDP is left alone: its packets are translated.
+//!
 //! What a connected socket dialled is remembered under its cookie ([`SOCKETS`]) until it closes;
 //! what an unconnected one sent to, with the socket itself ([`UDP_PEERS`]).
 
@@ -158,6 +160,19 @@ fn choose<F: Peer>(
             Ok((addr, port))
         };
     };
+    // A connected UDP socket may outlive its backend by far, and nobody could tell it to dial anew:
+    // its packets are translated, one by one. But where there is no backend, it is told at once.
+    if proto == UDP
+        && match call {
+            // Answers to the node's own packets come by the loopback device.
+            Call::Connect => {
+                frontend.slot_count != 0 && !(is_bound_to_device(ctx) && is_host::<F>(ctx, &maps))
+            }
+            Call::Send => is_connected(ctx),
+        }
+    {
+        return Ok((addr, port));
+    }
     let dialled = F::mapped(addr);
     if call == Call::Send
         && let Some(peer) = sent(ctx, |peer| {
@@ -217,7 +232,7 @@ fn choose<F: Peer>(
     };
     // Without memory for it the call works all the same; only the peer's name is the backend's.
     match call {
-        Call::Connect => record_connected(cookie, proto, &peer),
+        Call::Connect => record_connected(cookie, &peer),
         Call::Send => record_sent(ctx, peer),
     }
     Maps::<F>::count_flow(&maps, slot.backend);
@@ -232,6 +247,26 @@ fn asked_for<F: Peer>(addr: F::Words, port: u16) -> SocketPeer {
         frontend: V6::bytes(F::mapped(addr)),
         frontend_port: port,
         ..SocketPeer::default()
+    }
+}
+
+/// Whether the socket is bound to a device (`SO_BINDTODEVICE`).
+#[inline(always)]
+fn is_bound_to_device(ctx: &SockAddrContext) -> bool {
+    // SAFETY: the context is valid while the program runs, and so is its socket.
+    unsafe {
+        let sock = (&raw const (*fields(ctx)).__bindgen_anon_1.sk).read_volatile();
+        (&raw const (*sock).bound_dev_if).read_volatile() != 0
+    }
+}
+
+/// Whether the socket is connected, and sends to an address beside.
+#[inline(always)]
+fn is_connected(ctx: &SockAddrContext) -> bool {
+    // SAFETY: the context is valid while the program runs, and so is its socket.
+    unsafe {
+        let sock = (&raw const (*fields(ctx)).__bindgen_anon_1.sk).read_volatile();
+        (&raw const (*sock).dst_port).read_volatile() != 0
     }
 }
 
@@ -359,13 +394,8 @@ fn connected(cookie: u64) -> Option<&'static mut SocketPeer> {
 }
 
 #[inline(always)]
-fn record_connected(cookie: u64, proto: u8, peer: &SocketPeer) {
-    // A UDP socket may be connected anew; most TCP sockets are new.
-    if proto == UDP
-        && let Some(place) = connected(cookie)
-    {
-        *place = *peer;
-    } else if SOCKETS.insert(cookie, peer, BPF_ANY.into()).is_err() {
+fn record_connected(cookie: u64, peer: &SocketPeer) {
+    if SOCKETS.insert(cookie, peer, BPF_ANY.into()).is_err() {
         count(Event::SocketsFull);
     }
 }

@@ -2,8 +2,9 @@
 //! that the application sees an error at once and dials anew (SPEC B7). Their packets pass by all
 //! other programs.
 //!
-//! Only sockets in `sockets` are ours: one that dialled the pod itself is not touched. A connected
-//! UDP socket goes when its backend does not serve any more. A TCP socket goes when there is no
+//! Only sockets in `sockets` are ours: one that dialled the pod itself is not touched. Connected UDP
+//! sockets go by packets, which find another backend; one that a release before has connected goes
+//! when its backend does not serve any more. A TCP socket goes when there is no
 //! such endpoint any more **and** the kernel retransmits to it in vain: a pod that was only taken
 //! from behind its Service, or ends in good order, keeps its connections.
 //!

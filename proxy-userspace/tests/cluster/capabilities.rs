@@ -9,7 +9,9 @@ use std::{
 };
 
 use k8s_openapi::api::apps::v1::DaemonSet;
-use shunt_lab::{Agent, AgentOptions, Client, Conn, Dial, Lab, PodSpec, Port, Proto, Sockets};
+use shunt_lab::{
+    Agent, AgentOptions, Client, Conn, Dial, DialError, Lab, PodSpec, Port, Proto, Sockets,
+};
 use tempfile::TempDir;
 
 const APP: u16 = 8080;
@@ -186,70 +188,103 @@ fn each_of_the_daemonsets_capabilities_is_needed() {
     }
 }
 
-/// A Service with a UDP port, behind it this pod, if any.
-fn write_udp(lab: &Lab, manifests: &Path, pod: Option<&str>) {
-    let endpoints = pod.map_or(String::new(), |pod| {
-        format!("{{ addresses: ['{}'] }}", lab.ips(pod).unwrap()[0])
-    });
+/// A Service over TCP and UDP, behind it this pod.
+fn write_dns(lab: &Lab, manifests: &Path, pod: &str) {
     let text = format!(
         "apiVersion: v1\nkind: Service\nmetadata: {{ name: dns }}\nspec:\n  clusterIP: 10.96.0.2\n  \
-         ports: [{{ protocol: UDP, port: 53, targetPort: {APP} }}]\n---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
+         ports: [{{ name: u, protocol: UDP, port: 53 }}, {{ name: t, protocol: TCP, port: 53 }}]\n---\n\
+         apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
          metadata: {{ name: dns, labels: {{ kubernetes.io/service-name: dns }} }}\naddressType: IPv4\n\
-         ports: [{{ protocol: UDP, port: {APP} }}]\nendpoints: [{endpoints}]\n"
+         ports: [{{ name: u, protocol: UDP, port: {APP} }}, {{ name: t, protocol: TCP, port: {APP} }}]\n\
+         endpoints: [{{ addresses: ['{}'] }}]\n",
+        lab.ips(pod).unwrap()[0]
     );
     let hidden = manifests.join(".new");
     fs::write(&hidden, text).unwrap();
     fs::rename(hidden, manifests.join("dns.yaml")).unwrap();
 }
 
-/// B7: without SYS_ADMIN stale sockets of the node are closed, and what is missing for those of
-/// pods is said; with it, theirs too.
+/// B7: with the default rights connected UDP sockets go on with another backend, in pods and on the
+/// node. TCP ones to a pod that is gone without a word are closed on the node, and what is missing
+/// for those of pods is said; with SYS_ADMIN, theirs too.
 #[test]
-fn with_one_capability_more_stale_sockets_of_pods_are_closed() {
+fn with_one_capability_more_stale_connections_of_pods_are_closed() {
     let lab = Lab::builder().nodes(&["node-a"]).build().unwrap();
-    lab.add_pod(&PodSpec::new("dns", "node-a", &[Port::udp(APP)]))
+    for pod in ["dns", "next"] {
+        lab.add_pod(&PodSpec::new(
+            pod,
+            "node-a",
+            &[Port::tcp(APP), Port::udp(APP)],
+        ))
         .unwrap();
+    }
     lab.add_pod(&PodSpec::new("hooked", "node-a", &[])).unwrap();
     let manifests = TempDir::new().unwrap();
-    write_udp(&lab, manifests.path(), Some("dns"));
+    write_dns(&lab, manifests.path(), "dns");
     let mut agent = lab
         .start_agent("node-a", &options(manifests.path(), &granted()))
         .unwrap();
-    let [node, pod] = ["node-a", "hooked"].map(|name| {
-        let connected = Dial {
-            connected: true,
-            ..Dial::default()
-        };
-        let client = lab.client(name, Sockets::Hooked).unwrap();
-        let conn = client
-            .open(Proto::Udp, "10.96.0.2:53".parse().unwrap(), &connected)
-            .unwrap();
-        conn.ask("first").unwrap();
-        conn
-    });
-    let closes = |conn: &Conn| {
+    let open = |proto| {
+        ["node-a", "hooked"].map(|name| {
+            let connected = Dial {
+                connected: true,
+                ..Dial::default()
+            };
+            let client = lab.client(name, Sockets::Hooked).unwrap();
+            let conn = client
+                .open(proto, "10.96.0.2:53".parse().unwrap(), &connected)
+                .unwrap();
+            assert_eq!(conn.ask("first").unwrap().server, "dns");
+            conn
+        })
+    };
+    let [node, pod] = open(Proto::Tcp);
+    let datagrams = open(Proto::Udp);
+    write_dns(&lab, manifests.path(), "next");
+    for conn in &datagrams {
         let began = Instant::now();
-        while conn.ask("still there?").is_ok() {
+        while !conn.ask("and now?").is_ok_and(|to| to.server == "next") {
             assert!(
                 began.elapsed() < Duration::from_secs(10),
                 "the socket stays"
             );
         }
+    }
+    let device = lab.device("dns").unwrap();
+    lab.ns("node-a")
+        .unwrap()
+        .ip(&[format!("link set {device} down")])
+        .unwrap();
+    let closes = |conn: &Conn| {
+        let error = conn
+            .ask_within("still there?", Duration::from_secs(60))
+            .unwrap_err();
+        assert!(
+            matches!(
+                error,
+                DialError::Os {
+                    errno: libc::ECONNABORTED,
+                    ..
+                }
+            ),
+            "{error}"
+        );
     };
-    write_udp(&lab, manifests.path(), None);
-    closes(&node);
-    agent
-        .wait_for("give the agent CAP_SYS_ADMIN", Duration::from_secs(10))
-        .unwrap();
-    pod.ask("nobody closed it").unwrap();
-    agent.stop().unwrap();
-
-    let more: Vec<String> = granted()
-        .into_iter()
-        .chain(["SYS_ADMIN".to_owned()])
-        .collect();
-    let _agent = lab
-        .start_agent("node-a", &options(manifests.path(), &more))
-        .unwrap();
-    closes(&pod);
+    std::thread::scope(|scope| {
+        let waits = scope.spawn(|| closes(&pod));
+        closes(&node);
+        agent
+            .wait_for("give the agent CAP_SYS_ADMIN", Duration::from_secs(10))
+            .unwrap();
+        assert!(!waits.is_finished(), "nobody may close it");
+        agent.stop().unwrap();
+        let more: Vec<String> = granted()
+            .into_iter()
+            .chain(["SYS_ADMIN".to_owned()])
+            .collect();
+        let _agent = lab
+            .start_agent("node-a", &options(manifests.path(), &more))
+            .unwrap();
+        waits.join().unwrap();
+    });
 }
