@@ -67,7 +67,8 @@ pub struct Quarantine {
 }
 
 impl Quarantine {
-    fn of(state: &BackendState, now: u32) -> Option<Self> {
+    /// Whether a backend is in it, `now` in [`AFFINITY_TICK_NS`].
+    pub(super) fn of(state: &BackendState, now: u32) -> Option<Self> {
         let remaining = state
             .quarantined_until
             .wrapping_sub(now)

@@ -36,6 +36,7 @@ pub mod run;
 pub mod services;
 pub mod status;
 pub mod sysdump;
+pub mod top;
 pub mod trace;
 
 /// An eBPF and XDP load balancer for Kubernetes Services: replaces kube-proxy on a node.
@@ -75,6 +76,8 @@ enum Verb {
     Explain(explain::ExplainArgs),
     /// What the programs decide, as they decide it: new flows, refusals, drops with their reasons.
     Trace(trace::TraceArgs),
+    /// What Services get now: new connections, retries, refusals, and why packets are dropped.
+    Top(top::TopArgs),
     /// The environment variables of Services that a kubelet gives to a pod's containers.
     Env(env::EnvArgs),
     /// One archive with what a maintainer asks for, secrets left out.
@@ -139,6 +142,7 @@ pub fn main() -> ExitCode {
         Verb::Conntrack(args) => conntrack::run(&args).map(|()| true),
         Verb::Explain(args) => explain::run(&args).map(|()| true),
         Verb::Trace(args) => trace::run(&args).map(|()| true),
+        Verb::Top(args) => top::run(&args).map(|()| true),
         Verb::Env(args) => env::run(&args).map(|()| true),
         Verb::Sysdump(args) => sysdump::run(&args).map(|()| true),
         Verb::Cleanup(common) => cleanup::run(&common.bpf_root, common.output).map(|()| true),

@@ -203,6 +203,28 @@ pub fn lookup_per_cpu<V: Pod + Default>(
     Ok(values)
 }
 
+/// Whether a map has no entry, of whatever types.
+///
+/// # Errors
+/// The kernel's, except `ENOENT`: `EPERM` without `CAP_BPF`.
+pub fn is_empty(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    // Longer than any key.
+    let mut first = [0_u8; 512];
+    assert!(map_info(fd)?.key_size as usize <= first.len());
+    let mut attr = ElemAttr {
+        map_fd: raw(fd),
+        // In place of a value: the first key, as none is given.
+        value: first.as_mut_ptr() as u64,
+        ..Default::default()
+    };
+    // SAFETY: there is room for a key.
+    match unsafe { bpf(Command::MapNextKey, &mut attr) } {
+        Ok(_) => Ok(false),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(true),
+        Err(error) => Err(error),
+    }
+}
+
 /// Writes one entry; `flags` is [`BPF_ANY`] or [`BPF_NOEXIST`].
 ///
 /// # Errors

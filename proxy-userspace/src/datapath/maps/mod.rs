@@ -281,6 +281,20 @@ impl Maps {
             .collect()
     }
 
+    /// Whether packets and bytes are counted, and there were any.
+    ///
+    /// # Errors
+    /// `MapError::Kernel` when the map cannot be read: `EPERM` without `CAP_BPF`. Nothing has
+    /// changed; run it as root.
+    pub fn counts_traffic(&self) -> Result<bool> {
+        let empty = map::is_empty(self.traffic.as_fd()).map_err(|source| MapError::Kernel {
+            action: "read",
+            map: names::TRAFFIC,
+            source,
+        })?;
+        Ok(!empty)
+    }
+
     /// What a backend got and sent, summed over CPUs; zeros where that is not counted.
     ///
     /// # Errors

@@ -17,6 +17,7 @@ mod flows;
 mod frontends;
 mod life;
 mod maps;
+mod top;
 mod trace;
 
 const BOTH: [Proto; 2] = [Proto::Tcp, Proto::Udp];
