@@ -37,6 +37,8 @@ pub trait Family: Copy + Debug + Eq + 'static {
 
     /// The address as an IPv6 socket shows it: IPv4 ones mapped (`::ffff:a.b.c.d`).
     fn mapped(words: Self::Words) -> Words6;
+    /// The address that [`mapped`](Self::mapped) was asked for.
+    fn unmapped(mapped: Words6) -> Self::Words;
 
     /// The address folded into 64 bits for hashing; injective for IPv4.
     fn fold(addr: Self::Words) -> u64;
@@ -101,6 +103,11 @@ impl Family for V4 {
     #[inline(always)]
     fn bytes(words: u32) -> [u8; 4] {
         words.to_ne_bytes()
+    }
+
+    #[inline(always)]
+    fn unmapped(mapped: Words6) -> u32 {
+        (mapped.low >> 32) as u32
     }
 
     #[inline(always)]
@@ -175,6 +182,11 @@ impl Family for V6 {
         bytes[..8].copy_from_slice(&words.high.to_ne_bytes());
         bytes[8..].copy_from_slice(&words.low.to_ne_bytes());
         bytes
+    }
+
+    #[inline(always)]
+    fn unmapped(mapped: Words6) -> Words6 {
+        mapped
     }
 
     #[inline(always)]

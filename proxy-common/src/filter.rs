@@ -4,7 +4,8 @@
 //! *before* the entry that needs them appears; a clear bit therefore proves that a packet has
 //! nothing to do with any frontend or backend, for the price of one multiplication and one cached
 //! load. A set bit proves nothing (two things may share it): the lookups that follow decide. Bits
-//! outlive their entries, so that open flows of deleted ones are still found. `clients` is the same
+//! outlive their entries, so that open flows of deleted ones are still found, but for those that are
+//! [lent](stale). `clients` is the same
 //! for the clients of flows, set by the programs.
 //!
 //! What every packet asks for depends on an address alone ([`service`], [`client`]) or a port alone
@@ -25,6 +26,7 @@ const SERVICE: u64 = 0x3c6e_f372_fe94_f82b;
 const CLIENT: u64 = 0xa54f_f53a_5f1d_36f1;
 const UNCONFIRMED: u64 = 0x510e_527f_ade6_82d1;
 const TRANSLATED: u64 = 0x9b05_688c_2b3e_6c1f;
+const STALE: u64 = 0x1f83_d9ab_fb41_bd6b;
 
 /// The bit of a frontend that has an address of its own.
 #[inline(always)]
@@ -36,6 +38,13 @@ pub fn frontend<F: Family>(addr: F::Words, port: u16, proto: u8) -> u32 {
 #[inline(always)]
 pub fn backend<F: Family>(addr: F::Words, port: u16, proto: u8) -> u32 {
     hash(tuple::<F>(addr, port, proto), BACKEND, BITS)
+}
+
+/// The bit of a backend that is gone while sockets are connected to it, by the socket hook's choice.
+/// As long as they are, its address has the bit of [`service`] too.
+#[inline(always)]
+pub fn stale<F: Family>(addr: F::Words, port: u16, proto: u8) -> u32 {
+    hash(tuple::<F>(addr, port, proto), STALE, BITS)
 }
 
 /// The bit of an address that frontends have, whatever their ports.

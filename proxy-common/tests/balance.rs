@@ -26,6 +26,8 @@ mod owner;
 mod reset;
 #[path = "balance/source_ports.rs"]
 mod source_ports;
+#[path = "balance/stale.rs"]
+mod stale;
 mod support;
 
 impl<F: Family<Words: Hash>> Node<F> {

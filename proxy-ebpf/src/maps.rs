@@ -17,13 +17,13 @@ use aya_ebpf::{
     },
     btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SkStorage},
     helpers::{
-        bpf_jiffies64, bpf_ktime_get_coarse_ns, bpf_sk_lookup_udp, bpf_sk_release,
-        bpf_skc_lookup_tcp,
+        bpf_get_socket_cookie, bpf_jiffies64, bpf_ktime_get_coarse_ns, bpf_sk_lookup_udp,
+        bpf_sk_release, bpf_skc_lookup_tcp,
     },
     macros::btf_map,
 };
 use shunt_common::{
-    balance::{Clock, Entry, Maps, Scratch},
+    balance::{Clock, Entry, Hooked, Maps, Scratch},
     event::{Event, MAX_EVENTS},
     family::{V4, V6, Words6},
     filter,
@@ -222,11 +222,16 @@ pub(crate) trait Hook {
     /// # Safety
     /// `ctx` must be the running program's context.
     unsafe fn device(ctx: *mut c_void) -> u32;
+    /// The cookie of the packet's sender; 0 where it is not known.
+    ///
+    /// # Safety
+    /// `ctx` must be the running program's context.
+    unsafe fn sender(ctx: *mut c_void) -> u64;
 }
 
 macro_rules! hooks {
     ($($(#[$doc:meta])* $hook:ident: $event:ident, $counter:ident, $traced:ident,
-    |$ctx:ident| $device:expr;)+) => {
+    |$ctx:ident| $device:expr, $sender:expr;)+) => {
         $(
             $(#[$doc])*
             pub(crate) struct $hook;
@@ -245,6 +250,12 @@ macro_rules! hooks {
                 unsafe fn device($ctx: *mut c_void) -> u32 {
                     $device
                 }
+
+                #[inline(always)]
+                unsafe fn sender($ctx: *mut c_void) -> u64 {
+                    let _of_no_use = $ctx;
+                    $sender
+                }
             }
         )+
     };
@@ -252,7 +263,7 @@ macro_rules! hooks {
 
 hooks! {
     /// The cgroup hooks.
-    Socket: SocketFlow, socket_flows, TRACE_AT_SOCKET, |_ctx| 0;
+    Socket: SocketFlow, socket_flows, TRACE_AT_SOCKET, |_ctx| 0, 0;
     /// tc.
     Tc: TcFlow, tc_flows, TRACE_AT_TC, |ctx| {
         // SAFETY: the caller's promise.
@@ -266,12 +277,16 @@ hooks! {
                 (*skb).ifindex
             }
         }
+    }, {
+        // SAFETY: the caller's promise. A pod's packet keeps its socket on the way out of the
+        // pod's network namespace.
+        unsafe { bpf_get_socket_cookie(ctx) }
     };
     /// XDP.
     Xdp: XdpFlow, xdp_flows, TRACE_AT_XDP, |ctx| {
         // SAFETY: the caller's promise.
         unsafe { (*ctx.cast::<xdp_md>()).ingress_ifindex }
-    };
+    }, 0;
 }
 
 /// The kernel's maps, as the decision wants them.
@@ -390,6 +405,19 @@ pub(crate) fn bytes<W, B>(words: &W) -> &B {
     const { assert!(size_of::<B>() == size_of::<W>() && align_of::<B>() <= align_of::<W>()) };
     // SAFETY: the same layout but for the addresses, of which any bytes are one.
     unsafe { &*core::ptr::from_ref(words).cast() }
+}
+
+/// A remembered address; words, not bytes, for LLVM's sake
+/// ([`shunt_common::family::Family::Words`]).
+#[inline(always)]
+pub(crate) fn words(addr: &[u8; 16]) -> Words6 {
+    let ptr = core::ptr::from_ref(addr).cast::<u32>();
+    // SAFETY: sixteen bytes are four words, and [`SocketPeer`] aligns them so.
+    let word = |i| unsafe { u64::from(ptr.add(i).read()) };
+    Words6 {
+        high: word(0) | word(1) << 32,
+        low: word(2) | word(3) << 32,
+    }
 }
 
 /// Adds to a counter that other CPUs add to as well.
@@ -684,6 +712,18 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
     #[inline(always)]
     fn socket_owns(&self, packet: &Tuple<F::Words>) -> bool {
         self.socket::<F>(packet) == Some(true)
+    }
+
+    #[inline(always)]
+    fn hooked(&self, packet: &Tuple<F::Words>) -> Option<Hooked<F::Words>> {
+        // SAFETY: it is the running program's; what it says is copied at once.
+        let peer = unsafe { SOCKETS.get(H::sender(self.ctx)) }?;
+        (words(&peer.backend) == F::mapped(packet.dst) && peer.backend_port == packet.dst_port)
+            .then(|| Hooked {
+                frontend: F::unmapped(words(&peer.frontend)),
+                frontend_port: peer.frontend_port,
+                backend: peer.backend_id,
+            })
     }
 
     #[inline(always)]

@@ -1,7 +1,10 @@
 //! The cgroup hooks: a frontend is replaced by a backend before a packet exists, and shown again
 //! when a process asks who its peer is.
 //!
-//! `connect` of UDP is left alone: its packets are translated.
+//! `connect` of UDP is left alone on the node: its packets are translated. In a pod it has its
+//! effect, because the pod's device may have no program yet, and datagrams cost nothing so; when the
+//! backend does not serve any more, the packets are translated from there on
+//! ([`shunt_common::balance::Maps::hooked`]).
 //!
 //! What a connected socket dialled is remembered under its cookie ([`SOCKETS`]) until it closes;
 //! what an unconnected one sent to, with the socket itself ([`UDP_PEERS`]).
@@ -27,7 +30,7 @@ use shunt_common::{
 };
 
 use crate::{
-    maps::{BACKENDS, KernelFamily, KernelMaps, SOCKETS, Socket, UDP_PEERS, count},
+    maps::{BACKENDS, KernelFamily, KernelMaps, SOCKETS, Socket, UDP_PEERS, count, words},
     trace,
 };
 
@@ -40,7 +43,6 @@ const DENY: i32 = 0;
 trait Peer: KernelFamily {
     fn addr(ctx: &SockAddrContext) -> Self::Words;
     fn set_addr(ctx: &SockAddrContext, addr: Self::Words);
-    fn unmapped(addr: Words6) -> Self::Words;
 }
 
 /// The context's fields. The verifier turns each access into the kernel's own.
@@ -73,11 +75,6 @@ impl Peer for V4 {
         // SAFETY: the context is valid while the program runs.
         unsafe { (&raw mut (*fields(ctx)).user_ip4).write_volatile(addr) };
     }
-
-    #[inline(always)]
-    fn unmapped(addr: Words6) -> u32 {
-        (addr.low >> 32) as u32
-    }
 }
 
 impl Peer for V6 {
@@ -96,11 +93,6 @@ impl Peer for V6 {
         set_word6(ctx, 1, (addr.high >> 32) as u32);
         set_word6(ctx, 2, addr.low as u32);
         set_word6(ctx, 3, (addr.low >> 32) as u32);
-    }
-
-    #[inline(always)]
-    fn unmapped(addr: Words6) -> Words6 {
-        addr
     }
 }
 
@@ -160,20 +152,29 @@ fn choose<F: Peer>(
             Ok((addr, port))
         };
     };
-    // A connected UDP socket may outlive its backend by far, and nobody could tell it to dial anew:
-    // its packets are translated, one by one. But where there is no backend, it is told at once.
-    if proto == UDP
-        && match call {
-            // Answers to the node's own packets come by the loopback device.
-            Call::Connect => {
-                frontend.slot_count != 0 && !(is_bound_to_device(ctx) && is_host::<F>(ctx, &maps))
-            }
-            Call::Send => is_connected(ctx),
-        }
-    {
-        return Ok((addr, port));
-    }
     let dialled = F::mapped(addr);
+    if proto == UDP {
+        let by_packets = match call {
+            Call::Connect => frontend.slot_count != 0 && !is_bound_to_device(ctx),
+            Call::Send if is_connected(ctx) => {
+                if let Some(peer) = connected(cookie(ctx))
+                    && peer.frontend_port == port
+                    && words(&peer.frontend) == dialled
+                {
+                    // As what it sends without an address.
+                    return Ok((F::unmapped(words(&peer.backend)), peer.backend_port));
+                }
+                true
+            }
+            Call::Send => false,
+        };
+        // A connected UDP socket may outlive its backend by far, and nobody could tell it to dial
+        // anew. Where packets of the node itself are translated, its are, one by one; but where
+        // there is no backend, it is told at once. Answers come by the loopback device.
+        if by_packets && is_host::<F>(ctx, &maps) {
+            return Ok((addr, port));
+        }
+    }
     if call == Call::Send
         && let Some(peer) = sent(ctx, |peer| {
             peer.frontend_port == port && words(&peer.frontend) == dialled
@@ -190,9 +191,8 @@ fn choose<F: Peer>(
     {
         return Ok((addr, port));
     }
-    // SAFETY: the helper takes the program's own context. A cookie numbers the socket: one socket,
-    // one choice.
-    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    let cookie = cookie(ctx);
+    // One socket, one choice.
     let choice = hash::mix(cookie ^ u64::from(frontend.slot_base) << 40) as u32;
     let slot = if frontend.slot_count == 0 {
         None
@@ -232,12 +232,19 @@ fn choose<F: Peer>(
     };
     // Without memory for it the call works all the same; only the peer's name is the backend's.
     match call {
-        Call::Connect => record_connected(cookie, &peer),
+        Call::Connect => record_connected(cookie, proto, &peer),
         Call::Send => record_sent(ctx, peer),
     }
     Maps::<F>::count_flow(&maps, slot.backend);
     tell_call(ctx, Event::SocketFlow, Some(frontend.service), || peer);
     Ok((slot.addr, slot.port))
+}
+
+/// The socket's number.
+#[inline(always)]
+fn cookie(ctx: &SockAddrContext) -> u64 {
+    // SAFETY: the helper takes the program's own context.
+    unsafe { bpf_get_socket_cookie(ctx.as_ptr()) }
 }
 
 /// What was dialled, without a backend.
@@ -350,19 +357,6 @@ fn kept_slot<F: Peer>(
     index
 }
 
-/// A remembered address; words, not bytes, for LLVM's sake
-/// ([`shunt_common::family::Family::Words`]).
-#[inline(always)]
-fn words(addr: &[u8; 16]) -> Words6 {
-    let ptr = core::ptr::from_ref(addr).cast::<u32>();
-    // SAFETY: sixteen bytes are four words, and [`SocketPeer`] aligns them so.
-    let word = |i| unsafe { u64::from(ptr.add(i).read()) };
-    Words6 {
-        high: word(0) | word(1) << 32,
-        low: word(2) | word(3) << 32,
-    }
-}
-
 /// The first of an unconnected socket's peers that a test accepts.
 #[inline(always)]
 fn sent(ctx: &SockAddrContext, accept: impl Fn(&SocketPeer) -> bool) -> Option<&SocketPeer> {
@@ -394,8 +388,13 @@ fn connected(cookie: u64) -> Option<&'static mut SocketPeer> {
 }
 
 #[inline(always)]
-fn record_connected(cookie: u64, peer: &SocketPeer) {
-    if SOCKETS.insert(cookie, peer, BPF_ANY.into()).is_err() {
+fn record_connected(cookie: u64, proto: u8, peer: &SocketPeer) {
+    // A UDP socket may be connected anew; most TCP sockets are new.
+    if proto == UDP
+        && let Some(place) = connected(cookie)
+    {
+        *place = *peer;
+    } else if SOCKETS.insert(cookie, peer, BPF_ANY.into()).is_err() {
         count(Event::SocketsFull);
     }
 }
@@ -527,9 +526,7 @@ fn show<F: Peer>(ctx: &SockAddrContext, call: Asked) -> i32 {
         return ALLOW;
     }
     let is_shown = |peer: &SocketPeer| peer.backend_port == port && words(&peer.backend) == addr;
-    // SAFETY: the helper takes the program's own context.
-    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    let peer = match connected(cookie) {
+    let peer = match connected(cookie(ctx)) {
         Some(peer) if is_shown(peer) => Some(&*peer),
         _ if call == Asked::Sender => sent(ctx, is_shown),
         _ => None,

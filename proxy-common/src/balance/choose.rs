@@ -24,6 +24,15 @@ pub(crate) fn may_be_frontend<F: Family>(maps: &impl Maps<F>, tuple: &Tuple<F::W
         ))
 }
 
+/// Whether a packet may be of a socket that the hook connected to a backend that does not serve any
+/// more (`stale`). The node's own are the agent's to close.
+#[inline(always)]
+pub(super) fn may_be_stale<F: Family>(maps: &impl Maps<F>, arrival: &Arrival<F::Words>) -> bool {
+    let tuple = &arrival.tuple;
+    arrival.origin == Origin::Pod
+        && maps.filter(filter::stale::<F>(tuple.dst, tuple.dst_port, tuple.proto))
+}
+
 /// Finds the frontend for a socket's destination, and whether to look at it at all. `node_itself`:
 /// the destination is an address that means this node (one of `node_addrs`, or loopback in the
 /// node's own namespace).

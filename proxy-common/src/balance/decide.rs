@@ -5,13 +5,14 @@ use super::{
     Entry, Maps, Scratch, Subprogram, Subprograms,
     choose::{choose, look_up, refresh_affinity},
     flow::{client_key, shared_key, shared_port_bit},
-    forward::{explains, is_unanswered, unconfirmed},
+    forward::{find_unconfirmed, is_unanswered},
     open::{insert, open},
     owner::find_owner,
     port_use::port_use,
     refusal::refuse_arriving,
     source_address::follow_route,
     source_port::translate_source,
+    stale,
     translated::is_translated,
 };
 use crate::{
@@ -19,7 +20,7 @@ use crate::{
     failover::{self, Moved, Syn},
     family::Family,
     layout::*,
-    packet::{RST, SYN, Tuple},
+    packet::{RST, Tuple},
     reset,
     verdict::{Arrival, InScratch, PortUse, Step, Verdict},
 };
@@ -58,10 +59,15 @@ pub(super) fn decide_here<F: Family, M: Subprograms<F>>(
         maps.count(Event::BackendGone);
         return Verdict::Reset;
     }
+    if let Step::Break(verdict) = stale::take_over(maps, scratch) {
+        return verdict;
+    }
     if is_translated(maps, scratch) {
         return Verdict::Pass;
     }
-    if let Step::Break(verdict) = find_backend(maps, scratch) {
+    let found = find_backend(maps, scratch);
+    stale::restore(scratch);
+    if let Step::Break(verdict) = found {
         return verdict;
     }
     open(maps, scratch);
@@ -168,29 +174,4 @@ fn orphan<F: Family, M: Maps<F>>(
         entry.record(maps, FLOW_BACKEND_RESET);
     }
     is
-}
-
-/// Looks for the flow among those not yet confirmed, and those whose client's port is shared.
-#[inline(never)]
-fn find_unconfirmed<F: Family, M: Subprograms<F>>(
-    maps: &M,
-    scratch: &mut Scratch<F::Words>,
-) -> bool {
-    scratch.key = client_key::<F>(&scratch.arrival.tuple);
-    if unconfirmed(maps, scratch) {
-        return true;
-    }
-    // Another CPU may have moved the flow to `flows` since that was looked at. Chosen anew, a
-    // connection would be cut in two.
-    if scratch.arrival.tuple.proto != UDP
-        && scratch.arrival.tcp_flags & SYN == 0
-        && explains(maps, scratch)
-    {
-        return true;
-    }
-    if maps.port_is_shared(shared_port_bit::<F>(&scratch.arrival.tuple)) {
-        scratch.key = shared_key::<F>(&scratch.arrival.tuple);
-        return explains(maps, scratch) || unconfirmed(maps, scratch);
-    }
-    false
 }

@@ -2,8 +2,8 @@
 
 use super::{
     Entry, Maps, Scratch, Subprogram, Subprograms,
-    choose::may_be_frontend,
-    flow::{client_key, snat_slot},
+    choose::{may_be_frontend, may_be_stale},
+    flow::{client_key, shared_key, shared_port_bit, snat_slot},
     reply::snat_reply_arriving,
 };
 use crate::{
@@ -119,7 +119,10 @@ fn dialled<F: Family, M: Maps<F>>(
     {
         return Lookup::Translate(translation);
     }
-    if may_be_frontend::<F>(maps, tuple) || address::may_be_service::<F>(config, tuple.dst) {
+    if may_be_frontend::<F>(maps, tuple)
+        || address::may_be_service::<F>(config, tuple.dst)
+        || may_be_stale(maps, arrival)
+    {
         Lookup::Undecided
     } else {
         Lookup::Unmatched
@@ -457,6 +460,31 @@ pub(super) fn unconfirmed_here<F: Family, M: Maps<F>>(
         }
     }
     true
+}
+
+/// Looks for the flow among those not yet confirmed, and those whose client's port is shared.
+#[inline(never)]
+pub(super) fn find_unconfirmed<F: Family, M: Subprograms<F>>(
+    maps: &M,
+    scratch: &mut Scratch<F::Words>,
+) -> bool {
+    scratch.key = client_key::<F>(&scratch.arrival.tuple);
+    if unconfirmed(maps, scratch) {
+        return true;
+    }
+    // Another CPU may have moved the flow to `flows` since that was looked at. Chosen anew, a
+    // connection would be cut in two.
+    if scratch.arrival.tuple.proto != UDP
+        && scratch.arrival.tcp_flags & SYN == 0
+        && explains(maps, scratch)
+    {
+        return true;
+    }
+    if maps.port_is_shared(shared_port_bit::<F>(&scratch.arrival.tuple)) {
+        scratch.key = shared_key::<F>(&scratch.arrival.tuple);
+        return explains(maps, scratch) || unconfirmed(maps, scratch);
+    }
+    false
 }
 
 #[inline(always)]

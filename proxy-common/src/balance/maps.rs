@@ -3,6 +3,17 @@
 use super::{Clock, Entry, Scratch};
 use crate::{event::Event, family::Family, layout::*, packet::Tuple};
 
+/// What a socket has dialled that the socket hook connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hooked<A> {
+    /// The frontend's address.
+    pub frontend: A,
+    /// The frontend's port, host order.
+    pub frontend_port: u16,
+    /// Index into `backends`.
+    pub backend: u32,
+}
+
 /// The maps, as far as decisions need them: the kernel's, or `std` ones in tests.
 pub trait Maps<F: Family>: Clock {
     /// The node's configuration.
@@ -74,6 +85,9 @@ pub trait Maps<F: Family>: Clock {
     /// Whether a packet that comes in is of a connection that a socket of this node has: TCP in any
     /// state but LISTEN, UDP that is connected.
     fn socket_owns(&self, packet: &Tuple<F::Words>) -> bool;
+    /// What the packet's sender dialled, if the socket hook has connected it to where the packet
+    /// goes; `None` also where nobody knows the sender.
+    fn hooked(&self, packet: &Tuple<F::Words>) -> Option<Hooked<F::Words>>;
     /// The source address that the node's routes give to a packet of this tuple, as `MASQUERADE`
     /// would choose it; `None` where they cannot be asked, or have none.
     fn route_source(&self, tuple: &Tuple<F::Words>) -> Option<F::Words>;

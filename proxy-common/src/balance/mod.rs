@@ -36,6 +36,7 @@ mod scratch;
 mod search;
 mod source_address;
 mod source_port;
+mod stale;
 mod subprogram;
 mod translated;
 
@@ -45,7 +46,7 @@ pub use self::{
     decide::undecided,
     entry::{Entry, Tracked},
     forward::{established, looped, sent},
-    maps::Maps,
+    maps::{Hooked, Maps},
     refusal::refused,
     reply::{answering, departing},
     scratch::Scratch,

@@ -33,6 +33,11 @@ pub struct Scratch<A> {
     pub(super) port_use: Opaque<PortUse>,
     /// Whether the flow is written over one that is over.
     pub(super) over: Opaque<bool>,
+    /// Whether the packet goes to another backend than the one that its socket is connected to: then
+    /// `arrival` names the frontend meanwhile.
+    pub(super) redirected: Opaque<bool>,
+    /// With `redirected`: where the packet was sent to.
+    pub(super) sent_to: (A, u16),
     /// What was counted for the packet, one bit for each [`Event`](crate::event::Event).
     pub counted: u64,
     /// Of a packet on the slow path.

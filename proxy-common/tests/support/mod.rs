@@ -8,7 +8,7 @@ use std::{
 };
 
 use shunt_common::{
-    balance::{Clock, Entry, Maps, Scratch, Subprogram, Subprograms, run},
+    balance::{Clock, Entry, Hooked, Maps, Scratch, Subprogram, Subprograms, run},
     event::Event,
     family::Family,
     filter,
@@ -16,6 +16,7 @@ use shunt_common::{
     packet::Tuple,
 };
 
+type HookedBy<A> = RefCell<HashMap<Tuple<A>, Hooked<A>>>;
 type Flows<A> = RefCell<HashMap<FlowKey<A>, Box<Flow<A>>>>;
 
 /// A node: its maps, its clock, its sockets.
@@ -48,6 +49,10 @@ pub(crate) struct Node<F: Family> {
     pub(crate) sockets: RefCell<HashSet<Tuple<F::Words>>>,
     /// Tuples of packets that are of a socket's own connection.
     pub(crate) connections: RefCell<HashSet<Tuple<F::Words>>>,
+    /// Backends that are no endpoints any more.
+    pub(crate) gone: RefCell<HashSet<u32>>,
+    /// What sockets dialled that the hook connected, by their packets.
+    pub(crate) hooked: HookedBy<F::Words>,
     pub(crate) events: RefCell<Vec<Event>>,
     scratch: UnsafeCell<Scratch<F::Words>>,
     pub(crate) now: Cell<u32>,
@@ -78,6 +83,8 @@ impl<F: Family<Words: Hash>> Node<F> {
             route_sources: RefCell::default(),
             sockets: RefCell::default(),
             connections: RefCell::default(),
+            gone: RefCell::default(),
+            hooked: RefCell::default(),
             direct: RefCell::default(),
             events: RefCell::default(),
             // SAFETY: all zeros is a value of every field.
@@ -281,6 +288,9 @@ impl<F: Family<Words: Hash>> Maps<F> for Node<F> {
     fn socket_owns(&self, packet: &Tuple<F::Words>) -> bool {
         self.connections.borrow().contains(packet)
     }
+    fn hooked(&self, packet: &Tuple<F::Words>) -> Option<Hooked<F::Words>> {
+        self.hooked.borrow().get(packet).copied()
+    }
     fn direct(&self, key: &DirectKey<F::Words>) -> Option<Entry<'_, u32>> {
         entry(self.direct.borrow_mut().get_mut(key))
     }
@@ -320,8 +330,12 @@ impl<F: Family<Words: Hash>> Maps<F> for Node<F> {
     fn count(&self, event: Event) {
         self.events.borrow_mut().push(event);
     }
-    fn backend_flags(&self, _backend: u32) -> u16 {
-        BACKEND_SERVING
+    fn backend_flags(&self, backend: u32) -> u16 {
+        if self.gone.borrow().contains(&backend) {
+            BACKEND_GONE
+        } else {
+            BACKEND_SERVING
+        }
     }
     fn backend(&self, backend: u32) -> Option<Entry<'_, BackendState>> {
         let mut backends = self.backends.borrow_mut();

@@ -1,25 +1,23 @@
-//! Sockets that the socket hook connected to a backend that has gone since: they are destroyed, so
-//! that the application sees an error at once and dials anew (SPEC B7). Their packets pass by all
-//! other programs.
+//! Sockets that the socket hook connected to a backend that has gone since: their packets bear its
+//! address, and pass by all other programs (SPEC B7).
 //!
-//! Only sockets in `sockets` are ours: one that dialled the pod itself is not touched. Connected UDP
-//! sockets go by packets, which find another backend; one that a release before has connected goes
-//! when its backend does not serve any more. A TCP socket goes when there is no
-//! such endpoint any more **and** the kernel retransmits to it in vain: a pod that was only taken
-//! from behind its Service, or ends in good order, keeps its connections.
+//! Only sockets in `sockets` are ours: one that dialled the pod itself is not touched. A pod that was
+//! only taken from behind its Service, or ends in good order, keeps its connections. Those that nobody
+//! answers any more are closed, so that the application sees an error at once and dials anew.
+//! Datagrams find another backend.
 //!
-//! `SOCK_DESTROY` works in one network namespace, so a thread of its own enters those of the pods.
-//! That takes `CAP_SYS_ADMIN` and a sight of them: `/run/netns`, where CNI plugins have them, or
-//! the host's `/proc`. Without, the node's own sockets are served, and it is said once what is
-//! missing. Programming never waits for this thread, which goes by what the maps say when it looks.
+//! For pods the programs see to both ([`shunt_common::balance::Maps::hooked`]). They have the packets
+//! come to them by bits that this thread [lends](super::maps::Filter::lend) as long as there are such
+//! sockets. The node's own TCP sockets are destroyed (`SOCK_DESTROY`) when the kernel retransmits in
+//! vain. Its connected UDP sockets go by packets from the start; one that a release before has
+//! connected, or that is bound to a device, is destroyed when its backend does not serve any more.
+//!
+//! Programming never waits for this thread, which goes by what the maps say when it looks.
 
 use std::{
-    collections::{HashMap, HashSet},
-    fs::{self, File},
+    collections::HashMap,
     io,
-    net::IpAddr,
-    os::{fd::AsFd, unix::fs::MetadataExt},
-    path::{Path, PathBuf},
+    net::{IpAddr, Ipv6Addr},
     sync::{
         Arc,
         mpsc::{self, RecvTimeoutError, SyncSender},
@@ -36,22 +34,24 @@ use rtnetlink::{
     packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST},
     sys::protocols::NETLINK_SOCK_DIAG,
 };
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
-use shunt_common::layout::{BACKEND_GONE, BACKEND_SERVING, TCP, UDP};
+use shunt_common::{
+    family::{Family, V4, V6},
+    filter,
+    layout::{BACKEND_GONE, BACKEND_SERVING, SocketPeer, TCP, UDP},
+};
 use tracing::{debug, warn};
 
 use super::{maps::Maps, rtnl};
 
 /// Least time between two looks.
 const SHORTEST: Duration = Duration::from_millis(200);
-/// Most time between two looks while connections to backends that are gone are open.
+/// Most time between two looks while connections to backends that are gone are open, and for which
+/// bits are lent that nobody needs.
 const LONGEST: Duration = Duration::from_secs(30);
-/// How often a socket is looked for that is in no namespace.
+/// How often a socket is looked for that is not in the node's namespace.
 const ATTEMPTS: u8 = 3;
-/// Where container runtimes and `ip netns` keep network namespaces.
-const FOLDERS: [&str; 2] = ["/run/netns", "/run/docker/netns"];
 
-/// The thread that destroys stale sockets. It ends when this is dropped, once it has looked.
+/// The thread that looks after stale sockets. It ends when this is dropped, once it has looked.
 #[derive(Debug)]
 pub struct StaleSockets(SyncSender<()>);
 
@@ -109,20 +109,21 @@ impl StaleSockets {
     }
 }
 
-/// Sockets to destroy, by cookie.
+/// Sockets that were looked for.
 #[derive(Default)]
 struct Search {
-    /// How often a socket was not found, for those that are still not.
+    /// How often a socket was not found, by cookie, for those that are still stale.
     missed: HashMap<u64, u8>,
-    /// What is missing to enter namespaces was said.
-    warned: bool,
 }
 
 impl Search {
-    /// Looks for stale sockets in all namespaces. Says whether there are some that may have to go
-    /// later.
+    /// Looks for stale sockets. Says whether there are some that have to go later.
     fn look(&mut self, maps: &Maps) -> anyhow::Result<bool> {
         let mut stale = stale(maps)?;
+        maps.filter
+            .lend(&stale.values().flat_map(Stale::bits).collect());
+        // Bits are taken back when the last one has closed.
+        let waits = !stale.is_empty();
         self.missed.retain(|cookie, _| stale.contains_key(cookie));
         stale.retain(|cookie, _| {
             self.missed
@@ -130,86 +131,70 @@ impl Search {
                 .is_none_or(|&missed| missed < ATTEMPTS)
         });
         if stale.is_empty() {
-            return Ok(false);
+            return Ok(waits);
         }
-        let mut waits = false;
-        let mut visit = |stale: &mut HashMap<u64, u16>| -> io::Result<()> {
-            for found in sockets(stale.values().any(|flags| flags & BACKEND_GONE != 0))? {
-                let Some(flags) = stale.remove(&found.cookie()) else {
-                    continue;
-                };
-                if found.proto == TCP && (flags & BACKEND_GONE == 0 || !found.is_unanswered()) {
-                    waits |= flags & BACKEND_GONE != 0;
-                    continue;
-                }
-                // Before the socket can be connected anew.
-                maps.sockets
-                    .delete(&found.cookie())
-                    .map_err(io::Error::other)?;
-                match found.destroy() {
-                    Ok(()) => debug!("destroyed a socket connected to {}", found.peer()),
-                    // It was closed meanwhile.
-                    Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
-                    Err(error) => return Err(error),
-                }
+        for found in sockets(stale.values().any(Stale::is_gone))? {
+            let Some(socket) = stale.remove(&found.cookie()) else {
+                continue;
+            };
+            if found.proto == TCP && !(socket.is_gone() && found.is_unanswered()) {
+                continue;
             }
-            Ok(())
-        };
-        // The node's own namespace needs no more rights than the agent has.
-        visit(&mut stale)?;
-        let home = File::open("/proc/thread-self/ns/net")?;
-        let mut visited = HashSet::from([identity(&home)?]);
-        let mut left = false;
-        let mut refused = None;
-        let mut result = Ok(());
-        for path in namespaces() {
-            if stale.is_empty() {
-                break;
-            }
-            match enter(&path, &mut visited) {
-                Ok(true) => {
-                    left = true;
-                    result = result.and(visit(&mut stale));
-                }
-                Ok(false) => {}
-                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                    refused = Some((path, error));
-                }
-                // A process or pod that ended.
-                Err(_) => {}
+            // Before the socket can be connected anew.
+            maps.sockets.delete(&found.cookie())?;
+            match found.destroy() {
+                Ok(()) => debug!("destroyed a socket connected to {}", found.peer()),
+                // It was closed meanwhile.
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+                Err(error) => return Err(error.into()),
             }
         }
-        if left {
-            // A thread keeps the namespace that it is in alive.
-            move_into_link_name_space(home.as_fd(), Some(LinkNameSpaceType::Network))?;
-        }
-        result?;
+        // Those of pods.
         for &cookie in stale.keys() {
-            let missed = self.missed.entry(cookie).or_default();
-            *missed += 1;
-            waits |= *missed < ATTEMPTS;
-        }
-        if let Some((path, error)) = refused
-            && !stale.is_empty()
-            && !std::mem::replace(&mut self.warned, true)
-        {
-            warn!(
-                "{} sockets of pods stay connected to endpoints that are gone: cannot enter {}: {error}; to have them closed give \
-                 the agent CAP_SYS_ADMIN and mount the node's /run/netns (deploy/components/close-stale-sockets)",
-                stale.len(),
-                path.display()
-            );
+            *self.missed.entry(cookie).or_default() += 1;
         }
         Ok(waits)
     }
 }
 
-/// Connected sockets whose backend does not serve, with its flags.
-fn stale(maps: &Maps) -> anyhow::Result<HashMap<u64, u16>> {
+/// A connected socket whose backend does not serve.
+struct Stale {
+    peer: SocketPeer,
+    /// The backend's `BACKEND_*` bits.
+    flags: u16,
+}
+
+impl Stale {
+    /// Whether there is no such endpoint any more.
+    fn is_gone(&self) -> bool {
+        self.flags & BACKEND_GONE != 0
+    }
+
+    /// The bits by which the programs see its packets: a datagram when the backend does not serve, a
+    /// connection's when it is gone.
+    fn bits(&self) -> impl Iterator<Item = u32> {
+        fn bits<F: Family>(addr: F::Words, port: u16) -> [u32; 3] {
+            [
+                filter::service::<F>(addr),
+                filter::stale::<F>(addr, port, UDP),
+                filter::stale::<F>(addr, port, TCP),
+            ]
+        }
+        let port = self.peer.backend_port;
+        let bits = match Ipv6Addr::from(self.peer.backend).to_canonical() {
+            IpAddr::V4(ip) => bits::<V4>(V4::words(ip.octets()), port),
+            IpAddr::V6(ip) => bits::<V6>(V6::words(ip.octets()), port),
+        };
+        bits.into_iter().take(if self.is_gone() { 3 } else { 2 })
+    }
+}
+
+/// Connected sockets whose backend does not serve, by cookie.
+fn stale(maps: &Maps) -> anyhow::Result<HashMap<u64, Stale>> {
     let mut flags = HashMap::new();
     let mut stale = HashMap::new();
     maps.sockets.for_each_batch(|cookies, peers| {
-        for (&cookie, peer) in cookies.iter().zip(peers) {
+        for (&cookie, &peer) in cookies.iter().zip(peers) {
             let flags = match flags.get(&peer.backend_id) {
                 Some(&flags) => flags,
                 None => {
@@ -223,45 +208,12 @@ fn stale(maps: &Maps) -> anyhow::Result<HashMap<u64, u16>> {
                 }
             };
             if flags & BACKEND_SERVING == 0 {
-                stale.insert(cookie, flags);
+                stale.insert(cookie, Stale { peer, flags });
             }
         }
         Ok(())
     })?;
     Ok(stale)
-}
-
-/// Files that may be network namespaces; those that hold them by name first.
-fn namespaces() -> impl Iterator<Item = PathBuf> {
-    let named = FOLDERS
-        .iter()
-        .filter_map(|folder| fs::read_dir(folder).ok())
-        .flatten()
-        .filter_map(|entry| Some(entry.ok()?.path()));
-    let of_processes = fs::read_dir("/proc")
-        .into_iter()
-        .flatten()
-        .filter_map(|entry| {
-            let name = entry.ok()?.file_name();
-            let is_process = name.to_str()?.bytes().all(|byte| byte.is_ascii_digit());
-            is_process.then(|| Path::new("/proc").join(name).join("ns/net"))
-        });
-    named.chain(of_processes)
-}
-
-fn identity(file: &File) -> io::Result<(u64, u64)> {
-    file.metadata()
-        .map(|metadata| (metadata.dev(), metadata.ino()))
-}
-
-/// Moves this thread into a namespace, unless it was there before.
-fn enter(path: &Path, visited: &mut HashSet<(u64, u64)>) -> io::Result<bool> {
-    let file = File::open(path)?;
-    if !visited.insert(identity(&file)?) {
-        return Ok(false);
-    }
-    move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))?;
-    Ok(true)
 }
 
 /// A connected socket in this thread's namespace.

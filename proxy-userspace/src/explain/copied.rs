@@ -7,7 +7,7 @@ use std::{
 };
 
 use shunt_common::{
-    balance::{Clock, Entry, Maps, Scratch, Subprogram, Subprograms, run},
+    balance::{Clock, Entry, Hooked, Maps, Scratch, Subprogram, Subprograms, run},
     event::Event,
     family::{Family, V4, V6},
     filter,
@@ -433,6 +433,11 @@ impl<F: CopiedFamily> Maps<F> for Copied<'_, F> {
 
     fn socket_takes(&self, reply: &Tuple<F::Words>) -> bool {
         node::socket_takes(&node::tuple::<F>(reply))
+    }
+
+    fn hooked(&self, _packet: &Tuple<F::Words>) -> Option<Hooked<F::Words>> {
+        // Whose packet it is, nobody says.
+        None
     }
 
     fn socket_owns(&self, packet: &Tuple<F::Words>) -> bool {

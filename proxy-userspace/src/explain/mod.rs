@@ -380,11 +380,8 @@ impl<'m, F: CopiedFamily> Walk<'m, F> {
             .iter()
             .map(|(name, _)| *name)
             .find(|name| {
-                // Connected UDP sockets go by packets.
-                name.starts_with(match self.now.proto {
-                    UDP => "sock_sendmsg",
-                    _ => "sock_connect",
-                }) && name.ends_with(if F::HEADER == 20 { '4' } else { '6' })
+                name.starts_with("sock_connect")
+                    && name.ends_with(if F::HEADER == 20 { '4' } else { '6' })
             })
             .unwrap_or("sock_connect4");
         if !self

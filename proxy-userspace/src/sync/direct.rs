@@ -20,10 +20,7 @@ use crate::datapath::{
 /// them.
 pub fn new_ports(maps: &Maps, ports: impl Iterator<Item = u16>) -> HashSet<u16> {
     ports
-        .filter(|&port| {
-            let (word, mask) = filter::word_and_mask(filter::node_port(port));
-            maps.filter.set_bits(word, mask)
-        })
+        .filter(|&port| maps.filter.set(filter::node_port(port)))
         .collect()
 }
 

@@ -10,7 +10,7 @@ use shunt_common::{
 };
 
 use crate::{
-    datapath::maps::{Array, Map, MapFamily, Maps, PerFamily, Result},
+    datapath::maps::{Filter, Map, MapFamily, Maps, PerFamily, Result},
     object::Protocol,
     plan::{FrontendAddress, FrontendId, FrontendKind, Scope},
 };
@@ -125,10 +125,10 @@ pub trait FrontendTable: Sync {
     fn remove_source_range(&self, service: u32, range: IpNet) -> Result<()>;
 
     /// Lets packets to a frontend past the filter.
-    fn admit_frontend(&self, filter: &Array<u64>, id: &FrontendId);
+    fn admit_frontend(&self, filter: &Filter, id: &FrontendId);
 
     /// Lets packets of a backend past the filter.
-    fn admit_backend(&self, filter: &Array<u64>, address: IpAddr, port: u16, protocol: Protocol);
+    fn admit_backend(&self, filter: &Filter, address: IpAddr, port: u16, protocol: Protocol);
 
     /// What Maglev knows a backend by: the same on every node.
     fn identity(&self, address: IpAddr, port: u16, protocol: Protocol) -> u64;
@@ -230,11 +230,6 @@ fn source_range_key<F: MapFamily>(service: u32, range: IpNet) -> SourceRangeKey<
     }
 }
 
-fn admit(filter: &Array<u64>, bit: u32) {
-    let (word, mask) = filter::word_and_mask(bit);
-    filter.set_bits(word, mask);
-}
-
 impl<F: MapFamily> FrontendTable for PerFamily<F> {
     fn get(&self, id: &FrontendId) -> Result<Option<layout::Frontend>> {
         self.frontends.get(&key::<F>(id))
@@ -306,26 +301,23 @@ impl<F: MapFamily> FrontendTable for PerFamily<F> {
             .map(drop)
     }
 
-    fn admit_frontend(&self, filter: &Array<u64>, id: &FrontendId) {
+    fn admit_frontend(&self, filter: &Filter, id: &FrontendId) {
         match id.address {
             FrontendAddress::Ip(address) => {
                 let address = F::words(octets::<F>(address));
-                admit(
-                    filter,
-                    filter::frontend::<F>(address, id.port, id.protocol as u8),
-                );
-                admit(filter, filter::service::<F>(address));
+                filter.set(filter::frontend::<F>(address, id.port, id.protocol as u8));
+                filter.set(filter::service::<F>(address));
             }
             FrontendAddress::NodePortV4 | FrontendAddress::NodePortV6 => {
-                admit(filter, filter::node_port(id.port))
+                filter.set(filter::node_port(id.port));
             }
         }
     }
 
-    fn admit_backend(&self, filter: &Array<u64>, address: IpAddr, port: u16, protocol: Protocol) {
+    fn admit_backend(&self, filter: &Filter, address: IpAddr, port: u16, protocol: Protocol) {
         let address = F::words(octets::<F>(address));
-        admit(filter, filter::backend::<F>(address, port, protocol as u8));
-        admit(filter, filter::backend_port(port));
+        filter.set(filter::backend::<F>(address, port, protocol as u8));
+        filter.set(filter::backend_port(port));
     }
 
     fn identity(&self, address: IpAddr, port: u16, protocol: Protocol) -> u64 {

@@ -8,6 +8,12 @@ use std::{
 use crate::forged::Forger;
 use crate::web::{self, APP, NODE_PORT};
 use etherparse::PacketBuilderStep;
+use shunt::datapath::maps::Maps;
+use shunt_common::{
+    family::{Family, V4},
+    filter,
+    layout::{TCP, UDP},
+};
 use shunt_lab::{
     Agent, AgentOptions, Client, Conn, Dial, DialError, Lab, NetNs, PodSpec, Port, Proto, Sockets,
 };
@@ -380,8 +386,8 @@ fn moves(conn: &Conn, to: &str) -> bool {
 }
 
 /// B7 in a pod and on the node: a connected UDP socket goes on with another backend when its endpoint
-/// does not serve any more, a TCP one that the hook connected is closed when its pod is gone and does
-/// not answer. Nobody touches a socket that dialled the pod itself.
+/// does not serve any more, a TCP one that the hook connected is reset or closed when its pod is gone
+/// and does not answer. Nobody touches a socket that dialled the pod itself.
 #[test]
 fn connected_sockets_do_not_stay_with_a_backend_that_goes() {
     let cluster = Cluster::start("off");
@@ -475,22 +481,76 @@ fn connected_sockets_do_not_stay_with_a_backend_that_goes() {
     cluster.cut("web-b");
     cluster.cut("web-a");
     std::thread::scope(|scope| {
-        for (tcp, _) in open.iter().chain(&last) {
-            scope.spawn(|| {
+        for ((tcp, _), (client, to, _)) in open.iter().chain(&last).zip(ways.iter().chain(&ways)) {
+            // The node's own are closed by the agent.
+            let (expected, within) = if std::ptr::eq(*client, &clients[0]) {
+                (libc::ECONNRESET, 15)
+            } else {
+                (libc::ECONNABORTED, 60)
+            };
+            scope.spawn(move || {
                 let error = tcp
-                    .ask_within("still there?", Duration::from_secs(60))
+                    .ask_within("still there?", Duration::from_secs(within))
                     .unwrap_err();
                 assert!(
-                    matches!(
-                        error,
-                        DialError::Os {
-                            errno: libc::ECONNABORTED,
-                            ..
-                        }
-                    ),
-                    "{error}"
+                    matches!(error, DialError::Os { errno, .. } if errno == expected),
+                    "{to}: {error}"
                 );
             });
         }
+        for [tcp, _] in &direct {
+            scope.spawn(move || {
+                let error = tcp
+                    .ask_within("still there?", Duration::from_secs(20))
+                    .unwrap_err();
+                assert!(error.is_timeout(), "{}: {error}", tcp.peer);
+            });
+        }
     });
+
+    // Packets to those addresses are looked at as long as there are such sockets.
+    let maps = Maps::open(cluster.agents[0].bpf_root()).unwrap();
+    let IpAddr::V4(ip) = cluster.ip("web-b", false) else {
+        unreachable!("asked for IPv4")
+    };
+    let is_seen = || {
+        [TCP, UDP].map(|proto| {
+            let bit = filter::stale::<V4>(V4::words(ip.octets()), APP, proto);
+            let (word, mask) = filter::word_and_mask(bit);
+            maps.filter.get(word).unwrap() & mask != 0
+        })
+    };
+    assert_eq!(is_seen(), [true, true]);
+    drop((open, last));
+    let began = Instant::now();
+    while is_seen() != [false, false] {
+        assert!(began.elapsed() < Duration::from_secs(60), "for good");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// A pod's sockets need no program on its device, which it does not get while there is no agent.
+#[test]
+fn a_pod_that_comes_without_an_agent_is_served_by_the_socket_hook() {
+    let mut cluster = Cluster::start("off");
+    for agent in &mut cluster.agents {
+        agent.stop().unwrap();
+    }
+    cluster
+        .lab
+        .add_pod(&PodSpec::new("late", "node-a", &[]))
+        .unwrap();
+    let client = cluster.lab.client("late", Sockets::Hooked).unwrap();
+    let connected = Dial {
+        connected: true,
+        ..Dial::default()
+    };
+    for ip in ["10.96.0.1", "fd96::1", "::ffff:10.96.0.1"] {
+        let to = SocketAddr::new(ip.parse().unwrap(), 80);
+        for proto in [Proto::Tcp, Proto::Udp] {
+            let conn = client.open(proto, to, &connected).unwrap();
+            assert_eq!(conn.ask("who").unwrap().peer, to, "{proto}");
+        }
+        assert_eq!(client.udp(to).unwrap().peer, to);
+    }
 }

@@ -454,32 +454,6 @@ fn with_component(overlay: &str, component: &str) -> Vec<Value> {
 }
 
 #[test]
-fn the_component_that_closes_sockets_of_pods_adds_what_it_takes_and_nothing_else() {
-    let with = with_component(
-        "overlays/instead-of-kube-proxy",
-        "components/close-stale-sockets",
-    );
-    let daemonset = with
-        .into_iter()
-        .find(|object| object["kind"] == "DaemonSet")
-        .unwrap();
-    let daemonset: DaemonSet = serde_json::from_value(daemonset).unwrap();
-    let mut with = daemonset.spec.unwrap().template.spec.unwrap();
-    let container = &mut with.containers[0];
-    let capabilities = &mut container.security_context.as_mut().unwrap().capabilities;
-    let added = capabilities.as_mut().unwrap().add.as_mut().unwrap();
-    assert_eq!(added.pop().as_deref(), Some("SYS_ADMIN"));
-    let mount = container.volume_mounts.as_mut().unwrap().pop().unwrap();
-    let volume = with.volumes.as_mut().unwrap().pop().unwrap();
-    assert_eq!(
-        (&*mount.mount_path, &mount.name),
-        ("/run/netns", &volume.name)
-    );
-    assert_eq!(volume.host_path.unwrap().path, "/run/netns");
-    assert_eq!(with, pod("overlays/instead-of-kube-proxy"));
-}
-
-#[test]
 fn the_component_for_netfilters_table_adds_a_sight_of_its_files_and_nothing_else() {
     let with = with_component(
         "overlays/instead-of-kube-proxy",

@@ -22,6 +22,7 @@ use super::bpf::map;
 
 mod error;
 mod family;
+mod filter;
 mod pinned;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -33,6 +34,7 @@ pub(in crate::datapath) use self::pinned::open_pin;
 pub use self::{
     error::{MapError, Result},
     family::MapFamily,
+    filter::Filter,
     pinned::{Array, Map, links_dir, maps_dir, progs_dir},
     usage::{SnatUse, Usage},
 };
@@ -175,7 +177,7 @@ pub struct Maps {
     /// IPv6.
     pub v6: PerFamily<V6>,
     /// See [`shunt_common::filter`].
-    pub filter: Array<u64>,
+    pub filter: Filter,
     /// Backend states by id.
     pub backends: Map<u32, BackendState>,
     /// Services by number.
@@ -214,7 +216,7 @@ impl Maps {
         Ok(Self {
             v4: PerFamily::open(bpf_root)?,
             v6: PerFamily::open(bpf_root)?,
-            filter: Array::open(bpf_root, names::FILTER, "")?,
+            filter: Filter::open(bpf_root)?,
             backends: Map::open(bpf_root, names::BACKENDS, settings::MAX_BACKENDS)?,
             services: Map::open(bpf_root, names::SERVICES, settings::MAX_FRONTENDS)?,
             half_open: Map::open(bpf_root, names::HALF_OPEN, "")?,

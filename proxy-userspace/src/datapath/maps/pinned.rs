@@ -338,15 +338,14 @@ impl<T: Pod> Array<T> {
 }
 
 impl Array<u64> {
-    /// Sets bits of a word, with release order. Says whether any was clear.
-    pub fn set_bits(&self, index: u32, mask: u64) -> bool {
-        let word = self.memory.atomic(index);
-        if word.load(Ordering::Relaxed) & mask == mask {
-            return false;
-        }
+    /// One word, for atomic access.
+    pub(super) fn word(&self, index: u32) -> &AtomicU64 {
+        self.memory.atomic(index)
+    }
+
+    /// Counts a write by [`word`](Self::word).
+    pub(super) fn wrote(&self) {
         self.writes.fetch_add(1, Ordering::Relaxed);
-        word.fetch_or(mask, Ordering::Release);
-        true
     }
 }
 

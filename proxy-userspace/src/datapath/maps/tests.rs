@@ -121,8 +121,31 @@ fn mapped_slots_and_the_kernel_see_one_memory() {
         assert_eq!((slot.addr[3], slot.backend), (index as u8, index));
     }
     assert_eq!(maps.v4.slots.get(4096), None);
-    assert!(maps.filter.set_bits(7, 0b110));
-    assert!(!maps.filter.set_bits(7, 0b100));
+    assert!(maps.filter.set(449));
+    assert!(!maps.filter.set(449));
+}
+
+/// A bit that somebody needs for good, before it is lent or after, is not taken back.
+#[test]
+fn lent_bits_are_taken_back_and_no_others() {
+    let root = Root::new(Capacities::default());
+    let maps = Maps::open(&root.0).expect("open");
+    let is_set = |bit: u32| {
+        let word = maps.filter.get(bit / 64).expect("there");
+        word & 1 << (bit % 64) != 0
+    };
+    maps.filter.set(70);
+    maps.filter.lend(&[70, 71, 72, 140].into());
+    assert!([70, 71, 72, 140].into_iter().all(is_set));
+    maps.filter.set(71);
+    maps.filter.lend(&[140].into());
+    assert_eq!(
+        [70, 71, 72, 140].map(is_set),
+        [true, true, false, true],
+        "72 alone was only lent"
+    );
+    maps.filter.lend(&[72].into());
+    assert_eq!([72, 140].map(is_set), [true, false]);
 }
 
 #[test]

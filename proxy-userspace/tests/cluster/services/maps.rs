@@ -18,7 +18,7 @@ fn connected_sockets_are_remembered_until_they_close() {
         connected: true,
         ..Dial::default()
     };
-    for (proto, remembered) in [(Proto::Tcp, 5), (Proto::Udp, 0)] {
+    for proto in BOTH {
         for frontend in ["10.96.0.1", "fd96::1"] {
             let to = at(frontend, 80);
             let open: Vec<_> = (0..5)
@@ -28,10 +28,9 @@ fn connected_sockets_are_remembered_until_they_close() {
                 conn.ask("who").unwrap();
                 assert_eq!(conn.peer, to);
             }
-            // Connected UDP sockets go by packets, and need no memory.
             assert_eq!(
                 maps.sockets.count(|peer| peer.frontend_port == 80).unwrap(),
-                remembered
+                5
             );
             drop(open);
             wait_until("closed sockets are forgotten", || {
