@@ -20,6 +20,18 @@ pub use self::trace::*;
 /// Version of everything in this module; maps are pinned under `<bpf-root>/v<LAYOUT_VERSION>/`.
 pub const LAYOUT_VERSION: u32 = 6;
 
+/// Entries of the map `tail_calls` that one load of the tc programs has.
+pub const TAIL_CALLS_OF_LOAD: u32 = 2;
+/// The first of them: what may open a flow, and refusals.
+pub const TAIL_CALL_UNDECIDED: u32 = 0;
+/// The second: what is not plain TCP or UDP.
+pub const TAIL_CALL_SLOW_PATH: u32 = 1;
+/// So many loads take turns in the map: while one replaces another on the devices, both are there.
+pub const LOADS: u32 = 3;
+/// Entries of the map: those of the programs for Ethernet devices, then those for devices without a
+/// link-layer header.
+pub const TAIL_CALLS: usize = (2 * LOADS * TAIL_CALLS_OF_LOAD) as usize;
+
 /// Names of the maps (at most 15 bytes: the kernel cuts them). Suffix `4`/`6`: one map per family.
 pub mod names {
     /// `HASH` [`FrontendKey`](super::FrontendKey) → [`Frontend`](super::Frontend).
@@ -72,6 +84,9 @@ pub mod names {
     /// `HASH` Service number ([`Frontend::service`](super::Frontend::service)) →
     /// [`ServiceInfo`](super::ServiceInfo).
     pub const SERVICES: &str = "services";
+    /// `PROG_ARRAY` of [`TAIL_CALLS`](super::TAIL_CALLS): the programs that tc programs on devices
+    /// hand packets over to.
+    pub const TAIL_CALLS: &str = "tail_calls";
     /// `PERCPU_ARRAY` of one [`Scratch`](crate::balance::Scratch): the programs' own memory.
     pub const SCRATCH: [&str; 2] = ["scratch4", "scratch6"];
     /// `HASH` device index → `u32`: devices that hand packets over to a pod's namespace; filled for

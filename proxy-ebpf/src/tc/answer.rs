@@ -11,6 +11,7 @@ use shunt_common::{
     icmp,
     packet::{Headers, Packet},
     reset,
+    verdict::{Direction, Origin},
 };
 
 use super::{loopback, skb::Buffer};
@@ -18,6 +19,13 @@ use crate::maps::{KernelFamily, KernelMaps, Tc};
 
 /// `bpf_skb_adjust_room`: between the MAC and the network header (an enum that the bindings lack).
 const BPF_ADJ_ROOM_MAC: u32 = 1;
+
+/// `skb->pkt_type` of linux/if_packet.h: to this host.
+const PACKET_HOST: u32 = 0;
+/// To all hosts of the link.
+const PACKET_BROADCAST: u32 = 1;
+/// To a group.
+const PACKET_MULTICAST: u32 = 2;
 
 /// Takes the right to answer a packet.
 #[inline(always)]
@@ -74,4 +82,20 @@ fn send_back(ctx: &TcContext) -> i32 {
     }
     // SAFETY: the context is valid while the program runs; the helper only notes where to send.
     unsafe { bpf_redirect((*ctx.skb.skb).ifindex, 0) as i32 }
+}
+
+/// Whether the frame is one that this node may answer (SPEC H4): not one to a group, nor, from the
+/// network, one for another host that this device only sees. A pod's goes to its bridge, whose
+/// address its own device does not have.
+#[inline(always)]
+pub(super) fn is_to_us(ctx: &TcContext, direction: Direction) -> bool {
+    // SAFETY: the context is valid while the program runs.
+    let packet_type = unsafe { (*ctx.skb.skb).pkt_type };
+    match direction {
+        Direction::Egress | Direction::Ingress(Origin::Process) => true,
+        Direction::Ingress(Origin::Network) => packet_type == PACKET_HOST,
+        Direction::Ingress(Origin::Pod) => {
+            !matches!(packet_type, PACKET_BROADCAST | PACKET_MULTICAST)
+        }
+    }
 }

@@ -3,61 +3,44 @@
 //!
 //! Only addresses and ports change here; routing, neighbours and netfilter stay the kernel's,
 //! unless there is [`host_routing`].
+//!
+//! The programs on the devices know the path of almost all packets: of flows that are open, and of
+//! no Service. They hand the others over to two programs for all of them, [`undecided`] and
+//! [`slow_path`], by a tail call ([`hand_over`]): so these are verified once, and no packet of an
+//! open flow pays for what they need.
 
 mod answer;
+mod hand_over;
 mod host_routing;
 mod loopback;
 mod process;
 mod skb;
+mod slow_path;
 mod step;
+mod undecided;
 
-use aya_ebpf::{
-    EbpfContext,
-    bindings::{BPF_F_INGRESS, TC_ACT_SHOT, TC_ACT_UNSPEC},
-    helpers::bpf_redirect,
-    macros::classifier,
-    programs::TcContext,
-};
+use aya_ebpf::{EbpfContext, bindings::TC_ACT_UNSPEC, macros::classifier, programs::TcContext};
 use shunt_common::{
-    balance::{Maps, departing, established, refused, undecided},
+    balance::{departing, established},
     family::{Family, V4, V6},
     packet::Headers,
-    slow_path::{self, Action},
-    verdict::{Direction, InScratch, Lookup, Origin, Verdict},
+    verdict::{Direction, Lookup, Origin},
 };
 
 use self::{
-    answer::{refuse, reset},
+    hand_over::hand_over,
     host_routing::RoutingFamily,
-    skb::{Buffer, arrival, family, headers, parse, translate},
+    skb::{arrival, family, headers, translate},
     step::{Encoded, Step},
 };
-use crate::{
-    maps::{KernelFamily, KernelMaps, Tc},
-    subprograms::PacketHook,
-};
-
-/// `skb->pkt_type` of linux/if_packet.h: to this host.
-const PACKET_HOST: u32 = 0;
-/// To all hosts of the link.
-const PACKET_BROADCAST: u32 = 1;
-/// To a group.
-const PACKET_MULTICAST: u32 = 2;
+use crate::maps::{KernelMaps, Tc};
 
 /// Packets from the network.
 #[classifier]
 fn tc_node_in(ctx: TcContext) -> i32 {
     match family(&ctx) {
-        Some(V4::ETHERTYPE) => whole::<V4>(
-            &ctx,
-            Direction::Ingress(Origin::Network),
-            node_in4(&ctx).step(),
-        ),
-        Some(V6::ETHERTYPE) => whole::<V6>(
-            &ctx,
-            Direction::Ingress(Origin::Network),
-            node_in6(&ctx).step(),
-        ),
+        Some(V4::ETHERTYPE) => arrived::<V4>(&ctx, Origin::Network, node_in4(&ctx).step()),
+        Some(V6::ETHERTYPE) => arrived::<V6>(&ctx, Origin::Network, node_in6(&ctx).step()),
         _ => TC_ACT_UNSPEC,
     }
 }
@@ -76,12 +59,8 @@ fn tc_node_out(ctx: TcContext) -> i32 {
 #[classifier]
 fn tc_pod_in(ctx: TcContext) -> i32 {
     match family(&ctx) {
-        Some(V4::ETHERTYPE) => {
-            whole::<V4>(&ctx, Direction::Ingress(Origin::Pod), pod_in4(&ctx).step())
-        }
-        Some(V6::ETHERTYPE) => {
-            whole::<V6>(&ctx, Direction::Ingress(Origin::Pod), pod_in6(&ctx).step())
-        }
+        Some(V4::ETHERTYPE) => arrived::<V4>(&ctx, Origin::Pod, pod_in4(&ctx).step()),
+        Some(V6::ETHERTYPE) => arrived::<V6>(&ctx, Origin::Pod, pod_in6(&ctx).step()),
         _ => TC_ACT_UNSPEC,
     }
 }
@@ -90,8 +69,8 @@ fn tc_pod_in(ctx: TcContext) -> i32 {
 #[classifier]
 fn tc_pod_out(ctx: TcContext) -> i32 {
     match family(&ctx) {
-        Some(V4::ETHERTYPE) => whole::<V4>(&ctx, Direction::Egress, pod_out4(&ctx).step()),
-        Some(V6::ETHERTYPE) => whole::<V6>(&ctx, Direction::Egress, pod_out6(&ctx).step()),
+        Some(V4::ETHERTYPE) => left(&ctx, pod_out4(&ctx).step()),
+        Some(V6::ETHERTYPE) => left(&ctx, pod_out6(&ctx).step()),
         _ => TC_ACT_UNSPEC,
     }
 }
@@ -172,8 +151,6 @@ fn leave<F: RoutingFamily>(ctx: &TcContext, headers: &Headers<F::Words>) -> Step
 
 /// The path of almost all packets: of flows that are open, and of no Service. For the others it
 /// says which step is next.
-///
-/// That step is taken by [`whole`] and not here, where every packet would pay for its locals.
 #[inline(always)]
 fn handle<F: RoutingFamily>(ctx: &TcContext, direction: Direction) -> Step {
     if host_routing::is_on()
@@ -195,175 +172,31 @@ fn handle<F: RoutingFamily>(ctx: &TcContext, direction: Direction) -> Step {
     }
 }
 
-/// The action for what leaves the node, after the steps that are next.
+/// The action for what arrives, after the step that is next.
+#[inline(always)]
+fn arrived<F: RoutingFamily>(ctx: &TcContext, origin: Origin, step: Step) -> i32 {
+    match step {
+        Step::End(action) => action,
+        Step::Undecided | Step::SlowPath => hand_over(ctx, Direction::Ingress(origin), step),
+        step => host_routing::send_on::<F>(ctx, step),
+    }
+}
+
+/// The action for what leaves the node, after the step that is next.
 #[inline(always)]
 fn sent<F: RoutingFamily>(ctx: &TcContext, step: Step) -> i32 {
-    let step = match step {
-        Step::Dialled => {
-            let step = process::act::<F>(ctx, process::dial::<F>(ctx)).step();
-            Tc::tell::<F>(ctx.as_ptr());
-            step
-        }
-        step => step,
-    };
     match step {
         Step::Sent => process::send::<F>(ctx),
-        Step::SlowPath => told::<F>(ctx, slow_sent::<F>(ctx)),
-        step => whole::<F>(ctx, Direction::Egress, step),
+        Step::Dialled | Step::SlowPath => hand_over(ctx, Direction::Ingress(Origin::Process), step),
+        step => left(ctx, step),
     }
 }
 
-/// The action, after the steps that are next.
+/// The action for what leaves, after the step that is next.
 #[inline(always)]
-fn whole<F: RoutingFamily>(ctx: &TcContext, direction: Direction, step: Step) -> i32 {
-    match (step, direction) {
-        (Step::End(action), _) => action,
-        (Step::SlowPath, Direction::Ingress(origin)) => {
-            told::<F>(ctx, slow_ingress::<F>(ctx, origin))
-        }
-        (Step::SlowPath, Direction::Egress) => told::<F>(ctx, slow_egress::<F>(ctx)),
-        (Step::Undecided, Direction::Ingress(origin)) => {
-            let step = act::<F>(ctx, origin, open::<F>(ctx, origin)).step();
-            told::<F>(ctx, host_routing::send_on::<F>(ctx, step))
-        }
-        (Step::Undecided, Direction::Egress) => told::<F>(ctx, refusal::<F>(ctx)),
-        (step, Direction::Ingress(_)) => host_routing::send_on::<F>(ctx, step),
-        // Host routing is where packets come in; the verifier would walk through it here as well.
-        (_, Direction::Egress) => TC_ACT_UNSPEC,
-    }
-}
-
-/// The action, after tracers were told what it is about.
-#[inline(always)]
-fn told<F: KernelFamily>(ctx: &TcContext, action: i32) -> i32 {
-    Tc::tell::<F>(ctx.as_ptr());
-    action
-}
-
-/// A packet that may open a flow: what becomes of it. [`act`] does it, so that the locals here and
-/// those of the decision have the stack for themselves.
-#[inline(never)]
-fn open<F: KernelFamily>(ctx: &TcContext, origin: Origin) -> Encoded {
-    let Some(headers) = parse::<F>(ctx) else {
-        return Step::End(TC_ACT_UNSPEC).encode();
-    };
-    let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
-    let Some(scratch) = Maps::<F>::scratch(&maps) else {
-        return Step::End(TC_ACT_UNSPEC).encode();
-    };
-    let verdict = undecided::<F, _>(&maps, scratch, &arrival(&headers, origin));
-    Step::from(verdict).encode()
-}
-
-/// Does what was decided; with host routing a translation is left to that.
-#[inline(never)]
-fn act<F: KernelFamily>(ctx: &TcContext, origin: Origin, step: Encoded) -> Encoded {
-    acted::<F>(ctx, origin, step.step()).encode()
-}
-
-#[inline(always)]
-fn acted<F: KernelFamily>(ctx: &TcContext, origin: Origin, step: Step) -> Step {
-    if matches!(step, Step::End(_)) {
-        return step;
-    }
-    let Some(headers) = parse::<F>(ctx) else {
-        return Step::End(TC_ACT_UNSPEC);
-    };
-    let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
-    let Some(scratch) = Maps::<F>::scratch(&maps) else {
-        return Step::End(TC_ACT_UNSPEC);
-    };
-    Step::End(match step {
-        // Perhaps it is for a device on top of this one, which sees it next.
-        Step::Refuse | Step::Reset if !is_to_us(ctx, Direction::Ingress(origin)) => TC_ACT_UNSPEC,
-        Step::Refuse => refuse::<F>(ctx, &headers),
-        Step::Reset => reset::<F>(ctx, &headers),
-        _ if host_routing::is_on() && !scratch.translation.process => return Step::Translated,
-        _ => loopback::arrive::<F>(ctx, &headers, &scratch.translation),
-    })
-}
-
-/// A backend's refusal of a SYN, on its way to the client.
-#[inline(never)]
-fn refusal<F: KernelFamily>(ctx: &TcContext) -> i32 {
-    let Some(headers) = parse::<F>(ctx) else {
-        return TC_ACT_UNSPEC;
-    };
-    let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
-    let Some(scratch) = Maps::<F>::scratch(&maps) else {
-        return TC_ACT_UNSPEC;
-    };
-    match refused::<F, _>(&maps, scratch, &headers.tuple, headers.tcp_flags) {
-        Verdict::Translate(InScratch) => translate::<F>(ctx, &headers, &scratch.translation),
-        Verdict::Drop => TC_ACT_SHOT,
-        _ => TC_ACT_UNSPEC,
-    }
-}
-
-/// A packet that is not plain TCP or UDP, where it comes in.
-// One function a direction: programs on the way out have no use for the search for a backend.
-#[inline(never)]
-fn slow_ingress<F: KernelFamily>(ctx: &TcContext, origin: Origin) -> i32 {
-    slow::<F>(ctx, Direction::Ingress(origin))
-}
-
-/// The same where it leaves.
-#[inline(never)]
-fn slow_egress<F: KernelFamily>(ctx: &TcContext) -> i32 {
-    slow::<F>(ctx, Direction::Egress)
-}
-
-/// The same where it leaves the node, or goes from one of its processes to another.
-#[inline(never)]
-fn slow_sent<F: KernelFamily>(ctx: &TcContext) -> i32 {
-    slow::<F>(ctx, process::direction::<F>(ctx))
-}
-
-#[inline(always)]
-fn slow<F: KernelFamily>(ctx: &TcContext, direction: Direction) -> i32 {
-    if !is_to_us(ctx, direction) {
-        return TC_ACT_UNSPEC;
-    }
-    let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
-    match slow_path::handle::<F, _>(&maps, &Buffer(ctx), direction) {
-        Action::Pass => TC_ACT_UNSPEC,
-        // On its way from one process to another it is there already.
-        Action::Deliver if direction == Direction::Ingress(Origin::Process) => TC_ACT_UNSPEC,
-        Action::Deliver => loopback::loop_back(ctx),
-        Action::Send => process::send_slowly::<F>(ctx),
-        Action::Drop => TC_ACT_SHOT,
-        Action::Refuse => match slow_path::headers::<F, _>(&maps, &Buffer(ctx)) {
-            Some(headers) => refuse::<F>(ctx, &headers),
-            None => TC_ACT_SHOT,
-        },
-        Action::SendBack => {
-            if direction == Direction::Ingress(Origin::Process) {
-                return loopback::loop_back(ctx);
-            }
-            // What a process on this node sends comes back to it as if it had come in.
-            let flags = match direction {
-                Direction::Ingress(_) => 0,
-                Direction::Egress => u64::from(BPF_F_INGRESS),
-            };
-            // SAFETY: the context is valid while the program runs; the helper only notes where to
-            // send.
-            unsafe { bpf_redirect((*ctx.skb.skb).ifindex, flags) as i32 }
-        }
-    }
-}
-
-/// Whether the frame is one that this node may answer (SPEC H4): not one to a group, nor, from the
-/// network, one for another host that this device only sees. A pod's goes to its bridge, whose
-/// address its own device does not have.
-#[inline(always)]
-fn is_to_us(ctx: &TcContext, direction: Direction) -> bool {
-    // SAFETY: the context is valid while the program runs.
-    let packet_type = unsafe { (*ctx.skb.skb).pkt_type };
-    match direction {
-        Direction::Egress | Direction::Ingress(Origin::Process) => true,
-        Direction::Ingress(Origin::Network) => packet_type == PACKET_HOST,
-        Direction::Ingress(Origin::Pod) => {
-            !matches!(packet_type, PACKET_BROADCAST | PACKET_MULTICAST)
-        }
+fn left(ctx: &TcContext, step: Step) -> i32 {
+    match step {
+        Step::End(action) => action,
+        step => hand_over(ctx, Direction::Egress, step),
     }
 }

@@ -16,7 +16,7 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use shunt_common::{
-    balance::{Maps, looped, sent, undecided},
+    balance::{Maps, looped, sent},
     event::Event,
     layout::TCP,
     packet::{Headers, Packet, Tuple},
@@ -69,20 +69,6 @@ pub(super) fn decide<F: KernelFamily>(
             None => Step::End(TC_ACT_UNSPEC),
         }),
     }
-}
-
-/// A packet of a process that may open a flow: what becomes of it. [`act`] does it.
-#[inline(never)]
-pub(super) fn dial<F: KernelFamily>(ctx: &TcContext) -> Encoded {
-    let Some(headers) = parse::<F>(ctx) else {
-        return Step::End(TC_ACT_UNSPEC).encode();
-    };
-    let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
-    let Some(scratch) = Maps::<F>::scratch(&maps) else {
-        return Step::End(TC_ACT_UNSPEC).encode();
-    };
-    let verdict = undecided::<F, _>(&maps, scratch, &arrival(&headers, Origin::Process));
-    Step::from(verdict).encode()
 }
 
 /// Does what was decided, up to sending the packet to a backend.

@@ -215,6 +215,15 @@ fn features(rows: &mut Rows) {
         batch,
         "kernel 5.6 or later; without them walks over flows are slower",
     );
+    let tail_call = probe::probe_tail_call()
+        .map(|()| "works".to_owned())
+        .map_err(|e| e.to_string());
+    rows.add(
+        "tail calls beside functions",
+        Need::Required,
+        tail_call,
+        "kernel 5.10 or later on x86-64, 6.0 or later on arm64, with net.core.bpf_jit_enable=1",
+    );
 
     use ProgramType::{CgroupSockAddr, SchedClassifier, Xdp};
     use bpf_func_id::{

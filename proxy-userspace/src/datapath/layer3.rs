@@ -12,9 +12,12 @@ use std::{
 use aya::{EbpfLoader, programs::Program};
 
 use super::{
-    Capacities, LAYER3_NODE_PROGRAMS, LAYER3_POD_PROGRAMS, NODE_PROGRAMS, POD_PROGRAMS, Paths,
+    Capacities, LAYER3_NODE_PROGRAMS, LAYER3_POD_PROGRAMS, LAYER3_TAIL_CALLED_PROGRAMS,
+    NODE_PROGRAMS, POD_PROGRAMS, Paths, TAIL_CALLED_PROGRAMS,
     bpf::{self, link::Hook},
+    load::RUN_MEMORY,
     object::object,
+    tail_calls::{self, Kind},
 };
 
 /// What the programs are loaded from, over the maps that are pinned by then.
@@ -37,6 +40,11 @@ fn names() -> impl Iterator<Item = (&'static str, &'static str)> {
         .zip(NODE_PROGRAMS)
         .chain(LAYER3_POD_PROGRAMS.into_iter().zip(POD_PROGRAMS))
         .map(name)
+        .chain(
+            LAYER3_TAIL_CALLED_PROGRAMS
+                .into_iter()
+                .zip(TAIL_CALLED_PROGRAMS),
+        )
 }
 
 impl Layer3 {
@@ -54,8 +62,12 @@ impl Layer3 {
             loader.override_global(name, value, true);
         }
         loader.override_global("LINK_HEADER", &0_u32, true);
+        let entry = tail_calls::next(&self.paths, Kind::Layer3)?;
+        loader.override_global(tail_calls::GLOBAL, &entry, true);
         let object = aya_obj::Object::parse(object()).map_err(io::Error::other)?;
-        for name in object.maps.keys().filter(|name| !name.starts_with('.')) {
+        let pinned =
+            |name: &&String| !name.starts_with('.') && !RUN_MEMORY.contains(&name.as_str());
+        for name in object.maps.keys().filter(pinned) {
             if let Some((_, entries)) = self.capacities.of_map(name) {
                 loader.map_max_entries(name, entries);
             }
@@ -75,8 +87,11 @@ impl Layer3 {
                 .map_err(io::Error::other)?
                 .as_fd()
                 .try_clone_to_owned()?;
-            bpf::pin_over(fd.as_fd(), &self.paths.program(name))?;
             programs.insert(name, fd);
+        }
+        tail_calls::set(&self.paths, Kind::Layer3, entry, &programs)?;
+        for (name, fd) in &programs {
+            bpf::pin_over(fd.as_fd(), &self.paths.program(name))?;
         }
         Ok(programs)
     }

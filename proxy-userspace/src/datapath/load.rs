@@ -21,16 +21,19 @@ use aya::{
     programs::{Program, ProgramError},
 };
 use rustix::fs::{FlockOperation, flock, statfs};
+use shunt_common::layout::names;
 use tracing::{info, warn};
 
 pub use super::object::object;
 use super::{
-    CGROUP_PROGRAMS, Capacities, NODE_PROGRAMS, POD_PROGRAMS, Paths, XDP_PROGRAM,
+    CGROUP_PROGRAMS, Capacities, NODE_PROGRAMS, POD_PROGRAMS, Paths, TAIL_CALLED_PROGRAMS,
+    XDP_PROGRAM,
     bpf::{self, map::MapInfo, probe, program},
     layer3::Layer3,
     lock::{LockError, RootLock},
     object::kernel,
     start::{Part, Stopwatch},
+    tail_calls::{self, Kind},
     takeover::{self, Anew, Fingerprint},
     upgrade::Upgrade,
 };
@@ -46,7 +49,7 @@ pub(crate) const MOUNT_SOURCE: &str = "shunt";
 const HALF_OPEN_SHARE: u32 = 128;
 /// Maps that hold nothing from one packet to the next. They are not pinned: another build may want
 /// more of this memory, and none needs what is in it.
-const RUN_MEMORY: [&str; 3] = ["scratch4", "scratch6", "host_routing"];
+pub(super) const RUN_MEMORY: [&str; 3] = ["scratch4", "scratch6", "host_routing"];
 /// Lines of the verifier's log that an error quotes; the reason is in the last ones.
 const VERIFIER_LINES: usize = 12;
 
@@ -293,8 +296,11 @@ pub fn load_object(
         capacities,
         globals: build.globals.to_vec(),
     };
-    let names: Vec<&'static str> = program_names(config).collect();
-    let found = build.find(&paths, &wanted, &names);
+    let wanted_programs: Vec<&'static str> = program_names(config)
+        // Another build's object may not have it.
+        .filter(|&name| !TAIL_CALLED_PROGRAMS.contains(&name) || object.programs.contains_key(name))
+        .collect();
+    let found = build.find(&paths, &wanted, &wanted_programs);
     watch.lap(Part::Maps);
 
     let taken_over = found.is_ok();
@@ -310,9 +316,17 @@ pub fn load_object(
                 reason => info!("programs loaded anew: {reason}"),
             }
             let mut fresh = FreshPins(Vec::new());
-            let mut ebpf = load_maps(&paths, &wanted, &capacities, &build, &mut fresh)?;
+            let entry = tail_calls::next(&paths, Kind::Ethernet).map_err(root_error(
+                paths.programs(),
+                "find the pinned programs' tail calls",
+            ))?;
+            let mut ebpf = load_maps(&paths, &wanted, &capacities, &build, entry, &mut fresh)?;
             watch.lap(Part::Maps);
-            let programs = load_programs(&mut ebpf, &names)?;
+            let programs = load_programs(&mut ebpf, &wanted_programs)?;
+            tail_calls::set(&paths, Kind::Ethernet, entry, &programs).map_err(root_error(
+                paths.map(names::TAIL_CALLS),
+                "put the programs there that others call",
+            ))?;
             take_links(&paths, upgrade.as_ref())?;
             pin_programs(&paths, &wanted, &build, &programs)?;
             fresh.0.clear();
@@ -413,13 +427,20 @@ impl<const G: usize, const P: usize> BuildInputs<'_, G, P> {
         &self,
         paths: &Paths,
         wanted: &BTreeMap<&str, &aya_obj::Map>,
-        names: &[&'static str],
+        programs: &[&'static str],
     ) -> Result<BTreeMap<&'static str, OwnedFd>, Anew> {
-        if !paths.build().exists() && names.iter().all(|name| !paths.program(name).exists()) {
+        if !paths.build().exists() && programs.iter().all(|name| !paths.program(name).exists()) {
             return Err(Anew::First);
         }
         let maps = takeover::pinned_maps(paths, wanted.keys().copied())?;
-        takeover::find(paths, &self.fingerprint(&maps), &maps, names)
+        let programs = takeover::find(paths, &self.fingerprint(&maps), &maps, programs)?;
+        match tail_calls::are_set(paths, Kind::Ethernet) {
+            Ok(false) => Err(Anew::Unexpected(
+                "they do not find each other in tail_calls".to_owned(),
+            )),
+            Ok(true) => Ok(programs),
+            Err(error) => Err(Anew::Unreadable(names::TAIL_CALLS.to_owned(), error)),
+        }
     }
 }
 
@@ -430,10 +451,12 @@ fn load_maps<const G: usize, const P: usize>(
     wanted: &BTreeMap<&str, &aya_obj::Map>,
     capacities: &Capacities,
     build: &BuildInputs<'_, G, P>,
+    tail_call: u32,
     fresh: &mut FreshPins,
 ) -> Result<Ebpf, LoadError> {
+    let tail_call = (tail_calls::GLOBAL, tail_call);
     let mut loader = EbpfLoader::new();
-    for (name, value) in &build.globals {
+    for (name, value) in build.globals.iter().chain([&tail_call]) {
         // Another build's object may not have it.
         let must_exist = std::ptr::eq(build.object, object());
         loader.override_global(name, value, must_exist);
@@ -592,6 +615,7 @@ fn all_programs() -> impl Iterator<Item = &'static str> {
         .iter()
         .chain(tc)
         .map(|&(name, _)| name)
+        .chain(TAIL_CALLED_PROGRAMS)
         .chain([XDP_PROGRAM])
 }
 

@@ -44,6 +44,7 @@ pub(crate) mod pods;
 pub(crate) mod rtnl;
 pub mod sockets;
 pub mod start;
+mod tail_calls;
 pub(crate) mod takeover;
 pub mod trace;
 pub mod upgrade;
@@ -103,6 +104,10 @@ pub const LAYER3_POD_PROGRAMS: [(&str, Hook); 2] = [
 ];
 /// The tc programs of the loopback device: what processes of the node send to its own addresses.
 pub const LOOPBACK_PROGRAMS: [(&str, Hook); 1] = [("tc_node_out", Hook::TcxEgress)];
+/// The tc programs that those on devices hand packets over to: what no open flow accounts for.
+pub const TAIL_CALLED_PROGRAMS: [&str; 2] = ["tc_undecided", "tc_slow_path"];
+/// [`TAIL_CALLED_PROGRAMS`] for devices without a link-layer header.
+pub(crate) const LAYER3_TAIL_CALLED_PROGRAMS: [&str; 2] = ["tc_undecided_l3", "tc_slow_path_l3"];
 /// The XDP program of node devices.
 pub const XDP_PROGRAM: &str = "xdp_node";
 

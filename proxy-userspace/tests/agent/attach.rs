@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aya::maps::{HashMap, MapData};
+use aya::maps::{HashMap, Map, MapData, ProgramArray};
 use shunt::{
     cli::{
         check,
@@ -27,7 +27,7 @@ use shunt::{
         xdp,
     },
 };
-use shunt_common::layout::{Frontend, FrontendKey, SCOPE_INTERNAL, TCP};
+use shunt_common::layout::{Frontend, FrontendKey, SCOPE_INTERNAL, TAIL_CALLS, TCP, names};
 use shunt_lab::UniqueName;
 
 /// A bpf-root and a cgroup that nobody else has, removed with everything in them when the test ends
@@ -231,7 +231,7 @@ fn frontend_key() -> FrontendKey<[u8; 4]> {
 }
 
 fn frontends(datapath: &Datapath) -> HashMap<MapData, FrontendKey<[u8; 4]>, Frontend> {
-    HashMap::try_from(aya::maps::Map::HashMap(datapath.map("frontends4").unwrap())).unwrap()
+    HashMap::try_from(Map::HashMap(datapath.map("frontends4").unwrap())).unwrap()
 }
 
 #[test]
@@ -351,6 +351,18 @@ fn programs_are_taken_over_and_where_one_is_missing_all_are_loaded() {
             before.iter().all(|(name, id)| after[name] != *id),
             "{before:?} {after:?}"
         );
+        drop(third);
+        // Programs that do not find those that they hand packets over to would open no flow.
+        assert!(start(true).taken_over());
+        let pin = place.paths().map(names::TAIL_CALLS);
+        let tail_calls = Map::ProgramArray(MapData::from_pin(pin).unwrap());
+        let mut tail_calls = ProgramArray::try_from(tail_calls).unwrap();
+        for entry in 0..TAIL_CALLS as u32 {
+            // Most were empty.
+            let _ = tail_calls.clear_index(&entry);
+        }
+        assert!(!start(true).taken_over());
+        assert!(start(true).taken_over());
     });
 }
 
@@ -775,6 +787,8 @@ fn hooks_that_are_off_leave_nothing_behind() {
             "tc_node_out",
             "tc_pod_in",
             "tc_pod_out",
+            "tc_slow_path",
+            "tc_undecided",
         ];
         assert_eq!(programs, set(&left));
     });

@@ -24,14 +24,16 @@ use etherparse::{
 
 use shunt::datapath::{
     bpf::{self, MappedArray},
-    load,
+    load::{self, LoadConfig},
     maps::Maps,
 };
 use shunt_common::layout::{
-    FLOW_BACKEND_FIN, FLOW_RESET, Flow, FlowKey, LAYOUT_VERSION, SnatSlot, TCP,
+    FLOW_BACKEND_FIN, FLOW_RESET, Flow, FlowKey, LAYOUT_VERSION, LOADS, SnatSlot, TCP,
 };
 
-use crate::loaded::{BACKEND, CLIENT, EMPTY, FAR, KEPT, Loaded, NODE, REMOTE, WEB, kept_backend};
+use crate::loaded::{
+    BACKEND, CLIENT, EMPTY, FAR, KEPT, LOOPBACK, Loaded, NODE, REMOTE, WEB, kept_backend,
+};
 
 /// Most instructions that the verifier may walk through in one program.
 const MOST_VERIFIED: u32 = 150_000;
@@ -210,6 +212,36 @@ fn programs_load_with_every_setting() {
                     };
                     assert_eq!(more, expected, "{case}");
                 }
+            }
+        }
+    }
+}
+
+/// A13: programs stay on their devices until the last is replaced, and meanwhile find those that
+/// they hand packets over to, though others were loaded, once and once more.
+#[test]
+fn programs_that_are_replaced_open_flows_to_the_end() {
+    let mut loaded = Loaded::new("replaced");
+    let maps = Maps::open(&loaded.root).unwrap();
+    let mut earlier = Vec::new();
+    let mut counts = false;
+    for n in 0..5 {
+        let set = |config: &mut LoadConfig| config.count_traffic = !counts;
+        earlier.push((loaded.load_again("tc_node_in", set), counts));
+        counts = !counts;
+        // Three loads take turns: of those before this one, two are still to be found.
+        for (back, (old, counts)) in earlier.iter().rev().take(LOADS as usize - 1).enumerate() {
+            for v6 in [0, 1] {
+                let case = format!("{n}, {back} loads ago, IPv{}", 4 + 2 * v6);
+                let port = 43_000 + 10 * n + back as u16;
+                let packet =
+                    |to: [&str; 2], to_port| packet(CLIENT[v6], port, to[v6], to_port, true);
+                let before = traffic(&maps)[0];
+                let (_, out) =
+                    loaded.run_program(old.as_fd(), LOOPBACK, "tc_node_in", &packet(WEB, 80));
+                assert_eq!(out, packet(BACKEND, 8080), "{case}");
+                // Which says that it was handed over to one of its own load.
+                assert_eq!(traffic(&maps)[0] - before, u64::from(*counts), "{case}");
             }
         }
     }

@@ -3,7 +3,7 @@
 use std::{
     cell::RefCell,
     io,
-    os::fd::{AsRawFd, BorrowedFd},
+    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
     path::PathBuf,
     sync::Arc,
 };
@@ -44,7 +44,7 @@ pub(crate) const BACKEND: [&str; 2] = ["10.44.0.7", "fd44::7"];
 pub(crate) const REMOTE: [&str; 2] = ["10.44.1.7", "fd44:0:0:b::7"];
 
 /// Index of the loopback device.
-const LOOPBACK: u32 = 1;
+pub(crate) const LOOPBACK: u32 = 1;
 /// Words of `struct __sk_buff` that the tests say something in, and where.
 const SK_BUFF: usize = 11;
 const INGRESS_IFINDEX: usize = 9;
@@ -55,7 +55,9 @@ const TC_ACT_REDIRECT: u32 = 7;
 
 /// The programs in a folder of this test's own.
 pub(crate) struct Loaded {
-    datapath: Datapath,
+    /// There but while another load replaces it, which needs its lock.
+    datapath: Option<Datapath>,
+    config: LoadConfig,
     syncer: RefCell<Syncer>,
     /// Where everything is pinned.
     pub(crate) root: PathBuf,
@@ -112,7 +114,8 @@ impl Loaded {
         maps.set_config(&node::config(&settings, 20_000).unwrap())
             .unwrap();
         let loaded = Self {
-            datapath,
+            datapath: Some(datapath),
+            config,
             syncer: RefCell::new(Syncer::new(maps).unwrap()),
             root,
             device: add_device(),
@@ -125,7 +128,27 @@ impl Loaded {
 
     /// The loaded programs by name.
     pub(crate) fn programs(&self) -> impl Iterator<Item = (&'static str, BorrowedFd<'_>)> {
-        self.datapath.programs()
+        self.datapath().programs()
+    }
+
+    fn datapath(&self) -> &Datapath {
+        self.datapath.as_ref().unwrap()
+    }
+
+    /// Loads the programs anew with other settings, over the same maps; one of those that there were.
+    pub(crate) fn load_again(
+        &mut self,
+        program: &str,
+        set: impl FnOnce(&mut LoadConfig),
+    ) -> OwnedFd {
+        let before = self.datapath().program(program).unwrap();
+        let before = before.try_clone_to_owned().unwrap();
+        set(&mut self.config);
+        drop(self.datapath.take());
+        let datapath = load(&self.config).unwrap();
+        assert!(!datapath.taken_over());
+        self.datapath = Some(datapath);
+        before
     }
 
     /// Puts [`BACKEND`] behind [`WEB`], or [`REMOTE`] in its place.
@@ -199,6 +222,18 @@ impl Loaded {
     }
 
     fn run_from(&self, came_in: u32, program: &str, packet: &[u8]) -> (u32, Vec<u8>) {
+        let fd = self.datapath().program(program).unwrap();
+        self.run_program(fd, came_in, program, packet)
+    }
+
+    /// Runs the program `fd` as the one of this name, on a packet that the device `came_in` has got.
+    pub(crate) fn run_program(
+        &self,
+        fd: BorrowedFd<'_>,
+        came_in: u32,
+        program: &str,
+        packet: &[u8],
+    ) -> (u32, Vec<u8>) {
         let device = if program.ends_with("_out") {
             self.device
         } else {
@@ -212,7 +247,6 @@ impl Loaded {
         } else {
             &[]
         };
-        let fd = self.datapath.program(program).unwrap();
         if program.starts_with("tc_") {
             match test_run(fd, packet, true, context) {
                 Ok(result) => return result,

@@ -28,6 +28,8 @@ pub(crate) const BPF_F_NO_PREALLOC: u32 = 1;
 pub(crate) mod types {
     pub(crate) const HASH: u32 = 1;
     pub(crate) const ARRAY: u32 = 2;
+    /// Programs for tail calls.
+    pub(crate) const PROG_ARRAY: u32 = 3;
     #[cfg(test)]
     pub(crate) const PERCPU_HASH: u32 = 5;
     #[cfg(test)]

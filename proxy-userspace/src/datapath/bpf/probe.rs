@@ -88,6 +88,38 @@ fn load_code<const N: usize>(
     unsafe { bpf_fd(Command::ProgLoad, &mut attr) }
 }
 
+/// Whether a tc program that has functions may end in a tail call: kernels before 6.0 say no on
+/// arm64, and so does one without its JIT compiler.
+///
+/// # Errors
+/// The kernel's: `EINVAL` where it may not, `EPERM` without `CAP_BPF` and `CAP_NET_ADMIN`.
+pub fn probe_tail_call() -> io::Result<()> {
+    const SCHED_CLS: u32 = 3;
+    let array = map::create(map::types::PROG_ARRAY, 4, 4, 1, 0)?;
+    let array = u64::from(raw(array.as_fd()));
+    // r6 = ctx; function(); bpf_tail_call(r6, array, 0); return 0
+    load_code(
+        "shunt_check",
+        SCHED_CLS,
+        None,
+        [
+            0xbf | 0x16 << 8,
+            0x85 | 0x10 << 8 | 7 << 32,
+            0xbf | 0x61 << 8,
+            0x18 | 0x12 << 8 | array << 32,
+            0,
+            0xb7 | 3 << 8,
+            0x85 | 12 << 32,
+            0xb7,
+            0x95,
+            // The function.
+            0xb7,
+            0x95,
+        ],
+    )
+    .map(drop)
+}
+
 /// Whether `bpf_l4_csum_replace` knows [`BPF_F_IPV6`]. Before, it spoiled the sum that a device had
 /// computed over an IPv6 packet (`CHECKSUM_COMPLETE`): an IPv4 header's own checksum makes up for
 /// new addresses, and IPv6 has none.
