@@ -12,6 +12,11 @@ use std::{
     process::{Command, ExitCode},
 };
 
+use object::{
+    build::elf::{Builder, SectionData},
+    elf::SHT_STRTAB,
+};
+
 /// Flags of the BPF build.
 const RUSTFLAGS: &[&str] = &[
     // Types of maps and programs for bpftool, and line numbers in the verifier's log.
@@ -67,8 +72,29 @@ fn build(workspace: &str, package: &str, sources: &str, object: &str) -> Result<
     for warning in warnings(&stderr) {
         println!("cargo::warning={package}: {warning}");
     }
-    fs::copy(&built, &out).map_err(|e| format!("{} to {}: {e}", built.display(), out.display()))?;
-    Ok(())
+    let object = fs::read(&built).map_err(|e| format!("{}: {e}", built.display()))?;
+    let object = without_debug_info(&object).map_err(|e| format!("{}: {e}", built.display()))?;
+    fs::write(&out, object).map_err(|e| format!("{}: {e}", out.display()))
+}
+
+/// The object without DWARF, which the linker has made BTF of: nobody else reads it, and it is four
+/// fifths of the object and nine tenths of the time that it takes to parse it.
+fn without_debug_info(object: &[u8]) -> object::build::Result<Vec<u8>> {
+    let mut elf = Builder::read(object)?;
+    for section in &mut elf.sections {
+        let name = section.name.to_string();
+        section.delete = name.starts_with(".debug_") || name.starts_with(".rel.debug_");
+    }
+    // LLVM keeps the names of sections with those of symbols, which the builder does not.
+    let names = elf.sections.add();
+    names.name = ".shstrtab".into();
+    names.sh_type = SHT_STRTAB;
+    names.sh_addralign = 1;
+    names.data = SectionData::SectionString;
+    elf.delete_orphans();
+    let mut written = Vec::new();
+    elf.write(&mut written)?;
+    Ok(written)
 }
 
 /// Builds the binary `object` of the package in the folder `sources` of `workspace` for `target`
