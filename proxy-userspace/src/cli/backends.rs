@@ -1,7 +1,7 @@
 //! `shunt backends`: what clients reach, and how often each hook sent a flow there.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeSet, HashMap},
     net::{IpAddr, SocketAddr},
 };
 
@@ -10,7 +10,11 @@ use clap::Args;
 use serde::Serialize;
 use shunt_common::layout::{AFFINITY_TICK_NS, BackendState};
 
-use super::{Common, open, print_rows, service_name, service_names, services};
+use super::{
+    Common, open,
+    rows::{self, Column, Watched, print_rows},
+    service_name, service_names, services,
+};
 use crate::{
     datapath::maps::{MapError, Maps},
     gc,
@@ -25,6 +29,9 @@ pub struct BackendsArgs {
     /// Only this namespace.
     #[arg(short, long)]
     namespace: Option<String>,
+    /// Go on, and print what comes, changes or goes.
+    #[arg(short, long)]
+    watch: bool,
     /// Only this Service: NAME or NAMESPACE/NAME.
     service: Option<String>,
 }
@@ -99,7 +106,10 @@ pub struct FlowCounts {
 /// memory for a batch. Nothing has changed: try again.
 pub fn list(maps: &Maps) -> Result<Vec<BackendRow>, MapError> {
     let names = service_names(maps)?;
-    let mut rows: BTreeMap<u32, BackendRow> = BTreeMap::new();
+    // All at once: one call of the kernel for each would take longer than the rest.
+    let states: HashMap<u32, BackendState> = maps.backends.entries()?.into_iter().collect();
+    let now = gc::now_in(AFFINITY_TICK_NS);
+    let mut rows: HashMap<u32, BackendRow> = HashMap::with_capacity(states.len());
     for family in FamilyIndex::ALL {
         for (id, entry) in maps.table(family).entries()? {
             let frontend = SocketAddr::new(services::address(&id), id.port);
@@ -109,7 +119,7 @@ pub fn list(maps: &Maps) -> Result<Vec<BackendRow>, MapError> {
                     continue;
                 }
                 let (namespace, service) = service_name(&names, entry.service);
-                let state = maps.backends.get(&backend.id)?.unwrap_or_default();
+                let state = states.get(&backend.id).copied().unwrap_or_default();
                 let row = BackendRow {
                     namespace,
                     service,
@@ -117,7 +127,7 @@ pub fn list(maps: &Maps) -> Result<Vec<BackendRow>, MapError> {
                     port: backend.port,
                     protocol: id.protocol.to_string(),
                     local: backend.local,
-                    quarantine: Quarantine::of(&state, gc::now_in(AFFINITY_TICK_NS)),
+                    quarantine: Quarantine::of(&state, now),
                     flows: FlowCounts {
                         socket: state.socket_flows,
                         tc: state.tc_flows,
@@ -143,11 +153,62 @@ fn is_of(row: &BackendRow, service: &str) -> bool {
     }
 }
 
-/// Runs the verb.
-///
-/// # Errors
-/// No maps, no such Service, or the kernel's.
-pub fn run(args: &BackendsArgs) -> anyhow::Result<()> {
+impl BackendRow {
+    fn quarantine_cell(&self) -> String {
+        match &self.quarantine {
+            None => String::new(),
+            Some(Quarantine {
+                remaining_ms: 0, ..
+            }) => "to be tried".into(),
+            Some(quarantine) => format!("for {:.1}s", quarantine.remaining_ms as f64 / 1000.0),
+        }
+    }
+
+    fn frontends_cell(&self) -> String {
+        let frontends: Vec<String> = self.frontends.iter().map(ToString::to_string).collect();
+        frontends.join(" ")
+    }
+}
+
+impl Watched for BackendRow {
+    type Key = (String, String, SocketAddr, String, u32);
+    /// Where it is, whether and how often in a row it has failed, and what leads to it; not how many
+    /// flows it has had.
+    type State = (bool, Option<u16>, BTreeSet<SocketAddr>);
+
+    fn key(&self) -> Self::Key {
+        let (namespace, service) = (self.namespace.clone(), self.service.clone());
+        let socket = SocketAddr::new(self.address, self.port);
+        (namespace, service, socket, self.protocol.clone(), self.id)
+    }
+
+    fn state(&self) -> Self::State {
+        let failures = self.quarantine.as_ref().map(|it| it.failures);
+        (self.local, failures, self.frontends.clone())
+    }
+}
+
+const COLUMNS: &[Column<BackendRow>] = &[
+    Column::new("NAMESPACE", |row| row.namespace.clone()),
+    Column::new("SERVICE", |row| row.service.clone()),
+    Column::new("BACKEND", |row| {
+        SocketAddr::new(row.address, row.port).to_string()
+    }),
+    Column::new("PROTOCOL", |row| row.protocol.clone()),
+    Column::new("WHERE", |row| {
+        if row.local { "local" } else { "remote" }.into()
+    }),
+    Column::new("QUARANTINE", BackendRow::quarantine_cell),
+    Column::new("FLOWS", |row| {
+        (row.flows.socket + row.flows.tc + row.flows.xdp).to_string()
+    }),
+    Column::wide("SOCKET", |row| row.flows.socket.to_string()),
+    Column::wide("TC", |row| row.flows.tc.to_string()),
+    Column::wide("XDP", |row| row.flows.xdp.to_string()),
+    Column::wide("FRONTENDS", BackendRow::frontends_cell),
+];
+
+fn read(args: &BackendsArgs) -> anyhow::Result<Vec<BackendRow>> {
     let maps = open(&args.common.bpf_root)?;
     let mut rows = list(&maps)?;
     if let Some(namespace) = &args.namespace {
@@ -157,6 +218,7 @@ pub fn run(args: &BackendsArgs) -> anyhow::Result<()> {
         rows.retain(|row| is_of(row, service));
         let name = service.rsplit('/').next().unwrap_or(service);
         if rows.is_empty()
+            && !args.watch
             && !service_names(&maps)?
                 .values()
                 .any(|(_, known)| known == name)
@@ -164,41 +226,16 @@ pub fn run(args: &BackendsArgs) -> anyhow::Result<()> {
             bail!("no Service {service} in the maps: `shunt services` lists all");
         }
     }
-    let titles = [
-        "NAMESPACE",
-        "SERVICE",
-        "BACKEND",
-        "PROTOCOL",
-        "WHERE",
-        "QUARANTINE",
-        "SOCKET",
-        "TC",
-        "XDP",
-        "FRONTENDS",
-    ];
-    print_rows(args.common.output, &rows, titles, |row| {
-        let frontends: Vec<String> = row.frontends.iter().map(ToString::to_string).collect();
-        [
-            row.namespace.clone(),
-            row.service.clone(),
-            SocketAddr::new(row.address, row.port).to_string(),
-            row.protocol.clone(),
-            if row.local {
-                "local".into()
-            } else {
-                "remote".into()
-            },
-            match &row.quarantine {
-                None => String::new(),
-                Some(Quarantine {
-                    remaining_ms: 0, ..
-                }) => "to be tried".into(),
-                Some(quarantine) => format!("for {:.1}s", quarantine.remaining_ms as f64 / 1000.0),
-            },
-            row.flows.socket.to_string(),
-            row.flows.tc.to_string(),
-            row.flows.xdp.to_string(),
-            frontends.join(" "),
-        ]
-    })
+    Ok(rows)
+}
+
+/// Runs the verb.
+///
+/// # Errors
+/// No maps, no such Service, or the kernel's.
+pub fn run(args: &BackendsArgs) -> anyhow::Result<()> {
+    match args.watch {
+        true => rows::watch(args.common.output, COLUMNS, || read(args)),
+        false => print_rows(args.common.output, &read(args)?, COLUMNS),
+    }
 }

@@ -10,7 +10,10 @@ use shunt_common::layout::{
     FLOW_SEEN_REPLY, FLOW_SNAT, Flow, FlowKey,
 };
 
-use super::{Common, Peer, open, print, print_rows};
+use super::{
+    Common, Peer, open, print,
+    rows::{Column, print_rows},
+};
 use crate::{
     datapath::maps::{MapError, MapFamily, Maps, PerFamily},
     gc,
@@ -251,23 +254,33 @@ pub fn run(args: &ConntrackArgs) -> anyhow::Result<()> {
     print_flows(common, filter)
 }
 
+impl FlowRow {
+    /// Which of its ends are on this node.
+    fn here_cell(&self) -> String {
+        match (self.local_client, self.local_backend) {
+            (true, true) => "both",
+            (true, false) => "client",
+            (false, true) => "backend",
+            (false, false) => "",
+        }
+        .into()
+    }
+}
+
+const COLUMNS: &[Column<FlowRow>] = &[
+    Column::new("PROTOCOL", |row| row.protocol.clone()),
+    Column::new("CLIENT", |row| row.client.to_string()),
+    Column::new("FRONTEND", |row| row.frontend.to_string()),
+    Column::new("BACKEND", |row| row.backend.to_string()),
+    Column::wide("HERE", FlowRow::here_cell),
+    Column::wide("SOURCE", |row| {
+        row.snat.map_or("kept".into(), |snat| snat.to_string())
+    }),
+    Column::new("STATE", |row| row.state.name().into()),
+    Column::new("IDLE", |row| format!("{}s", row.idle_seconds)),
+];
+
 fn print_flows(common: &Common, filter: &Filter) -> anyhow::Result<()> {
     let rows = list(&open(&common.bpf_root)?, filter)?;
-    let titles = [
-        "PROTOCOL", "CLIENT", "FRONTEND", "BACKEND", "SOURCE", "STATE", "IDLE",
-    ];
-    print_rows(common.output, &rows, titles, |row| {
-        let side = |socket: SocketAddr, local: bool| {
-            format!("{socket}{}", if local { " (local)" } else { "" })
-        };
-        [
-            row.protocol.clone(),
-            side(row.client, row.local_client),
-            row.frontend.to_string(),
-            side(row.backend, row.local_backend),
-            row.snat.map_or("kept".into(), |snat| snat.to_string()),
-            row.state.name().into(),
-            format!("{}s", row.idle_seconds),
-        ]
-    })
+    print_rows(common.output, &rows, COLUMNS)
 }

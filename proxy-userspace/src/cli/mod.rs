@@ -13,7 +13,6 @@ use std::{
 };
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use comfy_table::{Table, presets::NOTHING};
 use serde::Serialize;
 
 use crate::{
@@ -32,6 +31,7 @@ pub mod env;
 pub mod explain;
 mod listening;
 mod pods;
+mod rows;
 pub mod run;
 pub mod services;
 pub mod status;
@@ -65,7 +65,7 @@ enum Verb {
         cgroup_root: Option<PathBuf>,
     },
     /// Whether an agent runs, how full the maps are, what is attached, what was counted.
-    Status(Common),
+    Status(status::StatusArgs),
     /// What clients can dial.
     Services(services::ServicesArgs),
     /// What they reach.
@@ -102,6 +102,8 @@ pub struct Common {
 pub enum Output {
     /// For people.
     Table,
+    /// With more columns, where there are more.
+    Wide,
     /// For programs.
     Json,
     /// The same as YAML.
@@ -109,10 +111,15 @@ pub enum Output {
 }
 
 impl Output {
+    /// Whether people read it.
+    fn is_table(self) -> bool {
+        matches!(self, Self::Table | Self::Wide)
+    }
+
     /// The value for programs; `None`: people want to read it.
     fn structured(self, value: &impl Serialize) -> anyhow::Result<Option<String>> {
         Ok(match self {
-            Self::Table => None,
+            Self::Table | Self::Wide => None,
             Self::Json => Some(serde_json::to_string_pretty(value)?),
             Self::Yaml => Some(serde_saphyr::to_string(value)?.trim_end().to_owned()),
         })
@@ -136,7 +143,7 @@ pub fn main() -> ExitCode {
             let cgroup_root = cgroup_root.unwrap_or_else(cgroup::default_root);
             check::run(&common.bpf_root, &cgroup_root, common.output)
         }
-        Verb::Status(common) => status::run(&common).map(|()| true),
+        Verb::Status(args) => status::run(&args).map(|()| true),
         Verb::Services(args) => services::run(&args).map(|()| true),
         Verb::Backends(args) => backends::run(&args).map(|()| true),
         Verb::Conntrack(args) => conntrack::run(&args).map(|()| true),
@@ -165,20 +172,6 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
         .is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
-/// Prints rows as a table with these column titles, or as a JSON array.
-fn print_rows<R: Serialize, const N: usize>(
-    output: Output,
-    rows: &[R],
-    titles: [&str; N],
-    cells: impl Fn(&R) -> [String; N],
-) -> anyhow::Result<()> {
-    let text = match output.structured(&rows)? {
-        Some(text) => text,
-        None => table(titles, rows.iter().map(cells)),
-    };
-    print(&text)
-}
-
 /// Prints a line or several to stdout.
 fn print(text: &str) -> anyhow::Result<()> {
     let mut stdout = io::stdout().lock();
@@ -187,14 +180,36 @@ fn print(text: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Columns without lines, as `kubectl` prints them.
-fn table<const N: usize>(titles: [&str; N], rows: impl Iterator<Item = [String; N]>) -> String {
-    let mut table = Table::new();
-    table.load_style(NOTHING).set_header(titles).add_rows(rows);
-    for column in table.column_iter_mut() {
-        column.set_padding((0, 2));
+/// Columns without lines, as `kubectl` prints them: of a hundred thousand rows too, for which a
+/// library of tables takes seconds.
+fn table<'a, R: IntoIterator<Item = String>>(
+    titles: impl IntoIterator<Item = &'a str>,
+    rows: impl Iterator<Item = R>,
+) -> String {
+    let titles: Vec<String> = titles.into_iter().map(str::to_owned).collect();
+    let columns = titles.len();
+    let mut cells = titles;
+    for row in rows {
+        cells.extend(row.into_iter().take(columns));
     }
-    table.trim_fmt()
+    let mut widths = vec![0; columns];
+    for row in cells.chunks(columns) {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = cell.chars().count().max(*width);
+        }
+    }
+    let mut text = String::new();
+    for row in cells.chunks(columns) {
+        for (width, cell) in widths.iter().zip(row) {
+            text.push_str(cell);
+            let padding = width - cell.chars().count() + 2;
+            text.extend(std::iter::repeat_n(' ', padding));
+        }
+        text.truncate(text.trim_end_matches(' ').len());
+        text.push('\n');
+    }
+    text.truncate(text.trim_end().len());
+    text
 }
 
 /// The namespace and name of every Service number.

@@ -9,7 +9,11 @@ use clap::Args;
 use serde::Serialize;
 use shunt_common::layout::{self, FRONTEND_DROP, FRONTEND_KEEP_SOURCE, FRONTEND_SOURCE_RANGES};
 
-use super::{Common, open, print_rows, service_name, service_names};
+use super::{
+    Common, open,
+    rows::{self, Column, Watched, print_rows},
+    service_name, service_names,
+};
 use crate::{
     datapath::maps::{MapError, Maps},
     plan::{FrontendAddress, FrontendId, Scope},
@@ -24,6 +28,9 @@ pub struct ServicesArgs {
     /// Only this namespace.
     #[arg(short, long)]
     namespace: Option<String>,
+    /// Go on, and print what comes, changes or goes.
+    #[arg(short, long)]
+    watch: bool,
 }
 
 /// One frontend, both scopes together.
@@ -91,6 +98,15 @@ impl FrontendRow {
             internal
         } else {
             format!("{internal} inside, {external} outside")
+        }
+    }
+
+    fn slots_cell(&self) -> String {
+        let slots = |scope: &Option<ScopeRow>| scope.as_ref().map_or(0, |scope| scope.slots);
+        let (internal, external) = (slots(&self.internal), slots(&self.external));
+        match internal == external {
+            true => internal.to_string(),
+            false => format!("{internal}, {external}"),
         }
     }
 
@@ -178,33 +194,45 @@ pub fn list(maps: &Maps) -> Result<Vec<FrontendRow>, MapError> {
     Ok(rows)
 }
 
+impl Watched for FrontendRow {
+    type Key = (String, String, SocketAddr, String);
+    type State = Self;
+
+    fn key(&self) -> Self::Key {
+        let (namespace, service) = (self.namespace.clone(), self.service.clone());
+        (namespace, service, self.socket(), self.protocol.clone())
+    }
+
+    fn state(&self) -> Self {
+        self.clone()
+    }
+}
+
+const COLUMNS: &[Column<FrontendRow>] = &[
+    Column::new("NAMESPACE", |row| row.namespace.clone()),
+    Column::new("SERVICE", |row| row.service.clone()),
+    Column::new("KIND", |row| row.kind.into()),
+    Column::new("FRONTEND", |row| row.socket().to_string()),
+    Column::new("PROTOCOL", |row| row.protocol.clone()),
+    Column::new("BACKENDS", FrontendRow::backends_cell),
+    Column::wide("SLOTS", FrontendRow::slots_cell),
+    Column::wide("POLICIES", FrontendRow::policies_cell),
+];
+
 /// Runs the verb.
 ///
 /// # Errors
 /// No maps, or the kernel's.
 pub fn run(args: &ServicesArgs) -> anyhow::Result<()> {
-    let mut rows = list(&open(&args.common.bpf_root)?)?;
-    if let Some(namespace) = &args.namespace {
-        rows.retain(|row| row.namespace == *namespace);
+    let read = || {
+        let mut rows = list(&open(&args.common.bpf_root)?)?;
+        if let Some(namespace) = &args.namespace {
+            rows.retain(|row| row.namespace == *namespace);
+        }
+        anyhow::Ok(rows)
+    };
+    match args.watch {
+        true => rows::watch(args.common.output, COLUMNS, read),
+        false => print_rows(args.common.output, &read()?, COLUMNS),
     }
-    let titles = [
-        "NAMESPACE",
-        "SERVICE",
-        "KIND",
-        "FRONTEND",
-        "PROTOCOL",
-        "BACKENDS",
-        "POLICIES",
-    ];
-    print_rows(args.common.output, &rows, titles, |row| {
-        [
-            row.namespace.clone(),
-            row.service.clone(),
-            row.kind.into(),
-            row.socket().to_string(),
-            row.protocol.clone(),
-            row.backends_cell(),
-            row.policies_cell(),
-        ]
-    })
 }

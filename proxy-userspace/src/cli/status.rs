@@ -5,9 +5,12 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
     path::PathBuf,
+    thread,
+    time::Duration,
 };
 
 use anyhow::Context;
+use clap::Args;
 use serde::Serialize;
 use shunt_common::layout::{LAYOUT_VERSION, names};
 
@@ -25,6 +28,21 @@ use crate::{
     },
     sync::table::FamilyIndex,
 };
+
+/// Columns for the names of programs.
+const PROGRAM_COLUMNS: usize = 70;
+/// How often `--watch` looks.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// `shunt status`.
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    #[command(flatten)]
+    common: Common,
+    /// Go on, and print the first line again when it changes (with -o json or yaml: all).
+    #[arg(short, long)]
+    watch: bool,
+}
 
 /// What `shunt status` prints.
 #[derive(Clone, Debug, Serialize)]
@@ -330,6 +348,12 @@ impl Status {
                 self.start.as_ref().map_or("unknown".to_owned(), start_text),
             ),
             (
+                "seconds",
+                self.start
+                    .as_ref()
+                    .map_or("unknown".to_owned(), start_parts),
+            ),
+            (
                 "bpf root",
                 format!("{} (layout {})", self.bpf_root.display(), self.layout),
             ),
@@ -367,10 +391,16 @@ impl Status {
             let place = (link.target.as_str(), link.attached);
             programs.entry(place).or_default().push(&link.program);
         }
-        let attached = programs.into_iter().map(|((target, attached), programs)| {
-            let note = if attached { "" } else { "device is gone" };
-            [target.to_owned(), programs.join(" "), note.to_owned()]
-        });
+        let attached = programs
+            .into_iter()
+            .flat_map(|((target, attached), programs)| {
+                let note = if attached { "" } else { "device is gone" };
+                let lines = folded(&programs).into_iter().enumerate();
+                lines.map(move |(n, programs)| match n {
+                    0 => [target.to_owned(), programs, note.to_owned()],
+                    _ => [String::new(), programs, String::new()],
+                })
+            });
         let events = self
             .events
             .iter()
@@ -397,15 +427,32 @@ impl Status {
     }
 }
 
+/// Words on lines of at most [`PROGRAM_COLUMNS`].
+fn folded(words: &[&str]) -> Vec<String> {
+    let mut lines: Vec<String> = Vec::new();
+    for word in words {
+        match lines.last_mut() {
+            Some(line) if line.len() + 1 + word.len() <= PROGRAM_COLUMNS => {
+                line.push(' ');
+                line.push_str(word);
+            }
+            _ => lines.push((*word).to_owned()),
+        }
+    }
+    lines
+}
+
 fn start_text(start: &Start) -> String {
-    let (took, how) = (
-        start.took,
-        if start.taken_over {
-            "taken over"
-        } else {
-            "loaded"
-        },
-    );
+    let how = if start.taken_over {
+        "taken over"
+    } else {
+        "loaded"
+    };
+    format!("took {:.2} s, programs {how}", start.took)
+}
+
+/// What took how many seconds of the start.
+fn start_parts(start: &Start) -> String {
     let parts = [
         ("settings", start.settings),
         ("maps", start.maps),
@@ -415,10 +462,9 @@ fn start_text(start: &Start) -> String {
         ("services", start.services),
         ("attach", start.attach),
     ];
-    let parts = parts
+    parts
         .map(|(part, seconds)| format!("{part} {seconds:.2}"))
-        .join(", ");
-    format!("took {took:.2} s, programs {how} ({parts})")
+        .join(" ")
 }
 
 fn addresses<F: MapFamily>(maps: &PerFamily<F>) -> anyhow::Result<Vec<IpAddr>> {
@@ -436,10 +482,26 @@ fn addresses<F: MapFamily>(maps: &PerFamily<F>) -> anyhow::Result<Vec<IpAddr>> {
 ///
 /// # Errors
 /// No maps, or the kernel's.
-pub fn run(common: &Common) -> anyhow::Result<()> {
-    let status = Status::read(&open(&common.bpf_root)?)?;
+pub fn run(args: &StatusArgs) -> anyhow::Result<()> {
+    let (common, read) = (&args.common, || Status::read(&open(&args.common.bpf_root)?));
+    let mut status = read()?;
     match common.output.structured(&status)? {
-        Some(text) => print(&text),
-        None => print(&status.text()),
+        Some(text) => print(&text)?,
+        None => print(&status.text())?,
+    }
+    if !args.watch {
+        return Ok(());
+    }
+    loop {
+        thread::sleep(LOOK);
+        let now = read()?;
+        if now.headline() == status.headline() {
+            continue;
+        }
+        match common.output.structured(&now)? {
+            Some(text) => print(&text)?,
+            None => print(&now.headline())?,
+        }
+        status = now;
     }
 }

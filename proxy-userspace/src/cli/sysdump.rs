@@ -22,7 +22,7 @@ use netlink_packet_route::{
 use serde::Serialize;
 use shunt_common::layout::LAYOUT_VERSION;
 
-use super::{backends, check, conntrack, print, services, status::Status};
+use super::{backends, check, conntrack, print, services, status::Status, trace};
 use crate::{
     config::DEFAULT_BPF_ROOT,
     datapath::{
@@ -37,6 +37,9 @@ use crate::{
 
 /// Most flows in the archive.
 const FLOWS: usize = 10_000;
+/// Decisions in the archive at most, and for how long they are listened to.
+const EVENTS: usize = 1_000;
+const EVENTS_FOR: Duration = Duration::from_secs(1);
 /// Longest the agent may take to answer.
 const TIMEOUT: Duration = Duration::from_secs(2);
 /// Where the agent serves its metrics by default.
@@ -234,6 +237,42 @@ fn command_line(pid: u32) -> io::Result<String> {
     Ok(words.join("\n"))
 }
 
+/// The value of `--config` on a command line.
+fn config_path<'a>(words: &[&'a str]) -> Option<&'a str> {
+    let mut given = words
+        .iter()
+        .zip(words.iter().skip(1).map(Some).chain([None]));
+    given.find_map(|(word, next)| match word.strip_prefix("--config") {
+        Some("") => next.copied(),
+        Some(value) => value.strip_prefix('='),
+        None => None,
+    })
+}
+
+/// The agent's file of `--config`, as it sees it, without what may be secret.
+fn config_file(pid: u32, path: &str) -> io::Result<String> {
+    let place = match path.strip_prefix('/') {
+        Some(path) => format!("/proc/{pid}/root/{path}"),
+        None => format!("/proc/{pid}/cwd/{path}"),
+    };
+    Ok(without_secrets(&fs::read_to_string(place)?))
+}
+
+/// YAML without the values of fields that may be secret.
+fn without_secrets(yaml: &str) -> String {
+    let lines = yaml.lines().map(|line| match line.split_once(':') {
+        Some((name, _))
+            if SECRET
+                .iter()
+                .any(|secret| name.to_lowercase().contains(secret)) =>
+        {
+            format!("{name}: (left out)\n")
+        }
+        _ => format!("{line}\n"),
+    });
+    lines.collect()
+}
+
 /// What the agent serves at a path.
 fn ask(port: u16, path: &str) -> io::Result<String> {
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
@@ -275,6 +314,7 @@ fn gather(args: &SysdumpArgs) -> (Archive, BTreeSet<String>) {
                 flows
             });
             archive.json("flows.json", flows.map_err(Into::into));
+            archive.add("events.jsonl", trace::record(&maps, EVENTS_FOR, EVENTS));
         }
         Err(error) => archive.add("status.json", Err(error)),
     }
@@ -321,8 +361,13 @@ fn gather(args: &SysdumpArgs) -> (Archive, BTreeSet<String>) {
                 names.insert(pair[1].to_owned());
             }
         }
+        if let Some(path) = config_path(&words) {
+            archive.add("config.yaml", config_file(pid, path));
+        }
         archive.add("command-line.txt", line);
         archive.add("metrics.txt", ask(METRICS_PORT, "/metrics"));
+        // What flags, file and defaults come to.
+        archive.add("configz.txt", ask(METRICS_PORT, "/configz"));
     }
     (archive, names)
 }
@@ -392,6 +437,25 @@ pub fn run(args: &SysdumpArgs) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_configuration_is_found_and_has_no_secrets() {
+        let line = [
+            "shunt",
+            "run",
+            "--config",
+            "/etc/shunt.yaml",
+            "--xdp",
+            "off",
+        ];
+        assert_eq!(config_path(&line), Some("/etc/shunt.yaml"));
+        assert_eq!(config_path(&["run", "--config=a.yaml"]), Some("a.yaml"));
+        assert_eq!(config_path(&["run", "--config"]), None);
+        assert_eq!(config_path(&["run", "--config-sync-period=1m"]), None);
+        let yaml = "kind: ShuntConfiguration\n  bearerToken: abc\nxdp: off\n";
+        let told = "kind: ShuntConfiguration\n  bearerToken: (left out)\nxdp: off\n";
+        assert_eq!(without_secrets(yaml), told);
+    }
 
     #[test]
     fn names_are_numbers_where_they_stand_alone() {

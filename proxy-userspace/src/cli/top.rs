@@ -108,7 +108,7 @@ fn text(report: &Report) -> String {
 /// One report, printed.
 fn print_report(output: Output, report: &Report, lines: bool) -> anyhow::Result<()> {
     let text = match output {
-        Output::Table => text(report),
+        Output::Table | Output::Wide => text(report),
         Output::Json if lines => serde_json::to_string(report)?,
         Output::Yaml if lines => format!("---\n{}", serde_saphyr::to_string(report)?.trim_end()),
         _ => output.structured(report)?.unwrap_or_default(),
@@ -177,7 +177,7 @@ fn keys(view: &mut View, report: &Report) -> anyhow::Result<(bool, bool)> {
 
 async fn follow(args: &TopArgs) -> anyhow::Result<()> {
     let maps = open(&args.common.bpf_root)?;
-    let for_people = args.common.output == Output::Table && !args.once;
+    let for_people = args.common.output.is_table() && !args.once;
     let mut screen = match for_people {
         true => Some(Screen::open()?),
         false => None,

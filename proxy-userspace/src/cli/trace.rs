@@ -40,6 +40,9 @@ use crate::{
 /// How often the ring buffer is looked at: nobody is woken for a record.
 const LOOK: Duration = Duration::from_millis(20);
 
+/// So many records that are not told are enough to say that there are many.
+const MANY: u64 = 100_000;
+
 /// `shunt trace`.
 #[derive(Clone, Debug, Args)]
 pub struct TraceArgs {
@@ -288,7 +291,7 @@ async fn follow(args: &TraceArgs) -> anyhow::Result<()> {
     let mut interrupted = signal(SignalKind::interrupt())?;
     let mut terminated = signal(SignalKind::terminate())?;
     let mut tracer = Tracer::start(root, filter)?;
-    if args.common.output == Output::Table {
+    if args.common.output.is_table() {
         eprintln!("tracing; Ctrl-C ends it");
     }
     let mut look = interval(LOOK);
@@ -308,7 +311,7 @@ async fn follow(args: &TraceArgs) -> anyhow::Result<()> {
             };
             let line = names.line(&record)?;
             lines += &match args.common.output {
-                Output::Table => line.text(),
+                Output::Table | Output::Wide => line.text(),
                 Output::Json => serde_json::to_string(&line)?,
                 Output::Yaml => format!("---\n{}", serde_saphyr::to_string(&line)?.trim_end()),
             };
@@ -336,6 +339,40 @@ async fn follow(args: &TraceArgs) -> anyhow::Result<()> {
     }
     eprintln!("{told} told, {} lost", tracer.lost());
     Ok(())
+}
+
+/// What the programs decide within a time, as lines of JSON, and how many there were more.
+///
+/// # Errors
+/// No maps, too many tracers, or the kernel's.
+pub(super) fn record(maps: &Maps, time: Duration, most: usize) -> anyhow::Result<String> {
+    let filter = TraceFilter {
+        events: u64::MAX,
+        closes: TRACE_CLIENT_CLOSES | TRACE_BACKEND_CLOSES,
+        ..TraceFilter::default()
+    };
+    let mut names = Names::new(maps)?;
+    let mut tracer = Tracer::start(maps.root(), filter)?;
+    // Shorter than a lease.
+    std::thread::sleep(time.min(LEASE / 2));
+    let (mut text, mut more) = (String::new(), tracer.lost());
+    let mut told = 0;
+    while let Some(record) = tracer.receive() {
+        if told < most {
+            text += &serde_json::to_string(&names.line(&record)?)?;
+            text.push('\n');
+            told += 1;
+        } else if more < MANY {
+            more += 1;
+        } else {
+            // Of a flood the rest is not followed for ever.
+            break;
+        }
+    }
+    if more > 0 {
+        text += &format!("{{\"notTold\":{more}}}\n");
+    }
+    Ok(text)
 }
 
 /// Runs the verb.

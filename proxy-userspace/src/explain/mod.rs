@@ -36,7 +36,7 @@ use crate::{
         attach::{PinnedLink, TcMode, pinned_links},
         bpf::probe,
         maps::name_str,
-        netns, rtnl,
+        netns, rtnl, xdp,
     },
     gc,
     object::Protocol,
@@ -702,6 +702,11 @@ impl<'m, F: CopiedFamily> Walk<'m, F> {
                 } else {
                     "ipv6.conf.all.forwarding=1"
                 },
+            ));
+        }
+        if let (true, Some(chain)) = (from.index != 0, xdp::forward_rules()) {
+            self.told.warnings.push(format!(
+                "netfilter may drop it where tc sends it on (XDP and --fast-path on pass that by): {chain}"
             ));
         }
         let out = DeviceSeen::of(route.device, &self.links);

@@ -207,6 +207,14 @@ fn symptoms_are_told_with_what_to_do(cluster: &Cluster) {
         &["warning:", "rp_filter"],
     );
     ns.sysctl(&[("ipv4/conf/eth0/rp_filter", "0")]).unwrap();
+    let guard =
+        "table inet guard {\nchain f {\ntype filter hook forward priority 0\npolicy drop\n}\n}";
+    ns.output("nft", &[guard]).unwrap();
+    told(
+        &["explain", "tcp", &from, "10.96.0.1:80"],
+        &["warning:", "netfilter may drop it", "guard"],
+    );
+    ns.output("nft", &["delete table inet guard"]).unwrap();
     ns.ip(&[
         "link add bare type bridge".to_owned(),
         "link set bare up".to_owned(),
@@ -228,6 +236,16 @@ fn symptoms_are_told_with_what_to_do(cluster: &Cluster) {
     );
     told(&["services", "-n", "default"], &["ExternalIP"]);
     told(&["backends", "web"], &["local"]);
+    told(&["backends", "web", "-o", "wide"], &["10.96.0.1:80"]);
+    for verb in ["services", "backends", "conntrack", "status"] {
+        let output = agent.cli(&[verb]).unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        let longest = text
+            .lines()
+            .max_by_key(|line| line.chars().count())
+            .unwrap();
+        assert!(longest.chars().count() <= 100, "{verb}: {longest}");
+    }
     told(&["status"], &["fine: "]);
 }
 
@@ -266,6 +284,8 @@ fn archives_hold_no_names_when_anonymised(cluster: &Cluster) {
             "netfilter.txt",
             "sysctls.txt",
             "command-line.txt",
+            "configz.txt",
+            "events.jsonl",
             "errors.txt",
         ] {
             assert!(

@@ -19,6 +19,7 @@ mod life;
 mod maps;
 mod top;
 mod trace;
+mod watch;
 
 const BOTH: [Proto; 2] = [Proto::Tcp, Proto::Udp];
 const APP: u16 = 8080;

@@ -19,6 +19,7 @@ use shunt::{
 use shunt_lab::{AgentOptions, Lab};
 
 use super::{
+    cli,
     figures::{
         ARRIVAL_US, ENDPOINTS, FIRST_SYNC_S, MEMORY_MIB, TARGETED, capacities, field, line, nth,
     },
@@ -118,7 +119,7 @@ pub(super) fn measure(services: u32, changes: u32) -> Result<Vec<Line>> {
         &[(ready - listed).as_secs_f64()],
         "s",
     );
-    Ok(vec![
+    let mut lines = vec![
         match services {
             // NUMBERS: one `nft -f` of 10,000 Services, in a run of its own.
             TARGETED => first.beside(
@@ -144,7 +145,9 @@ pub(super) fn measure(services: u32, changes: u32) -> Result<Vec<Line>> {
         line(name("one endpoint's change, arrival to map"), &times, "µs"),
         line(name("the same, 99th percentile"), &[p99], "µs").bound(services, ARRIVAL_US),
         line(name("the same, CPU of the agent"), &[each], "µs"),
-    ])
+    ];
+    lines.extend(cli::measure(&agent, services)?);
+    Ok(lines)
 }
 
 fn kubeconfig_of(server: &Server) -> String {

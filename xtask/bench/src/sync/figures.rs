@@ -18,6 +18,13 @@ pub(super) const FIRST_SYNC_S: f64 = 2.0;
 /// Bound on the agent's memory, MiB.
 pub(super) const MEMORY_MIB: f64 = 150.0;
 
+/// Bound on `shunt services` and `shunt backends`, milliseconds.
+pub(super) const LIST_MS: f64 = 300.0;
+/// Bound on `shunt explain`, milliseconds.
+pub(super) const EXPLAIN_MS: f64 = 50.0;
+/// Bound on `shunt top`, percent of a CPU.
+pub(super) const TOP_PERCENT: f64 = 2.0;
+
 /// Room for so many Services, with slots and ids that rest while others are in use.
 pub(super) fn capacities(services: u32) -> Capacities {
     let defaults = Capacities::default();

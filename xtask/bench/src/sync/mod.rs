@@ -5,6 +5,7 @@
 //! Every Service has one cluster IP, one port, and one slice with [`figures::ENDPOINTS`] endpoints.
 
 mod agent;
+mod cli;
 mod figures;
 mod inside;
 mod objects;
