@@ -1,7 +1,7 @@
 //! `shunt backends`: what clients reach, and how often each hook sent a flow there.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet},
     net::{IpAddr, SocketAddr},
 };
 
@@ -110,10 +110,19 @@ pub fn list(maps: &Maps) -> Result<Vec<BackendRow>, MapError> {
     let states: HashMap<u32, BackendState> = maps.backends.entries()?.into_iter().collect();
     let now = gc::now_in(AFFINITY_TICK_NS);
     let mut rows: HashMap<u32, BackendRow> = HashMap::with_capacity(states.len());
+    let mut services: HashMap<u32, u32> = HashMap::with_capacity(states.len());
     for family in FamilyIndex::ALL {
-        for (id, entry) in maps.table(family).entries()? {
+        let table = maps.table(family);
+        // Clients inside and outside mostly share the slots of a frontend.
+        let mut done = HashSet::new();
+        for (id, entry) in table.entries()? {
             let frontend = SocketAddr::new(services::address(&id), id.port);
-            for backend in services::backends_of(maps, family, &entry) {
+            let range = (entry.slot_base, entry.slot_count);
+            if !done.insert((range, frontend, id.protocol as u8)) {
+                continue;
+            }
+            let end = entry.slot_base.saturating_add(entry.slot_count);
+            for backend in (entry.slot_base..end).map_while(|index| table.slot(index)) {
                 if let Some(row) = rows.get_mut(&backend.id) {
                     row.frontends.insert(frontend);
                     continue;
@@ -137,11 +146,32 @@ pub fn list(maps: &Maps) -> Result<Vec<BackendRow>, MapError> {
                     id: backend.id,
                 };
                 rows.insert(backend.id, row);
+                services.insert(backend.id, entry.service);
             }
         }
     }
+    // By name, which is compared once for a Service and not for each of its backends.
+    let mut order: Vec<(&u32, &(String, String))> = names.iter().collect();
+    order.sort_unstable_by_key(|&(_, name)| name);
+    let ranks = order
+        .iter()
+        .enumerate()
+        .map(|(rank, &(&number, _))| (number, rank));
+    let ranks: HashMap<u32, usize> = ranks.collect();
     let mut rows: Vec<BackendRow> = rows.into_values().collect();
-    rows.sort();
+    rows.sort_by_cached_key(|row| {
+        let service = services.get(&row.id).copied().unwrap_or_default();
+        let rank = ranks.get(&service).copied().unwrap_or(usize::MAX);
+        // Those of a Service that has no name by its number.
+        (
+            rank,
+            service,
+            row.address,
+            row.port,
+            row.protocol.clone(),
+            row.id,
+        )
+    });
     Ok(rows)
 }
 
