@@ -69,8 +69,7 @@ events! {
     FragmentLost = 15, "fragment_lost";
     /// Connections reset because their backend is gone.
     BackendGone = 16, "backend_gone";
-    /// Connected sockets whose frontend was not remembered, because `sockets` is full: they show
-    /// their backend as peer.
+    /// Connections that the socket hook has left to the packet path, because `sockets` is full.
     SocketsFull = 17, "sockets_full";
     /// SYNs sent to another backend because theirs had not answered or had refused.
     Retry = 18, "retry";

@@ -49,6 +49,9 @@ pub mod names {
     /// `LRU_HASH` [`DirectKey`](super::DirectKey) → `u32`: what left the node from a frontend's port
     /// and is no Service's, and when it did last (`CLOCK_MONOTONIC` in [`TICK_NS`](super::TICK_NS)).
     pub const DIRECT: [&str; 2] = ["direct4", "direct6"];
+    /// `LRU_HASH` [`DirectKey`](super::DirectKey) → `u32`: what pods send to backends themselves, past
+    /// any Service, and when they did last, as in [`DIRECT`]. The backend is the peer.
+    pub const BYPASS: [&str; 2] = ["bypass4", "bypass6"];
     /// `HASH` address → `u32` flags: the node addresses that node ports answer on.
     pub const NODE_ADDRS: [&str; 2] = ["node_addrs4", "node_addrs6"];
     /// `LRU_HASH` address → `u64`: when the next answer of the node's own to it is due, in ns of
@@ -388,18 +391,18 @@ pub struct SnatSlot<A> {
     pub reserved2: u32,
 }
 
-/// A connection of the node that is no Service's, though its own port is a frontend's: as those
-/// packets carry it that come in.
+/// What is no Service's, though it could be taken for that: a connection of the node whose own port
+/// is a frontend's, or one of a pod to a backend itself. As those packets carry it that answer.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct DirectKey<A> {
     /// The other side's address.
     pub peer: A,
-    /// The node's address.
+    /// The node's address, or the pod's.
     pub local: A,
     /// The other side's port, host order.
     pub peer_port: u16,
-    /// The node's port, host order.
+    /// The node's port, or the pod's, host order.
     pub local_port: u16,
     /// IANA protocol number.
     pub proto: u32,

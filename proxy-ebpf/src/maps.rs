@@ -76,6 +76,7 @@ pub(crate) trait KernelFamily: fib::RoutedFamily + answers::AnsweringFamily {
     const FLOWS: &'static Flows<Self::Addr>;
     const UNCONFIRMED: &'static Unconfirmed<Self::Addr>;
     const DIRECT: &'static Direct<Self::Addr>;
+    const BYPASS: &'static Direct<Self::Addr>;
     const SNAT: &'static Snat<Self::Addr>;
     const NODE_ADDRS: &'static NodeAddrs<Self::Addr>;
     const AFFINITY: &'static AffinityMap<Self::Addr>;
@@ -107,6 +108,10 @@ static UNCONFIRMED4: Unconfirmed<[u8; 4]> = Unconfirmed::new();
 static UNCONFIRMED6: Unconfirmed<[u8; 16]> = Unconfirmed::new();
 #[btf_map(name = "direct4")]
 static DIRECT4: Direct<[u8; 4]> = Direct::new();
+#[btf_map(name = "bypass4")]
+static BYPASS4: Direct<[u8; 4]> = Direct::new();
+#[btf_map(name = "bypass6")]
+static BYPASS6: Direct<[u8; 16]> = Direct::new();
 #[btf_map(name = "snat4")]
 static SNAT4: Snat<[u8; 4]> = Snat::new();
 #[btf_map(name = "direct6")]
@@ -176,6 +181,7 @@ impl KernelFamily for V4 {
     const FLOWS: &'static Flows<[u8; 4]> = &FLOWS4;
     const UNCONFIRMED: &'static Unconfirmed<[u8; 4]> = &UNCONFIRMED4;
     const DIRECT: &'static Direct<[u8; 4]> = &DIRECT4;
+    const BYPASS: &'static Direct<[u8; 4]> = &BYPASS4;
     const SNAT: &'static Snat<[u8; 4]> = &SNAT4;
     const NODE_ADDRS: &'static NodeAddrs<[u8; 4]> = &NODE_ADDRS4;
     const AFFINITY: &'static AffinityMap<[u8; 4]> = &AFFINITY4;
@@ -194,6 +200,7 @@ impl KernelFamily for V6 {
     const FLOWS: &'static Flows<[u8; 16]> = &FLOWS6;
     const UNCONFIRMED: &'static Unconfirmed<[u8; 16]> = &UNCONFIRMED6;
     const DIRECT: &'static Direct<[u8; 16]> = &DIRECT6;
+    const BYPASS: &'static Direct<[u8; 16]> = &BYPASS6;
     const SNAT: &'static Snat<[u8; 16]> = &SNAT6;
     const NODE_ADDRS: &'static NodeAddrs<[u8; 16]> = &NODE_ADDRS6;
     const AFFINITY: &'static AffinityMap<[u8; 16]> = &AFFINITY6;
@@ -676,6 +683,17 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
     fn add_direct(&self, key: &DirectKey<F::Words>, now: u32) {
         // An LRU refuses nobody but for lack of memory; the next packet is noted again.
         let _done = F::DIRECT.insert(bytes(key), now, BPF_ANY.into());
+    }
+
+    #[inline(always)]
+    fn bypass(&self, key: &DirectKey<F::Words>) -> Option<Entry<'_, u32>> {
+        entry(F::BYPASS.get_ptr_mut(bytes(key)))
+    }
+
+    #[inline(always)]
+    fn add_bypass(&self, key: &DirectKey<F::Words>, now: u32) {
+        // As above.
+        let _done = F::BYPASS.insert(bytes(key), now, BPF_ANY.into());
     }
 
     #[inline(always)]

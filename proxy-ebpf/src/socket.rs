@@ -1,7 +1,7 @@
 //! The cgroup hooks: a frontend is replaced by a backend before a packet exists, and shown again
 //! when a process asks who its peer is.
 //!
-//! `connect` of UDP is left alone on the node: its packets are translated. In a pod it has its
+//! UDP is left alone on the node: its packets are translated. In a pod it has its
 //! effect, because the pod's device may have no program yet, and datagrams cost nothing so; when the
 //! backend does not serve any more, the packets are translated from there on
 //! ([`shunt_common::balance::Maps::hooked`]).
@@ -149,6 +149,7 @@ fn choose<F: Peer>(
             tell_call(ctx, Event::UnknownPort, None, peer);
             Err(())
         } else {
+            forget::<F>(ctx, addr, port, call);
             Ok((addr, port))
         };
     };
@@ -166,14 +167,24 @@ fn choose<F: Peer>(
                 }
                 true
             }
-            Call::Send => false,
+            Call::Send => frontend.slot_count != 0 && !is_bound_to_device(ctx),
         };
-        // A connected UDP socket may outlive its backend by far, and nobody could tell it to dial
-        // anew. Where packets of the node itself are translated, its are, one by one; but where
+        // A UDP socket may outlive its backend by far, and nobody could tell it to dial anew; and it may
+        // ask the backend itself as well, whose answers would look like a Service's. Where packets of the node itself are translated, its are, one by one; but where
         // there is no backend, it is told at once. Answers come by the loopback device.
         if by_packets && is_host::<F>(ctx, &maps) {
             return Ok((addr, port));
         }
+    }
+    // From a source port of its own choice it may dial the backend itself by another socket: only
+    // packets can be given another port.
+    if call == Call::Connect
+        && frontend.slot_count != 0
+        && has_port(ctx)
+        && !is_connected(ctx)
+        && !is_host::<F>(ctx, &maps)
+    {
+        return Ok((addr, port));
     }
     if call == Call::Send
         && let Some(peer) = sent(ctx, |peer| {
@@ -230,10 +241,15 @@ fn choose<F: Peer>(
         backend_port: slot.port,
         backend_id: slot.backend,
     };
-    // Without memory for it the call works all the same; only the peer's name is the backend's.
-    match call {
+    // Where it cannot be remembered packets are translated, but for answers that come by another
+    // device than the socket's.
+    let stays = is_bound_to_device(ctx) && is_host::<F>(ctx, &maps);
+    let recorded = match call {
         Call::Connect => record_connected(cookie, proto, &peer),
-        Call::Send => record_sent(ctx, peer),
+        Call::Send => record_sent(ctx, &peer, stays),
+    };
+    if !recorded && !stays {
+        return Ok((addr, port));
     }
     Maps::<F>::count_flow(&maps, slot.backend);
     tell_call(ctx, Event::SocketFlow, Some(frontend.service), || peer);
@@ -257,24 +273,74 @@ fn asked_for<F: Peer>(addr: F::Words, port: u16) -> SocketPeer {
     }
 }
 
-/// Whether the socket is bound to a device (`SO_BINDTODEVICE`).
-#[inline(always)]
-fn is_bound_to_device(ctx: &SockAddrContext) -> bool {
+/// Of [`state`]: bound to a device, to a port, connected.
+const BOUND: u32 = 1 << 0;
+const PORT: u32 = 1 << 1;
+const PEER: u32 = 1 << 2;
+
+/// What the socket is before the call.
+// Not inlined: LLVM would make one load of several, by a pointer that the verifier does not take.
+#[inline(never)]
+fn state(ctx: &SockAddrContext) -> u32 {
     // SAFETY: the context is valid while the program runs, and so is its socket.
     unsafe {
         let sock = (&raw const (*fields(ctx)).__bindgen_anon_1.sk).read_volatile();
-        (&raw const (*sock).bound_dev_if).read_volatile() != 0
+        let device = (&raw const (*sock).bound_dev_if).read_volatile();
+        let port = (&raw const (*sock).src_port).read_volatile();
+        let peer = (&raw const (*sock).dst_port).read_volatile();
+        [(device != 0, BOUND), (port != 0, PORT), (peer != 0, PEER)]
+            .iter()
+            .fold(0, |state, (is, bit)| if *is { state | bit } else { state })
     }
+}
+
+/// Whether the socket is bound to a device (`SO_BINDTODEVICE`).
+#[inline(always)]
+fn is_bound_to_device(ctx: &SockAddrContext) -> bool {
+    state(ctx) & BOUND != 0
+}
+
+/// Whether the socket has a source port already.
+#[inline(always)]
+fn has_port(ctx: &SockAddrContext) -> bool {
+    state(ctx) & PORT != 0
+}
+
+/// The socket asks somebody himself: what is remembered of it must not give him another name.
+#[inline(always)]
+fn forget<F: Peer>(ctx: &SockAddrContext, addr: F::Words, port: u16, call: Call) {
+    if may_be_backend(ctx.as_ptr(), port) || call == Call::Connect && is_connected(ctx) {
+        forget_peer(ctx, F::mapped(addr), port, call);
+    }
+}
+
+#[inline(never)]
+fn forget_peer(ctx: &SockAddrContext, addr: Words6, port: u16, call: Call) -> i32 {
+    if call == Call::Send {
+        // SAFETY: as in [`sent`].
+        if let Some(peers) = unsafe { UDP_PEERS.get_ptr_mut(ctx).as_mut() } {
+            for peer in &mut peers.peers {
+                if peer.backend_port == port && words(&peer.backend) == addr {
+                    // The backend stays: no Service is asked there any more but by packets.
+                    peer.frontend = [0; 16];
+                    peer.frontend_port = 0;
+                }
+            }
+        }
+        return 0;
+    }
+    let cookie = cookie(ctx);
+    // Looking takes no lock.
+    if connected(cookie).is_some() {
+        let _gone_already = SOCKETS.remove(cookie);
+    }
+    0
 }
 
 /// Whether the socket is connected, and sends to an address beside.
 #[inline(always)]
 fn is_connected(ctx: &SockAddrContext) -> bool {
-    // SAFETY: the context is valid while the program runs, and so is its socket.
-    unsafe {
-        let sock = (&raw const (*fields(ctx)).__bindgen_anon_1.sk).read_volatile();
-        (&raw const (*sock).dst_port).read_volatile() != 0
-    }
+    state(ctx) & PEER != 0
 }
 
 /// Refuses a port that no Service has on a cluster IP (see [`address`]). Other destinations are
@@ -366,17 +432,40 @@ fn sent(ctx: &SockAddrContext, accept: impl Fn(&SocketPeer) -> bool) -> Option<&
     peers.peers.iter().find(|peer| accept(peer))
 }
 
+/// Remembers what an unconnected socket sends to, if there is room for it, and no other of its peers
+/// has the same backend, whose answers could not be told apart; `stays`: in any case.
 #[inline(always)]
-fn record_sent(ctx: &SockAddrContext, peer: SocketPeer) {
+fn record_sent(ctx: &SockAddrContext, peer: &SocketPeer, stays: bool) -> bool {
     // SAFETY: as above.
     let Some(peers) = (unsafe { UDP_PEERS.get_or_insert_ptr_mut(ctx, None).as_mut() }) else {
-        return;
+        return false;
     };
-    let i = peers.next as usize % SOCKET_PEERS;
-    peers.next = peers.next.wrapping_add(1);
-    if let Some(place) = peers.peers.get_mut(i) {
-        *place = peer;
+    let mut place = SOCKET_PEERS;
+    for (i, known) in peers.peers.iter().enumerate() {
+        let same = known.frontend_port == peer.frontend_port
+            && words(&known.frontend) == words(&peer.frontend);
+        if !same
+            && known.backend_port == peer.backend_port
+            && words(&known.backend) == words(&peer.backend)
+            && !stays
+        {
+            return false;
+        }
+        if same || known.backend_port == 0 {
+            place = i;
+        }
     }
+    if place == SOCKET_PEERS {
+        if !stays {
+            return false;
+        }
+        place = peers.next as usize % SOCKET_PEERS;
+        peers.next = peers.next.wrapping_add(1);
+    }
+    if let Some(place) = peers.peers.get_mut(place) {
+        *place = *peer;
+    }
+    true
 }
 
 /// What a connected socket dialled.
@@ -387,16 +476,21 @@ fn connected(cookie: u64) -> Option<&'static mut SocketPeer> {
     unsafe { SOCKETS.get_ptr_mut(cookie)?.as_mut() }
 }
 
+/// Whether there was room for it.
 #[inline(always)]
-fn record_connected(cookie: u64, proto: u8, peer: &SocketPeer) {
+fn record_connected(cookie: u64, proto: u8, peer: &SocketPeer) -> bool {
     // A UDP socket may be connected anew; most TCP sockets are new.
     if proto == UDP
         && let Some(place) = connected(cookie)
     {
         *place = *peer;
-    } else if SOCKETS.insert(cookie, peer, BPF_ANY.into()).is_err() {
+        return true;
+    }
+    let recorded = SOCKETS.insert(cookie, peer, BPF_ANY.into()).is_ok();
+    if !recorded {
         count(Event::SocketsFull);
     }
+    recorded
 }
 
 /// Tells tracers what became of a call at a socket. `peer` is what was dialled, and the backend
@@ -525,7 +619,9 @@ fn show<F: Peer>(ctx: &SockAddrContext, call: Asked) -> i32 {
     if !may_be_backend(ctx.as_ptr(), port) {
         return ALLOW;
     }
-    let is_shown = |peer: &SocketPeer| peer.backend_port == port && words(&peer.backend) == addr;
+    let is_shown = |peer: &SocketPeer| {
+        peer.frontend_port != 0 && peer.backend_port == port && words(&peer.backend) == addr
+    };
     let peer = match connected(cookie(ctx)) {
         Some(peer) if is_shown(peer) => Some(&*peer),
         _ if call == Asked::Sender => sent(ctx, is_shown),

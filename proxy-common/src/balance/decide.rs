@@ -3,6 +3,7 @@
 
 use super::{
     Entry, Maps, Scratch, Subprogram, Subprograms,
+    bypass::find_bypass,
     choose::{choose, look_up, refresh_affinity},
     flow::{client_key, shared_key, shared_port_bit},
     forward::{find_unconfirmed, is_unanswered},
@@ -22,7 +23,7 @@ use crate::{
     layout::*,
     packet::{RST, Tuple},
     reset,
-    verdict::{Arrival, InScratch, PortUse, Step, Verdict},
+    verdict::{Arrival, InScratch, Origin, PortUse, Step, Verdict},
 };
 
 /// The second half of [`arriving`](super::arriving): a packet towards a possible frontend that no
@@ -62,7 +63,8 @@ pub(super) fn decide_here<F: Family, M: Subprograms<F>>(
     if let Step::Break(verdict) = stale::take_over(maps, scratch) {
         return verdict;
     }
-    if is_translated(maps, scratch) {
+    // A pod's own packet was not seen before.
+    if scratch.arrival.origin != Origin::Pod && is_translated(maps, scratch) {
         return Verdict::Pass;
     }
     let found = find_backend(maps, scratch);
@@ -105,7 +107,12 @@ fn find_backend<F: Family, M: Subprograms<F>>(maps: &M, scratch: &mut Scratch<F:
     if known != PortUse::Over && scratch.failover.tried() == 0 {
         find_owner(maps, scratch)?;
     }
-    look_up(maps, scratch)?;
+    if let Step::Break(verdict) = look_up(maps, scratch) {
+        return match verdict {
+            Verdict::Pass => find_bypass(maps, scratch),
+            verdict => Step::Break(verdict),
+        };
+    }
     if scratch.failover.tried() != 0 {
         match failover::move_on(maps, scratch) {
             Moved::Yes => return Step::Continue(()),

@@ -90,3 +90,17 @@ pub(super) fn is_over(
     };
     idle > limit
 }
+
+/// Removes the entry of a flow that is over: it would explain packets of the one that is opened by
+/// the same source and destination under another key, or under none.
+#[inline(never)]
+pub(super) fn remove_over<F: Family, M: Maps<F>>(maps: &M, key: &FlowKey<F::Words>) {
+    if let Some(entry) = maps.flow(key) {
+        let half_open = entry.read().state & FLOW_HALF_OPEN;
+        maps.remove_flow(key);
+        if half_open != 0 {
+            maps.add_half_open(-1);
+        }
+    }
+    maps.remove_unconfirmed(key);
+}

@@ -2,6 +2,7 @@
 
 use super::{
     Entry, Maps, Scratch, Subprogram, Subprograms,
+    bypass::bypassing,
     choose::{may_be_frontend, may_be_stale},
     flow::{client_key, shared_key, shared_port_bit, snat_slot},
     reply::snat_reply_arriving,
@@ -14,7 +15,7 @@ use crate::{
     packet::{ACK, FIN, RST, SYN, Tuple},
     snat,
     timeouts::{FINISHED, is_closed},
-    verdict::{Arrival, Counted, Lookup, Translation},
+    verdict::{Arrival, Counted, Lookup, Origin, Translation},
 };
 
 /// Epochs ([`Flow::epoch`]) without an answer after which a backend that is no endpoint any more
@@ -38,16 +39,19 @@ pub fn established<F: Family, M: Maps<F>>(
         lookup => return lookup,
     }
     let tuple = &arrival.tuple;
-    if maps.filter(filter::service::<F>(tuple.dst))
+    let lookup = if maps.filter(filter::service::<F>(tuple.dst))
         || maps.filter(filter::node_port(tuple.dst_port))
     {
-        return dialled(maps, config, arrival);
-    }
-    // The next step judges unknown ports and addresses.
-    if address::may_be_service::<F>(config, tuple.dst) {
+        dialled(maps, config, arrival)
+    } else if address::may_be_service::<F>(config, tuple.dst) {
+        // The next step judges unknown ports and addresses.
         Lookup::Undecided
     } else {
         Lookup::Unmatched
+    };
+    match lookup {
+        Lookup::Unmatched if arrival.origin == Origin::Pod => bypassing(maps, arrival),
+        lookup => lookup,
     }
 }
 

@@ -74,6 +74,10 @@ pub trait Maps<F: Family>: Clock {
     fn direct(&self, key: &DirectKey<F::Words>) -> Option<Entry<'_, u32>>;
     /// Adds to `direct`.
     fn add_direct(&self, key: &DirectKey<F::Words>, now: u32);
+    /// An entry of `bypass`: when something went to a backend itself last, in ticks ([`TICK_NS`]).
+    fn bypass(&self, key: &DirectKey<F::Words>) -> Option<Entry<'_, u32>>;
+    /// Adds to `bypass`.
+    fn add_bypass(&self, key: &DirectKey<F::Words>, now: u32);
     /// A slot of `snat`.
     fn snat(&self, index: u32) -> Option<Entry<'_, SnatSlot<F::Words>>>;
     /// Sets a SNAT slot's `last_seen` and `owner` from the first to the second pair, unless another

@@ -19,6 +19,7 @@
 //! `choose` finds the frontend and a backend, `open` makes the flow, and `source_port` finds a
 //! source port where one is due. What they say to each other are the types of [`crate::verdict`].
 
+mod bypass;
 mod choose;
 mod clock;
 mod decide;

@@ -1,8 +1,8 @@
 //! A flow is opened: to the chosen backend, under a key that no live flow has.
 
 use super::{
-    Maps, Scratch,
-    flow::{client_key, is_over, shared_key, shared_port_bit, snat_slot},
+    Maps, Scratch, bypass,
+    flow::{client_key, is_over, remove_over, shared_key, shared_port_bit, snat_slot},
     forward::towards_backend,
 };
 use crate::{
@@ -20,6 +20,7 @@ use crate::{
 #[inline(never)]
 pub(super) fn open<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) {
     let Some(config) = maps.config() else { return };
+    let in_use = scratch.arrival.origin == Origin::Pod && bypass::is_in_use(maps, scratch);
     let Scratch {
         arrival,
         key,
@@ -82,7 +83,10 @@ pub(super) fn open<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Wor
         PortUse::Over => EntryOwner::Over,
         PortUse::Unclear => entry_owner(maps, &config.timeouts, key, tuple, slot, now),
     };
-    if port_is_lent(maps, config, tuple, slot) {
+    if (in_use && flow.state & FLOW_SNAT == 0) || port_is_lent(maps, config, tuple, slot) {
+        if let EntryOwner::Over = owner {
+            remove_over(maps, key);
+        }
         owner = EntryOwner::Other;
     }
     if let EntryOwner::Other = owner {

@@ -86,7 +86,13 @@ fn is_noted<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) ->
 }
 
 #[inline(always)]
-fn direct_key<A>(peer: A, local: A, peer_port: u16, local_port: u16, proto: u8) -> DirectKey<A> {
+pub(super) fn direct_key<A>(
+    peer: A,
+    local: A,
+    peer_port: u16,
+    local_port: u16,
+    proto: u8,
+) -> DirectKey<A> {
     DirectKey {
         peer,
         local,

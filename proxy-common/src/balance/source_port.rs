@@ -10,7 +10,9 @@
 //!   Service's ports in that sample, and there nobody takes more than is left: so there is always
 //!   something left for the next.
 
-use super::{Maps, Scratch, Search, Subprogram, Subprograms, client_key};
+use super::{
+    Maps, Scratch, Search, Subprogram, Subprograms, bypass, client_key, owner::direct_key,
+};
 use crate::{
     event::Event,
     family::Family,
@@ -352,6 +354,7 @@ fn claim<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>, state
         reply,
         slot: mine,
         search,
+        direct,
         ..
     } = scratch;
     let tuple = &arrival.tuple;
@@ -398,6 +401,10 @@ fn claim<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>, state
                 ..client_key::<F>(tuple)
             };
             if maps.flow(own_port).is_some() || maps.unconfirmed_flow(own_port).is_some() {
+                return false;
+            }
+            *direct = direct_key(reply.src, tuple.src, reply.src_port, port, tuple.proto);
+            if bypass::is_noted(maps, direct) {
                 return false;
             }
         }

@@ -38,6 +38,7 @@ pub(crate) struct Node<F: Family> {
     pub(crate) snat: RefCell<HashMap<u32, Box<SnatSlot<F::Words>>>>,
     pub(crate) shared_ports: RefCell<HashSet<u32>>,
     pub(crate) direct: RefCell<HashMap<DirectKey<F::Words>, Box<u32>>>,
+    pub(crate) bypass: RefCell<HashMap<DirectKey<F::Words>, Box<u32>>>,
     pub(crate) clients: RefCell<HashSet<u32>>,
     /// Flows that wait for an answer in `flows`, and how many may.
     pub(crate) half_open: Cell<i64>,
@@ -86,6 +87,7 @@ impl<F: Family<Words: Hash>> Node<F> {
             gone: RefCell::default(),
             hooked: RefCell::default(),
             direct: RefCell::default(),
+            bypass: RefCell::default(),
             events: RefCell::default(),
             // SAFETY: all zeros is a value of every field.
             scratch: UnsafeCell::new(unsafe { std::mem::zeroed() }),
@@ -296,6 +298,12 @@ impl<F: Family<Words: Hash>> Maps<F> for Node<F> {
     }
     fn add_direct(&self, key: &DirectKey<F::Words>, now: u32) {
         self.direct.borrow_mut().insert(*key, Box::new(now));
+    }
+    fn bypass(&self, key: &DirectKey<F::Words>) -> Option<Entry<'_, u32>> {
+        entry(self.bypass.borrow_mut().get_mut(key))
+    }
+    fn add_bypass(&self, key: &DirectKey<F::Words>, now: u32) {
+        self.bypass.borrow_mut().insert(*key, Box::new(now));
     }
     fn scratch(&self) -> Option<&mut Scratch<F::Words>> {
         // SAFETY: one packet at a time, as on a CPU.

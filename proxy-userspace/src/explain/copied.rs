@@ -101,6 +101,7 @@ pub struct Copied<'m, F: CopiedFamily> {
     flows: [Flows<F::Words>; 2],
     snat: Overlay<u32, SnatSlot<F::Words>>,
     direct: Overlay<DirectKey<F::Words>, u32>,
+    bypass: Overlay<DirectKey<F::Words>, u32>,
     backends: Overlay<u32, BackendState>,
     scratch: UnsafeCell<Scratch<F::Words>>,
     lent: Cell<bool>,
@@ -135,6 +136,7 @@ impl<'m, F: CopiedFamily> Copied<'m, F> {
             flows: Default::default(),
             snat: Overlay::default(),
             direct: Overlay::default(),
+            bypass: Overlay::default(),
             backends: Overlay::default(),
             // SAFETY: all zeros are a value of every field.
             scratch: UnsafeCell::new(unsafe { std::mem::zeroed() }),
@@ -239,6 +241,17 @@ fn flow_key<F: Family>(key: &FlowKey<F::Words>) -> FlowKey<F::Addr> {
         proto: key.proto,
         reserved: key.reserved,
         reserved2: key.reserved2,
+    }
+}
+
+/// The same of a connection that is no Service's.
+fn direct_key<F: Family>(key: &DirectKey<F::Words>) -> DirectKey<F::Addr> {
+    DirectKey {
+        peer: F::bytes(key.peer),
+        local: F::bytes(key.local),
+        peer_port: key.peer_port,
+        local_port: key.local_port,
+        proto: key.proto,
     }
 }
 
@@ -446,18 +459,22 @@ impl<F: CopiedFamily> Maps<F> for Copied<'_, F> {
 
     fn direct(&self, key: &DirectKey<F::Words>) -> Option<Entry<'_, u32>> {
         self.direct.get(*key, || {
-            self.read(self.of.direct.get(&DirectKey {
-                peer: F::bytes(key.peer),
-                local: F::bytes(key.local),
-                peer_port: key.peer_port,
-                local_port: key.local_port,
-                proto: key.proto,
-            }))
+            self.read(self.of.direct.get(&direct_key::<F>(key)))
         })
     }
 
     fn add_direct(&self, key: &DirectKey<F::Words>, now: u32) {
         self.direct.set(*key, now);
+    }
+
+    fn bypass(&self, key: &DirectKey<F::Words>) -> Option<Entry<'_, u32>> {
+        self.bypass.get(*key, || {
+            self.read(self.of.bypass.get(&direct_key::<F>(key)))
+        })
+    }
+
+    fn add_bypass(&self, key: &DirectKey<F::Words>, now: u32) {
+        self.bypass.set(*key, now);
     }
 
     fn route_source(&self, tuple: &Tuple<F::Words>) -> Option<F::Words> {

@@ -466,6 +466,11 @@ impl<'m, F: CopiedFamily> Walk<'m, F> {
             self.told.advice = Some(advice.to_owned());
             return Ok(true);
         }
+        if self.now.proto == UDP && from_node {
+            let why = "UDP sockets of the node are left alone: their packets are translated";
+            self.step(name, None, "pass", why.to_owned());
+            return Ok(false);
+        }
         let kept = if frontend.flags & FRONTEND_AFFINITY != 0 {
             "; all sockets of its network namespace go to the same one (sessionAffinity)"
         } else {

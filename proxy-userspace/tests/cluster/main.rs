@@ -4,6 +4,7 @@
 mod capabilities;
 mod dns;
 mod kubernetes;
+mod labels;
 mod life;
 mod long;
 mod networks;

@@ -383,6 +383,42 @@ impl Conn {
     }
 }
 
+impl Conn {
+    /// Asks another address from now on, by the same UDP socket; one that is connected is connected
+    /// anew. Returns what `getpeername` says then, or where it sends to.
+    ///
+    /// # Errors
+    ///
+    /// What the socket says, by step.
+    pub fn turn(&self, to: SocketAddr) -> Result<SocketAddr, DialError> {
+        match self.client.request(&Request::Turn { id: self.id, to })? {
+            Reply::Turned(peer) => peer,
+            other => Err(DialError::Worker(format!("unexpected reply {other:?}"))),
+        }
+    }
+
+    /// Sends a datagram to each of these addresses by an unconnected UDP socket, and then reads the
+    /// answers, whatever their order.
+    ///
+    /// # Errors
+    ///
+    /// When the worker is gone; what is wrong with a datagram is in its answer's place.
+    pub fn ask_all(
+        &self,
+        to: &[SocketAddr],
+        timeout: Duration,
+    ) -> Result<Vec<Result<Answer, DialError>>, DialError> {
+        match self.client.request(&Request::AskAll {
+            id: self.id,
+            to: to.to_vec(),
+            timeout,
+        })? {
+            Reply::Answers(answers) => Ok(answers),
+            other => Err(DialError::Worker(format!("unexpected reply {other:?}"))),
+        }
+    }
+}
+
 impl Drop for Conn {
     fn drop(&mut self) {
         // A worker that is gone has closed it already.

@@ -204,6 +204,14 @@ pub(crate) enum Request {
         text: String,
         timeout: Duration,
     },
+    /// Has an open UDP socket ask somebody else from now on.
+    Turn { id: u32, to: SocketAddr },
+    /// A datagram to each of these from an open UDP socket, and then the answers.
+    AskAll {
+        id: u32,
+        to: Vec<SocketAddr>,
+        timeout: Duration,
+    },
     /// Ends an open socket.
     Close { id: u32 },
 }
@@ -217,6 +225,10 @@ pub(crate) enum Reply {
     Answer(Result<Answer, DialError>),
     /// To `Open`.
     Opened(Result<(SocketAddr, SocketAddr), DialError>),
+    /// To `Turn`: `getpeername`, if it is connected.
+    Turned(Result<SocketAddr, DialError>),
+    /// To `AskAll`: what came as an answer to each.
+    Answers(Vec<Result<Answer, DialError>>),
     /// To `Many`.
     Many(Outcome),
     /// The request could not be carried out.

@@ -117,6 +117,14 @@ fn answer(request: Request, sockets: &mut HashMap<u32, Open>) -> Reply {
             Some(open) => Reply::Answer(open.ask(&text, timeout, Instant::now())),
             None => Reply::Failed(format!("socket {id} is not open")),
         },
+        Request::Turn { id, to } => match sockets.get_mut(&id) {
+            Some(open) => Reply::Turned(open.turn(to)),
+            None => Reply::Failed(format!("socket {id} is not open")),
+        },
+        Request::AskAll { id, to, timeout } => match sockets.get_mut(&id) {
+            Some(open) => Reply::Answers(open.ask_all(&to, timeout)),
+            None => Reply::Failed(format!("socket {id} is not open")),
+        },
         Request::Close { id } => {
             sockets.remove(&id);
             Reply::Done
@@ -276,6 +284,16 @@ impl Open {
                 }
             }
         };
+        self.read(&answer, peer, began)
+    }
+
+    /// An answer's text, and who sent it if the socket is not connected.
+    fn read(
+        &self,
+        answer: &str,
+        peer: Option<SocketAddr>,
+        began: Instant,
+    ) -> Result<Answer, DialError> {
         let latency = began.elapsed();
         let mut words = answer.trim_end_matches('\n').splitn(3, ' ');
         let unreadable = || DialError::Worker(format!("unreadable answer {answer:?}"));
@@ -293,6 +311,72 @@ impl Open {
             latency,
             echo,
         })
+    }
+
+    /// Asks somebody else from now on; a connected socket is connected anew.
+    fn turn(&mut self, address: SocketAddr) -> Result<SocketAddr, DialError> {
+        let Self::Udp {
+            socket,
+            to,
+            connected,
+        } = self
+        else {
+            return Err(DialError::Worker("not a UDP socket".to_owned()));
+        };
+        if *connected {
+            let began = Instant::now();
+            socket
+                .connect(address)
+                .map_err(|error| failure(Stage::Connect, &error, began))?;
+        }
+        *to = address;
+        Ok(self.peer())
+    }
+
+    /// A datagram to each address, numbered, and then the answers. The socket is not connected.
+    fn ask_all(
+        &mut self,
+        addresses: &[SocketAddr],
+        timeout: Duration,
+    ) -> Vec<Result<Answer, DialError>> {
+        let began = Instant::now();
+        let timed_out = || DialError::TimedOut {
+            stage: Stage::Receive,
+            after: began.elapsed(),
+        };
+        let mut answers: Vec<_> = addresses.iter().map(|_| Err(timed_out())).collect();
+        let Self::Udp { socket, .. } = self else {
+            return answers;
+        };
+        let mut waits = 0;
+        for (number, address) in addresses.iter().enumerate() {
+            match socket.send_to(number.to_string().as_bytes(), address) {
+                Ok(_) => waits += 1,
+                Err(error) => answers[number] = Err(failure(Stage::Send, &error, began)),
+            }
+        }
+        let mut received = Vec::new();
+        let mut buffer = [0; 1024];
+        while received.len() < waits {
+            let left = timeout.saturating_sub(began.elapsed());
+            if left.is_zero() || socket.set_read_timeout(Some(left)).is_err() {
+                break;
+            }
+            if let Ok((length, from)) = socket.recv_from(&mut buffer) {
+                received.push((
+                    String::from_utf8_lossy(&buffer[..length]).into_owned(),
+                    from,
+                ));
+            }
+        }
+        for (text, from) in received {
+            let answer = self.read(&text, Some(from), began);
+            let number = answer.as_ref().ok().and_then(|it| it.echo.parse().ok());
+            if let Some(place) = number.and_then(|number: usize| answers.get_mut(number)) {
+                *place = answer;
+            }
+        }
+        answers
     }
 }
 

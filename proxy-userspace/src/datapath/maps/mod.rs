@@ -79,6 +79,8 @@ pub struct PerFamily<F: MapFamily> {
     pub snat: Array<SnatSlot<F::Addr>>,
     /// Connections of the node that are no Service's, and when they last sent.
     pub direct: Map<DirectKey<F::Addr>, u32>,
+    /// What pods send to backends themselves, and when they did last.
+    pub bypass: Map<DirectKey<F::Addr>, u32>,
     /// Addresses that node ports answer on.
     pub node_addrs: Map<F::Addr, u32>,
     /// Backends that are kept for clients.
@@ -103,6 +105,7 @@ impl<F: MapFamily> PerFamily<F> {
             unconfirmed: Map::open(root, names::UNCONFIRMED[i], settings::MAX_NEW_FLOWS)?,
             snat: Array::open(root, names::SNAT[i], settings::MAX_SNAT)?,
             direct: Map::open(root, names::DIRECT[i], "")?,
+            bypass: Map::open(root, names::BYPASS[i], "")?,
             node_addrs: Map::open(root, names::NODE_ADDRS[i], settings::NODEPORT_ADDRESSES)?,
             affinity: Map::open(root, names::AFFINITY[i], settings::MAX_AFFINITY)?,
             new_affinity: Map::open(root, names::NEW_AFFINITY[i], settings::MAX_AFFINITY)?,
@@ -158,6 +161,7 @@ impl<F: MapFamily> PerFamily<F> {
             self.unconfirmed.writes(),
             self.snat.writes(),
             self.direct.writes(),
+            self.bypass.writes(),
             self.node_addrs.writes(),
             self.affinity.writes(),
             self.new_affinity.writes(),

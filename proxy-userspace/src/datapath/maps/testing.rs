@@ -112,6 +112,7 @@ impl Root {
         );
         self.make::<u32, SnatSlot<F::Addr>>(names::SNAT[i], ARRAY, 1024, map::BPF_F_MMAPABLE);
         self.make::<DirectKey<F::Addr>, u32>(names::DIRECT[i], LRU_HASH, 1024, 0);
+        self.make::<DirectKey<F::Addr>, u32>(names::BYPASS[i], LRU_HASH, 1024, 0);
         self.make::<F::Addr, u32>(names::NODE_ADDRS[i], HASH, 64, 0);
         self.make::<F::Addr, u32>(names::SERVICE_ADDRS[i], HASH, capacities.frontends, 0);
     }

@@ -106,8 +106,10 @@ fn explain_tells_what_a_client_then_finds() {
     assert_eq!(told["verdict"], "connect", "{told}");
     assert_eq!(told["backends"].as_array().unwrap().len(), 2, "{told}");
     let node = cluster.node_ip("node-a", false).to_string();
-    let told = agent.json(&["explain", "udp", &node, "solo:80"]).unwrap();
+    let told = agent.json(&["explain", "tcp", &node, "solo:80"]).unwrap();
     assert_eq!(told["verdict"], "connect", "{told}");
+    let told = agent.json(&["explain", "udp", &node, "solo:80"]).unwrap();
+    assert_eq!(told["verdict"], "translate", "{told}");
 
     let output = agent.cli(&["explain", "tcp", &from, "web:80"]).unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
