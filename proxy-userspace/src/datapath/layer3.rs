@@ -13,9 +13,8 @@ use aya::{EbpfLoader, programs::Program};
 
 use super::{
     Capacities, LAYER3_NODE_PROGRAMS, LAYER3_POD_PROGRAMS, LAYER3_TAIL_CALLED_PROGRAMS,
-    NODE_PROGRAMS, POD_PROGRAMS, Paths, TAIL_CALLED_PROGRAMS,
+    NODE_PROGRAMS, POD_PROGRAMS, Paths, RUN_MEMORY, TAIL_CALLED_PROGRAMS,
     bpf::{self, link::Hook},
-    load::RUN_MEMORY,
     object::object,
     tail_calls::{self, Kind},
 };

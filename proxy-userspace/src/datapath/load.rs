@@ -26,8 +26,8 @@ use tracing::{info, warn};
 
 pub use super::object::object;
 use super::{
-    CGROUP_PROGRAMS, Capacities, NODE_PROGRAMS, POD_PROGRAMS, Paths, TAIL_CALLED_PROGRAMS,
-    XDP_PROGRAM,
+    CGROUP_PROGRAMS, Capacities, NODE_PROGRAMS, POD_PROGRAMS, Paths, RUN_MEMORY,
+    TAIL_CALLED_PROGRAMS, XDP_PROGRAM,
     bpf::{self, map::MapInfo, probe, program},
     layer3::Layer3,
     lock::{LockError, RootLock},
@@ -47,9 +47,6 @@ const USUAL_BPFFS: &str = "/sys/fs/bpf";
 pub(crate) const MOUNT_SOURCE: &str = "shunt";
 /// One in so many entries of `flows` may be one that waits for its first answer.
 const HALF_OPEN_SHARE: u32 = 128;
-/// Maps that hold nothing from one packet to the next. They are not pinned: another build may want
-/// more of this memory, and none needs what is in it.
-pub(super) const RUN_MEMORY: [&str; 3] = ["scratch4", "scratch6", "host_routing"];
 /// Lines of the verifier's log that an error quotes; the reason is in the last ones.
 const VERIFIER_LINES: usize = 12;
 

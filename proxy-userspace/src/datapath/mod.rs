@@ -111,6 +111,11 @@ pub(crate) const LAYER3_TAIL_CALLED_PROGRAMS: [&str; 2] = ["tc_undecided_l3", "t
 /// The XDP program of node devices.
 pub const XDP_PROGRAM: &str = "xdp_node";
 
+/// Maps that hold nothing from one packet to the next. They are not pinned: another build may want
+/// more of this memory, and none needs what is in it.
+pub(crate) const RUN_MEMORY: [&str; 3] =
+    [names::SCRATCH[0], names::SCRATCH[1], names::HOST_ROUTING];
+
 /// The folders under a `--bpf-root`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Paths {

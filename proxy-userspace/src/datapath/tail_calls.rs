@@ -114,12 +114,17 @@ pub(super) fn set(
     first: u32,
     programs: &BTreeMap<&'static str, OwnedFd>,
 ) -> io::Result<()> {
+    // Another build may have none, nor the map.
+    let called: Vec<_> = kind
+        .programs()
+        .filter_map(|(place, name)| Some((first + place, programs.get(name)?)))
+        .collect();
+    if called.is_empty() {
+        return Ok(());
+    }
     let map = bpf::open(&paths.map(names::TAIL_CALLS))?;
-    for (place, name) in kind.programs() {
-        // Another build may have none.
-        if let Some(program) = programs.get(name) {
-            map::update(map.as_fd(), &(first + place), &program.as_raw_fd(), BPF_ANY)?;
-        }
+    for (entry, program) in called {
+        map::update(map.as_fd(), &entry, &program.as_raw_fd(), BPF_ANY)?;
     }
     Ok(())
 }
