@@ -154,25 +154,24 @@ fn choose<F: Peer>(
         };
     };
     let dialled = F::mapped(addr);
-    let state = state(ctx);
-    let is_bound_to_device = state & BOUND != 0;
     if proto == UDP {
-        let by_packets = if call == Call::Send && state & PEER != 0 {
-            if let Some(peer) = connected(cookie(ctx))
-                && peer.frontend_port == port
-                && words(&peer.frontend) == dialled
-            {
-                // As what it sends without an address.
-                return Ok((F::unmapped(words(&peer.backend)), peer.backend_port));
+        let by_packets = match call {
+            Call::Connect => frontend.slot_count != 0 && !is_bound_to_device(ctx),
+            Call::Send if is_connected(ctx) => {
+                if let Some(peer) = connected(cookie(ctx))
+                    && peer.frontend_port == port
+                    && words(&peer.frontend) == dialled
+                {
+                    // As what it sends without an address.
+                    return Ok((F::unmapped(words(&peer.backend)), peer.backend_port));
+                }
+                true
             }
-            true
-        } else {
-            frontend.slot_count != 0 && !is_bound_to_device
+            Call::Send => frontend.slot_count != 0 && !is_bound_to_device(ctx),
         };
-        // A UDP socket may outlive its backend by far, and nobody could tell it to dial anew; and it
-        // may ask the backend itself as well, whose answers would look like a Service's. Where
-        // packets of the node itself are translated, its are, one by one; but where there is no
-        // backend, it is told at once. Answers come by the loopback device.
+        // A UDP socket may outlive its backend by far, and nobody could tell it to dial anew; and it may
+        // ask the backend itself as well, whose answers would look like a Service's. Where packets of the node itself are translated, its are, one by one; but where
+        // there is no backend, it is told at once. Answers come by the loopback device.
         if by_packets && is_host::<F>(ctx, &maps) {
             return Ok((addr, port));
         }
@@ -181,7 +180,8 @@ fn choose<F: Peer>(
     // packets can be given another port.
     if call == Call::Connect
         && frontend.slot_count != 0
-        && state & (PORT | PEER) == PORT
+        && has_port(ctx)
+        && !is_connected(ctx)
         && !is_host::<F>(ctx, &maps)
     {
         return Ok((addr, port));
@@ -243,7 +243,7 @@ fn choose<F: Peer>(
     };
     // Where it cannot be remembered packets are translated, but for answers that come by another
     // device than the socket's.
-    let stays = is_bound_to_device && is_host::<F>(ctx, &maps);
+    let stays = is_bound_to_device(ctx) && is_host::<F>(ctx, &maps);
     let recorded = match call {
         Call::Connect => record_connected(cookie, proto, &peer),
         Call::Send => record_sent(ctx, &peer, stays),
@@ -273,7 +273,7 @@ fn asked_for<F: Peer>(addr: F::Words, port: u16) -> SocketPeer {
     }
 }
 
-/// Of [`state`]: bound to a device (`SO_BINDTODEVICE`), to a port, connected.
+/// Of [`state`]: bound to a device, to a port, connected.
 const BOUND: u32 = 1 << 0;
 const PORT: u32 = 1 << 1;
 const PEER: u32 = 1 << 2;
@@ -294,10 +294,22 @@ fn state(ctx: &SockAddrContext) -> u32 {
     }
 }
 
-/// The socket asks a peer itself: what is remembered of the socket must not give that another name.
+/// Whether the socket is bound to a device (`SO_BINDTODEVICE`).
+#[inline(always)]
+fn is_bound_to_device(ctx: &SockAddrContext) -> bool {
+    state(ctx) & BOUND != 0
+}
+
+/// Whether the socket has a source port already.
+#[inline(always)]
+fn has_port(ctx: &SockAddrContext) -> bool {
+    state(ctx) & PORT != 0
+}
+
+/// The socket asks somebody himself: what is remembered of it must not give him another name.
 #[inline(always)]
 fn forget<F: Peer>(ctx: &SockAddrContext, addr: F::Words, port: u16, call: Call) {
-    if may_be_backend(ctx.as_ptr(), port) || call == Call::Connect && state(ctx) & PEER != 0 {
+    if may_be_backend(ctx.as_ptr(), port) || call == Call::Connect && is_connected(ctx) {
         forget_peer(ctx, F::mapped(addr), port, call);
     }
 }
@@ -323,6 +335,12 @@ fn forget_peer(ctx: &SockAddrContext, addr: Words6, port: u16, call: Call) -> i3
         let _gone_already = SOCKETS.remove(cookie);
     }
     0
+}
+
+/// Whether the socket is connected, and sends to an address beside.
+#[inline(always)]
+fn is_connected(ctx: &SockAddrContext) -> bool {
+    state(ctx) & PEER != 0
 }
 
 /// Refuses a port that no Service has on a cluster IP (see [`address`]). Other destinations are
