@@ -1,7 +1,7 @@
 //! The cgroup hooks: a frontend is replaced by a backend before a packet exists, and shown again
 //! when a process asks who its peer is.
 //!
-//! UDP is left alone on the node: its packets are translated. In a pod it has its
+//! `connect` of UDP is left alone on the node: its packets are translated. In a pod it has its
 //! effect, because the pod's device may have no program yet, and datagrams cost nothing so; when the
 //! backend does not serve any more, the packets are translated from there on
 //! ([`shunt_common::balance::Maps::hooked`]).
@@ -167,10 +167,10 @@ fn choose<F: Peer>(
                 }
                 true
             }
-            Call::Send => frontend.slot_count != 0 && !is_bound_to_device(ctx),
+            Call::Send => false,
         };
-        // A UDP socket may outlive its backend by far, and nobody could tell it to dial anew; and it may
-        // ask the backend itself as well, whose answers would look like a Service's. Where packets of the node itself are translated, its are, one by one; but where
+        // A connected UDP socket may outlive its backend by far, and nobody could tell it to dial
+        // anew. Where packets of the node itself are translated, its are, one by one; but where
         // there is no backend, it is told at once. Answers come by the loopback device.
         if by_packets && is_host::<F>(ctx, &maps) {
             return Ok((addr, port));
