@@ -14,18 +14,14 @@ use shunt_common::{
     verdict::{Direction, Origin},
 };
 
-use super::{loopback, skb::Buffer};
+use super::{
+    loopback,
+    skb::{Buffer, PACKET_BROADCAST, PACKET_HOST, PACKET_MULTICAST},
+};
 use crate::maps::{KernelFamily, KernelMaps, Tc};
 
 /// `bpf_skb_adjust_room`: between the MAC and the network header (an enum that the bindings lack).
 const BPF_ADJ_ROOM_MAC: u32 = 1;
-
-/// `skb->pkt_type` of linux/if_packet.h: to this host.
-const PACKET_HOST: u32 = 0;
-/// To all hosts of the link.
-const PACKET_BROADCAST: u32 = 1;
-/// To a group.
-const PACKET_MULTICAST: u32 = 2;
 
 /// Takes the right to answer a packet.
 #[inline(always)]

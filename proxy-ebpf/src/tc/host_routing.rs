@@ -18,7 +18,7 @@ use aya_ebpf::{
     EbpfContext, Global,
     bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
     btf_maps::{HashMap, LruHashMap, PerCpuArray},
-    helpers::{bpf_fib_lookup, bpf_redirect_peer, bpf_skb_change_type},
+    helpers::{bpf_fib_lookup, bpf_redirect_peer},
     macros::btf_map,
     programs::TcContext,
 };
@@ -34,7 +34,7 @@ use shunt_common::{
 
 use super::{
     loopback,
-    skb::{Buffer, arrival, count_traffic, headers, rewrite, translate},
+    skb::{Buffer, arrival, count_traffic, headers, rewrite, take_for_us, translate},
     step::{Encoded, Step},
 };
 use crate::{
@@ -95,9 +95,6 @@ impl RoutingFamily for V4 {
 impl RoutingFamily for V6 {
     const PATHS: &'static Paths<[u8; 16]> = &PATHS6;
 }
-
-/// `PACKET_HOST` of linux/if_packet.h: for the receiver itself.
-const PACKET_HOST: u32 = 0;
 
 /// Whether there is host routing.
 #[inline(always)]
@@ -319,15 +316,10 @@ fn hand_over<F: RoutingFamily>(
     }
     // The program on the pod's device does not see it.
     count_traffic(ctx, left.counted);
-    // SAFETY: the context is valid; the helpers check their arguments.
-    unsafe {
-        // A bridge's port gets packets that are addressed to the bridge; the pod would drop what is
-        // for another host.
-        if (*ctx.skb.skb).pkt_type != PACKET_HOST
-            && bpf_skb_change_type(ctx.skb.skb, PACKET_HOST) != 0
-        {
-            return Step::End(TC_ACT_SHOT);
-        }
-        Step::End(bpf_redirect_peer(path.device, 0) as i32)
+    // The pod would drop what a bridge's port has got for the bridge: it is for another host.
+    if !take_for_us(ctx) {
+        return Step::End(TC_ACT_SHOT);
     }
+    // SAFETY: the helper only notes where to send.
+    Step::End(unsafe { bpf_redirect_peer(path.device, 0) } as i32)
 }

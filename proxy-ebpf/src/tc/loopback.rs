@@ -15,7 +15,7 @@ use shunt_common::{
     verdict::Translation,
 };
 
-use super::skb::{Buffer, translate};
+use super::skb::{Buffer, take_for_us, translate};
 use crate::{fib::LOOPBACK, maps::KernelFamily};
 
 /// Whether a process of this node sends the packet: it has come in by no device.
@@ -49,7 +49,9 @@ pub(super) fn arrive<F: KernelFamily>(
 /// Gives the packet to the process of this node that it is for, by the loopback device.
 #[inline(never)]
 pub(super) fn loop_back(ctx: &TcContext) -> i32 {
-    if !as_frame(ctx) {
+    // Or the kernel would drop what a bridge's port has got for the bridge: the loopback device
+    // leaves that packet as it is, for another host.
+    if !as_frame(ctx) || !take_for_us(ctx) {
         return TC_ACT_SHOT;
     }
     // SAFETY: without an address the helper reads nothing; it notes where to send.

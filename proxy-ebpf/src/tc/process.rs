@@ -141,26 +141,32 @@ fn route<F: RoutedFamily>(ctx: &TcContext, tuple: &Tuple<F::Words>) -> i32 {
             0,
         )
     };
+    // Where the kernel has no next hop for us it is asked for the way once more: it would queue the
+    // packet until the neighbour has answered, and then send it to the next hop of the way that it
+    // was on at first, unless it has given it another itself.
+    let to_neighbour = |device| {
+        if !as_frame(ctx) {
+            return TC_ACT_SHOT;
+        }
+        // SAFETY: as in `loop_back`.
+        unsafe { bpf_redirect_neigh(device, core::ptr::null_mut(), 0, 0) as i32 }
+    };
     match routed {
-        NOT_FORWARDED if is_looped(ctx) => return TC_ACT_UNSPEC,
-        NOT_FORWARDED => return loop_back(ctx),
-        0 | NO_NEIGH | FRAG_NEEDED => {}
-        // By the device that it was on its way to: the helper asks for the next hop itself.
-        NO_FORWARDING | UNSUPPORTED if !is_looped(ctx) && as_frame(ctx) => {
-            // SAFETY: as in `loop_back`.
-            return unsafe {
-                bpf_redirect_neigh((*ctx.skb.skb).ifindex, core::ptr::null_mut(), 0, 0) as i32
-            };
+        NOT_FORWARDED if is_looped(ctx) => TC_ACT_UNSPEC,
+        NOT_FORWARDED => loop_back(ctx),
+        0 if as_frame(ctx) => fib.send_on(),
+        0 => TC_ACT_SHOT,
+        NO_NEIGH | FRAG_NEEDED => to_neighbour(fib.ifindex),
+        // By the device that it was on its way to.
+        NO_FORWARDING | UNSUPPORTED if !is_looped(ctx) => {
+            // SAFETY: the context is valid while the program runs.
+            to_neighbour(unsafe { (*ctx.skb.skb).ifindex })
         }
         _ => {
             count(Event::NoRoute);
-            return TC_ACT_SHOT;
+            TC_ACT_SHOT
         }
     }
-    if !as_frame(ctx) {
-        return TC_ACT_SHOT;
-    }
-    fib.send_on()
 }
 
 /// Where a process's packet is seen on the slow path: as one that comes in, if it may be for a

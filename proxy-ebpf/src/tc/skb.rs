@@ -6,8 +6,8 @@ use aya_ebpf::{
     Global,
     bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC},
     helpers::{
-        bpf_csum_update, bpf_l4_csum_replace, bpf_skb_load_bytes, bpf_skb_pull_data,
-        bpf_skb_store_bytes,
+        bpf_csum_update, bpf_l4_csum_replace, bpf_skb_change_type, bpf_skb_load_bytes,
+        bpf_skb_pull_data, bpf_skb_store_bytes,
     },
     programs::TcContext,
 };
@@ -29,6 +29,13 @@ use crate::{
 /// The longest link-layer and IPv4 headers, and a TCP header without options: all that is ever
 /// read.
 const HEADERS: usize = ETHERNET + 60 + 20;
+
+/// `skb->pkt_type` of linux/if_packet.h: to this host.
+pub(super) const PACKET_HOST: u32 = 0;
+/// To all hosts of the link.
+pub(super) const PACKET_BROADCAST: u32 = 1;
+/// To a group.
+pub(super) const PACKET_MULTICAST: u32 = 2;
 
 /// The linear part of a socket buffer.
 pub(super) struct Buffer<'a>(pub(super) &'a TcContext);
@@ -270,4 +277,14 @@ pub(super) fn rewrite<F: Family>(
         }
     }
     packet::write_tuple::<F>(&Buffer(ctx), headers, new)
+}
+
+/// Says that the packet is for this host, whatever the frame says; `false` where the kernel refuses.
+#[inline(always)]
+pub(super) fn take_for_us(ctx: &TcContext) -> bool {
+    // SAFETY: the context is valid while the program runs; the helper checks its argument.
+    unsafe {
+        let skb = ctx.skb.skb;
+        (*skb).pkt_type == PACKET_HOST || bpf_skb_change_type(skb, PACKET_HOST) == 0
+    }
 }

@@ -6,10 +6,11 @@ use std::{
     fs,
     net::{IpAddr, SocketAddr},
     path::Path,
+    process::Command,
     time::Duration,
 };
 
-use shunt_lab::{Agent, AgentOptions, Client, Dial, Lab, PodSpec, Port, Proto, Sockets};
+use shunt_lab::{Agent, AgentOptions, Client, Cni, Dial, Lab, PodSpec, Port, Proto, Sockets};
 use tempfile::TempDir;
 
 const APP: u16 = 8080;
@@ -19,6 +20,8 @@ const HOST_APP: u16 = 30_099;
 /// Where a process of node-b is one.
 const OTHER_HOST_APP: u16 = 8090;
 const WAIT: Duration = Duration::from_millis(1500);
+/// Less than a SYN's first time-out.
+const BEFORE_RESENDING: Duration = Duration::from_millis(950);
 const SOON: Duration = Duration::from_millis(400);
 
 /// Services by the last byte of their cluster IPs: of a pod on node-a, of one on node-b, of a process
@@ -52,7 +55,29 @@ fn cluster_ip(number: u8, v6: bool) -> IpAddr {
 
 impl Cluster {
     fn start(xdp: &str) -> Self {
-        let lab = Lab::builder().strict_rp_filter().build().unwrap();
+        Self::start_in(Lab::builder().strict_rp_filter().build().unwrap(), xdp)
+    }
+
+    /// With pods on bridges, whose ports get frames that are addressed to the bridge.
+    fn start_bridged(xdp: &str) -> Self {
+        let lab = Lab::builder().cni(Cni::Bridge).build().unwrap();
+        let cluster = Self::start_in(lab, xdp);
+        // By itself it takes a port's address.
+        let bridge = ["link", "set", "cni0", "address", "02:00:00:00:00:fe"];
+        for node in ["node-a", "node-b"] {
+            cluster.ip(node, &bridge);
+        }
+        cluster
+    }
+
+    /// Runs `ip` on a node.
+    fn ip(&self, node: &str, args: &[&str]) {
+        let command = || Command::new("ip").args(args).status();
+        let status = self.lab.ns(node).unwrap().run(command).unwrap();
+        assert!(status.success(), "ip {args:?} on {node}: {status}");
+    }
+
+    fn start_in(lab: Lab, xdp: &str) -> Self {
         let ports = [Port::tcp(APP), Port::udp(APP)];
         lab.add_pod(&PodSpec::new("near", "node-a", &ports))
             .unwrap();
@@ -181,8 +206,7 @@ fn replace(path: &Path, text: &str) {
 
 /// Backends with addresses of nodes, a socket that asks two Services, `0.0.0.0`, refusals, and what
 /// nobody has.
-fn packets_alone_are_enough(xdp: &str) {
-    let cluster = Cluster::start(xdp);
+fn packets_alone_are_enough(cluster: &Cluster) {
     let client = cluster.client();
     let dial = Dial::within(WAIT);
     let mut failures = Vec::new();
@@ -255,12 +279,39 @@ fn dropped(agent: &Agent) -> u64 {
 
 #[test]
 fn packets_alone_are_enough_with_tc() {
-    packets_alone_are_enough("off");
+    packets_alone_are_enough(&Cluster::start("off"));
 }
 
 #[test]
 fn packets_alone_are_enough_with_xdp() {
-    packets_alone_are_enough("native");
+    packets_alone_are_enough(&Cluster::start("native"));
+}
+
+#[test]
+fn packets_alone_are_enough_where_pods_are_bridged() {
+    packets_alone_are_enough(&Cluster::start_bridged("off"));
+}
+
+/// The first packet goes where it should though the kernel does not know the next hop's MAC address
+/// yet, and has another way for it: no datagram is lost, and no SYN sent again.
+#[test]
+fn first_packets_wait_for_their_neighbour() {
+    for cluster in [Cluster::start("native"), Cluster::start_bridged("off")] {
+        let client = cluster.client();
+        for (number, name) in &SERVICES[..4] {
+            for v6 in [false, true] {
+                for to in cluster.frontends(*number, v6) {
+                    for proto in [Proto::Udp, Proto::Tcp] {
+                        cluster.ip("node-a", &["neigh", "flush", "all"]);
+                        let answer = client.once(proto, to, &Dial::within(BEFORE_RESENDING));
+                        let answer =
+                            answer.unwrap_or_else(|e| panic!("{proto} {to} ({name}): {e}"));
+                        assert_eq!(answer.server, *name, "{proto} {to}");
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// B7 and L4: open connections of processes go on through a restart of the agent, and datagrams go
