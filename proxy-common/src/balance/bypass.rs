@@ -10,7 +10,7 @@
 
 use super::{
     Entry, Maps, Scratch,
-    flow::{client_key, remove_over, shared_key, shared_port_bit, snat_slot},
+    flow::{client_key, remove_over, shared_key, shared_port_bit, slot_of},
     owner::direct_key,
 };
 use crate::{
@@ -39,16 +39,23 @@ pub(super) fn bypassing<F: Family, M: Maps<F>>(
         return Lookup::Unmatched;
     }
     // One that has got another source port, perhaps.
-    if snat::may_be(maps, tuple.src) && maps.port_is_shared(shared_port_bit::<F>(tuple)) {
+    let translated = snat::may_be(maps, tuple.src);
+    if translated && maps.port_is_shared(shared_port_bit::<F>(tuple)) {
         return Lookup::Undecided;
     }
-    if may_begin(tuple.proto, arrival.tcp_flags)
-        && maps.filter(filter::backend::<F>(tuple.dst, tuple.dst_port, tuple.proto))
-        && !(tuple.proto == UDP && is_just_noted(maps, tuple))
+    if !may_begin(tuple.proto, arrival.tcp_flags)
+        || !maps.filter(filter::backend::<F>(tuple.dst, tuple.dst_port, tuple.proto))
+        || tuple.proto == UDP && is_just_noted(maps, tuple)
     {
-        return Lookup::Undecided;
+        return Lookup::Unmatched;
     }
-    Lookup::Unmatched
+    // Whoever has no flow of Services, as a pod that the socket hook serves, has none that leads
+    // there.
+    if !translated && !maps.client(filter::client::<F>(tuple.src)) {
+        note_bypass(maps, tuple);
+        return Lookup::Unmatched;
+    }
+    Lookup::Undecided
 }
 
 /// The key of what a packet to a backend itself begins.
@@ -144,14 +151,7 @@ fn port_leads<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>) -> u64 {
     }
     if snat::may_be(maps, tuple.src)
         && let Some(config) = maps.config()
-        && let Some((_, slot)) = snat_slot(
-            maps,
-            config,
-            tuple.src_port,
-            tuple.dst,
-            tuple.dst_port,
-            tuple.proto,
-        )
+        && let Some((_, slot)) = slot_of(maps, config, tuple)
         && slot.snat == tuple.src
     {
         return named(slot.backend_id, slot.state);

@@ -36,6 +36,23 @@ pub(crate) fn shared_port_bit<F: Family>(tuple: &Tuple<F::Words>) -> u32 {
     hash::side::<F>(tuple.src, tuple.src_port, tuple.proto) as u32 % (SHARED_PORT_WORDS as u32 * 64)
 }
 
+/// The slot of a packet's source port towards the backend that it goes to.
+#[inline(always)]
+pub(super) fn slot_of<'m, F: Family, M: Maps<F>>(
+    maps: &'m M,
+    config: &Config,
+    tuple: &Tuple<F::Words>,
+) -> Option<Read<'m, SnatSlot<F::Words>>> {
+    snat_slot(
+        maps,
+        config,
+        tuple.src_port,
+        tuple.dst,
+        tuple.dst_port,
+        tuple.proto,
+    )
+}
+
 /// The slot of a translated source port towards a backend, if it is in use for that backend and
 /// protocol.
 #[inline(always)]

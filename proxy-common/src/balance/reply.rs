@@ -2,7 +2,7 @@
 
 use super::{
     Entry, Maps, Scratch, Tracked,
-    flow::{client_key, returns_here, snat_slot},
+    flow::{client_key, returns_here, slot_of, snat_slot},
     owner::is_noteworthy,
 };
 use crate::{
@@ -73,14 +73,7 @@ pub fn answering<F: Family, M: Maps<F>>(
     }
     if maps.filter(filter::backend_port(tuple.dst_port))
         && snat::may_be(maps, tuple.src)
-        && let Some((_, slot)) = snat_slot(
-            maps,
-            config,
-            tuple.src_port,
-            tuple.dst,
-            tuple.dst_port,
-            tuple.proto,
-        )
+        && let Some((_, slot)) = slot_of(maps, config, tuple)
         && slot.client == tuple.src
         && slot.snat != tuple.src
     {

@@ -7,7 +7,7 @@
 
 use super::{
     Maps, Scratch,
-    flow::{client_key, snat_slot},
+    flow::{client_key, slot_of},
 };
 use crate::{family::Family, filter, layout::*, snat, timeouts::is_closed};
 
@@ -47,14 +47,7 @@ pub(super) fn is_translated<F: Family, M: Maps<F>>(
         return false;
     };
     snat::may_be(maps, tuple.src)
-        && match snat_slot(
-            maps,
-            config,
-            tuple.src_port,
-            tuple.dst,
-            tuple.dst_port,
-            tuple.proto,
-        ) {
+        && match slot_of(maps, config, tuple) {
             Some((_, slot)) => {
                 (slot.client == tuple.src || slot.snat == tuple.src)
                     && !is_closed(slot.state)

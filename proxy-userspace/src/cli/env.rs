@@ -14,7 +14,7 @@ use anyhow::Context;
 use clap::{Args, ValueEnum};
 use ipnet::IpNet;
 
-use super::{print, services};
+use super::{block_on, print, services};
 use crate::{
     config::{DEFAULT_BPF_ROOT, SERVICE_CIDRS, Settings},
     datapath::maps::Maps,
@@ -107,11 +107,7 @@ pub fn run(args: &EnvArgs) -> anyhow::Result<()> {
 /// What is printed to stdout, and what to stderr.
 fn text(args: &EnvArgs) -> anyhow::Result<(String, Vec<String>)> {
     let mut warnings = Vec::new();
-    let objects = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("cannot start a thread")?
-        .block_on(read(args, &mut warnings))?;
+    let objects = block_on(read(args, &mut warnings))?;
     let links = objects
         .pod
         .as_ref()

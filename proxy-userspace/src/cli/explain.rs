@@ -6,7 +6,7 @@ use anyhow::{Context, anyhow, bail};
 use clap::{Args, ValueEnum};
 
 use super::{
-    Common,
+    Common, block_on,
     pods::{PodSource, ProtocolArg, nearest},
     print, services, table,
 };
@@ -190,11 +190,7 @@ fn question(args: &ExplainArgs, maps: &Maps) -> anyhow::Result<Question> {
     let (addresses, port) = match source(&args.source)? {
         Source::Address(address, port) => (vec![address], port),
         Source::Pod(name) => {
-            let addresses = tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build()
-                .context("cannot start a thread")?
-                .block_on(args.pods.addresses(&name))?;
+            let addresses = block_on(args.pods.addresses(&name))?;
             sender.get_or_insert(Sender::Pod);
             namespace = Some(name.namespace.to_string());
             (addresses, CLIENT_PORT)

@@ -12,6 +12,7 @@ use std::{
     str::FromStr,
 };
 
+use anyhow::Context;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 
@@ -38,6 +39,15 @@ pub mod status;
 pub mod sysdump;
 pub mod top;
 pub mod trace;
+
+/// Waits in this thread for what a verb does asynchronously.
+fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start a thread")?
+        .block_on(work)
+}
 
 /// An eBPF and XDP load balancer for Kubernetes Services: replaces kube-proxy on a node.
 #[derive(Debug, Parser)]

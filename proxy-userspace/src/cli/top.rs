@@ -26,7 +26,7 @@ use self::{
     sample::{Report, Sampler},
     view::View,
 };
-use super::{Common, Output, open, print, table};
+use super::{Common, Output, block_on, open, print, table};
 
 /// How often keys and the tracer's ring buffer are looked at.
 const LOOK: Duration = Duration::from_millis(50);
@@ -231,11 +231,7 @@ async fn follow(args: &TopArgs) -> anyhow::Result<()> {
 /// # Errors
 /// No maps, no terminal, or the kernel's.
 pub fn run(args: &TopArgs) -> anyhow::Result<()> {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("cannot start a thread")?
-        .block_on(follow(args))
+    block_on(follow(args))
 }
 
 #[cfg(test)]

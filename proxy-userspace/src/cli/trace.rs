@@ -24,7 +24,7 @@ use tokio::{
 };
 
 use super::{
-    Common, Output, Peer, open,
+    Common, Output, Peer, block_on, open,
     pods::{self, PodSource},
     print, service_name, service_names,
 };
@@ -380,11 +380,7 @@ pub(super) fn record(maps: &Maps, time: Duration, most: usize) -> anyhow::Result
 /// # Errors
 /// No maps, a name that nothing has, too many tracers, or the kernel's.
 pub fn run(args: &TraceArgs) -> anyhow::Result<()> {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("cannot start a thread")?
-        .block_on(follow(args))
+    block_on(follow(args))
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::{fs, net::IpAddr, os::fd::BorrowedFd, path::Path};
 
 use anyhow::{Context, Result, bail};
-use etherparse::PacketBuilder;
+use etherparse::{IpHeaders, PacketBuilder, PacketBuilderStep};
 use rustix::{
     net::{AddressFamily, SocketType, netdevice::name_to_index, socket},
     thread::{CpuSet, sched_setaffinity},
@@ -252,14 +252,24 @@ fn last(address: IpAddr) -> u8 {
     }
 }
 
-fn packet(from: IpAddr, from_port: u16, to: IpAddr, to_port: u16, syn: bool) -> Result<Vec<u8>> {
+fn ip(from: IpAddr, to: IpAddr) -> Result<PacketBuilderStep<IpHeaders>> {
     let builder = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
-    let builder = match (from, to) {
+    Ok(match (from, to) {
         (IpAddr::V4(from), IpAddr::V4(to)) => builder.ipv4(from.octets(), to.octets(), 64),
         (IpAddr::V6(from), IpAddr::V6(to)) => builder.ipv6(from.octets(), to.octets(), 64),
         _ => bail!("{from} and {to} are of two families"),
-    };
-    let tcp = builder.tcp(from_port, to_port, 1, 64_000);
+    })
+}
+
+fn datagram(from: IpAddr, from_port: u16, to: IpAddr, to_port: u16) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let udp = ip(from, to)?.udp(from_port, to_port);
+    udp.write(&mut bytes, &[0x55; 64])?;
+    Ok(bytes)
+}
+
+fn packet(from: IpAddr, from_port: u16, to: IpAddr, to_port: u16, syn: bool) -> Result<Vec<u8>> {
+    let tcp = ip(from, to)?.tcp(from_port, to_port, 1, 64_000);
     let tcp = if syn { tcp.syn() } else { tcp.ack(1) };
     let mut bytes = Vec::new();
     tcp.write(&mut bytes, &[0x55; 64])?;
@@ -466,7 +476,30 @@ fn cases(world: &World, v6: bool) -> Vec<Case> {
                 Some(STRANGER),
             );
         }
+        add(
+            "no Service",
+            "a pod's datagrams to a backend itself",
+            Hook::Tc,
+            "tc_pod_in",
+            None,
+            Script {
+                packet: datagram(client, 443, local, BACKEND_PORT).expect("a packet"),
+                ..forward(443, local, BACKEND_PORT, mask)
+            },
+            Some(STRANGER),
+        );
     }
+    cases.push(Case {
+        name: format!("no Service IPv{family}, a pod's connection to a backend itself"),
+        hook: Hook::Tc,
+        program: "tc_pod_in",
+        floor: None,
+        script: fresh(local, BACKEND_PORT),
+        repeat: NEW_FLOWS,
+        fresh: true,
+        v6,
+        at_most: None,
+    });
     let mut add = |group, name: &str, hook, program, floor: &str, script, at_most| {
         cases.push(Case {
             name: format!("{group} IPv{family}, {name}"),
