@@ -647,10 +647,10 @@ pub struct Config {
     pub snat_ports: u16,
     /// `snat` slots in use, a power of two: see [`crate::snat::places`].
     pub snat_entries: u32,
-    /// First of the ports that the kernel gives to sockets of this node
-    /// (`net.ipv4.ip_local_port_range`), host order: only taken when others are short.
+    /// First port of the SNAT range that the kernel gives to sockets of this node
+    /// (`net.ipv4.ip_local_port_range`), host order: those are only taken when others are short.
     pub local_first: u16,
-    /// How many those are.
+    /// How many those are, up to the last of them.
     pub local_ports: u16,
     /// `CONFIG_*` bits.
     pub flags: u32,

@@ -57,6 +57,21 @@ pub fn in_range(config: &Config, port: u16) -> bool {
     port.wrapping_sub(config.snat_first) < config.snat_ports
 }
 
+/// The first port, and the number, of those in the SNAT range that the kernel gives to sockets.
+#[inline(always)]
+pub(crate) fn local(config: &Config) -> (u32, u32) {
+    let (first, ports) = (u32::from(config.snat_first), u32::from(config.snat_ports));
+    let (local, locals) = (u32::from(config.local_first), u32::from(config.local_ports));
+    let begin = first.max(local);
+    let end = (first + ports).min(local + locals);
+    (begin, end.saturating_sub(begin))
+}
+
+/// How many ports of the SNAT range the kernel gives to no socket.
+pub fn of_their_own(config: &Config) -> u16 {
+    config.snat_ports.saturating_sub(local(config).1 as u16)
+}
+
 /// Whether an address may be one side of a translated source: a client's, or that which was put in
 /// its place. `false` proves that there is none.
 #[inline(always)]

@@ -17,6 +17,7 @@
 mod answers;
 mod fib;
 mod maps;
+mod sender;
 mod socket;
 mod subprograms;
 mod tc;

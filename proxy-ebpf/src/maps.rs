@@ -25,7 +25,7 @@ use aya_ebpf::{
 use shunt_common::{
     balance::{Clock, Entry, Hooked, Maps, Scratch},
     event::{Event, MAX_EVENTS},
-    family::{V4, V6, Words6},
+    family::{Family, V4, V6, Words6},
     filter,
     layout::*,
     packet::Tuple,
@@ -35,7 +35,7 @@ use shunt_common::{
 use crate::{
     answers,
     fib::{self, LOOPBACK},
-    trace,
+    sender, trace,
 };
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
@@ -234,11 +234,16 @@ pub(crate) trait Hook {
     /// # Safety
     /// `ctx` must be the running program's context.
     unsafe fn sender(ctx: *mut c_void) -> u64;
+    /// Whether the packet that is sent has the addresses and ports of its sender's socket.
+    ///
+    /// # Safety
+    /// `ctx` must be the running program's context.
+    unsafe fn is_senders_own<F: Family>(ctx: *mut c_void, packet: &Tuple<F::Words>) -> bool;
 }
 
 macro_rules! hooks {
     ($($(#[$doc:meta])* $hook:ident: $event:ident, $counter:ident, $traced:ident,
-    |$ctx:ident| $device:expr, $sender:expr;)+) => {
+    |$ctx:ident| $device:expr, $sender:expr, |$packet:ident| $own:expr;)+) => {
         $(
             $(#[$doc])*
             pub(crate) struct $hook;
@@ -263,6 +268,15 @@ macro_rules! hooks {
                     let _of_no_use = $ctx;
                     $sender
                 }
+
+                #[inline(always)]
+                unsafe fn is_senders_own<F: Family>(
+                    $ctx: *mut c_void,
+                    $packet: &Tuple<F::Words>,
+                ) -> bool {
+                    let _of_no_use = ($ctx, $packet);
+                    $own
+                }
             }
         )+
     };
@@ -270,7 +284,7 @@ macro_rules! hooks {
 
 hooks! {
     /// The cgroup hooks.
-    Socket: SocketFlow, socket_flows, TRACE_AT_SOCKET, |_ctx| 0, 0;
+    Socket: SocketFlow, socket_flows, TRACE_AT_SOCKET, |_ctx| 0, 0, |_packet| false;
     /// tc.
     Tc: TcFlow, tc_flows, TRACE_AT_TC, |ctx| {
         // SAFETY: the caller's promise.
@@ -288,12 +302,15 @@ hooks! {
         // SAFETY: the caller's promise. A pod's packet keeps its socket on the way out of the
         // pod's network namespace.
         unsafe { bpf_get_socket_cookie(ctx) }
+    }, |packet| {
+        // SAFETY: the caller's promise.
+        unsafe { sender::sends::<F>(ctx.cast(), packet) }
     };
     /// XDP.
     Xdp: XdpFlow, xdp_flows, TRACE_AT_XDP, |ctx| {
         // SAFETY: the caller's promise.
         unsafe { (*ctx.cast::<xdp_md>()).ingress_ifindex }
-    }, 0;
+    }, 0, |_packet| false;
 }
 
 /// The kernel's maps, as the decision wants them.
@@ -730,6 +747,12 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
     #[inline(always)]
     fn socket_owns(&self, packet: &Tuple<F::Words>) -> bool {
         self.socket::<F>(packet) == Some(true)
+    }
+
+    #[inline(always)]
+    fn is_senders_own(&self, packet: &Tuple<F::Words>) -> bool {
+        // SAFETY: it is the running program's.
+        unsafe { H::is_senders_own::<F>(self.ctx, packet) }
     }
 
     #[inline(always)]

@@ -6,7 +6,8 @@
 //! finds the flow, and becomes a flow from the backend's address to the same address
 //! ([`find_bypass`]).
 //!
-//! Of pods only: there a packet is seen before it was ever translated.
+//! A process of the node is asked for its socket instead of a note: a source port that one has is given
+//! to no flow, and one that a flow has may be bound, or given to a socket, later ([`is_lent`]).
 
 use super::{
     Entry, Maps, Scratch,
@@ -70,8 +71,22 @@ fn bypass_key<A: Copy>(tuple: &Tuple<A>) -> DirectKey<A> {
     )
 }
 
+/// Whether a packet that a process of this node sends past any Service has the source port of a flow
+/// of ours to the same backend, or may have got another for that. Asked after `answering`: a backend
+/// may be a process of this node.
+#[inline(always)]
+pub fn is_lent<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, tcp_flags: u8) -> bool {
+    maps.filter(filter::backend_port(tuple.dst_port))
+        && snat::may_be(maps, tuple.src)
+        && (maps.port_is_shared(shared_port_bit::<F>(tuple))
+            || may_begin(tuple.proto, tcp_flags)
+                && maps.filter(filter::backend::<F>(tuple.dst, tuple.dst_port, tuple.proto))
+                && maps.is_senders_own(tuple)
+                && lent(maps, tuple) != NONE)
+}
+
 /// The packet in `scratch.arrival`, which no frontend has: it goes on if it is to be translated, to
-/// the backend that is left in `scratch`; else it is noted if it goes to a backend itself.
+/// the backend that is left in `scratch`; else it is noted if a pod asks a backend itself.
 #[inline(never)]
 pub(super) fn find_bypass<F: Family, M: Maps<F>>(
     maps: &M,
@@ -85,7 +100,7 @@ pub(super) fn find_bypass<F: Family, M: Maps<F>>(
         ..
     } = scratch;
     let (tuple, flags) = (&arrival.tuple, arrival.tcp_flags);
-    if arrival.origin != Origin::Pod
+    if arrival.origin == Origin::Network
         || !may_begin(tuple.proto, flags)
         || !maps.filter(filter::backend::<F>(tuple.dst, tuple.dst_port, tuple.proto))
     {
@@ -93,7 +108,9 @@ pub(super) fn find_bypass<F: Family, M: Maps<F>>(
     }
     let led = port_leads(maps, tuple);
     if led == NONE {
-        note_bypass(maps, tuple);
+        if arrival.origin == Origin::Pod {
+            note_bypass(maps, tuple);
+        }
         if maps.port_is_shared(shared_port_bit::<F>(tuple)) {
             *key = shared_key::<F>(tuple);
             remove_over(maps, key);
@@ -149,14 +166,23 @@ fn port_leads<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>) -> u64 {
             return named(entry.read().backend_id, entry.read().state);
         }
     }
-    if snat::may_be(maps, tuple.src)
-        && let Some(config) = maps.config()
-        && let Some((_, slot)) = slot_of(maps, config, tuple)
-        && slot.snat == tuple.src
-    {
-        return named(slot.backend_id, slot.state);
+    if snat::may_be(maps, tuple.src) {
+        lent(maps, tuple)
+    } else {
+        NONE
     }
-    NONE
+}
+
+/// The same of the flow that has the packet's source as a translated one.
+#[inline(always)]
+fn lent<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>) -> u64 {
+    let Some(config) = maps.config() else {
+        return NONE;
+    };
+    match slot_of(maps, config, tuple) {
+        Some((_, slot)) if slot.snat == tuple.src => named(slot.backend_id, slot.state),
+        _ => NONE,
+    }
 }
 
 #[inline(always)]

@@ -89,6 +89,9 @@ pub trait Maps<F: Family>: Clock {
     /// Whether a packet that comes in is of a connection that a socket of this node has: TCP in any
     /// state but LISTEN, UDP that is connected.
     fn socket_owns(&self, packet: &Tuple<F::Words>) -> bool;
+    /// Whether a packet that a process of this node sends bears the addresses and ports of its own
+    /// socket: it is not translated yet. `false` also where nobody knows the sender.
+    fn is_senders_own(&self, packet: &Tuple<F::Words>) -> bool;
     /// What the packet's sender dialled, if the socket hook has connected it to where the packet
     /// goes; `None` also where nobody knows the sender.
     fn hooked(&self, packet: &Tuple<F::Words>) -> Option<Hooked<F::Words>>;

@@ -42,6 +42,7 @@ mod subprogram;
 mod translated;
 
 pub use self::{
+    bypass::is_lent,
     choose::socket_frontend,
     clock::Clock,
     decide::undecided,
@@ -67,7 +68,7 @@ use crate::{
     failover,
     family::Family,
     packet::Tuple,
-    verdict::{Arrival, Lookup, Translation, Verdict, step_number},
+    verdict::{Arrival, Lookup, Origin, Translation, Verdict, step_number},
 };
 
 /// What a [`Subprogram`] does, and the number of what it found: of a verdict, of a step, or 0 or 1
@@ -98,7 +99,16 @@ pub fn arriving<F: Family, M: Subprograms<F>>(
     maps: &M,
     arrival: &Arrival<F::Words>,
 ) -> Verdict<Translation<F::Words>> {
-    match established(maps, arrival) {
+    let lookup = match established(maps, arrival) {
+        Lookup::Unmatched
+            if arrival.origin == Origin::Process
+                && is_lent(maps, &arrival.tuple, arrival.tcp_flags) =>
+        {
+            Lookup::Undecided
+        }
+        lookup => lookup,
+    };
+    match lookup {
         Lookup::Unmatched => Verdict::Pass,
         Lookup::Translate(to) => Verdict::Translate(to),
         Lookup::Undecided => match maps.scratch() {

@@ -76,6 +76,8 @@ pub fn answering<F: Family, M: Maps<F>>(
         && let Some((_, slot)) = slot_of(maps, config, tuple)
         && slot.client == tuple.src
         && slot.snat != tuple.src
+        // A process's gets both halves at once.
+        && slot.state & FLOW_PROCESS == 0
     {
         let tuple = Tuple {
             src: slot.snat,

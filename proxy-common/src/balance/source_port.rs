@@ -49,8 +49,8 @@ const NONE: u32 = 0;
 enum Pool {
     /// Those that the kernel gives to no socket of the node by itself.
     Outside,
-    /// Those that it does: one that it gives out later, towards the same backend, is lost to its
-    /// socket.
+    /// Those that it does: what a socket that is given one later sends to the same backend has to get
+    /// another ([`bypass::is_lent`]).
     Local,
     /// Those kept back, of both.
     Reserve,
@@ -174,23 +174,13 @@ fn forget(search: &mut Search) {
     search.free.set(0);
 }
 
-/// The first port, and the number, of those that the kernel gives to sockets, within the range.
-#[inline(always)]
-fn local(config: &Config) -> (u32, u32) {
-    let (first, ports) = (u32::from(config.snat_first), u32::from(config.snat_ports));
-    let (local, locals) = (u32::from(config.local_first), u32::from(config.local_ports));
-    let begin = first.max(local);
-    let end = (first + ports).min(local + locals);
-    (begin, end.saturating_sub(begin))
-}
-
 /// How many ports a pool has.
 #[inline(always)]
 fn size(config: &Config, pool: Pool) -> u32 {
     let ports = u32::from(config.snat_ports);
     match pool {
-        Pool::Outside => ports.saturating_sub(local(config).1),
-        Pool::Local => local(config).1,
+        Pool::Outside => ports.saturating_sub(snat::local(config).1),
+        Pool::Local => snat::local(config).1,
         Pool::Reserve => {
             let first = config.snat_first | (snat::RESERVED - 1);
             let before = u32::from(first.wrapping_sub(config.snat_first));
@@ -205,7 +195,7 @@ fn port_at(config: &Config, pool: Pool, position: u32) -> u16 {
     let first = config.snat_first;
     match pool {
         Pool::Outside => {
-            let (begin, count) = local(config);
+            let (begin, count) = snat::local(config);
             let port = u32::from(first) + position;
             (if port >= begin && count != 0 {
                 port + count
@@ -213,7 +203,7 @@ fn port_at(config: &Config, pool: Pool, position: u32) -> u16 {
                 port
             }) as u16
         }
-        Pool::Local => (local(config).0 + position) as u16,
+        Pool::Local => (snat::local(config).0 + position) as u16,
         Pool::Reserve => (first | (snat::RESERVED - 1))
             .wrapping_add((position as u16).wrapping_mul(snat::RESERVED)),
     }
@@ -518,7 +508,9 @@ fn next<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Words>) -> Nex
         next
     });
     let port = port_at(config, pool, position);
-    if snat::is_reserved(config, port) != (pool == Pool::Reserve)
+    // The agent may have written another range since the search began.
+    if !snat::in_range(config, port)
+        || snat::is_reserved(config, port) != (pool == Pool::Reserve)
         || maps.filter(filter::node_port(port))
     {
         return Next::Skip;

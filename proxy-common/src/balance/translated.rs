@@ -9,7 +9,7 @@ use super::{
     Maps, Scratch,
     flow::{client_key, slot_of},
 };
-use crate::{family::Family, filter, layout::*, snat, timeouts::is_closed};
+use crate::{family::Family, filter, layout::*, snat, timeouts::is_closed, verdict::Origin};
 
 /// How long ago the flow was seen at most, in ticks ([`TICK_NS`]): `last_seen` is written when
 /// [`Flow::epoch`] changes, every 2.6 s at most.
@@ -22,6 +22,9 @@ pub(super) fn is_translated<F: Family, M: Maps<F>>(
     scratch: &mut Scratch<F::Words>,
 ) -> bool {
     let tuple = &scratch.arrival.tuple;
+    if scratch.arrival.origin == Origin::Process && maps.is_senders_own(tuple) {
+        return false;
+    }
     if !maps.filter(filter::backend::<F>(tuple.dst, tuple.dst_port, tuple.proto)) {
         return false;
     }

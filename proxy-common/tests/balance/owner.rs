@@ -193,3 +193,41 @@ fn only_what_begins_something_opens_a_flow() {
     node.connections.borrow_mut().insert(tuple);
     node.translated(tuple, SYN, Origin::Pod, false);
 }
+
+/// What a process sends to a backend itself by the source port of a flow to that backend gets another,
+/// and its answers come back to it. What was translated already is left alone.
+#[test]
+fn a_process_shares_no_source_port_with_a_flow() {
+    for (proto, first, answer) in [(TCP, SYN, SYN | ACK), (UDP, 0, 0)] {
+        let node = Node::<V4>::new(config());
+        node.serve(ip(10, 96, 0, 1), 80, proto, &[REMOTE]);
+        let of = |tuple: Tuple<u32>| Tuple { proto, ..tuple };
+        let dialled = of(to(OUTSIDE, 40_000, ip(10, 96, 0, 1), 80));
+        let flow = node.translated(dialled, first, Origin::Network, true).tuple;
+        assert_eq!(flow.src, node_itself());
+        let pass = |tuple| {
+            assert_eq!(
+                node.arrive(tuple, first, Origin::Process, false),
+                Verdict::Pass
+            )
+        };
+        pass(flow);
+        let other = Tuple {
+            src_port: flow.src_port + 1,
+            ..flow
+        };
+        node.senders.borrow_mut().extend([flow, other]);
+        pass(other);
+        let moved = node.translated(flow, first, Origin::Process, false).tuple;
+        assert_eq!((moved.src, moved.dst), (flow.src, flow.dst));
+        assert_ne!(moved.src_port, flow.src_port);
+        pass(moved);
+        let arrives = |tuple, on| node.translated(back(tuple), answer, Origin::Network, on);
+        let answered = arrives(moved, false);
+        assert_eq!((answered.tuple, answered.process), (back(flow), true));
+        let answered = arrives(flow, true);
+        assert_eq!((answered.tuple, answered.process), (back(dialled), false));
+        let next = node.translated(flow, ACK, Origin::Process, false).tuple;
+        assert_eq!(next, moved, "{proto}");
+    }
+}

@@ -50,6 +50,8 @@ pub(crate) struct Node<F: Family> {
     pub(crate) sockets: RefCell<HashSet<Tuple<F::Words>>>,
     /// Tuples of packets that are of a socket's own connection.
     pub(crate) connections: RefCell<HashSet<Tuple<F::Words>>>,
+    /// Tuples that the sockets of the node's processes have, as their packets bear them.
+    pub(crate) senders: RefCell<HashSet<Tuple<F::Words>>>,
     /// Backends that are no endpoints any more.
     pub(crate) gone: RefCell<HashSet<u32>>,
     /// What sockets dialled that the hook connected, by their packets.
@@ -84,6 +86,7 @@ impl<F: Family<Words: Hash>> Node<F> {
             route_sources: RefCell::default(),
             sockets: RefCell::default(),
             connections: RefCell::default(),
+            senders: RefCell::default(),
             gone: RefCell::default(),
             hooked: RefCell::default(),
             direct: RefCell::default(),
@@ -289,6 +292,9 @@ impl<F: Family<Words: Hash>> Maps<F> for Node<F> {
     }
     fn socket_owns(&self, packet: &Tuple<F::Words>) -> bool {
         self.connections.borrow().contains(packet)
+    }
+    fn is_senders_own(&self, packet: &Tuple<F::Words>) -> bool {
+        self.senders.borrow().contains(packet)
     }
     fn hooked(&self, packet: &Tuple<F::Words>) -> Option<Hooked<F::Words>> {
         self.hooked.borrow().get(packet).copied()

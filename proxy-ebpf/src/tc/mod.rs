@@ -21,7 +21,7 @@ mod undecided;
 
 use aya_ebpf::{EbpfContext, bindings::TC_ACT_UNSPEC, macros::classifier, programs::TcContext};
 use shunt_common::{
-    balance::{departing, established},
+    balance::{departing, established, is_lent},
     family::{Family, V4, V6},
     packet::Headers,
     verdict::{Direction, Lookup, Origin},
@@ -143,6 +143,12 @@ fn node_out<F: RoutingFamily>(ctx: &TcContext) -> Step {
 fn leave<F: RoutingFamily>(ctx: &TcContext, headers: &Headers<F::Words>) -> Step {
     let maps = KernelMaps::<Tc>::new(ctx.as_ptr());
     match departing::<F, _>(&maps, &headers.tuple, headers.tcp_flags) {
+        Lookup::Unmatched
+            if loopback::is_sender(ctx)
+                && is_lent::<F, _>(&maps, &headers.tuple, headers.tcp_flags) =>
+        {
+            Step::Dialled
+        }
         Lookup::Unmatched => Step::End(TC_ACT_UNSPEC),
         Lookup::Translate(to) => Step::End(translate::<F>(ctx, headers, &to)),
         Lookup::Undecided => Step::Undecided,
@@ -187,7 +193,7 @@ fn arrived<F: RoutingFamily>(ctx: &TcContext, origin: Origin, step: Step) -> i32
 fn sent<F: RoutingFamily>(ctx: &TcContext, step: Step) -> i32 {
     match step {
         Step::Sent => process::send::<F>(ctx),
-        Step::Dialled | Step::SlowPath => hand_over(ctx, Direction::Ingress(Origin::Process), step),
+        Step::SlowPath => hand_over(ctx, Direction::Ingress(Origin::Process), step),
         step => left(ctx, step),
     }
 }
@@ -197,6 +203,7 @@ fn sent<F: RoutingFamily>(ctx: &TcContext, step: Step) -> i32 {
 fn left(ctx: &TcContext, step: Step) -> i32 {
     match step {
         Step::End(action) => action,
+        Step::Dialled => hand_over(ctx, Direction::Ingress(Origin::Process), step),
         step => hand_over(ctx, Direction::Egress, step),
     }
 }

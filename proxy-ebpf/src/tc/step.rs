@@ -22,7 +22,8 @@ pub(super) enum Step {
     /// [`Scratch::translation`](shunt_common::balance::Scratch::translation) on its way out: host
     /// routing.
     Reply,
-    /// A process of this node sends it to what may be a frontend, and it may open a flow.
+    /// A process of this node sends it to what may be a frontend, or to a backend by a source port that
+    /// a flow of ours has, and it may open a flow.
     Dialled,
     /// A process of this node sends it to a backend, as
     /// [`Scratch::translation`](shunt_common::balance::Scratch::translation) says.

@@ -265,6 +265,7 @@ async fn serve(settings: Settings, args: RunArgs, mut watch: Stopwatch) -> anyho
                 if reclaimed > 0 {
                     debug!("{reclaimed} backend ids are free again");
                 }
+                agent.follow_local_ports();
             }
             Some(ended) = servers.join_next() => ended.context("a server of the agent has failed")??,
             () = agent.addresses_changed() => agent.write_addresses(),

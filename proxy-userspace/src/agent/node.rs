@@ -8,7 +8,7 @@ use anyhow::Context;
 use crate::{
     config::Settings,
     datapath::{
-        devices,
+        devices, local_ports,
         netns::{self, NodePortAddresses},
     },
     object::NodeFacts,
@@ -28,21 +28,6 @@ pub(super) fn name(settings: &Settings) -> anyhow::Result<String> {
     Ok(name.trim().to_lowercase())
 }
 
-/// The ports that the kernel gives to sockets of this node, as it says itself.
-fn local_ports() -> std::ops::RangeInclusive<u16> {
-    let range = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range");
-    let numbers: Vec<u16> = range
-        .iter()
-        .flat_map(|range| range.split_whitespace())
-        .filter_map(|number| number.parse().ok())
-        .collect();
-    match numbers[..] {
-        [first, last] => first..=last,
-        // Linux's default.
-        _ => 32_768..=60_999,
-    }
-}
-
 pub(super) fn settings(settings: &Settings, addresses: &[IpAddr]) -> NodeSettings {
     // What cannot be has ended the agent before.
     let node_ports =
@@ -54,7 +39,7 @@ pub(super) fn settings(settings: &Settings, addresses: &[IpAddr]) -> NodeSetting
         answer_ping: settings.answer_ping,
         retry_silence: settings.retry_silence,
         snat_ports: settings.snat_ports.0.clone(),
-        local_ports: local_ports(),
+        local_ports: local_ports::within(&settings.snat_ports.0),
         timeouts: settings.conntrack.ticks(),
         loopback: [false, true]
             .map(|v6| settings.localhost_node_ports && node_ports.admits_loopback(v6)),

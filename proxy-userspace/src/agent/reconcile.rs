@@ -304,6 +304,18 @@ impl Agent {
         Ok(maps.set_config(&config)?)
     }
 
+    /// Has new flows go by what the kernel gives to sockets now: nobody tells of a sysctl that changes.
+    pub(super) fn follow_local_ports(&self) {
+        let Some(live) = &self.live else { return };
+        match self.write_config(&live.addresses) {
+            Ok(true) => {
+                info!("sockets of this node are given other ports now (ip_local_port_range)")
+            }
+            Ok(false) => {}
+            Err(error) => warn!("ports that sockets of this node are given: {error:#}"),
+        }
+    }
+
     /// Writes this node's addresses into the configuration and (again) attaches to its devices,
     /// when they have changed, or `settings_change`.
     pub(super) async fn follow_node(&mut self, settings_change: bool) -> anyhow::Result<()> {

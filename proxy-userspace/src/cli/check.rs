@@ -32,11 +32,14 @@ use crate::datapath::{
     capability, cgroup,
     devices::{self, Device, DevicePatterns, Role, is_link_local},
     load::is_bpffs,
+    local_ports,
+    maps::Maps,
     netfilter::{self, Netfilter, Value},
     netlink,
     object::kernel,
     xdp,
 };
+use crate::sync::node::SNAT_PORTS;
 
 /// `BPF_PROG_TYPE_SCHED_CLS`.
 const SCHED_CLS: u32 = 3;
@@ -48,6 +51,9 @@ const CGROUP_SOCK_ADDR: u32 = 18;
 const XDP_FLAGS_SKB_MODE: u32 = 1 << 1;
 /// Index of the loopback device in every network namespace.
 const LOOPBACK: u32 = 1;
+
+/// Fewer source ports of their own than one in so many are few.
+const FEW: usize = 8;
 
 /// How much depends on a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -431,6 +437,7 @@ fn network(rows: &mut Rows, bpf_root: &Path) {
             "without one, clients from outside reach the backends of this node only, in this family",
         );
     }
+    source_ports(rows, bpf_root);
     let setting = |device: &str| -> u32 {
         let path = format!("/proc/sys/net/ipv4/conf/{device}/rp_filter");
         fs::read_to_string(path).map_or(0, |text| text.trim().parse().unwrap_or(0))
@@ -458,6 +465,35 @@ fn network(rows: &mut Rows, bpf_root: &Path) {
         Need::Optional,
         found,
         "--xdp auto leaves the work to tc, where the rules hold; --xdp native passes them by",
+    );
+}
+
+/// Ports for translated sources, beside what the kernel gives to sockets of this node.
+fn source_ports(rows: &mut Rows, bpf_root: &Path) {
+    let config = Maps::open(bpf_root).and_then(|maps| maps.config());
+    let range = match config {
+        Ok(config) if config.snat_ports != 0 => {
+            config.snat_first..=config.snat_first.saturating_add(config.snat_ports - 1)
+        }
+        _ => SNAT_PORTS,
+    };
+    let given = local_ports::within(&range);
+    let (first, last) = (range.start(), range.end());
+    let own = range.len() - given.len();
+    let text = format!(
+        "{own} of {first}-{last}; sockets are given {} of them",
+        given.len()
+    );
+    rows.add(
+        "source ports (--snat-ports) that no socket is given",
+        Need::Optional,
+        if own * FEW < range.len() {
+            Err(text)
+        } else {
+            Ok(text)
+        },
+        "what a process sends to a backend by the port of a translated flow gets another one, which costs: leave some of \
+         --snat-ports out of net.ipv4.ip_local_port_range, or name them in net.ipv4.ip_local_reserved_ports",
     );
 }
 

@@ -12,7 +12,10 @@ use std::{
 use anyhow::Context;
 use clap::Args;
 use serde::Serialize;
-use shunt_common::layout::{LAYOUT_VERSION, names};
+use shunt_common::{
+    layout::{LAYOUT_VERSION, names},
+    snat,
+};
 
 use super::{Common, listening, open, print, table};
 use crate::{
@@ -72,6 +75,8 @@ pub struct Status {
     pub node_port_addresses: Vec<IpAddr>,
     /// First and last port of the SNAT range.
     pub snat_ports: (u16, u16),
+    /// How many of them the kernel gives to no socket: new flows have those first.
+    pub snat_ports_of_their_own: u16,
     /// How full the maps are.
     pub maps: Vec<Usage>,
     /// Links that hold programs to their hooks.
@@ -242,6 +247,7 @@ impl Status {
                     .snat_first
                     .saturating_add(config.snat_ports.saturating_sub(1)),
             ),
+            snat_ports_of_their_own: snat::of_their_own(&config),
             maps: maps.usage()?,
             without_programs: without_programs(&paths, &links, &node_addresses)?,
             links,
@@ -368,7 +374,10 @@ impl Status {
             ("node ports on", join(&self.node_port_addresses)),
             (
                 "SNAT ports",
-                format!("{}-{}", self.snat_ports.0, self.snat_ports.1),
+                format!(
+                    "{}-{}, of which sockets are never given {}",
+                    self.snat_ports.0, self.snat_ports.1, self.snat_ports_of_their_own
+                ),
             ),
         ];
         let facts: Vec<String> = facts

@@ -114,7 +114,8 @@ pub struct RunArgs {
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(0..=60))]
     retry_silence: Option<u32>,
     /// Source ports of translated packets; each backend has a supply of its own, node ports and
-    /// those that sockets of the node use are left out [default: 1024-65535].
+    /// those that sockets of the node use are left out, and those of ip_local_port_range come last
+    /// [default: 1024-65535].
     #[arg(long, value_name = "FIRST-LAST")]
     snat_ports: Option<PortRange>,
     /// Where /healthz, /livez and /readyz are served; 0.0.0.0 means all addresses of both families,

@@ -33,6 +33,7 @@ pub mod conntrack;
 pub mod devices;
 pub(crate) mod layer3;
 pub mod load;
+pub mod local_ports;
 pub mod lock;
 pub mod maps;
 pub mod netfilter;

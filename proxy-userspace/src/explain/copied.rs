@@ -448,6 +448,11 @@ impl<F: CopiedFamily> Maps<F> for Copied<'_, F> {
         node::socket_takes(&node::tuple::<F>(reply))
     }
 
+    fn is_senders_own(&self, _packet: &Tuple<F::Words>) -> bool {
+        // What is asked about is what somebody sends.
+        true
+    }
+
     fn hooked(&self, _packet: &Tuple<F::Words>) -> Option<Hooked<F::Words>> {
         // Whose packet it is, nobody says.
         None

@@ -16,7 +16,8 @@ use super::addresses;
 use crate::datapath::maps::{MapError, MapFamily, Maps, PerFamily, settings};
 
 /// The SNAT range where the user names none: all that need no right. Node ports and what sockets of
-/// the node have are left out, and what Linux gives to its sockets (`ip_local_port_range`) comes last.
+/// the node have are left out, and what Linux gives to its sockets (`ip_local_port_range` without
+/// `ip_local_reserved_ports`) comes last.
 pub const SNAT_PORTS: RangeInclusive<u16> = 1024..=65_535;
 
 /// Longest time that a backend which does not answer gets no new connections: its trial may come so
@@ -38,7 +39,8 @@ pub struct NodeSettings {
     pub retry_silence: Duration,
     /// `--snat-ports`.
     pub snat_ports: RangeInclusive<u16>,
-    /// `net.ipv4.ip_local_port_range`, which holds for both families.
+    /// Those of `snat_ports` that the kernel gives to sockets
+    /// ([`local_ports`](crate::datapath::local_ports)); empty: none.
     pub local_ports: RangeInclusive<u16>,
     /// When flows are over.
     pub timeouts: Timeouts,

@@ -18,6 +18,7 @@ mod retry;
 mod sctp;
 mod services;
 mod snat;
+mod source_ports;
 mod upgrade;
 
 #[path = "../support/forged.rs"]

@@ -55,13 +55,17 @@ fn cluster_ip(number: u8, v6: bool) -> IpAddr {
 
 impl Cluster {
     fn start(xdp: &str) -> Self {
-        Self::start_in(Lab::builder().strict_rp_filter().build().unwrap(), xdp)
+        Self::start_in(Self::strict(), xdp, "off")
+    }
+
+    fn strict() -> Lab {
+        Lab::builder().strict_rp_filter().build().unwrap()
     }
 
     /// With pods on bridges, whose ports get frames that are addressed to the bridge.
     fn start_bridged(xdp: &str) -> Self {
         let lab = Lab::builder().cni(Cni::Bridge).build().unwrap();
-        let cluster = Self::start_in(lab, xdp);
+        let cluster = Self::start_in(lab, xdp, "off");
         // By itself it takes a port's address.
         let bridge = ["link", "set", "cni0", "address", "02:00:00:00:00:fe"];
         for node in ["node-a", "node-b"] {
@@ -77,7 +81,7 @@ impl Cluster {
         assert!(status.success(), "ip {args:?} on {node}: {status}");
     }
 
-    fn start_in(lab: Lab, xdp: &str) -> Self {
+    fn start_in(lab: Lab, xdp: &str, socket_lb: &str) -> Self {
         let ports = [Port::tcp(APP), Port::udp(APP)];
         lab.add_pod(&PodSpec::new("near", "node-a", &ports))
             .unwrap();
@@ -114,7 +118,7 @@ impl Cluster {
         }
         let options = AgentOptions::manifests(cluster.manifests.path())
             .xdp(xdp)
-            .args(&["--socket-lb", "off"])
+            .args(&["--socket-lb", socket_lb])
             .shunt(env!("CARGO_BIN_EXE_shunt"))
             .small_maps();
         let agents = ["node-a", "node-b"]
@@ -290,6 +294,33 @@ fn packets_alone_are_enough_with_xdp() {
 #[test]
 fn packets_alone_are_enough_where_pods_are_bridged() {
     packets_alone_are_enough(&Cluster::start_bridged("off"));
+}
+
+/// `connect` to no address means this host, for sockets that the hook sees too: it leaves them to
+/// packets.
+#[test]
+fn the_unspecified_address_is_this_host_with_the_socket_hook() {
+    let cluster = Cluster::start_in(Cluster::strict(), "off", "on");
+    for sockets in [Sockets::Hooked, Sockets::Unhooked] {
+        let client = cluster.lab.client("node-a", sockets).unwrap();
+        for (number, name) in &SERVICES[..4] {
+            for v6 in [false, true] {
+                let to = cluster.frontends(*number, v6)[3];
+                for (proto, connected) in
+                    [(Proto::Tcp, true), (Proto::Udp, false), (Proto::Udp, true)]
+                {
+                    let dial = Dial {
+                        connected,
+                        ..Dial::within(WAIT)
+                    };
+                    let answer = client.once(proto, to, &dial).unwrap_or_else(|error| {
+                        panic!("{sockets:?}, {proto} {to} ({name}, connected {connected}): {error}")
+                    });
+                    assert_eq!(answer.server, *name, "{sockets:?}, {proto} {to}");
+                }
+            }
+        }
+    }
 }
 
 /// The first packet goes where it should though the kernel does not know the next hop's MAC address
