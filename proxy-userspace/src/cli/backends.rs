@@ -1,7 +1,7 @@
 //! `shunt backends`: what clients reach, and how often each hook sent a flow there.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{HashMap, HashSet},
     net::{IpAddr, SocketAddr},
 };
 
@@ -18,7 +18,8 @@ use super::{
 use crate::{
     datapath::maps::{MapError, Maps},
     gc,
-    sync::table::FamilyIndex,
+    object::Protocol,
+    sync::table::{Choice, FamilyIndex},
 };
 
 /// `shunt backends`.
@@ -57,8 +58,8 @@ pub struct BackendRow {
     pub quarantine: Option<Quarantine>,
     /// Flows that were sent here.
     pub flows: FlowCounts,
-    /// The frontends that lead here: address and port.
-    pub frontends: BTreeSet<SocketAddr>,
+    /// The frontends that lead here, sorted: address and port.
+    pub frontends: Vec<SocketAddr>,
     /// Its number in the maps.
     pub id: u32,
 }
@@ -99,18 +100,16 @@ pub struct FlowCounts {
     pub xdp: u64,
 }
 
-/// All backends in the maps, sorted.
+/// Calls `visit` with every frontend, its protocol, the number of its Service and each backend of its
+/// slots; with those of a Maglev table as often as they stand there.
 ///
 /// # Errors
 /// `MapError::Kernel` when a map cannot be listed: `EPERM` without `CAP_BPF`, `ENOMEM` without
 /// memory for a batch. Nothing has changed: try again.
-pub fn list(maps: &Maps) -> Result<Vec<BackendRow>, MapError> {
-    let names = service_names(maps)?;
-    // All at once: one call of the kernel for each would take longer than the rest.
-    let states: HashMap<u32, BackendState> = maps.backends.entries()?.into_iter().collect();
-    let now = gc::now_in(AFFINITY_TICK_NS);
-    let mut rows: HashMap<u32, BackendRow> = HashMap::with_capacity(states.len());
-    let mut services: HashMap<u32, u32> = HashMap::with_capacity(states.len());
+pub(super) fn for_each_choice(
+    maps: &Maps,
+    mut visit: impl FnMut(SocketAddr, Protocol, u32, &Choice),
+) -> Result<(), MapError> {
     for family in FamilyIndex::ALL {
         let table = maps.table(family);
         // Clients inside and outside mostly share the slots of a frontend.
@@ -123,56 +122,122 @@ pub fn list(maps: &Maps) -> Result<Vec<BackendRow>, MapError> {
             }
             let end = entry.slot_base.saturating_add(entry.slot_count);
             for backend in (entry.slot_base..end).map_while(|index| table.slot(index)) {
-                if let Some(row) = rows.get_mut(&backend.id) {
-                    row.frontends.insert(frontend);
-                    continue;
-                }
-                let (namespace, service) = service_name(&names, entry.service);
-                let state = states.get(&backend.id).copied().unwrap_or_default();
-                let row = BackendRow {
-                    namespace,
-                    service,
-                    address: backend.address,
-                    port: backend.port,
-                    protocol: id.protocol.to_string(),
-                    local: backend.local,
-                    quarantine: Quarantine::of(&state, now),
-                    flows: FlowCounts {
-                        socket: state.socket_flows,
-                        tc: state.tc_flows,
-                        xdp: state.xdp_flows,
-                    },
-                    frontends: [frontend].into(),
-                    id: backend.id,
-                };
-                rows.insert(backend.id, row);
-                services.insert(backend.id, entry.service);
+                visit(frontend, id.protocol, entry.service, &backend);
             }
         }
     }
-    // By name, which is compared once for a Service and not for each of its backends.
-    let mut order: Vec<(&u32, &(String, String))> = names.iter().collect();
-    order.sort_unstable_by_key(|&(_, name)| name);
+    Ok(())
+}
+
+/// All backends in the maps, sorted.
+///
+/// # Errors
+/// `MapError::Kernel` when a map cannot be listed: `EPERM` without `CAP_BPF`, `ENOMEM` without
+/// memory for a batch. Nothing has changed: try again.
+pub fn list(maps: &Maps) -> Result<Vec<BackendRow>, MapError> {
+    let names = service_names(maps)?;
+    let mut order: Vec<(&(String, String), u32)> =
+        names.iter().map(|(&number, name)| (name, number)).collect();
+    order.sort_unstable();
     let ranks = order
         .iter()
-        .enumerate()
-        .map(|(rank, &(&number, _))| (number, rank));
-    let ranks: HashMap<u32, usize> = ranks.collect();
-    let mut rows: Vec<BackendRow> = rows.into_values().collect();
-    rows.sort_by_cached_key(|row| {
-        let service = services.get(&row.id).copied().unwrap_or_default();
-        let rank = ranks.get(&service).copied().unwrap_or(usize::MAX);
-        // Those of a Service that has no name by its number.
-        (
-            rank,
+        .zip(0..)
+        .map(|(&(_, number), rank)| (number, rank));
+    let ranks: HashMap<u32, u32> = ranks.collect();
+    let states = maps.backend_states();
+    let mut found = found(maps, states.ids())?;
+    // By name, which is compared once for a Service and not for each of its backends; those of a
+    // Service that has no name by its number.
+    for it in &mut found {
+        it.rank = ranks.get(&it.service).copied().unwrap_or(u32::MAX);
+    }
+    found.sort_unstable_by_key(Found::order);
+    let now = gc::now_in(AFFINITY_TICK_NS);
+    found
+        .into_iter()
+        .map(|it| Ok(it.row(&names, &states.get(it.backend.id)?, now)))
+        .collect()
+}
+
+/// A backend as frontends lead to it. Few bytes, for there may be a hundred thousand to sort.
+struct Found {
+    rank: u32,
+    service: u32,
+    protocol: Protocol,
+    backend: Choice,
+    frontends: Vec<SocketAddr>,
+}
+
+impl Found {
+    fn order(&self) -> (u32, u32, IpAddr, u16, u8, u32) {
+        let Choice {
+            address, port, id, ..
+        } = self.backend;
+        // As by name.
+        let protocol = match self.protocol {
+            Protocol::Sctp => 0,
+            Protocol::Tcp => 1,
+            Protocol::Udp => 2,
+        };
+        (self.rank, self.service, address, port, protocol, id)
+    }
+
+    fn row(
+        &self,
+        names: &HashMap<u32, (String, String)>,
+        state: &BackendState,
+        now: u32,
+    ) -> BackendRow {
+        let (namespace, service) = service_name(names, self.service);
+        let mut frontends = self.frontends.clone();
+        frontends.sort_unstable();
+        frontends.dedup();
+        BackendRow {
+            namespace,
             service,
-            row.address,
-            row.port,
-            row.protocol.clone(),
-            row.id,
-        )
-    });
-    Ok(rows)
+            address: self.backend.address,
+            port: self.backend.port,
+            protocol: self.protocol.to_string(),
+            local: self.backend.local,
+            quarantine: Quarantine::of(state, now),
+            flows: FlowCounts {
+                socket: state.socket_flows,
+                tc: state.tc_flows,
+                xdp: state.xdp_flows,
+            },
+            frontends,
+            id: self.backend.id,
+        }
+    }
+}
+
+/// Every backend once. Ids are below `ids`.
+fn found(maps: &Maps, ids: u32) -> Result<Vec<Found>, MapError> {
+    /// In place of a position: not found so far.
+    const NONE: u32 = u32::MAX;
+    let mut positions = vec![NONE; ids as usize];
+    let mut found: Vec<Found> = Vec::new();
+    for_each_choice(maps, |frontend, protocol, service, backend| {
+        let Some(position) = positions.get_mut(backend.id as usize) else {
+            return;
+        };
+        if let Some(known) = found.get_mut(*position as usize) {
+            // A Maglev table has it often.
+            if known.frontends.last() != Some(&frontend) {
+                known.frontends.push(frontend);
+            }
+            return;
+        }
+        *position = found.len() as u32;
+        found.push(Found {
+            rank: 0,
+            service,
+            protocol,
+            backend: *backend,
+            frontends: vec![frontend],
+        });
+    })?;
+    Ok(found)
 }
 
 /// Whether a row is of the Service that an argument names.
@@ -204,7 +269,7 @@ impl Watched for BackendRow {
     type Key = (String, String, SocketAddr, String, u32);
     /// Where it is, whether and how often in a row it has failed, and what leads to it; not how many
     /// flows it has had.
-    type State = (bool, Option<u16>, BTreeSet<SocketAddr>);
+    type State = (bool, Option<u16>, Vec<SocketAddr>);
 
     fn key(&self) -> Self::Key {
         let (namespace, service) = (self.namespace.clone(), self.service.clone());

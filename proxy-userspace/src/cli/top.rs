@@ -23,7 +23,7 @@ use tokio::{
 };
 
 use self::{
-    sample::{Report, Sampler},
+    sample::{Report, Sampler, Wanted},
     view::View,
 };
 use super::{Common, Output, block_on, open, print, table};
@@ -75,8 +75,8 @@ fn text(report: &Report) -> String {
     let optional = |count: Option<u64>| count.map_or(String::new(), |n| rate(n, report.seconds));
     let services = report.services.iter().map(|service| {
         [
-            service.namespace.clone(),
-            service.service.clone(),
+            service.name.namespace.clone(),
+            service.name.service.clone(),
             rate(service.connections, report.seconds),
             optional(service.retries),
             optional(service.refusals),
@@ -199,23 +199,27 @@ async fn follow(args: &TopArgs) -> anyhow::Result<()> {
         }
         sampler.listen();
         if sampled.elapsed() >= args.interval {
-            report = sampler.sample()?;
+            report = sampler.sample(match for_people {
+                true => Wanted::Opened(view.opened()),
+                false if args.all => Wanted::All,
+                false => Wanted::Active,
+            })?;
             (sampled, is_new) = (Instant::now(), true);
             if args.once {
-                if !args.all {
-                    report.services.retain(|service| service.is_active());
-                }
                 return print_report(args.common.output, &report, false);
             }
             if !for_people {
-                report.services.retain(|service| service.is_active());
                 print_report(args.common.output, &report, true)?;
             }
         }
         if let Some(Screen(terminal)) = &mut screen {
+            let before = view.opened();
             let (any, ends) = keys(&mut view, &report)?;
             if ends {
                 return Ok(());
+            }
+            if let Some(number) = view.opened().filter(|_| view.opened() != before) {
+                sampler.open(&mut report, number);
             }
             if any || is_new {
                 view.arrange(&mut report);

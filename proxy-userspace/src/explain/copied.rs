@@ -15,7 +15,7 @@ use shunt_common::{
     packet::Tuple,
 };
 
-use super::{node, overlay::Overlay};
+use super::{node, overlay::Overlay, socket};
 use crate::{
     datapath::maps::{self, MapError, MapFamily, PerFamily},
     gc,
@@ -94,6 +94,8 @@ pub struct Copied<'m, F: CopiedFamily> {
     config: Config,
     route_sources: bool,
     forgets: bool,
+    /// Index of the device that packets pass; 0: not known.
+    device: Cell<u32>,
     now: u32,
     affinity_now: u32,
     words: [Overlay<u32, u64>; 2],
@@ -129,6 +131,7 @@ impl<'m, F: CopiedFamily> Copied<'m, F> {
             config: pinned.maps.config()?,
             route_sources,
             forgets: false,
+            device: Cell::default(),
             now: gc::now_in(TICK_NS).max(1),
             affinity_now: gc::now_in(AFFINITY_TICK_NS),
             words: Default::default(),
@@ -161,6 +164,11 @@ impl<'m, F: CopiedFamily> Copied<'m, F> {
         self.now
     }
 
+    /// Says by which device packets pass from here on.
+    pub(super) fn pass(&self, device: u32) {
+        self.device.set(device);
+    }
+
     /// Gives the scratch back: the next packet is another run of a program.
     pub fn next_packet(&self) {
         self.lent.set(false);
@@ -170,6 +178,16 @@ impl<'m, F: CopiedFamily> Copied<'m, F> {
     fn read<T>(&self, read: Result<Option<T>, MapError>) -> Option<T> {
         read.unwrap_or_else(|error| {
             self.seen.borrow_mut().errors.push(error.to_string());
+            None
+        })
+    }
+
+    /// Whether the node's socket that would get a packet is connected; `None`: there is none.
+    fn socket(&self, packet: &Tuple<F::Words>) -> Option<bool> {
+        let found = socket::of(&node::tuple::<F>(packet), self.device.get());
+        found.unwrap_or_else(|error| {
+            let note = format!("this node's sockets cannot be asked for (sock_diag): {error}");
+            self.seen.borrow_mut().errors.push(note);
             None
         })
     }
@@ -445,7 +463,7 @@ impl<F: CopiedFamily> Maps<F> for Copied<'_, F> {
     }
 
     fn socket_takes(&self, reply: &Tuple<F::Words>) -> bool {
-        node::socket_takes(&node::tuple::<F>(reply))
+        self.socket(reply).is_some()
     }
 
     fn is_senders_own(&self, _packet: &Tuple<F::Words>) -> bool {
@@ -459,7 +477,7 @@ impl<F: CopiedFamily> Maps<F> for Copied<'_, F> {
     }
 
     fn socket_owns(&self, packet: &Tuple<F::Words>) -> bool {
-        node::socket_owns(&node::tuple::<F>(packet))
+        self.socket(packet) == Some(true)
     }
 
     fn direct(&self, key: &DirectKey<F::Words>) -> Option<Entry<'_, u32>> {

@@ -24,6 +24,7 @@ use shunt_common::{
 mod copied;
 mod node;
 mod overlay;
+mod socket;
 mod text;
 
 pub use self::{
@@ -513,6 +514,7 @@ impl<'m, F: CopiedFamily> Walk<'m, F> {
             return Ok(());
         }
         self.frontend_of_packet(Origin::Process)?;
+        self.maps.pass(way.index);
         let name = way.outgoing().unwrap_or("tc_node_out").to_owned();
         let (verdict, seen) = self.decide(Origin::Process, false);
         match verdict {
@@ -534,6 +536,7 @@ impl<'m, F: CopiedFamily> Walk<'m, F> {
             _ => Origin::Network,
         };
         self.frontend_of_packet(origin)?;
+        self.maps.pass(device.index);
         if let Some(program) = device.program(XDP_PROGRAM).map(str::to_owned) {
             let before = self.now;
             let (verdict, seen) = self.decide(origin, true);
@@ -569,6 +572,7 @@ impl<'m, F: CopiedFamily> Walk<'m, F> {
             }
             self.now = before;
             self.maps = Copied::new(self.pinned, probe::probe_fib_source().unwrap_or(false))?;
+            self.maps.pass(device.index);
         }
         if device.incoming().is_none() && self.tc_is_listed && device.index != 0 {
             self.told.why = format!(

@@ -1,9 +1,9 @@
-//! What the node's kernel says of a packet's way, beside the maps: sockets, routes, neighbours,
-//! filters of return paths.
+//! What the node's kernel says of a packet's way, beside the maps: routes, neighbours, filters of
+//! return paths.
 
 use std::{
     fs, io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
 };
 
 use netlink_packet_route::{
@@ -15,7 +15,7 @@ use rtnetlink::{
     packet_core::{NLM_F_ACK, NLM_F_REQUEST},
     sys::protocols::NETLINK_ROUTE,
 };
-use shunt_common::{layout, packet};
+use shunt_common::packet;
 
 use crate::datapath::{devices, maps::MapFamily, rtnl};
 
@@ -48,73 +48,6 @@ pub fn words<F: MapFamily>(tuple: &Tuple) -> Option<packet::Tuple<F::Words>> {
         dst_port: tuple.dst.port(),
         proto: tuple.proto,
     })
-}
-
-/// Whether a socket of this network namespace would get packets of this tuple.
-pub(super) fn socket_takes(tuple: &Tuple) -> bool {
-    any_socket(tuple, takes)
-}
-
-/// Whether a socket of this network namespace is connected to where packets of this tuple come
-/// from.
-pub(super) fn socket_owns(tuple: &Tuple) -> bool {
-    any_socket(tuple, owns)
-}
-
-/// Whether a test accepts the line in `/proc/net` of any socket of the tuple's protocol.
-fn any_socket(tuple: &Tuple, accepts: impl Fn(&str, &Tuple) -> bool) -> bool {
-    let kind = match tuple.proto {
-        layout::TCP => "tcp",
-        layout::UDP => "udp",
-        _ => return false,
-    };
-    // An IPv6 socket may take IPv4 packets.
-    ["", "6"].iter().any(|suffix| {
-        let path = format!("/proc/thread-self/net/{kind}{suffix}");
-        let sockets = fs::read_to_string(path).unwrap_or_default();
-        sockets.lines().skip(1).any(|line| accepts(line, tuple))
-    })
-}
-
-/// The addresses of a line of `/proc/net/tcp` or its like: the socket's own, and its peer's.
-fn ends(line: &str) -> Option<(SocketAddr, SocketAddr)> {
-    let mut fields = line.split_ascii_whitespace().skip(1);
-    let local = proc_address(fields.next()?)?;
-    Some((local, proc_address(fields.next()?)?))
-}
-
-/// Whether the socket of a line takes a tuple.
-fn takes(line: &str, tuple: &Tuple) -> bool {
-    let Some((local, remote)) = ends(line) else {
-        return false;
-    };
-    local.port() == tuple.dst.port()
-        && (local.ip() == tuple.dst.ip() || local.ip().is_unspecified())
-        && (remote == tuple.src || (remote.port() == 0 && remote.ip().is_unspecified()))
-}
-
-/// Whether the socket of a line is connected, and takes a tuple.
-fn owns(line: &str, tuple: &Tuple) -> bool {
-    takes(line, tuple) && ends(line).is_some_and(|(_, remote)| remote == tuple.src)
-}
-
-/// An address as `/proc/net` has it: words in the machine's order, in hexadecimal.
-fn proc_address(text: &str) -> Option<SocketAddr> {
-    let (address, port) = text.split_once(':')?;
-    let port = u16::from_str_radix(port, 16).ok()?;
-    let word = |n: usize| u32::from_str_radix(address.get(8 * n..8 * n + 8)?, 16).ok();
-    let ip = match address.len() {
-        8 => IpAddr::from(Ipv4Addr::from(word(0)?.to_ne_bytes())),
-        32 => {
-            let mut bytes = [0; 16];
-            for (n, part) in bytes.chunks_exact_mut(4).enumerate() {
-                part.copy_from_slice(&word(n)?.to_ne_bytes());
-            }
-            Ipv6Addr::from(bytes).to_canonical()
-        }
-        _ => return None,
-    };
-    Some(SocketAddr::new(ip, port))
 }
 
 /// Where the kernel sends a packet.
@@ -247,41 +180,4 @@ pub(super) fn forwards(address: IpAddr) -> bool {
         IpAddr::V6(_) => "/proc/sys/net/ipv6/conf/all/forwarding",
     };
     fs::read_to_string(path).is_ok_and(|text| text.trim() != "0")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sockets_of_proc_take_what_they_would() {
-        let line =
-            |local: &str, remote: &str| format!("   0: {local} {remote} 0A 00000000:00000000");
-        let tuple = Tuple {
-            src: "10.0.0.7:8080".parse().unwrap(),
-            dst: "192.0.2.1:40000".parse().unwrap(),
-            proto: layout::TCP,
-        };
-        let hex = |ip: [u8; 4]| format!("{:08X}", u32::from_ne_bytes(ip));
-        let any = "00000000:0000";
-        let own = format!("{}:9C40", hex([192, 0, 2, 1]));
-        let far = format!("{}:1F90", hex([10, 0, 0, 7]));
-        let other = format!("{}:1F90", hex([10, 0, 0, 8]));
-        assert!(takes(&line(&own, any), &tuple));
-        assert!(takes(&line("00000000:9C40", any), &tuple));
-        assert!(takes(&line(&own, &far), &tuple));
-        assert!(!takes(&line(&own, &other), &tuple));
-        assert!(owns(&line(&own, &far), &tuple));
-        assert!(!owns(&line(&own, any), &tuple) && !owns(&line(&own, &other), &tuple));
-        assert!(!takes(&line("00000000:9C41", any), &tuple));
-        let zeros = "0".repeat(32);
-        assert!(takes(
-            &line(&format!("{zeros}:9C40"), &format!("{zeros}:0000")),
-            &Tuple {
-                dst: "[fd00::1]:40000".parse().unwrap(),
-                src: "[fd00::2]:80".parse().unwrap(),
-                ..tuple
-            }
-        ));
-    }
 }

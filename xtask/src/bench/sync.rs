@@ -5,7 +5,7 @@ use anyhow::Result;
 use super::{Bench, lines};
 
 /// Lines for each number of Services.
-const LINES: usize = 12;
+const LINES: usize = 18;
 /// Lines of an agent's start, cold and warm.
 const START_LINES: usize = 16;
 

@@ -1,12 +1,17 @@
 //! What came between two looks at the maps.
+//!
+//! A look costs what the counters of all backends cost to read, and then by the Services that have
+//! something to tell: lines are made of these alone.
 
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, HashSet, VecDeque},
+    mem,
     net::SocketAddr,
+    rc::Rc,
     time::{Duration, Instant},
 };
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use shunt_common::{
     event::Event,
     layout::{AFFINITY_TICK_NS, BackendState, TRACE_HAS_SERVICE, TraceFilter, Traffic},
@@ -19,10 +24,11 @@ use super::super::{
 };
 use crate::{
     datapath::{
-        maps::Maps,
+        maps::{BackendStates, Maps},
         trace::{LEASE, Tracer},
     },
     gc,
+    object::Protocol,
 };
 
 /// Looks that the sparklines show.
@@ -38,8 +44,14 @@ const MOST_RECORDS: usize = 32_768;
 pub(super) struct Report {
     /// How long the interval was.
     pub seconds: f64,
-    /// The one with the most new connections first.
+    /// Those that have something to tell or are wanted, the one with the most new connections first.
     pub services: Vec<ServiceLine>,
+    /// How many of them have something to tell; one that is only looked at has not.
+    #[serde(skip)]
+    pub active: usize,
+    /// The others, by name.
+    #[serde(skip)]
+    pub idle: Vec<Rc<Named>>,
     /// What the datapath counted, as `shunt status` calls it.
     pub events: BTreeMap<&'static str, u64>,
     /// Whether packets and bytes are counted (`--count-traffic on`).
@@ -54,14 +66,28 @@ pub(super) struct Report {
     pub history: Vec<u64>,
 }
 
-/// What a Service got.
+/// A Service, and its place among all.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct ServiceLine {
+pub(super) struct Named {
     /// `metadata.namespace`.
     pub namespace: String,
     /// `metadata.name`.
     pub service: String,
+    /// Its number in the maps.
+    #[serde(skip)]
+    pub number: u32,
+    /// How many come before it by name.
+    #[serde(skip)]
+    pub rank: u32,
+}
+
+/// What a Service got.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct ServiceLine {
+    /// Which it is.
+    #[serde(flatten, serialize_with = "pointed")]
+    pub name: Rc<Named>,
     /// New connections, and flows of datagrams.
     pub connections: u64,
     /// SYNs that went to another backend; `None`: not known.
@@ -72,14 +98,16 @@ pub(super) struct ServiceLine {
     pub packets: Option<u64>,
     /// Their bytes.
     pub bytes: Option<u64>,
-    /// Its backends, the one with the most new connections first.
+    /// Its backends, the one with the most new connections first, where they are asked for.
     pub backends: Vec<BackendLine>,
-    /// Its number in the maps.
-    #[serde(skip)]
-    pub number: u32,
-    /// New connections at the last looks, oldest first.
+    /// New connections at the last looks, oldest first, where its backends are asked for.
     #[serde(skip)]
     pub history: Vec<u64>,
+}
+
+/// Serde has no `Rc` without a feature of its own.
+fn pointed<S: Serializer>(name: &Rc<Named>, serializer: S) -> Result<S::Ok, S::Error> {
+    name.as_ref().serialize(serializer)
 }
 
 /// What a backend got.
@@ -89,7 +117,8 @@ pub(super) struct BackendLine {
     /// Address and port.
     pub address: SocketAddr,
     /// `TCP`, `UDP` or `SCTP`.
-    pub protocol: String,
+    #[serde(serialize_with = "shown")]
+    pub protocol: Protocol,
     /// Whether it runs on this node.
     pub local: bool,
     /// It leaves connections unanswered.
@@ -99,6 +128,10 @@ pub(super) struct BackendLine {
     pub connections: u64,
     /// Its part of the Service's connections in percent; 0 while there are none.
     pub share: f64,
+}
+
+fn shown<S: Serializer>(protocol: &Protocol, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(protocol)
 }
 
 impl Report {
@@ -124,18 +157,38 @@ impl Report {
 }
 
 impl ServiceLine {
-    /// Whether there is anything to tell of it.
-    pub(super) fn is_active(&self) -> bool {
-        let some = |count: Option<u64>| count.is_some_and(|count| count > 0);
-        self.connections > 0
-            || some(self.retries)
-            || some(self.refusals)
-            || some(self.packets)
-            || self.history.iter().any(|&count| count > 0)
-            || self
-                .backends
-                .iter()
-                .any(|backend| backend.quarantine.is_some())
+    /// That of a Service that got nothing.
+    pub(super) fn idle(name: Rc<Named>, report: &Report) -> Self {
+        let nothing = report.no_tracer.is_none().then_some(0);
+        let no_traffic = report.counts_traffic.then_some(0);
+        Self {
+            name,
+            retries: nothing,
+            refusals: nothing,
+            packets: no_traffic,
+            bytes: no_traffic,
+            ..Self::default()
+        }
+    }
+}
+
+/// Of which Services there are to be lines, and whose backends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wanted {
+    /// Those that have something to tell, with their backends.
+    Active,
+    /// All, with their backends.
+    All,
+    /// Those that have something to tell; the Service with this number with its backends.
+    Opened(Option<u32>),
+}
+
+impl Wanted {
+    fn backends_of(self, number: u32) -> bool {
+        match self {
+            Self::Active | Self::All => true,
+            Self::Opened(opened) => opened == Some(number),
+        }
     }
 }
 
@@ -143,15 +196,131 @@ impl ServiceLine {
 struct Known {
     service: u32,
     address: SocketAddr,
-    protocol: String,
+    protocol: Protocol,
     local: bool,
 }
 
-/// Counters at one moment.
-struct Look {
-    at: Instant,
-    backends: HashMap<u32, (BackendState, Traffic)>,
-    events: Vec<(Event, u64)>,
+/// What there is beside the counters: changes only with objects.
+#[derive(Default)]
+struct Objects {
+    names: HashMap<u32, Rc<Named>>,
+    /// By name.
+    sorted: Vec<Rc<Named>>,
+    /// By id.
+    backends: Vec<Option<Known>>,
+    /// Ids by number of the Service.
+    members: HashMap<u32, Vec<u32>>,
+}
+
+impl Objects {
+    fn read(maps: &Maps, ids: u32) -> anyhow::Result<Self> {
+        let mut known: HashMap<u32, (String, String)> = service_names(maps)?;
+        let mut objects = Self::default();
+        objects.backends.resize_with(ids as usize, || None);
+        backends::for_each_choice(maps, |_, protocol, service, backend| {
+            let Some(place @ None) = objects.backends.get_mut(backend.id as usize) else {
+                return;
+            };
+            *place = Some(Known {
+                service,
+                address: SocketAddr::new(backend.address, backend.port),
+                protocol,
+                local: backend.local,
+            });
+            objects.members.entry(service).or_default().push(backend.id);
+        })?;
+        for &number in objects.members.keys() {
+            let name = service_name(&known, number);
+            known.entry(number).or_insert(name);
+        }
+        let mut sorted: Vec<(String, String, u32)> = known
+            .into_iter()
+            .map(|(number, (namespace, service))| (namespace, service, number))
+            .collect();
+        sorted.sort_unstable();
+        for (rank, (namespace, service, number)) in (0..).zip(sorted) {
+            let name = Rc::new(Named {
+                namespace,
+                service,
+                number,
+                rank,
+            });
+            objects.sorted.push(name.clone());
+            objects.names.insert(number, name);
+        }
+        Ok(objects)
+    }
+
+    fn backend(&self, id: u32) -> Option<&Known> {
+        self.backends.get(id as usize)?.as_ref()
+    }
+
+    fn members(&self, number: u32) -> &[u32] {
+        self.members.get(&number).map_or(&[], Vec::as_slice)
+    }
+}
+
+/// Counters of all backends, and what was added since the look before.
+#[derive(Default)]
+struct Counters {
+    /// New flows so far, by id.
+    connections: Vec<u64>,
+    /// New flows since the last look, by id.
+    more: Vec<u64>,
+    /// Those that had any.
+    changed: Vec<u32>,
+    /// Those that leave connections unanswered.
+    failing: HashMap<u32, BackendState>,
+    /// Packets and bytes, both ways, so far.
+    carried: HashMap<u32, (u64, u64)>,
+    /// The same since the last look, where there were any.
+    more_carried: HashMap<u32, (u64, u64)>,
+}
+
+impl Counters {
+    fn new(ids: u32) -> Self {
+        Self {
+            connections: vec![0; ids as usize],
+            more: vec![0; ids as usize],
+            ..Self::default()
+        }
+    }
+
+    fn read(&mut self, states: &BackendStates<'_>) -> anyhow::Result<()> {
+        for id in self.changed.drain(..) {
+            self.more[id as usize] = 0;
+        }
+        self.failing.clear();
+        states.for_each(|id, state| {
+            let Some(before) = self.connections.get_mut(id as usize) else {
+                return;
+            };
+            let now = connections(state);
+            if now != *before {
+                self.more[id as usize] = since(now, mem::replace(before, now));
+                self.changed.push(id);
+            }
+            if state.failures != 0 {
+                self.failing.insert(id, *state);
+            }
+        })?;
+        // An id that was given to another backend, which has had nothing yet.
+        self.changed.retain(|&id| self.more[id as usize] != 0);
+        Ok(())
+    }
+
+    fn read_traffic(&mut self, maps: &Maps) -> anyhow::Result<()> {
+        self.more_carried.clear();
+        maps.for_each_traffic(|id, traffic| {
+            let now = carried(&traffic);
+            let before = self.carried.insert(id, now).unwrap_or_default();
+            if now != before {
+                let more = (since(now.0, before.0), since(now.1, before.1));
+                self.more_carried.insert(id, more);
+            }
+        })?;
+        Ok(())
+    }
 }
 
 /// What a tracer told of a Service.
@@ -164,15 +333,19 @@ struct Told {
 /// Looks at the maps again and again.
 pub(super) struct Sampler<'a> {
     maps: &'a Maps,
+    states: BackendStates<'a>,
     tracer: Result<Tracer, String>,
     renewed: Instant,
     lost: u64,
     told: HashMap<u32, Told>,
-    names: HashMap<u32, (String, String)>,
-    known: HashMap<u32, Known>,
-    known_since: Instant,
+    objects: Objects,
+    objects_since: Instant,
+    /// Ids that had connections, and that no frontend leads to.
+    ownerless: HashSet<u32>,
     counts_traffic: bool,
-    before: Look,
+    counters: Counters,
+    events: Vec<(Event, u64)>,
+    looked: Instant,
     history: VecDeque<u64>,
     histories: HashMap<u32, VecDeque<u64>>,
 }
@@ -184,74 +357,45 @@ impl<'a> Sampler<'a> {
             events: DROPPED | REFUSED | Event::Retry.bit(),
             ..TraceFilter::default()
         };
+        let states = maps.backend_states();
         let mut sampler = Self {
             maps,
+            counters: Counters::new(states.ids()),
+            states,
             tracer: Tracer::start(maps.root(), filter).map_err(|error| error.to_string()),
             renewed: Instant::now(),
             lost: 0,
             told: HashMap::new(),
-            names: HashMap::new(),
-            known: HashMap::new(),
-            known_since: Instant::now(),
+            objects: Objects::default(),
+            objects_since: Instant::now(),
+            ownerless: HashSet::new(),
             counts_traffic: false,
-            before: Look {
-                at: Instant::now(),
-                backends: HashMap::new(),
-                events: Vec::new(),
-            },
+            events: Vec::new(),
+            looked: Instant::now(),
             history: VecDeque::new(),
             histories: HashMap::new(),
         };
         sampler.learn()?;
-        sampler.before = sampler.look()?;
+        sampler.look()?;
         Ok(sampler)
     }
 
     /// Whose the backends are.
     fn learn(&mut self) -> anyhow::Result<()> {
-        self.names = service_names(self.maps)?;
-        let numbers: HashMap<&(String, String), u32> = self
-            .names
-            .iter()
-            .map(|(&number, name)| (name, number))
-            .collect();
-        self.known = backends::list(self.maps)?
-            .into_iter()
-            .filter_map(|row| {
-                let service = *numbers.get(&(row.namespace, row.service))?;
-                let known = Known {
-                    service,
-                    address: SocketAddr::new(row.address, row.port),
-                    protocol: row.protocol,
-                    local: row.local,
-                };
-                Some((row.id, known))
-            })
-            .collect();
-        self.known_since = Instant::now();
+        self.objects = Objects::read(self.maps, self.states.ids())?;
+        self.objects_since = Instant::now();
         self.counts_traffic = self.maps.counts_traffic()?;
         Ok(())
     }
 
-    fn look(&self) -> anyhow::Result<Look> {
-        let mut backends = HashMap::with_capacity(self.before.backends.len());
-        self.maps.backends.for_each_batch(|ids, states| {
-            for (&id, &state) in ids.iter().zip(states) {
-                if state != BackendState::default() {
-                    let traffic = match self.counts_traffic {
-                        true => self.maps.traffic(id)?,
-                        false => Traffic::default(),
-                    };
-                    backends.insert(id, (state, traffic));
-                }
-            }
-            Ok(())
-        })?;
-        Ok(Look {
-            at: Instant::now(),
-            backends,
-            events: self.maps.events()?,
-        })
+    fn look(&mut self) -> anyhow::Result<()> {
+        self.looked = Instant::now();
+        self.events = self.maps.events()?;
+        self.counters.read(&self.states)?;
+        if self.counts_traffic {
+            self.counters.read_traffic(self.maps)?;
+        }
+        Ok(())
     }
 
     /// Takes in what the tracer was told, and lets it live on.
@@ -275,136 +419,193 @@ impl<'a> Sampler<'a> {
     }
 
     /// What came since the last look.
-    pub(super) fn sample(&mut self) -> anyhow::Result<Report> {
-        let now = self.look()?;
-        let changed = |id: &u32, state: &BackendState| {
-            let before = self.before.backends.get(id);
-            before.is_none_or(|(before, _)| connections(before) != connections(state))
-        };
-        let is_strange = now
-            .backends
-            .iter()
-            .any(|(id, (state, _))| !self.known.contains_key(id) && changed(id, state));
-        let is_old = self.known_since.elapsed() > KNOWN_FOR;
-        let is_nameless = self
-            .told
-            .keys()
-            .any(|number| !self.names.contains_key(number));
-        if is_strange || is_old || is_nameless {
-            self.learn()?;
-        }
+    pub(super) fn sample(&mut self, wanted: Wanted) -> anyhow::Result<Report> {
+        let before = mem::take(&mut self.events);
+        let then = self.looked;
+        self.look()?;
+        self.keep_up()?;
         let lost = self.tracer.as_ref().map_or(0, Tracer::lost);
-        let mut report = Report {
-            seconds: (now.at - self.before.at).as_secs_f64(),
-            services: self.services(&now),
-            events: since(&self.before.events, &now.events),
+        let connections = self.connections();
+        self.remember(&connections);
+        let numbers = self.numbers(&connections);
+        let active = numbers.len();
+        let services = self.services(&connections, numbers, wanted);
+        let told: HashSet<u32> = services.iter().map(|line| line.name.number).collect();
+        let is_idle = |name: &&Rc<Named>| !told.contains(&name.number);
+        let report = Report {
+            seconds: (self.looked - then).as_secs_f64(),
+            idle: self
+                .objects
+                .sorted
+                .iter()
+                .filter(is_idle)
+                .cloned()
+                .collect(),
+            services,
+            active,
+            events: events_since(&before, &self.events),
             counts_traffic: self.counts_traffic,
             lost: lost - self.lost,
             no_tracer: self.tracer.as_ref().err().cloned(),
-            history: Vec::new(),
+            history: self.history.iter().copied().collect(),
         };
-        (self.before, self.lost) = (now, lost);
+        self.lost = lost;
         self.told.clear();
-        self.remember(&mut report);
         Ok(report)
     }
 
-    fn services(&self, now: &Look) -> Vec<ServiceLine> {
-        let traces = self.tracer.is_ok();
-        let mut lines: HashMap<u32, ServiceLine> = self
-            .names
-            .iter()
-            .map(|(&number, (namespace, service))| {
-                let told = self.told.get(&number).copied().unwrap_or_default();
-                let line = ServiceLine {
-                    namespace: namespace.clone(),
-                    service: service.clone(),
-                    retries: traces.then_some(told.retries),
-                    refusals: traces.then_some(told.refusals),
-                    packets: self.counts_traffic.then_some(0),
-                    bytes: self.counts_traffic.then_some(0),
-                    number,
-                    ..ServiceLine::default()
-                };
-                (number, line)
+    /// New connections of the Services that had any, by number.
+    fn connections(&self) -> HashMap<u32, u64> {
+        let mut sums = HashMap::new();
+        for &id in &self.counters.changed {
+            if let Some(known) = self.objects.backend(id) {
+                *sums.entry(known.service).or_default() += self.counters.more[id as usize];
+            }
+        }
+        sums
+    }
+
+    /// Reads the objects anew when something was counted that they do not explain, or after a time.
+    fn keep_up(&mut self) -> anyhow::Result<()> {
+        let is_strange = |id: &u32| self.objects.backend(*id).is_none();
+        let is_new = |id: &u32| is_strange(id) && !self.ownerless.contains(id);
+        let is_nameless = |number: &u32| !self.objects.names.contains_key(number);
+        let is_old = self.objects_since.elapsed() > KNOWN_FOR;
+        if is_old || self.counters.changed.iter().any(is_new) || self.told.keys().any(is_nameless) {
+            self.learn()?;
+            if is_old {
+                self.ownerless.clear();
+            }
+            let changed = self.counters.changed.iter().copied();
+            let objects = &self.objects;
+            let ownerless = changed.filter(|id| objects.backend(*id).is_none());
+            self.ownerless.extend(ownerless);
+        }
+        Ok(())
+    }
+
+    /// The numbers of the Services that there is something to tell of.
+    fn numbers(&self, connections: &HashMap<u32, u64>) -> HashSet<u32> {
+        let service = |id: &u32| self.objects.backend(*id).map(|known| known.service);
+        let counters = &self.counters;
+        let mut numbers: HashSet<u32> = connections.keys().copied().collect();
+        numbers.extend(self.told.keys());
+        numbers.extend(self.histories.keys());
+        numbers.extend(counters.failing.keys().filter_map(service));
+        numbers.extend(counters.more_carried.keys().filter_map(service));
+        numbers.retain(|number| self.objects.names.contains_key(number));
+        numbers
+    }
+
+    fn services(
+        &self,
+        connections: &HashMap<u32, u64>,
+        mut numbers: HashSet<u32>,
+        wanted: Wanted,
+    ) -> Vec<ServiceLine> {
+        match wanted {
+            Wanted::Active => {}
+            Wanted::All => numbers.extend(self.objects.names.keys()),
+            Wanted::Opened(opened) => numbers.extend(opened),
+        }
+        let mut lines: Vec<ServiceLine> = numbers
+            .into_iter()
+            .filter_map(|number| {
+                let name = self.objects.names.get(&number)?;
+                let count = connections.get(&number).copied().unwrap_or(0);
+                Some(self.service(name, count, wanted.backends_of(number)))
             })
             .collect();
+        lines.sort_unstable_by_key(|line| (std::cmp::Reverse(line.connections), line.name.rank));
+        lines
+    }
+
+    fn service(&self, name: &Rc<Named>, connections: u64, with_backends: bool) -> ServiceLine {
+        let number = name.number;
+        let members = self.objects.members(number);
+        let told = self.told.get(&number).copied().unwrap_or_default();
+        let traces = self.tracer.is_ok();
+        let carried = members
+            .iter()
+            .filter_map(|id| self.counters.more_carried.get(id))
+            .fold((0, 0), |sum, more| (sum.0 + more.0, sum.1 + more.1));
+        let mut line = ServiceLine {
+            name: name.clone(),
+            connections,
+            retries: traces.then_some(told.retries),
+            refusals: traces.then_some(told.refusals),
+            packets: self.counts_traffic.then_some(carried.0),
+            bytes: self.counts_traffic.then_some(carried.1),
+            backends: Vec::new(),
+            history: Vec::new(),
+        };
+        if with_backends {
+            self.detail(&mut line);
+        }
+        line
+    }
+
+    /// Adds a Service's backends and last minute.
+    fn detail(&self, line: &mut ServiceLine) {
+        let number = line.name.number;
+        line.backends = self.backends(self.objects.members(number), line.connections);
+        let counts = self.histories.get(&number).into_iter().flatten();
+        line.history = counts.copied().collect();
+    }
+
+    /// Adds a Service's backends and last minute to the last report, which somebody opens it in.
+    pub(super) fn open(&self, report: &mut Report, number: u32) {
+        if let Some(at) = report.idle.iter().position(|name| name.number == number) {
+            let name = report.idle.remove(at);
+            report.services.push(self.service(&name, 0, false));
+        }
+        let mut lines = report.services.iter_mut();
+        if let Some(line) = lines.find(|line| line.name.number == number) {
+            self.detail(line);
+        }
+    }
+
+    /// The backends with these ids, of a Service that got so many new connections.
+    fn backends(&self, ids: &[u32], all: u64) -> Vec<BackendLine> {
         let time = gc::now_in(AFFINITY_TICK_NS);
-        for (id, known) in &self.known {
-            let line = lines.entry(known.service).or_insert_with(|| {
-                let (namespace, service) = service_name(&self.names, known.service);
-                ServiceLine {
-                    namespace,
-                    service,
-                    number: known.service,
-                    ..ServiceLine::default()
-                }
-            });
-            let (state, traffic) = now.backends.get(id).copied().unwrap_or_default();
-            let (before, carried) = self.before.backends.get(id).copied().unwrap_or_default();
-            // Less than before: the id was given to another backend meanwhile.
-            let more = |now: u64, before: u64| now.checked_sub(before).unwrap_or(now);
-            let count = more(connections(&state), connections(&before));
-            line.connections += count;
-            let packets = |traffic: &Traffic| traffic.to_packets + traffic.from_packets;
-            let bytes = |traffic: &Traffic| traffic.to_bytes + traffic.from_bytes;
-            if let (Some(all_packets), Some(all_bytes)) = (&mut line.packets, &mut line.bytes) {
-                *all_packets += more(packets(&traffic), packets(&carried));
-                *all_bytes += more(bytes(&traffic), bytes(&carried));
-            }
-            line.backends.push(BackendLine {
+        let line = |&id: &u32| {
+            let known = self.objects.backend(id)?;
+            let connections = self.counters.more[id as usize];
+            let share = connections as f64 / all.max(1) as f64;
+            let state = self.counters.failing.get(&id);
+            Some(BackendLine {
                 address: known.address,
-                protocol: known.protocol.clone(),
+                protocol: known.protocol,
                 local: known.local,
-                quarantine: Quarantine::of(&state, time),
-                connections: count,
-                share: 0.0,
-            });
-        }
-        let mut lines: Vec<ServiceLine> = lines.into_values().collect();
-        for line in &mut lines {
-            for backend in &mut line.backends {
-                let share = backend.connections as f64 / line.connections.max(1) as f64;
-                backend.share = (share * 1000.0).round() / 10.0;
-            }
-            line.backends.sort_by(|a, b| {
-                let key = |it: &BackendLine| (it.address, it.protocol.clone());
-                b.connections
-                    .cmp(&a.connections)
-                    .then_with(|| key(a).cmp(&key(b)))
-            });
-        }
-        lines.sort_by(|a, b| {
-            let name = |it: &ServiceLine| (it.namespace.clone(), it.service.clone());
-            b.connections
-                .cmp(&a.connections)
-                .then_with(|| name(a).cmp(&name(b)))
+                quarantine: state.and_then(|state| Quarantine::of(state, time)),
+                connections,
+                share: (share * 1000.0).round() / 10.0,
+            })
+        };
+        let mut lines: Vec<BackendLine> = ids.iter().filter_map(line).collect();
+        lines.sort_unstable_by_key(|line| {
+            let most_first = std::cmp::Reverse(line.connections);
+            (most_first, line.address, line.protocol as u8)
         });
         lines
     }
 
-    /// Adds the report to the last minute's, and the last minute to the report.
-    fn remember(&mut self, report: &mut Report) {
+    /// Adds what came to the last minute's.
+    fn remember(&mut self, connections: &HashMap<u32, u64>) {
         fn push(history: &mut VecDeque<u64>, count: u64) {
             if history.len() == HISTORY {
                 history.pop_front();
             }
             history.push_back(count);
         }
-        push(
-            &mut self.history,
-            report.services.iter().map(|line| line.connections).sum(),
-        );
-        report.history = self.history.iter().copied().collect();
-        for line in &mut report.services {
-            if line.connections > 0 || self.histories.contains_key(&line.number) {
-                let history = self.histories.entry(line.number).or_default();
-                push(history, line.connections);
-                line.history = history.iter().copied().collect();
-            }
+        push(&mut self.history, connections.values().sum());
+        for &number in connections.keys() {
+            self.histories.entry(number).or_default();
         }
-        self.histories
-            .retain(|_, history| history.iter().any(|&count| count > 0));
+        self.histories.retain(|number, history| {
+            push(history, connections.get(number).copied().unwrap_or(0));
+            history.iter().any(|&count| count > 0)
+        });
     }
 }
 
@@ -413,7 +614,20 @@ fn connections(state: &BackendState) -> u64 {
     state.socket_flows + state.tc_flows + state.xdp_flows
 }
 
-fn since(before: &[(Event, u64)], now: &[(Event, u64)]) -> BTreeMap<&'static str, u64> {
+/// Packets and bytes, both ways.
+fn carried(traffic: &Traffic) -> (u64, u64) {
+    (
+        traffic.to_packets + traffic.from_packets,
+        traffic.to_bytes + traffic.from_bytes,
+    )
+}
+
+/// What was counted since; less than before: the id was given to another backend meanwhile.
+fn since(now: u64, before: u64) -> u64 {
+    now.checked_sub(before).unwrap_or(now)
+}
+
+fn events_since(before: &[(Event, u64)], now: &[(Event, u64)]) -> BTreeMap<&'static str, u64> {
     let more = |(&(event, now), &(_, then)): (&(Event, u64), &(Event, u64))| {
         (event.name(), now.saturating_sub(then))
     };

@@ -84,8 +84,12 @@ impl View {
 
     /// Shows a Service's backends.
     pub(super) fn open(&mut self, report: &Report) {
-        let first = report.services.first().map(|line| line.number);
-        self.opened = self.selected.or(first);
+        self.opened = self.selected.or_else(|| number_at(report, 0));
+    }
+
+    /// The Service whose backends are shown.
+    pub(super) fn opened(&self) -> Option<u32> {
+        self.opened
     }
 
     /// Shows the Services again.
@@ -95,28 +99,25 @@ impl View {
 
     /// Moves the bar by so many rows.
     pub(super) fn select(&mut self, report: &Report, by: isize) {
-        let last = report.services.len().saturating_sub(1);
+        let last = (report.services.len() + report.idle.len()).saturating_sub(1);
         let at = match self.position(report) {
             Some(position) => position.saturating_add_signed(by).min(last),
             None => 0,
         };
-        self.selected = report.services.get(at).map(|line| line.number);
+        self.selected = number_at(report, at);
     }
 
     fn position(&self, report: &Report) -> Option<usize> {
         let selected = self.selected?;
-        report
-            .services
-            .iter()
-            .position(|line| line.number == selected)
+        let active = report.services.iter().map(|line| line.name.number);
+        let idle = report.idle.iter().map(|name| name.number);
+        active.chain(idle).position(|number| number == selected)
     }
 
     /// Sorts the Services as they are shown; those that have been idle for a minute come last.
     pub(super) fn arrange(&self, report: &mut Report) {
-        let key = |line: &ServiceLine| (self.sort.of(line), line.is_active());
-        report
-            .services
-            .sort_by_key(|line| std::cmp::Reverse(key(line)));
+        let key = |line: &ServiceLine| std::cmp::Reverse(self.sort.of(line));
+        report.services.sort_by_key(key);
     }
 
     fn style(&self, color: Color) -> Style {
@@ -139,7 +140,7 @@ impl View {
 
     pub(super) fn draw(&self, frame: &mut Frame<'_>, report: &Report) {
         let opened = self.opened.and_then(|number| {
-            let is_it = |line: &&ServiceLine| line.number == number;
+            let is_it = |line: &&ServiceLine| line.name.number == number;
             report.services.iter().find(is_it)
         });
         let [head, chart, services, reasons, foot] = Layout::vertical([
@@ -153,7 +154,7 @@ impl View {
         frame.render_widget(self.headline(report), head);
         let (what, history) = match opened {
             Some(line) => (
-                format!("{}/{}", line.namespace, line.service),
+                format!("{}/{}", line.name.namespace, line.name.service),
                 &line.history,
             ),
             None => ("all Services".to_owned(), &report.history),
@@ -176,11 +177,6 @@ impl View {
     }
 
     fn headline(&self, report: &Report) -> Line<'static> {
-        let active = report
-            .services
-            .iter()
-            .filter(|line| line.is_active())
-            .count();
         let bold = Style::new().add_modifier(Modifier::BOLD);
         let retries = report.events.get("retry").copied().unwrap_or(0);
         let (refused, seconds) = (report.refused(), report.seconds);
@@ -192,8 +188,9 @@ impl View {
         Line::from(vec![
             Span::styled("shunt top", bold),
             Span::from(format!(
-                "  {} Services, {active} active",
-                report.services.len()
+                "  {} Services, {} active",
+                report.services.len() + report.idle.len(),
+                report.active
             )),
             Span::from(format!("  new {}/s", rate(new, seconds))),
             Span::styled(
@@ -235,19 +232,16 @@ impl View {
     }
 
     fn draw_services(&self, frame: &mut Frame<'_>, area: Rect, report: &Report) {
-        let seconds = report.seconds;
-        let rows = report.services.iter().map(|line| {
-            let mut cells = vec![
-                Cell::from(format!("{}/{}", line.namespace, line.service)),
-                self.count(Some(line.connections), seconds, Color::Green),
-                self.count(line.retries, seconds, Color::Yellow),
-                self.count(line.refusals, seconds, Color::Red),
-            ];
-            if report.counts_traffic {
-                cells.push(self.count(line.packets, seconds, Color::Green));
-                cells.push(self.count(line.bytes, seconds, Color::Green));
+        // Of ten thousand Services only those that are on the screen are drawn.
+        let height = usize::from(area.height.saturating_sub(1));
+        let position = self.position(report);
+        let above = position.map_or(0, |position| (position + 1).saturating_sub(height));
+        let rows = (above..above + height).map_while(|at| match report.services.get(at) {
+            Some(line) => Some(self.row(report, line)),
+            None => {
+                let name = report.idle.get(at - report.services.len())?;
+                Some(self.row(report, &ServiceLine::idle(name.clone(), report)))
             }
-            Row::new(cells)
         });
         let mut titles = vec!["SERVICE", "NEW/S", "RETRY/S", "REFUSED/S"];
         let mut widths = vec![
@@ -261,18 +255,33 @@ impl View {
             widths.extend([Constraint::Length(9), Constraint::Length(8)]);
         }
         let mut state = TableState::default();
-        state.select(self.position(report));
+        state.select(position.map(|position| position - above));
         let table = Table::new(rows, widths)
             .header(header(&titles))
             .row_highlight_style(Style::new().add_modifier(Modifier::REVERSED));
         frame.render_stateful_widget(table, area, &mut state);
     }
 
+    fn row(&self, report: &Report, line: &ServiceLine) -> Row<'static> {
+        let seconds = report.seconds;
+        let mut cells = vec![
+            Cell::from(format!("{}/{}", line.name.namespace, line.name.service)),
+            self.count(Some(line.connections), seconds, Color::Green),
+            self.count(line.retries, seconds, Color::Yellow),
+            self.count(line.refusals, seconds, Color::Red),
+        ];
+        if report.counts_traffic {
+            cells.push(self.count(line.packets, seconds, Color::Green));
+            cells.push(self.count(line.bytes, seconds, Color::Green));
+        }
+        Row::new(cells)
+    }
+
     fn draw_backends(&self, frame: &mut Frame<'_>, area: Rect, line: &ServiceLine, seconds: f64) {
         let rows = line.backends.iter().map(|backend| {
             Row::new([
                 Cell::from(backend.address.to_string()),
-                Cell::from(backend.protocol.clone()),
+                Cell::from(backend.protocol.to_string()),
                 Cell::from(if backend.local { "local" } else { "remote" }),
                 Cell::from(Line::from(format!("{:.0} %", backend.share)).right_aligned()),
                 self.count(Some(backend.connections), seconds, Color::Green),
@@ -327,6 +336,13 @@ impl View {
     }
 }
 
+/// The number of the Service in a row.
+fn number_at(report: &Report, row: usize) -> Option<u32> {
+    let active = report.services.iter().map(|line| line.name.number);
+    let idle = report.idle.iter().map(|name| name.number);
+    active.chain(idle).nth(row)
+}
+
 /// Titles: of numbers at the right.
 fn header(titles: &[&'static str]) -> Row<'static> {
     let cells = titles.iter().map(|&title| {
@@ -341,16 +357,29 @@ fn header(titles: &[&'static str]) -> Row<'static> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
+    use std::{collections::BTreeMap, rc::Rc};
 
     use ratatui::{Terminal, backend::TestBackend, buffer::Buffer};
 
-    use super::{super::super::backends::Quarantine, *};
+    use super::{
+        super::{super::backends::Quarantine, sample::Named},
+        *,
+    };
+    use crate::object::Protocol;
+
+    fn named(number: u32, service: &str) -> Rc<Named> {
+        Rc::new(Named {
+            namespace: "shop".to_owned(),
+            service: service.to_owned(),
+            number,
+            rank: number,
+        })
+    }
 
     fn report() -> Report {
         let backend = |n: u8, connections, share, quarantine| BackendLine {
             address: ([10, 44, 0, n], 8080).into(),
-            protocol: "TCP".to_owned(),
+            protocol: Protocol::Tcp,
             local: n == 1,
             quarantine,
             connections,
@@ -361,12 +390,10 @@ mod tests {
             remaining_ms: 1800,
         };
         let line = |number, service: &str, connections, retries, refusals| ServiceLine {
-            namespace: "shop".to_owned(),
-            service: service.to_owned(),
+            name: named(number, service),
             connections,
             retries: Some(retries),
             refusals: Some(refusals),
-            number,
             history: vec![0, connections],
             ..ServiceLine::default()
         };
@@ -378,6 +405,7 @@ mod tests {
         Report {
             seconds: 1.0,
             services: vec![web, line(2, "empty", 0, 0, 40)],
+            active: 2,
             events: BTreeMap::from([("no_backend", 40), ("retry", 3), ("tc_flow", 1500)]),
             history: vec![0, 0, 750, 1500],
             ..Report::default()
@@ -492,6 +520,26 @@ mod tests {
         assert_eq!(view.selected, Some(2));
         assert_eq!(view.sort.next(false), Sort::Connections);
         assert_eq!(view.sort.next(true), Sort::Packets);
+    }
+
+    #[test]
+    fn idle_services_stand_below_and_are_drawn_as_far_as_one_looks() {
+        let (mut view, mut report) = (View::new(true), report());
+        report.idle = (3..100).map(|n| named(n, &format!("idle-{n}"))).collect();
+        let text = lines(&drawn(&view, &report, (80, 24)));
+        assert!(text[0].starts_with("shunt top  99 Services, 2 active"));
+        assert!(text[8].starts_with("shop/idle-3 "), "{text:#?}");
+        assert!(text[17].starts_with("shop/idle-12 "), "{text:#?}");
+        view.select(&report, 0);
+        view.select(&report, 50);
+        let buffer = drawn(&view, &report, (80, 24));
+        assert!(lines(&buffer)[17].starts_with("shop/idle-51 "));
+        assert!(buffer[(0, 17)].modifier.contains(Modifier::REVERSED));
+        view.open(&report);
+        assert_eq!(view.opened(), Some(51));
+        view.close();
+        view.select(&report, 500);
+        assert_eq!(view.selected, Some(99));
     }
 
     #[test]

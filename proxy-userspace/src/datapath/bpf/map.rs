@@ -205,6 +205,54 @@ pub fn lookup_per_cpu<V: Pod + Default>(
     Ok(values)
 }
 
+/// Entries of a per-CPU map that are read at once.
+const PER_CPU_BATCH: usize = 512;
+
+/// Calls `visit` with every key of a per-CPU hash map, and its values, one per possible CPU (`cpus`:
+/// [`aya::util::nr_cpus`]).
+///
+/// # Errors
+/// The kernel's: `EPERM` without `CAP_BPF`, `ENOMEM` without memory for a batch, `EINVAL` when the
+/// map is not per CPU.
+pub fn for_each_per_cpu<V: Pod>(
+    fd: BorrowedFd<'_>,
+    cpus: usize,
+    mut visit: impl FnMut(u32, &[V]),
+) -> io::Result<()> {
+    const { assert!(size_of::<V>().is_multiple_of(8)) };
+    let mut info = map_info(fd)?;
+    // What a key's values are to system calls.
+    info.value_size *= cpus as u32;
+    assert_eq!(info.value_size as usize, size_of::<V>() * cpus);
+    let mut cursor = Cursor::default();
+    let mut room = PER_CPU_BATCH;
+    let mut values = Vec::with_capacity(cpus);
+    loop {
+        let batch = match lookup_batch_raw(fd, &info, &mut cursor, room) {
+            // One bucket's chain is longer than the room.
+            Err(error)
+                if error.raw_os_error() == Some(libc::ENOSPC)
+                    && room < info.max_entries as usize =>
+            {
+                room *= 2;
+                continue;
+            }
+            batch => batch?,
+        };
+        let entries = batch.keys.as_chunks::<4>().0.iter();
+        for (key, of_cpus) in entries.zip(batch.values.chunks(info.value_size as usize)) {
+            values.clear();
+            // SAFETY: as many bytes as a value has, and every bit pattern is a value of a Pod.
+            let read = |bytes: &[u8]| unsafe { bytes.as_ptr().cast::<V>().read_unaligned() };
+            values.extend(of_cpus.chunks_exact(size_of::<V>()).map(read));
+            visit(u32::from_ne_bytes(*key), &values);
+        }
+        if batch.at_end {
+            return Ok(());
+        }
+    }
+}
+
 /// Whether a map has no entry, of whatever types.
 ///
 /// # Errors
@@ -337,7 +385,8 @@ pub struct RawBatch {
     pub at_end: bool,
 }
 
-/// As [`lookup_batch`], for keys and values of any size. Not for per-CPU maps.
+/// As [`lookup_batch`], for keys and values of any size; for a per-CPU map `info.value_size` is that
+/// of all CPUs' values together.
 ///
 /// # Errors
 /// The kernel's: `ENOSPC` when `room` is smaller than one hash bucket's chain.

@@ -24,6 +24,7 @@ mod error;
 mod family;
 mod filter;
 mod pinned;
+mod states;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
@@ -36,6 +37,7 @@ pub use self::{
     family::MapFamily,
     filter::Filter,
     pinned::{Array, Map, links_dir, maps_dir, progs_dir},
+    states::BackendStates,
     usage::{SnatUse, Usage},
 };
 
@@ -308,12 +310,7 @@ impl Maps {
     /// changed; run it as root.
     pub fn traffic(&self, backend: u32) -> Result<Traffic> {
         match map::lookup_per_cpu::<Traffic>(self.traffic.as_fd(), &backend, self.cpus) {
-            Ok(per_cpu) => Ok(per_cpu.iter().fold(Traffic::default(), |sum, one| Traffic {
-                to_packets: sum.to_packets + one.to_packets,
-                to_bytes: sum.to_bytes + one.to_bytes,
-                from_packets: sum.from_packets + one.from_packets,
-                from_bytes: sum.from_bytes + one.from_bytes,
-            })),
+            Ok(per_cpu) => Ok(total(&per_cpu)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Traffic::default()),
             Err(source) => Err(MapError::Kernel {
                 action: "read",
@@ -321,6 +318,23 @@ impl Maps {
                 source,
             }),
         }
+    }
+
+    /// Calls `visit` with what every backend got and sent, summed over CPUs; not at all where that is
+    /// not counted.
+    ///
+    /// # Errors
+    /// `MapError::Kernel` when the map cannot be listed: `EPERM` without `CAP_BPF`, `ENOMEM`
+    /// without memory for a batch. Nothing has changed: try again.
+    pub fn for_each_traffic(&self, mut visit: impl FnMut(u32, Traffic)) -> Result<()> {
+        let walked = map::for_each_per_cpu(self.traffic.as_fd(), self.cpus, |backend, per_cpu| {
+            visit(backend, total(per_cpu));
+        });
+        walked.map_err(|source| MapError::Kernel {
+            action: "walk",
+            map: names::TRAFFIC,
+            source,
+        })
     }
 
     /// Forgets what a backend got and sent.
@@ -351,6 +365,16 @@ impl Maps {
         let shared: u64 = shared.into_iter().sum();
         shared + self.v4.writes() + self.v6.writes()
     }
+}
+
+/// What all CPUs counted.
+fn total(per_cpu: &[Traffic]) -> Traffic {
+    per_cpu.iter().fold(Traffic::default(), |sum, one| Traffic {
+        to_packets: sum.to_packets + one.to_packets,
+        to_bytes: sum.to_bytes + one.to_bytes,
+        from_packets: sum.from_packets + one.from_packets,
+        from_bytes: sum.from_bytes + one.from_bytes,
+    })
 }
 
 /// A name as [`ServiceInfo`] keeps it; cut to [`NAME_LEN`] − 1 bytes, which no valid name exceeds.

@@ -248,6 +248,11 @@ impl<K: Pod, V: Pod> Map<K, V> {
         }
     }
 
+    /// An array's elements in this process's memory; `None`: it is not made for that.
+    pub(super) fn mapped(&self) -> Option<MappedArray<V>> {
+        MappedArray::new(self.fd.as_fd(), self.capacity).ok()
+    }
+
     /// All entries.
     ///
     /// # Errors

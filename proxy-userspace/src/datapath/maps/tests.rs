@@ -154,3 +154,73 @@ fn names_survive_the_map() {
     assert_eq!(name_str(&name_bytes(&longest)), longest);
     assert_eq!(name_str(&name_bytes("")), "");
 }
+
+/// The state of every backend, by id, that some were given.
+fn states(maps: &Maps) -> Vec<(u32, u64)> {
+    let mut seen = Vec::new();
+    let read = maps.backend_states();
+    read.for_each(|id, state| seen.push((id, state.tc_flows)))
+        .expect("states");
+    assert_eq!(seen.len(), read.ids() as usize);
+    seen.retain(|&(_, flows)| flows != 0);
+    seen
+}
+
+#[test]
+fn backend_states_are_read_from_shared_memory_and_from_maps_that_have_none() {
+    let root = Root::new(Capacities {
+        backends: 5000,
+        ..Default::default()
+    });
+    for flags in [0, map::BPF_F_MMAPABLE] {
+        let path = maps_dir(&root.0).join(names::BACKENDS);
+        fs::remove_file(&path).expect("pin");
+        let (kind, value) = (map::types::ARRAY, size_of::<BackendState>());
+        let fd = map::create(kind, size_of::<u32>(), value, 5000, flags).expect("map");
+        bpf::pin(fd.as_fd(), &path).expect("pin");
+        let maps = root.maps();
+        assert_eq!(states(&maps), []);
+        for id in [0, 17, 4999] {
+            let state = BackendState {
+                tc_flows: u64::from(id) + 1,
+                ..BackendState::default()
+            };
+            maps.backends.set(&id, &state).expect("write");
+        }
+        assert_eq!(states(&maps), [(0, 1), (17, 18), (4999, 5000)], "{flags}");
+    }
+}
+
+#[test]
+fn traffic_of_all_backends_is_that_of_each() {
+    let root = Root::new(Capacities {
+        backends: 4096,
+        ..Default::default()
+    });
+    let maps = root.maps();
+    let walk = || {
+        let mut seen = Vec::new();
+        maps.for_each_traffic(|id, traffic| seen.push((id, traffic)))
+            .expect("walk");
+        seen.sort_by_key(|&(id, _)| id);
+        seen
+    };
+    assert_eq!(walk(), []);
+    let mut info = map::map_info(maps.traffic.as_fd()).expect("info");
+    info.value_size *= maps.cpus as u32;
+    // More than are read at once.
+    for id in 0..2000_u32 {
+        let on_a_cpu = |cpu: usize| [u64::from(id) + 1, cpu as u64, 2, 3].map(u64::to_ne_bytes);
+        let value = (0..maps.cpus).flat_map(|cpu| on_a_cpu(cpu).concat());
+        let value: Vec<u8> = value.collect();
+        map::update_raw(maps.traffic.as_fd(), &info, &id.to_ne_bytes(), &value, 0).expect("write");
+    }
+    let seen = walk();
+    assert_eq!(seen.len(), 2000);
+    for (id, traffic) in seen {
+        assert_eq!(traffic, maps.traffic(id).expect("read"));
+        let cpus = maps.cpus as u64;
+        assert_eq!(traffic.to_packets, cpus * (u64::from(id) + 1));
+        assert_eq!(traffic.from_bytes, cpus * 3);
+    }
+}
