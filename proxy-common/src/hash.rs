@@ -26,6 +26,12 @@ pub fn side<F: Family>(addr: F::Words, port: u16, proto: u8) -> u64 {
     mix(F::fold(addr).wrapping_mul(K1) ^ (u64::from(port) << 40 | u64::from(proto) << 56))
 }
 
+/// What tells backends apart that had one id after the other; never 0.
+#[inline(always)]
+pub fn backend<F: Family>(addr: F::Words, port: u16) -> u32 {
+    (side::<F>(addr, port, 0) as u32).max(1)
+}
+
 /// The flow hash: the client's side and the frontend's. Equal on all nodes.
 #[inline(always)]
 pub fn flow<F: Family>(

@@ -502,8 +502,9 @@ pub struct BackendState {
     pub witnesses: [Witness; MAX_WITNESSES],
     /// With `failures`: the end of its quarantine for sockets of this node and its pods.
     pub sockets_until: u32,
-    /// Always zero.
-    pub reserved: u32,
+    /// [`crate::hash::backend`] of the backend that has the id now. 0: not known, for an agent of a
+    /// layout before has given it.
+    pub identity: u32,
 }
 
 /// What the packet path carried to and from a backend. Bytes are those of IP packets; segments that
@@ -685,8 +686,20 @@ pub struct SocketPeer {
     pub frontend_port: u16,
     /// The backend's port, host order.
     pub backend_port: u16,
-    /// Index into `backends`.
+    /// Index into `backends`; with [`SOCKET_OF_NODE`] in `sockets`.
     pub backend_id: u32,
+}
+
+/// [`SocketPeer::backend_id`]: the socket is in the node's own network namespace, where the agent can
+/// see whether it still is there.
+pub const SOCKET_OF_NODE: u32 = 1 << 31;
+
+impl SocketPeer {
+    /// Index into `backends`.
+    #[inline(always)]
+    pub fn backend(&self) -> u32 {
+        self.backend_id & !SOCKET_OF_NODE
+    }
 }
 
 /// What the socket hook remembers with an unconnected UDP socket; the kernel frees it with the

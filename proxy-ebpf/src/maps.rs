@@ -763,7 +763,7 @@ impl<F: KernelFamily, H: Hook> Maps<F> for KernelMaps<H> {
             .then(|| Hooked {
                 frontend: F::unmapped(words(&peer.frontend)),
                 frontend_port: peer.frontend_port,
-                backend: peer.backend_id,
+                backend: peer.backend(),
             })
     }
 

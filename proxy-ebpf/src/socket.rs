@@ -190,8 +190,7 @@ fn choose<F: Peer>(
         && let Some(peer) = sent(ctx, |peer| {
             peer.frontend_port == port && words(&peer.frontend) == dialled
         })
-        && let Some(backend) = BACKENDS.get(peer.backend_id)
-        && backend.flags & BACKEND_SERVING != 0
+        && serves::<F>(peer)
     {
         return Ok((F::unmapped(words(&peer.backend)), peer.backend_port));
     }
@@ -234,12 +233,17 @@ fn choose<F: Peer>(
         tell_call(ctx, event, Some(frontend.service), peer);
         return Err(());
     };
+    let of_node = if call == Call::Connect && is_host::<F>(ctx, &maps) {
+        SOCKET_OF_NODE
+    } else {
+        0
+    };
     let peer = SocketPeer {
         frontend: V6::bytes(dialled),
         backend: V6::bytes(F::mapped(slot.addr)),
         frontend_port: port,
         backend_port: slot.port,
-        backend_id: slot.backend,
+        backend_id: slot.backend | of_node,
     };
     // Where it cannot be remembered packets are translated, but for answers that come by another
     // device than the socket's.
@@ -254,6 +258,18 @@ fn choose<F: Peer>(
     Maps::<F>::count_flow(&maps, slot.backend);
     tell_call(ctx, Event::SocketFlow, Some(frontend.service), || peer);
     Ok((slot.addr, slot.port))
+}
+
+/// Whether the backend of an unconnected socket's peer serves, and is that of its id still: nobody
+/// keeps count of what such sockets remember.
+#[inline(always)]
+fn serves<F: Peer>(peer: &SocketPeer) -> bool {
+    BACKENDS.get(peer.backend_id).is_some_and(|backend| {
+        backend.flags & BACKEND_SERVING != 0
+            && (backend.identity == 0
+                || backend.identity
+                    == hash::backend::<F>(F::unmapped(words(&peer.backend)), peer.backend_port))
+    })
 }
 
 /// The socket's number.

@@ -6,7 +6,9 @@
 //! speed: the tables are LRU maps, and programming does not wait for it.
 //!
 //! The same walk tells which backend ids flows still name, so that no other id is given to a new
-//! backend too early.
+//! backend too early. What unconnected UDP sockets remember (`udp_peers`) goes with them, and nobody
+//! can list it: the socket hook itself looks whether an id is that backend's still. Entries of
+//! connected sockets that are gone without a word go after each walk ([`Closed`]).
 
 use std::{
     sync::{
@@ -21,7 +23,10 @@ use shunt_common::layout::{Config, FLOW_HALF_OPEN, Flow, FlowKey, TICK_NS, Timeo
 use tracing::{debug, warn};
 
 use crate::{
-    datapath::maps::{FlowMap, MapFamily, Maps, PerFamily, Result},
+    datapath::{
+        closed::Closed,
+        maps::{FlowMap, MapFamily, Maps, PerFamily, Result},
+    },
     sync::ids::IdSet,
 };
 
@@ -94,7 +99,7 @@ fn collect_by(
     maps.sockets.for_each_batch(|_, peers| {
         peers
             .iter()
-            .for_each(|peer| walk.referenced.insert(peer.backend_id));
+            .for_each(|peer| walk.referenced.insert(peer.backend()));
         Ok(())
     })?;
     let done = collect_family(maps, &maps.v4, &config, now, &mut walk, &mut pause)?
@@ -200,6 +205,8 @@ impl Collector {
             .name("flow-collector".into())
             .spawn(move || {
                 let mut failed = false;
+                let mut closed = Closed::default();
+                let mut unlisted = false;
                 while goes_on(interval) {
                     match collect(&maps, || goes_on(PAUSE)) {
                         Ok(Some(walk)) => {
@@ -211,6 +218,14 @@ impl Collector {
                                 walk.started.elapsed()
                             );
                             report(walk);
+                            match closed.look(&maps) {
+                                Ok(0) => unlisted = false,
+                                Ok(gone) => debug!("{gone} sockets of the node are gone"),
+                                Err(error) if !std::mem::replace(&mut unlisted, true) => {
+                                    warn!("entries of sockets that are gone stay: {error}")
+                                }
+                                Err(_) => {}
+                            }
                         }
                         Ok(None) => return,
                         // Said once, not every ten seconds.

@@ -28,6 +28,7 @@ pub mod attach;
 pub mod bpf;
 pub mod capability;
 pub mod cgroup;
+pub mod closed;
 pub(crate) mod clsact;
 pub mod conntrack;
 pub mod devices;

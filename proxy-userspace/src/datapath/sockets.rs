@@ -195,15 +195,15 @@ fn stale(maps: &Maps) -> anyhow::Result<HashMap<u64, Stale>> {
     let mut stale = HashMap::new();
     maps.sockets.for_each_batch(|cookies, peers| {
         for (&cookie, &peer) in cookies.iter().zip(peers) {
-            let flags = match flags.get(&peer.backend_id) {
+            let flags = match flags.get(&peer.backend()) {
                 Some(&flags) => flags,
                 None => {
                     let read = maps
                         .backends
-                        .get(&peer.backend_id)?
+                        .get(&peer.backend())?
                         .unwrap_or_default()
                         .flags;
-                    flags.insert(peer.backend_id, read);
+                    flags.insert(peer.backend(), read);
                     read
                 }
             };
@@ -217,13 +217,13 @@ fn stale(maps: &Maps) -> anyhow::Result<HashMap<u64, Stale>> {
 }
 
 /// A connected socket in this thread's namespace.
-struct Connected {
+pub(super) struct Connected {
     proto: u8,
     header: InetResponseHeader,
 }
 
 /// The connected sockets in this thread's namespace.
-fn sockets(with_tcp: bool) -> io::Result<Vec<Connected>> {
+pub(super) fn sockets(with_tcp: bool) -> io::Result<Vec<Connected>> {
     let mut sockets = Vec::new();
     let protocols = [UDP].into_iter().chain(with_tcp.then_some(TCP));
     for proto in protocols {
@@ -255,7 +255,7 @@ fn sockets(with_tcp: bool) -> io::Result<Vec<Connected>> {
 
 impl Connected {
     /// What `SO_COOKIE` tells.
-    fn cookie(&self) -> u64 {
+    pub(super) fn cookie(&self) -> u64 {
         u64::from_ne_bytes(self.header.socket_id.cookie)
     }
 

@@ -2,10 +2,13 @@
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
+    net::IpAddr,
     time::Instant,
 };
 
 use shunt_common::{
+    family::{Family, V4, V6},
+    hash,
     layout::{BACKEND_SERVING, BackendState, FRONTEND_AFFINITY},
     maglev,
 };
@@ -150,6 +153,7 @@ impl Syncer {
                     })?;
                     let new = BackendState {
                         flags: BACKEND_SERVING,
+                        identity: identity(address, port),
                         ..Default::default()
                     };
                     self.maps.backends.set(&id, &new)?;
@@ -233,4 +237,12 @@ fn fill(
         .collect();
     let order = maglev::table(&identities, len);
     order.into_iter().map(|i| backends[i as usize]).collect()
+}
+
+/// [`BackendState::identity`].
+fn identity(address: IpAddr, port: u16) -> u32 {
+    match address {
+        IpAddr::V4(ip) => hash::backend::<V4>(V4::words(ip.octets()), port),
+        IpAddr::V6(ip) => hash::backend::<V6>(V6::words(ip.octets()), port),
+    }
 }
