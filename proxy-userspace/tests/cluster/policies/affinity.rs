@@ -9,9 +9,9 @@ const AFFINITY: &str = "  sessionAffinity: ClientIP\n";
 
 /// P1: every frontend of a Service port leads a client to one backend, an outside client through
 /// whichever node; when that backend goes, to one other; and a new agent knows it still.
-fn affinity(xdp: &str) {
+fn affinity(source: Source, xdp: &str) {
     let all = ["web-a", "web-b", "web-c", "web-d"];
-    let mut cluster = Cluster::start_with(xdp, &[], |cluster| {
+    let mut cluster = Cluster::start(source, xdp, &[], |cluster| {
         cluster.documents("web", 1, AFFINITY, &ready(&all))
     });
     let clients = cluster.clients();
@@ -80,12 +80,12 @@ fn affinity(xdp: &str) {
 
 #[test]
 fn a_client_keeps_its_backend_with_xdp() {
-    affinity("native");
+    affinity(Source::Manifests, "native");
 }
 
 #[test]
 fn a_client_keeps_its_backend_without_xdp() {
-    affinity("off");
+    affinity(Source::ApiServer, "off");
 }
 
 /// P1: each new flow starts the time-out anew; when it has passed, the choice is free again.
@@ -93,7 +93,7 @@ fn a_client_keeps_its_backend_without_xdp() {
 fn affinity_ends_when_the_client_is_idle_for_the_time_out() {
     let spec = "  sessionAffinity: ClientIP\n  sessionAffinityConfig: { clientIP: { timeoutSeconds: 5 } }\n";
     let all = ["web-a", "web-b", "web-c", "web-d"];
-    let cluster = Cluster::start_with("native", &[], |cluster| {
+    let cluster = Cluster::start(Source::Manifests, "native", &[], |cluster| {
         cluster.documents("web", 1, spec, &ready(&all))
     });
     // An outside client's backend follows from its address, so that all nodes agree.
@@ -133,7 +133,7 @@ fn affinity_ends_when_the_client_is_idle_for_the_time_out() {
 /// P1 for a client outside, whose backend follows from its address and is the same through both
 /// nodes: it leaves a backend that goes, does not come back to it while it opens flows, and does
 /// once it has been idle for the time-out.
-fn affinity_of_outside_clients(xdp: &str) {
+fn affinity_of_outside_clients(source: Source, xdp: &str) {
     const TIME_OUT: Duration = Duration::from_secs(3);
     let spec = format!(
         "  sessionAffinity: ClientIP\n  sessionAffinityConfig: {{ clientIP: {{ timeoutSeconds: {} }} }}\n",
@@ -155,7 +155,7 @@ fn affinity_of_outside_clients(xdp: &str) {
         };
         cases.iter().enumerate().flat_map(of).collect()
     };
-    let cluster = Cluster::start_with(xdp, &[], |cluster| documents(cluster, &[]));
+    let cluster = Cluster::start(source, xdp, &[], |cluster| documents(cluster, &[]));
     let client = cluster.client("client");
     let servers = || -> Vec<String> {
         let of = |&(number, v6, proto): &(u8, bool, Proto)| {
@@ -188,12 +188,12 @@ fn affinity_of_outside_clients(xdp: &str) {
 
 #[test]
 fn affinity_of_outside_clients_ends_with_the_time_out_with_xdp() {
-    affinity_of_outside_clients("native");
+    affinity_of_outside_clients(Source::Manifests, "native");
 }
 
 #[test]
 fn affinity_of_outside_clients_ends_with_the_time_out_without_xdp() {
-    affinity_of_outside_clients("off");
+    affinity_of_outside_clients(Source::ApiServer, "off");
 }
 
 /// First packets to a frontend from so many addresses that nobody has.
@@ -218,7 +218,7 @@ fn flood(cluster: &Cluster, to: SocketAddr, count: u32) {
 }
 
 /// P1, L3: a client that was heard after an answer keeps its backend, whoever knocks meanwhile.
-fn affinity_under_a_flood(xdp: &str) {
+fn affinity_under_a_flood(source: Source, xdp: &str) {
     const CLIENTS: u32 = 1024;
     let limits = format!("--max-affinity={CLIENTS}");
     let all = PODS.map(|(pod, _)| pod);
@@ -226,7 +226,9 @@ fn affinity_under_a_flood(xdp: &str) {
         let flooded = cluster.documents("flooded", 2, AFFINITY, &ready(&all));
         [cluster.documents("web", 1, AFFINITY, &ready(pods)), flooded].concat()
     };
-    let cluster = Cluster::start_with(xdp, &[&limits], |cluster| documents(cluster, &all[..1]));
+    let cluster = Cluster::start(source, xdp, &[&limits], |cluster| {
+        documents(cluster, &all[..1])
+    });
     let mut ways = Vec::new();
     for v6 in [false, true] {
         ways.push((cluster.client("packets"), cluster_ip(1, v6)));
@@ -259,10 +261,10 @@ fn affinity_under_a_flood(xdp: &str) {
 
 #[test]
 fn a_flood_changes_no_clients_backend_with_xdp() {
-    affinity_under_a_flood("native");
+    affinity_under_a_flood(Source::Manifests, "native");
 }
 
 #[test]
 fn a_flood_changes_no_clients_backend_without_xdp() {
-    affinity_under_a_flood("off");
+    affinity_under_a_flood(Source::ApiServer, "off");
 }

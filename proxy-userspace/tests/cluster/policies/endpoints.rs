@@ -4,21 +4,7 @@ use super::*;
 
 /// B3 and B4: only ready endpoints get new flows; when none is, those that serve while they
 /// terminate; then nobody. `publishNotReadyAddresses` makes all of them ready.
-#[test]
-fn endpoints_are_eligible_by_their_conditions() {
-    let cluster = Cluster::start_with("native", &[], |cluster| {
-        cluster.documents(
-            "web",
-            1,
-            "",
-            &[
-                endpoint("web-a", TERMINATING),
-                endpoint("web-b", READY),
-                endpoint("web-c", NOT_READY),
-                endpoint("web-d", DEAD),
-            ],
-        )
-    });
+pub(super) fn conditions(cluster: &Cluster) {
     let clients = cluster.clients();
     let frontends = |v6| {
         [
@@ -39,6 +25,13 @@ fn endpoints_are_eligible_by_their_conditions() {
             }
         });
     };
+    let one_ready = [
+        endpoint("web-a", TERMINATING),
+        endpoint("web-b", READY),
+        endpoint("web-c", NOT_READY),
+        endpoint("web-d", DEAD),
+    ];
+    cluster.apply(&cluster.documents("web", 1, "", &one_ready));
     expect(&["web-b"]);
     let none_ready = [
         endpoint("web-a", TERMINATING),
@@ -62,20 +55,10 @@ fn endpoints_are_eligible_by_their_conditions() {
     expect(&["web-a"]);
 }
 
-fn nodes_in_zones() -> Vec<String> {
-    let node = |(node, zone): (&str, &str)| {
-        format!(
-            "apiVersion: v1\nkind: Node\nmetadata: {{ name: {node}, labels: {{ topology.kubernetes.io/zone: {zone} }} }}\n"
-        )
-    };
-    [("node-a", "east"), ("node-b", "west")].map(node).to_vec()
-}
-
 /// B5: hints keep new flows of clients inside in their zone or on their node, when all endpoints
 /// have them and some are for this node; clients outside likewise, through whichever node of the
 /// zone they come.
-#[test]
-fn hints_keep_flows_near() {
+pub(super) fn hints(cluster: &Cluster) {
     const EAST: &str = ", hints: { forZones: [{ name: east }] }";
     const WEST: &str = ", hints: { forZones: [{ name: west }] }";
     const NODE_A: &str = ", hints: { forNodes: [{ name: node-a }], forZones: [{ name: east }] }";
@@ -89,14 +72,12 @@ fn hints_keep_flows_near() {
             })
             .collect()
     };
-    let cluster = Cluster::start_with("native", &CLUSTER_CIDRS, |_| nodes_in_zones());
     let inside = ["hooked", "packets", "node-a"].map(|name| cluster.client(name));
     let other_node = [Sockets::Hooked, Sockets::Unhooked]
         .map(|sockets| cluster.lab.client("web-b", sockets).unwrap());
     let outside = cluster.client("client");
     let expect = |endpoints: &[(&'static str, &'static str)], on_a: &[&str], on_b: &[&str]| {
-        let documents = cluster.documents("web", 1, "", &hinted(endpoints));
-        cluster.apply(&[nodes_in_zones(), documents].concat());
+        cluster.apply(&cluster.documents("web", 1, "", &hinted(endpoints)));
         each_case(|v6, proto| {
             for client in &inside {
                 for to in [cluster_ip(1, v6), external_ip(1, v6)] {
@@ -154,7 +135,7 @@ fn hints_keep_flows_near() {
 /// Nodes.
 #[test]
 fn traffic_distribution_keeps_flows_near() {
-    let cluster = Cluster::start_with("native", &[], |_| nodes_in_zones());
+    let cluster = Cluster::start(Source::Manifests, "native", &[], |_| Vec::new());
     let inside = ["hooked", "packets", "node-a"].map(|name| cluster.client(name));
     let pods: Vec<String> = PODS
         .iter()
@@ -186,7 +167,7 @@ fn traffic_distribution_keeps_flows_near() {
             "protocol: UDP, port: 80",
             "protocol: UDP, port: 80, targetPort: 8080",
         );
-        cluster.apply(&[nodes_in_zones(), pods.clone(), vec![text]].concat());
+        cluster.apply(&[pods.clone(), vec![text]].concat());
         each_case(|v6, proto| {
             for client in &inside {
                 reaches(client, proto, cluster_ip(1, v6), wanted);

@@ -31,7 +31,7 @@ fn get(cluster: &Cluster, node: &str, to: SocketAddr, request: &str) -> Option<(
 fn load_balancers_are_answered_on_admitted_addresses() {
     let spec = "  externalTrafficPolicy: Local\n  healthCheckNodePort: 32001\n";
     let extra = ["--nodeport-addresses", "fd50::/64,127.0.0.0/8"];
-    let cluster = Cluster::start_with("off", &extra, |cluster| {
+    let cluster = Cluster::start(Source::Manifests, "off", &extra, |cluster| {
         cluster.documents("web", 1, spec, &ready(&["web-a"]))
     });
     let asked = |v6| {
@@ -53,22 +53,15 @@ fn load_balancers_are_answered_on_admitted_addresses() {
 
 /// P4: `healthCheckNodePort` follows the Service and its ready local endpoints, on each node, over
 /// IPv4 and IPv6.
-#[test]
-fn load_balancers_are_told_about_local_endpoints() {
+pub(super) fn local_endpoints(cluster: &Cluster) {
     const REQUEST: &str = "GET /any/path?x HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n";
     let spec =
         |port: u16| format!("  externalTrafficPolicy: Local\n  healthCheckNodePort: {port}\n");
-    let cluster = Cluster::start_with("off", &[], |cluster| {
-        cluster.documents(
-            "web",
-            1,
-            &spec(32_001),
-            &ready(&["web-a", "web-b", "web-c"]),
-        )
-    });
+    let three = ready(&["web-a", "web-b", "web-c"]);
+    cluster.apply(&cluster.documents("web", 1, &spec(32_001), &three));
     let status = |node: &str, v6: bool, port: u16| -> Option<u16> {
         let to = SocketAddr::new(cluster.ip(node, v6), port);
-        let (head, _) = get(&cluster, "node-b", to, REQUEST)?;
+        let (head, _) = get(cluster, "node-b", to, REQUEST)?;
         Some(head.split(' ').nth(1)?.parse().unwrap())
     };
     let all = |port: u16| NODES.map(|node| [false, true].map(|v6| status(node, v6, port)));
@@ -90,7 +83,7 @@ fn load_balancers_are_told_about_local_endpoints() {
             for method in ["GET", "POST"] {
                 let request = REQUEST.replace("GET", method);
                 let to = SocketAddr::new(cluster.ip(node, v6), 32_001);
-                let (head, body) = get(&cluster, "node-a", to, &request).unwrap();
+                let (head, body) = get(cluster, "node-a", to, &request).unwrap();
                 for line in [
                     "http/1.1 200 ok",
                     "content-type: application/json",

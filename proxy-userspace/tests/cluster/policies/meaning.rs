@@ -17,11 +17,8 @@ fn with_conditions(documents: &[String], from: [bool; 3], to: &str) -> Vec<Strin
 /// B3: what is left out of `serving` is true and of `terminating` false, so an endpoint that goes
 /// is the last resort, one that is not ready is none for new flows, and an open UDP flow stays with
 /// it.
-#[test]
-fn conditions_left_out_mean_what_the_api_says() {
-    let cluster = Cluster::start_with("native", &[], |cluster| {
-        cluster.documents("web", 1, "", &ready(&["web-b"]))
-    });
+pub(super) fn conditions_left_out(cluster: &Cluster) {
+    cluster.apply(&cluster.documents("web", 1, "", &ready(&["web-b"])));
     let clients = cluster.clients();
     // A datagram's flow for each client, and one that stays open for as long as it gets answers.
     let mut open = Vec::new();
@@ -85,9 +82,7 @@ fn conditions_left_out_mean_what_the_api_says() {
 /// B8: a pod that hangs in termination on one node and its successor with the same address on
 /// another: the successor counts, with its node, or its answers to a node port would not come back
 /// this way.
-#[test]
-fn one_address_in_two_endpoints_is_where_it_serves() {
-    let cluster = Cluster::start_with("native", &CLUSTER_CIDRS, |_| Vec::new());
+pub(super) fn one_address_in_two_endpoints(cluster: &Cluster) {
     // In the order of names before and after.
     for old in ["a-old", "z-old"] {
         for (conditions, policy) in [
@@ -122,36 +117,29 @@ fn one_address_in_two_endpoints_is_where_it_serves() {
 }
 
 /// Addresses of a family that the Service is not of are left to their owner, and go to it again.
-#[test]
-fn addresses_of_another_family_are_left_to_their_owner() {
-    let cluster = Cluster::start_with("native", &CLUSTER_CIDRS, |_| Vec::new());
+pub(super) fn addresses_of_another_family(cluster: &Cluster) {
     // The owner is a pod of node-b that has them all.
     let owner = cluster.lab.client("web-c", Sockets::Unhooked).unwrap();
     let owned = |v6| [load_balancer_ip(1, v6), external_ip(1, v6)];
     let device = cluster.lab.device("web-c").unwrap();
-    for v6 in [false, true] {
-        let family = if v6 { "-6" } else { "-4" };
+    let ip = |name: &str, line: String| {
+        let words: Vec<&str> = line.split_ascii_whitespace().collect();
+        cluster.lab.ns(name).unwrap().output("ip", &words).unwrap();
+    };
+    // `add` or `del`.
+    let own = |verb: &str, v6| {
+        let (family, bits) = if v6 { ("-6", 128) } else { ("-4", 32) };
+        let nodad = if v6 && verb == "add" { "nodad" } else { "" };
+        let [node, pod] = ["node-b", "web-c"].map(|name| cluster.ip(name, v6));
         for address in owned(v6) {
-            let host = format!("{}/{}", address.ip(), if v6 { 128 } else { 32 });
-            let run = |name: &str, line: String| {
-                let words: Vec<&str> = line.split(' ').collect();
-                cluster.lab.ns(name).unwrap().output("ip", &words).unwrap();
-            };
-            let nodad = if v6 { " nodad" } else { "" };
-            run("web-c", format!("addr add {host} dev lo{nodad}"));
-            run(
-                "node-a",
-                format!("{family} route add {host} via {}", cluster.ip("node-b", v6)),
-            );
-            run(
-                "node-b",
-                format!(
-                    "{family} route add {host} via {} dev {device} onlink",
-                    cluster.ip("web-c", v6)
-                ),
-            );
+            let host = format!("{}/{bits}", address.ip());
+            ip("web-c", format!("addr {verb} {host} dev lo {nodad}"));
+            ip("node-a", format!("{family} route {verb} {host} via {node}"));
+            let onlink = format!("{family} route {verb} {host} via {pod} dev {device} onlink");
+            ip("node-b", onlink);
         }
-    }
+    };
+    [false, true].into_iter().for_each(|v6| own("add", v6));
     let listen: Vec<(Proto, SocketAddr)> = [false, true]
         .into_iter()
         .flat_map(owned)
@@ -203,13 +191,13 @@ fn addresses_of_another_family_are_left_to_their_owner() {
             }
         }
     });
+    [false, true].into_iter().for_each(|v6| own("del", v6));
 }
 
 /// Leading zeros are only zeros, and a load balancer's address may be link-local: what the API
 /// server has stored is served.
-#[test]
-fn stored_numbers_and_link_local_balancers_are_served() {
-    let odd = |cluster: &Cluster, text: &str| {
+pub(super) fn stored_numbers_and_link_local_balancers(cluster: &Cluster) {
+    let odd = |text: &str| {
         let zeros = |ip: IpAddr| match ip {
             IpAddr::V4(ip) => ip.octets().map(|octet| format!("{octet:03}")).join("."),
             IpAddr::V6(ip) => ip
@@ -238,10 +226,9 @@ fn stored_numbers_and_link_local_balancers_are_served() {
         text.replace("ip: 198.51.100.1 }", "ip: 169.254.7.7 }")
     };
     let ranges = "  loadBalancerSourceRanges: [010.044.0.0/016, 'fd44::/048', 169.254.0.0/16]\n";
-    let cluster = Cluster::start_with("native", &CLUSTER_CIDRS, |cluster| {
-        let documents = cluster.documents("web", 1, ranges, &ready(&["web-b"]));
-        documents.iter().map(|text| odd(cluster, text)).collect()
-    });
+    let documents = cluster.documents("web", 1, ranges, &ready(&["web-b"]));
+    let documents: Vec<String> = documents.iter().map(|text| odd(text)).collect();
+    cluster.apply(&documents);
     let warning = "spec.clusterIPs[0]: \"010.096.000.001\" has leading zeros; write 10.96.0.1, as which it is served";
     for agent in &cluster.agents {
         agent.wait_for(warning, Duration::from_secs(5)).unwrap();
@@ -263,78 +250,4 @@ fn stored_numbers_and_link_local_balancers_are_served() {
         }
         silence(&cluster.client("client"), proto, load_balancer_ip(1, true));
     });
-}
-
-/// L9: two Services swap their addresses, and one is renamed and keeps all of its own, while
-/// clients dial without a pause: every dial is answered by one or the other, whichever name comes
-/// first.
-#[test]
-fn frontends_change_their_service_while_they_are_dialled() {
-    let cluster = Cluster::start_with("native", &CLUSTER_CIDRS, |_| Vec::new());
-    let external = |number: u8| {
-        format!("externalIPs: [198.51.100.1{number:02}, '2001:db8:198::1{number:02}']")
-    };
-    let state = |first: &str, swapped: bool| {
-        let mut documents = cluster.documents(first, 1, "", &ready(&["web-a"]));
-        let mut others = cluster.documents("mm", 2, "", &ready(&["web-b"]));
-        if swapped {
-            documents[0] = documents[0].replace(&external(1), &external(2));
-            others[0] = others[0].replace(&external(2), &external(1));
-        }
-        [documents, others].concat()
-    };
-    cluster.apply(&state("aa", false));
-    let done = std::sync::atomic::AtomicBool::new(false);
-    let swapping = |v6| [external_ip(1, v6), external_ip(2, v6)];
-    let renamed = |v6| {
-        [
-            cluster_ip(1, v6),
-            load_balancer_ip(1, v6),
-            SocketAddr::new(cluster.ip("node-a", v6), node_port(1)),
-        ]
-    };
-    thread::scope(|scope| {
-        let mut dialling = Vec::new();
-        for name in CLIENTS {
-            for v6 in [false, true] {
-                let (client, done) = (cluster.client(name), &done);
-                dialling.push(scope.spawn(move || {
-                    let mut dials = 0;
-                    while !done.load(Ordering::Relaxed) {
-                        for to in swapping(v6).into_iter().chain(renamed(v6)) {
-                            for proto in BOTH {
-                                dial(&client, proto, to);
-                                dials += 1;
-                            }
-                        }
-                    }
-                    dials
-                }));
-            }
-        }
-        // The taker sorts first, then the giver.
-        for (first, swapped) in [
-            ("aa", true),
-            ("aa", false),
-            ("zy", false),
-            ("zy", true),
-            ("aa", true),
-            ("ab", false),
-            ("zy", true),
-            ("aa", false),
-        ] {
-            cluster.apply(&state(first, swapped));
-        }
-        done.store(true, Ordering::Relaxed);
-        for client in dialling {
-            assert!(client.join().unwrap() > 20);
-        }
-    });
-    for agent in &cluster.agents {
-        assert!(
-            !agent.output().contains("already belongs"),
-            "{}",
-            agent.output()
-        );
-    }
 }

@@ -1,24 +1,39 @@
 //! Policies in a cluster of namespaces: who is sent where, and who is not let in. Hand-written
 //! EndpointSlices say what a cluster's controllers would. Rows of the specification are named at
 //! each check. Needs root.
+//!
+//! Objects come from manifests or from an API server, and mean the same: every table is gone through
+//! with both, over IPv4 and IPv6. [`TABLES`] have a lab for each source. What runs with XDP and
+//! without has manifests in the one lab and the API server in the other, for no program knows where
+//! an entry came from. These have manifests alone: tables about a setting of the agent instead of
+//! objects; the one over Pods, of which an API server's controllers make slices; and the affinity
+//! that ends for clients inside, whose objects are those of the one that ends for clients outside.
 
 use std::{
     collections::BTreeSet,
-    fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    sync::atomic::{AtomicU16, Ordering},
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Mutex,
+        atomic::{AtomicU16, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
 
-use shunt_lab::{Agent, AgentOptions, Answer, Client, Dial, Lab, PodSpec, Port, Proto, Sockets};
-use tempfile::TempDir;
+use shunt_lab::{Agent, Answer, Client, Dial, Lab, PodSpec, Port, Proto, Sockets};
+
+use dials::{dial, how, is_refused, one_server, reaches, servers, silence};
+use objects::{Objects, Source};
 
 mod affinity;
+mod dials;
 mod endpoints;
 mod health_checks;
 mod meaning;
+mod objects;
 mod source_ranges;
+mod swaps;
 mod traffic;
 
 const BOTH: [Proto; 2] = [Proto::Tcp, Proto::Udp];
@@ -32,13 +47,23 @@ const PODS: [(&str, &str); 4] = [
 /// Hooked pod and unhooked pod on node-a, a process on node-a, a host outside.
 const CLIENTS: [&str; 4] = ["hooked", "packets", "node-a", "client"];
 const NODES: [&str; 2] = ["node-a", "node-b"];
+const ZONES: [&str; 2] = ["east", "west"];
 
-/// Two nodes with an agent each, four servers, and the manifests that the agents follow.
+/// Two nodes with an agent each, four servers, and the objects that the agents follow.
 struct Cluster {
     agents: Vec<Agent>,
     lab: Lab,
-    manifests: TempDir,
+    source: Source,
+    objects: Mutex<Objects>,
     changes: AtomicU16,
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            eprintln!("the agents had their objects {}", self.source);
+        }
+    }
 }
 
 /// One endpoint of a slice.
@@ -69,7 +94,12 @@ fn ready(pods: &[&'static str]) -> Vec<Endpoint> {
 }
 
 impl Cluster {
-    fn start_with(xdp: &str, extra: &[&str], documents: impl FnOnce(&Self) -> Vec<String>) -> Self {
+    fn start(
+        source: Source,
+        xdp: &str,
+        extra: &[&str],
+        documents: impl FnOnce(&Self) -> Vec<String>,
+    ) -> Self {
         let lab = Lab::new().unwrap();
         let ports = [Port::tcp(APP), Port::udp(APP)];
         for (pod, node) in PODS {
@@ -80,12 +110,14 @@ impl Cluster {
         }
         let mut cluster = Self {
             agents: Vec::new(),
+            source,
+            objects: Mutex::new(Objects::new(source, &lab)),
             lab,
-            manifests: TempDir::new().unwrap(),
             changes: AtomicU16::new(0),
         };
         cluster.apply(&documents(&cluster));
-        let options = AgentOptions::manifests(cluster.manifests.path())
+        let options = cluster.objects.get_mut().unwrap().options();
+        let options = options
             .xdp(xdp)
             .args(extra)
             .shunt(env!("CARGO_BIN_EXE_shunt"))
@@ -97,21 +129,32 @@ impl Cluster {
         cluster
     }
 
-    /// Replaces all manifests at once, and waits until every agent has brought them into its maps:
-    /// the Service that comes last by name has another port each time.
+    /// Replaces all objects but the Nodes, and waits until every agent has brought them into its
+    /// maps: the Service that comes last, by name too, has another port and another number of
+    /// endpoints each time.
     fn apply(&self, documents: &[String]) {
-        let port = 1 + self.changes.fetch_add(1, Ordering::Relaxed);
-        let marker = format!(
-            "apiVersion: v1\nkind: Service\nmetadata: {{ name: zz-marker }}\n\
-             spec: {{ clusterIP: 10.96.0.250, ports: [{{ port: {port} }}] }}\n"
-        );
-        let path = self.manifests.path().join("all.yaml");
-        let hidden = path.with_extension("new");
-        fs::write(&hidden, [documents, &[marker]].concat().join("---\n")).unwrap();
-        fs::rename(hidden, path).unwrap();
+        let change = self.changes.fetch_add(1, Ordering::Relaxed);
+        let (port, backends) = (1 + change, 1 + change % 2);
+        let endpoints = ["{ addresses: [192.0.2.1] }, ", "{ addresses: [192.0.2.2] }"];
+        let endpoints = endpoints[..usize::from(backends)].concat();
+        let marker = [
+            format!(
+                "apiVersion: v1\nkind: Service\nmetadata: {{ name: zz-marker }}\n\
+                 spec: {{ clusterIP: 10.96.0.250, ports: [{{ port: {port} }}] }}\n"
+            ),
+            format!(
+                "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
+                 metadata: {{ name: zz-marker, labels: {{ kubernetes.io/service-name: zz-marker }} }}\n\
+                 addressType: IPv4\nports: [{{ port: {APP} }}]\nendpoints: [{endpoints}]\n"
+            ),
+        ];
+        let nodes = self.nodes();
+        let mut objects = self.objects.lock().unwrap();
+        objects.replace(&[&nodes, documents].concat(), &marker);
+        drop(objects);
         let began = Instant::now();
         for agent in &self.agents {
-            while !has(agent, "10.96.0.250", port) {
+            while !has(agent, "10.96.0.250", port, backends) {
                 assert!(
                     began.elapsed() < Duration::from_secs(10),
                     "{}: change {port} is not in the maps",
@@ -120,6 +163,19 @@ impl Cluster {
                 thread::sleep(Duration::from_millis(20));
             }
         }
+    }
+
+    /// The nodes, each in a zone of its own.
+    fn nodes(&self) -> Vec<String> {
+        let node = |(node, zone): (&str, &str)| {
+            let [v4, v6] = [false, true].map(|v6| self.ip(node, v6));
+            format!(
+                "apiVersion: v1\nkind: Node\n\
+                 metadata: {{ name: {node}, labels: {{ topology.kubernetes.io/zone: {zone} }} }}\n\
+                 status: {{ addresses: [{{ type: InternalIP, address: {v4} }}, {{ type: InternalIP, address: '{v6}' }}] }}\n"
+            )
+        };
+        NODES.into_iter().zip(ZONES).map(node).collect()
     }
 
     /// The slices of a Service, one per family.
@@ -178,12 +234,72 @@ impl Cluster {
     }
 }
 
-fn has(agent: &Agent, address: &str, port: u16) -> bool {
+/// Tables of cases that need nothing of a lab but its source of objects.
+type Table = (&'static str, fn(&Cluster));
+
+/// Names the tables as their functions are named.
+macro_rules! tables {
+    ($($module:ident::$table:ident),* $(,)?) => {
+        [$((concat!(stringify!($module), "::", stringify!($table)), $module::$table)),*]
+    };
+}
+
+/// The tables in two halves, which run side by side.
+const TABLES: [&[Table]; 2] = [
+    &tables![
+        meaning::conditions_left_out,
+        meaning::one_address_in_two_endpoints,
+        meaning::addresses_of_another_family,
+        meaning::stored_numbers_and_link_local_balancers,
+        swaps::frontends_change_their_service,
+    ],
+    &tables![
+        endpoints::conditions,
+        endpoints::hints,
+        traffic::internal_policy_local,
+        health_checks::local_endpoints,
+    ],
+];
+
+/// Goes through tables one after the other in one lab: agents take longer to start than a table
+/// takes.
+fn go_through(tables: &[Table], source: Source) {
+    let cluster = Cluster::start(source, "native", &[], |_| Vec::new());
+    let fails = |(name, table): &&Table| {
+        println!("{name} {source}");
+        let result = catch_unwind(AssertUnwindSafe(|| table(&cluster)));
+        cluster.apply(&[]);
+        result.is_err()
+    };
+    let failed: Vec<&str> = tables.iter().filter(fails).map(|(name, _)| *name).collect();
+    assert!(failed.is_empty(), "{source}: {}", failed.join(", "));
+}
+
+#[test]
+fn objects_mean_what_the_api_says_through_manifests() {
+    go_through(TABLES[0], Source::Manifests);
+}
+
+#[test]
+fn objects_mean_what_the_api_says_through_an_api_server() {
+    go_through(TABLES[0], Source::ApiServer);
+}
+
+#[test]
+fn eligible_endpoints_serve_through_manifests() {
+    go_through(TABLES[1], Source::Manifests);
+}
+
+#[test]
+fn eligible_endpoints_serve_through_an_api_server() {
+    go_through(TABLES[1], Source::ApiServer);
+}
+
+fn has(agent: &Agent, address: &str, port: u16, backends: u16) -> bool {
     let rows = agent.json(&["services"]).unwrap();
-    rows.as_array()
-        .unwrap()
-        .iter()
-        .any(|row| row["address"] == address && row["port"] == port)
+    rows.as_array().unwrap().iter().any(|row| {
+        row["address"] == address && row["port"] == port && row["internal"]["backends"] == backends
+    })
 }
 
 /// A dual-stack LoadBalancer Service without selector; `spec` is more of it.
@@ -220,129 +336,6 @@ fn external_ip(number: u8, v6: bool) -> SocketAddr {
 
 fn at(prefix: &str, number: u8) -> SocketAddr {
     SocketAddr::new(format!("{prefix}{number}").parse().unwrap(), 80)
-}
-
-/// How to dial: UDP from a port that no dial had before, for a flow that the node remembers goes
-/// where it went.
-fn how(proto: Proto, to: SocketAddr) -> Dial {
-    const FIRST: u16 = 1024;
-    /// Up to where node ports and the kernel's own choice begin.
-    const PORTS: u16 = 30_000 - FIRST;
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    let any: IpAddr = match to {
-        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-    };
-    let port = || FIRST + NEXT.fetch_add(1, Ordering::Relaxed) % PORTS;
-    Dial {
-        bind: (proto == Proto::Udp).then(|| SocketAddr::new(any, port())),
-        ..Dial::default()
-    }
-}
-
-fn dial(client: &Client, proto: Proto, to: SocketAddr) -> Answer {
-    match client.once(proto, to, &how(proto, to)) {
-        Ok(answer) => answer,
-        Err(error) => panic!("{proto} {to} from {}: {error}", client.name()),
-    }
-}
-
-/// The servers that answer so many dials.
-fn servers(client: &Client, proto: Proto, to: SocketAddr, dials: usize) -> BTreeSet<String> {
-    (0..dials).map(|_| dial(client, proto, to).server).collect()
-}
-
-/// The one server that answers several dials.
-fn one_server(client: &Client, proto: Proto, to: SocketAddr) -> String {
-    let servers = servers(client, proto, to, 6);
-    assert_eq!(
-        servers.len(),
-        1,
-        "{proto} {to} from {}: {servers:?}",
-        client.name()
-    );
-    servers.into_iter().next().unwrap()
-}
-
-/// Dials that must come to nothing: no answer, and nothing that says so.
-fn silence(client: &Client, proto: Proto, to: SocketAddr) {
-    let dial = Dial {
-        timeout: Duration::from_millis(400),
-        connected: true,
-        ..how(proto, to)
-    };
-    match client.once(proto, to, &dial) {
-        Ok(answer) => panic!(
-            "{proto} {to} from {}: answered by {}",
-            client.name(),
-            answer.server
-        ),
-        Err(error) => assert!(
-            error.is_timeout(),
-            "{proto} {to} from {}: {error}",
-            client.name()
-        ),
-    }
-}
-
-/// Networks of pods, so that those of the other node are known to be the cluster's own.
-const CLUSTER_CIDRS: [&str; 3] = ["--cluster-cidr", "10.44.0.0/16", "fd44::/48"];
-
-/// Asserts that a client reaches exactly these servers, and that each dial shows what was dialled.
-fn reaches(client: &Client, proto: Proto, to: SocketAddr, wanted: &[&str]) {
-    let mut seen = BTreeSet::new();
-    for _ in 0..48 {
-        let answer = dial(client, proto, to);
-        assert_eq!(answer.peer, to, "{proto} from {}", client.name());
-        assert!(
-            wanted.contains(&answer.server.as_str()),
-            "{proto} {to} from {}: answered by {}, not one of {wanted:?}",
-            client.name(),
-            answer.server
-        );
-        seen.insert(answer.server);
-        // Whether others answer as well shows only by and by.
-        if seen.len() == wanted.len() && seen.len() > 1 {
-            break;
-        }
-        if wanted.len() == 1 {
-            let again: BTreeSet<_> = (0..7).map(|_| dial(client, proto, to).server).collect();
-            assert_eq!(again, seen, "{proto} {to} from {}", client.name());
-            break;
-        }
-    }
-    assert_eq!(
-        seen,
-        wanted.iter().map(|&server| server.to_owned()).collect(),
-        "{proto} {to} from {}",
-        client.name()
-    );
-}
-
-/// Asserts that a client is refused at once.
-fn is_refused(client: &Client, proto: Proto, to: SocketAddr) {
-    let dial = Dial {
-        connected: true,
-        ..how(proto, to)
-    };
-    match client.once(proto, to, &dial) {
-        Ok(answer) => panic!(
-            "{proto} {to} from {}: answered by {}",
-            client.name(),
-            answer.server
-        ),
-        // IPv6 keeps an early error until the first retransmission: see `services`.
-        Err(error) => {
-            let quick = error
-                .after()
-                .is_some_and(|after| after < Duration::from_millis(1500));
-            assert!(
-                error.is_refused() && quick,
-                "{proto} {to} from {}: {error}",
-                client.name()
-            );
-        }
-    }
 }
 
 fn each_case(mut check: impl FnMut(bool, Proto)) {

@@ -4,8 +4,8 @@ use super::*;
 
 /// P5: sources outside of the ranges are dropped on the load balancer addresses, pods included, and
 /// nowhere else; the node is let through; changes are followed.
-fn source_ranges(xdp: &str) {
-    let cluster = Cluster::start_with(xdp, &[], |cluster| {
+fn source_ranges(source: Source, xdp: &str) {
+    let cluster = Cluster::start(source, xdp, &[], |cluster| {
         cluster.documents("web", 1, "", &ready(&["web-a", "web-b"]))
     });
     let clients = cluster.clients();
@@ -90,10 +90,10 @@ fn event(agent: &Agent, name: &str) -> u64 {
 
 #[test]
 fn source_ranges_are_enforced_with_xdp() {
-    source_ranges("native");
+    source_ranges(Source::Manifests, "native");
 }
 
 #[test]
 fn source_ranges_are_enforced_without_xdp() {
-    source_ranges("off");
+    source_ranges(Source::ApiServer, "off");
 }

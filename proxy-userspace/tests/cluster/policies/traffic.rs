@@ -5,9 +5,9 @@ use super::*;
 /// P2, at every hook: outside clients reach local backends only and are seen with their own
 /// address, also those that serve while they terminate when no other is local; none local is
 /// silence, none anywhere a refusal; clients inside get all.
-fn external_policy_local(xdp: &str) {
+fn external_policy_local(source: Source, xdp: &str) {
     const LOCAL: &str = "  externalTrafficPolicy: Local\n";
-    let cluster = Cluster::start_with(xdp, &CLUSTER_CIDRS, |cluster| {
+    let cluster = Cluster::start(source, xdp, &[], |cluster| {
         cluster.documents("web", 1, LOCAL, &ready(&["web-a", "web-b"]))
     });
     let outside = cluster.client("client");
@@ -119,22 +119,19 @@ fn external_policy_local(xdp: &str) {
 
 #[test]
 fn external_traffic_stays_local_with_xdp() {
-    external_policy_local("native");
+    external_policy_local(Source::Manifests, "native");
 }
 
 #[test]
 fn external_traffic_stays_local_without_xdp() {
-    external_policy_local("off");
+    external_policy_local(Source::ApiServer, "off");
 }
 
 /// P3: clients inside reach backends of their node only, and are refused when it has none; other
 /// frontends of the Service go by the other policy.
-#[test]
-fn internal_traffic_stays_local() {
+pub(super) fn internal_policy_local(cluster: &Cluster) {
     const LOCAL: &str = "  internalTrafficPolicy: Local\n";
-    let cluster = Cluster::start_with("native", &CLUSTER_CIDRS, |cluster| {
-        cluster.documents("web", 1, LOCAL, &ready(&["web-a", "web-b", "web-c"]))
-    });
+    cluster.apply(&cluster.documents("web", 1, LOCAL, &ready(&["web-a", "web-b", "web-c"])));
     let clients = cluster.clients();
     let far = [Sockets::Hooked, Sockets::Unhooked]
         .map(|sockets| cluster.lab.client("web-d", sockets).unwrap());
@@ -185,8 +182,8 @@ fn internal_traffic_stays_local() {
 /// `externalTrafficPolicy: Local` keeps the client's, it is kept.
 #[test]
 fn all_sources_are_translated_when_asked_to() {
-    let args = [&CLUSTER_CIDRS[..], &["--masquerade-all"]].concat();
-    let cluster = Cluster::start_with("native", &args, |cluster| {
+    let args = ["--masquerade-all"];
+    let cluster = Cluster::start(Source::Manifests, "native", &args, |cluster| {
         let local = "  externalTrafficPolicy: Local\n";
         let mut all = cluster.documents("web", 1, "", &ready(&["web-a", "web-b"]));
         all.extend(cluster.documents("kept", 2, local, &ready(&["web-a"])));
