@@ -13,10 +13,16 @@ use std::{
 };
 
 use object::{
-    build::elf::{Builder, SectionData},
+    Endian, Endianness,
+    build::{
+        Bytes,
+        elf::{Builder, SectionData},
+    },
     elf::SHT_STRTAB,
 };
 
+/// With it, the object keeps the lines of its sources, for the verifier's log and `bpftool prog dump`.
+const LINES: &str = "SHUNT_BPF_LINES";
 /// Flags of the BPF build.
 const RUSTFLAGS: &[&str] = &[
     // Types of maps and programs for bpftool, and line numbers in the verifier's log.
@@ -73,17 +79,32 @@ fn build(workspace: &str, package: &str, sources: &str, object: &str) -> Result<
         println!("cargo::warning={package}: {warning}");
     }
     let object = fs::read(&built).map_err(|e| format!("{}: {e}", built.display()))?;
-    let object = without_debug_info(&object).map_err(|e| format!("{}: {e}", built.display()))?;
+    println!("cargo::rerun-if-env-changed={LINES}");
+    let object = without_debug_info(&object, env::var_os(LINES).is_some())
+        .map_err(|e| format!("{}: {e}", built.display()))?;
     fs::write(&out, object).map_err(|e| format!("{}: {e}", out.display()))
 }
 
 /// The object without DWARF, which the linker has made BTF of: nobody else reads it, and it is four
-/// fifths of the object and nine tenths of the time that it takes to parse it.
-fn without_debug_info(object: &[u8]) -> object::build::Result<Vec<u8>> {
+/// fifths of the object and nine tenths of the time that it takes to parse it. And, unless `lines`
+/// are wanted, without those of its sources.
+fn without_debug_info(object: &[u8], lines: bool) -> object::build::Result<Vec<u8>> {
     let mut elf = Builder::read(object)?;
+    let endian = elf.endian;
     for section in &mut elf.sections {
         let name = section.name.to_string();
         section.delete = name.starts_with(".debug_") || name.starts_with(".rel.debug_");
+        if lines {
+            continue;
+        }
+        // Where each line belongs; loaders do not read it.
+        section.delete |= name == ".rel.BTF.ext";
+        if name == ".BTF.ext"
+            && let SectionData::Data(ext) = &section.data
+            && let Some(short) = without_lines(ext.as_slice(), endian)
+        {
+            section.data = SectionData::Data(Bytes::from(short));
+        }
     }
     // LLVM keeps the names of sections with those of symbols, which the builder does not.
     let names = elf.sections.add();
@@ -95,6 +116,25 @@ fn without_debug_info(object: &[u8]) -> object::build::Result<Vec<u8>> {
     let mut written = Vec::new();
     elf.write(&mut written)?;
     Ok(written)
+}
+
+/// `.BTF.ext` without lines; `None` when it is not as the kernel's documentation of BTF has it
+/// (docs.kernel.org/bpf/btf.html, `btf_ext_header`). aya gives each function a copy of the lines
+/// of its whole section: 150 MB, and 0.14 s, each time that it parses our object.
+fn without_lines(ext: &[u8], endian: Endianness) -> Option<Vec<u8>> {
+    let place = |field: usize| 4 * field..4 * field + 4;
+    let read = |field| Some(endian.read_u32(ext.get(place(field))?.try_into().ok()?));
+    // magic and version, hdr_len, func_info_off and _len, line_info_off and _len, core_relo_off.
+    let (header, offset, length) = (read(1)?, read(4)?, read(5)?);
+    let begin = header as usize + offset as usize;
+    let end = begin + length as usize;
+    let mut short = [ext.get(..begin)?, ext.get(end..)?].concat();
+    short[place(5)].fill(0);
+    if header as usize > place(6).start && read(6)? > offset {
+        let moved = endian.write_u32(read(6)?.checked_sub(length)?);
+        short[place(6)].copy_from_slice(&moved);
+    }
+    Some(short)
 }
 
 /// Builds the binary `object` of the package in the folder `sources` of `workspace` for `target`
@@ -220,4 +260,41 @@ fn warnings(stderr: &str) -> impl Iterator<Item = String> + '_ {
 
 fn variable(name: &str) -> Result<String, String> {
     env::var(name).map_err(|e| format!("{name}: {e}: this script runs under cargo"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Parts of these lengths behind a header: functions, lines, relocations.
+    fn ext([functions, lines, relocations]: [usize; 3]) -> Vec<u8> {
+        let word = |length: usize| length as u32;
+        let header = [
+            0x0001_eb9f,
+            32,
+            0,
+            word(functions),
+            word(functions),
+            word(lines),
+            word(functions + lines),
+            word(relocations),
+        ];
+        let parts = [(functions, b'f'), (lines, b'l'), (relocations, b'r')];
+        let parts = parts.map(|(length, byte)| vec![byte; length]).concat();
+        [header.map(u32::to_le_bytes).as_flattened().to_vec(), parts].concat()
+    }
+
+    #[test]
+    fn lines_go_and_the_rest_stays() {
+        for [functions, relocations] in [[8, 12], [8, 0], [0, 0]] {
+            assert_eq!(
+                without_lines(&ext([functions, 20, relocations]), Endianness::Little),
+                Some(ext([functions, 0, relocations]))
+            );
+        }
+        assert_eq!(without_lines(&[0; 12], Endianness::Little), None);
+        let mut cut = ext([8, 20, 0]);
+        cut.truncate(40);
+        assert_eq!(without_lines(&cut, Endianness::Little), None);
+    }
 }
