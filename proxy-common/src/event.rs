@@ -88,6 +88,8 @@ events! {
     SnatLimited = 23, "snat_limited";
     /// Packets of this node's processes to a backend dropped because no route leads there.
     NoRoute = 24, "no_route";
+    /// Packets that went on as they were because `tail_calls` has lost the program for them.
+    ProgramMissing = 25, "program_missing";
 }
 
 /// Number of entries of the `events` map: room for more without a new layout.

@@ -30,6 +30,18 @@ pub const DROPPED: u64 = bits!(
         | NoFlow
         | AnswerLimited
 );
+/// What can only be when something is broken.
+pub const IMPOSSIBLE: u64 = bits!(RewriteFailed | ProgramMissing);
+/// What this node lacks: room in a map, source ports or addresses, a route.
+pub const LACKING: u64 = bits!(
+    ConntrackFull
+        | SocketsFull
+        | SnatExhausted
+        | SnatLimited
+        | NoSourceAddress
+        | NoRoute
+        | AnswerLimited
+);
 /// Events of which the frontend is known.
 const OF_A_SERVICE: u64 = NEW | OF_A_BACKEND | bits!(NoBackend | PolicyDrop | SourceDenied | Retry);
 /// Events of which the backend is known.

@@ -252,8 +252,13 @@ fn choose<F: Peer>(
         Call::Connect => record_connected(cookie, proto, &peer),
         Call::Send => record_sent(ctx, &peer, stays),
     };
-    if !recorded && !stays {
-        return Ok((addr, port));
+    if !recorded {
+        if matches!(call, Call::Connect) {
+            tell_call(ctx, Event::SocketsFull, Some(frontend.service), || peer);
+        }
+        if !stays {
+            return Ok((addr, port));
+        }
     }
     Maps::<F>::count_flow(&maps, slot.backend);
     tell_call(ctx, Event::SocketFlow, Some(frontend.service), || peer);

@@ -18,6 +18,7 @@
 //!   [`connections`]; [`metrics`]: what is counted and measured.
 //! - [`report`]: what cannot be served as it is written, to the log, the metrics and the API
 //!   server.
+//! - [`record`]: what the programs tell tracers, in words.
 //! - [`agent`]: the life of the agent, which wires all of it.
 //! - [`environment`]: what a kubelet tells containers of Services. [`dns`]: names of Services,
 //!   answered from the model.
@@ -42,6 +43,7 @@ pub mod metrics;
 pub mod model;
 pub mod object;
 pub mod plan;
+pub mod record;
 pub mod report;
 pub mod source;
 pub mod sync;

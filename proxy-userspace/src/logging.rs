@@ -22,8 +22,9 @@ use crate::config::Logging;
 
 /// Begins to log; to be called once.
 pub fn init(logging: Logging) {
+    // What the programs say has passed a filter of its own (`--datapath-log`).
     let level = match logging.verbosity {
-        0..=3 => "info",
+        0..=3 => "info,shunt::programs=debug",
         4..=5 => "info,shunt=debug",
         _ => "debug,shunt=trace",
     };

@@ -59,7 +59,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     let mut command = if !args.agent.is_empty() {
         let mut command = as_root(&target().join("release/shunt").to_string_lossy())?;
-        command.arg("run").args(&args.agent);
+        // First, so that what is given stands over it.
+        command
+            .args(["run", "--datapath-log", "debug"])
+            .args(&args.agent);
         command
     } else if is_root() {
         return match (args.story, args.once) {

@@ -2,14 +2,20 @@
 //! [`tc_slow_path`](super::slow_path).
 
 use aya_ebpf::{
-    Global, bindings::TC_ACT_UNSPEC, btf_maps::ProgramArray, macros::btf_map, programs::TcContext,
+    EbpfContext, Global, bindings::TC_ACT_UNSPEC, btf_maps::ProgramArray, macros::btf_map,
+    programs::TcContext,
 };
 use shunt_common::{
-    layout::{TAIL_CALL_SLOW_PATH, TAIL_CALL_UNDECIDED, TAIL_CALLS},
+    event::Event,
+    layout::{TAIL_CALL_SLOW_PATH, TAIL_CALL_UNDECIDED, TAIL_CALLS, TRACE_AT_TC},
     verdict::{Direction, Origin},
 };
 
 use super::step::Step;
+use crate::{
+    maps::{Hook, Tc, count},
+    trace,
+};
 
 #[btf_map(name = "tail_calls")]
 static PROGRAMS: ProgramArray<TAIL_CALLS> = ProgramArray::new();
@@ -31,7 +37,7 @@ const EGRESS: u32 = 3;
 /// Ends this program; the one for `step` says what becomes of the packet.
 ///
 /// Where there is no such program, which is nowhere unless somebody has deleted it, the packet goes
-/// on as it is.
+/// on as it is, and is counted.
 #[inline(always)]
 pub(super) fn hand_over(ctx: &TcContext, seen: Direction, step: Step) -> i32 {
     let program = match step {
@@ -47,6 +53,24 @@ pub(super) fn hand_over(ctx: &TcContext, seen: Direction, step: Step) -> i32 {
             Direction::Egress => EGRESS,
         };
         PROGRAMS.tail_call(ctx, TAIL_CALL.load() + program);
+    }
+    missing(ctx)
+}
+
+/// Counts a packet that nobody has taken over, and tells tracers of its device: nobody has looked
+/// whose it is.
+#[inline(never)]
+fn missing(ctx: &TcContext) -> i32 {
+    count(Event::ProgramMissing);
+    if trace::is_on() {
+        let mut record = trace::Record {
+            events: Event::ProgramMissing.bit(),
+            hook: TRACE_AT_TC,
+            // SAFETY: the context is valid while the program runs.
+            device: unsafe { Tc::device(ctx.as_ptr()) },
+            ..trace::Record::default()
+        };
+        trace::send(&mut record);
     }
     TC_ACT_UNSPEC
 }

@@ -9,6 +9,7 @@
 //! The agent ends at SIGTERM or SIGINT and leaves the datapath attached: `shunt cleanup` takes that
 //! away.
 
+mod datapath_log;
 mod netfilter;
 mod node;
 mod reconcile;
@@ -192,6 +193,8 @@ async fn serve(settings: Settings, args: RunArgs, mut watch: Stopwatch) -> anyho
     let report = move |walk| drop(walks_tx.blocking_send(walk));
     let _collector =
         Collector::spawn(maps.clone(), gc::INTERVAL, report).context("cannot start a thread")?;
+    let _datapath_log = datapath_log::Writer::spawn(maps.clone(), settings.datapath_log)
+        .context("cannot start a thread")?;
     let stale_sockets = StaleSockets::spawn(maps).context("cannot start a thread")?;
 
     let mut reads = reload::follow(args, settings.clone());

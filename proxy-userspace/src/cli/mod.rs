@@ -4,7 +4,6 @@
 //! runs or not, and print a table or, with `-o json` or `-o yaml`, an array or object that scripts can rely on.
 
 use std::{
-    collections::HashMap,
     io::{self, Write},
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
@@ -20,7 +19,7 @@ use crate::{
     config::{DEFAULT_BPF_ROOT, flags::RunArgs, kube_proxy_flags},
     datapath::{
         cgroup,
-        maps::{MapError, Maps, name_str},
+        maps::{Maps, service_name, service_names},
     },
 };
 
@@ -249,21 +248,6 @@ impl Cells {
         text.truncate(text.trim_end().len());
         text
     }
-}
-
-/// The namespace and name of every Service number.
-fn service_names(maps: &Maps) -> Result<HashMap<u32, (String, String)>, MapError> {
-    let entries = maps.services.entries()?;
-    Ok(entries
-        .into_iter()
-        .map(|(number, info)| (number, (name_str(&info.namespace), name_str(&info.name))))
-        .collect())
-}
-
-/// The Service of a number; `?` for one that has no name in the maps.
-fn service_name(names: &HashMap<u32, (String, String)>, number: u32) -> (String, String) {
-    let unknown = || (String::from("?"), format!("#{number}"));
-    names.get(&number).cloned().unwrap_or_else(unknown)
 }
 
 fn open(bpf_root: &Path) -> anyhow::Result<Maps> {

@@ -1,21 +1,12 @@
 //! `shunt trace`: what the programs decide, as they decide it.
 
-use std::{
-    collections::HashMap,
-    net::{IpAddr, Ipv6Addr, SocketAddr},
-    time::Duration,
-};
+use std::{net::IpAddr, time::Duration};
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use clap::Args;
-use k8s_openapi::jiff::Timestamp;
-use serde::Serialize;
 use shunt_common::{
     event::Event,
-    layout::{
-        TCP, TRACE_AT_SOCKET, TRACE_AT_TC, TRACE_BACKEND_CLOSES, TRACE_CLIENT_CLOSES,
-        TRACE_HAS_BACKEND, TRACE_HAS_SERVICE, TRACE_HAS_SOURCE, TraceFilter, TraceRecord, UDP,
-    },
+    layout::{TRACE_BACKEND_CLOSES, TRACE_CLIENT_CLOSES, TraceFilter},
     trace::{DROPPED, REFUSED},
 };
 use tokio::{
@@ -26,15 +17,15 @@ use tokio::{
 use super::{
     Common, Output, Peer, block_on, open,
     pods::{self, PodSource},
-    print, service_name, service_names,
+    print, service_names,
 };
 use crate::{
     datapath::{
         maps::Maps,
-        rtnl,
-        trace::{self, LEASE, Tracer},
+        trace::{LEASE, Tracer},
     },
     object::ObjectName,
+    record::{Names, octets},
 };
 
 /// How often the ring buffer is looked at: nobody is woken for a record.
@@ -70,154 +61,6 @@ pub struct TraceArgs {
     pods: PodSource,
     #[command(flatten)]
     common: Common,
-}
-
-/// One decision, for scripts.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-struct Line {
-    /// RFC 3339, to a tick of the kernel's.
-    time: String,
-    /// What it is: see [`TraceKind`].
-    kind: &'static str,
-    protocol: String,
-    /// `None` at sockets, which have no address yet.
-    source: Option<SocketAddr>,
-    destination: SocketAddr,
-    /// `namespace/name`, where a frontend was found.
-    service: Option<String>,
-    backend: Option<SocketAddr>,
-    /// What the backend sees as the source, where that is translated.
-    translated_source: Option<SocketAddr>,
-    /// `socket`, `tc` or `xdp`.
-    hook: &'static str,
-    device: Option<String>,
-    /// What was counted, as `shunt status` and the metrics call it.
-    events: Vec<&'static str>,
-}
-
-fn address(octets: [u8; 16]) -> IpAddr {
-    Ipv6Addr::from(octets).to_canonical()
-}
-
-fn octets(address: IpAddr) -> [u8; 16] {
-    match address {
-        IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
-        IpAddr::V6(v6) => v6.octets(),
-    }
-}
-
-/// What numbers mean here.
-struct Names<'a> {
-    maps: &'a Maps,
-    services: HashMap<u32, (String, String)>,
-    devices: HashMap<u32, String>,
-    /// What a time of the kernel's is more at the wall, in ns.
-    wall: i128,
-}
-
-impl<'a> Names<'a> {
-    fn new(maps: &'a Maps) -> anyhow::Result<Self> {
-        Ok(Self {
-            maps,
-            services: service_names(maps)?,
-            devices: HashMap::new(),
-            wall: Timestamp::now().as_nanosecond() - i128::from(trace::now()),
-        })
-    }
-
-    fn service(&mut self, number: u32) -> anyhow::Result<String> {
-        if !self.services.contains_key(&number) {
-            self.services = service_names(self.maps)?;
-        }
-        let (namespace, name) = service_name(&self.services, number);
-        Ok(format!("{namespace}/{name}"))
-    }
-
-    fn device(&mut self, index: u32) -> String {
-        let name = || match rtnl::device_name(index) {
-            Ok(Some(name)) => name,
-            _ => format!("#{index}"),
-        };
-        self.devices.entry(index).or_insert_with(name).clone()
-    }
-
-    fn line(&mut self, record: &TraceRecord<[u8; 16]>) -> anyhow::Result<Line> {
-        let has = |flag| record.flags & flag != 0;
-        let time = Timestamp::from_nanosecond(self.wall + i128::from(record.time))
-            .context("a time that no calendar has")?;
-        Ok(Line {
-            time: format!("{time:.3}"),
-            kind: record.kind().name(),
-            protocol: match record.proto {
-                TCP => "TCP",
-                UDP => "UDP",
-                shunt_common::layout::SCTP => "SCTP",
-                1 | 58 => "ICMP",
-                _ => "other",
-            }
-            .to_owned(),
-            source: (record.hook != TRACE_AT_SOCKET)
-                .then(|| SocketAddr::new(address(record.src), record.src_port)),
-            destination: SocketAddr::new(address(record.dst), record.dst_port),
-            service: match has(TRACE_HAS_SERVICE) {
-                true => Some(self.service(record.service)?),
-                false => None,
-            },
-            backend: has(TRACE_HAS_BACKEND)
-                .then(|| SocketAddr::new(address(record.backend), record.backend_port)),
-            translated_source: has(TRACE_HAS_SOURCE)
-                .then(|| SocketAddr::new(address(record.snat), record.snat_port)),
-            hook: match record.hook {
-                TRACE_AT_SOCKET => "socket",
-                TRACE_AT_TC => "tc",
-                _ => "xdp",
-            },
-            device: (record.device != 0).then(|| self.device(record.device)),
-            events: Event::ALL
-                .iter()
-                .filter(|event| record.events & event.bit() != 0)
-                .map(|event| event.name())
-                .collect(),
-        })
-    }
-}
-
-impl Line {
-    /// One line for people; its parts that are always there have a place of their own.
-    fn text(&self) -> String {
-        let clock = self.time.get(11..23).unwrap_or(&self.time);
-        let mut text = format!("{clock} {:<8}{:<5}", self.kind, self.protocol);
-        if let Some(source) = self.source {
-            text += &format!("{source} > ");
-        }
-        text += &self.destination.to_string();
-        if let Some(service) = &self.service {
-            text += &format!(" {service}");
-        }
-        if let Some(backend) = self.backend {
-            text += &format!(" > {backend}");
-        }
-        if let Some(source) = self.translated_source {
-            text += &format!(" from {source}");
-        }
-        text += &format!("  {}", self.hook);
-        if let Some(device) = &self.device {
-            text += &format!(" {device}");
-        }
-        let plain = [
-            Event::SocketFlow,
-            Event::TcFlow,
-            Event::XdpFlow,
-            Event::Retry,
-        ];
-        let why: Vec<&str> = (self.events.iter().copied())
-            .filter(|name| !plain.iter().any(|event| event.name() == *name))
-            .collect();
-        if !why.is_empty() {
-            text += &format!("  {}", why.join(", "));
-        }
-        text
-    }
 }
 
 /// The number of a Service.
@@ -381,34 +224,4 @@ pub(super) fn record(maps: &Maps, time: Duration, most: usize) -> anyhow::Result
 /// No maps, a name that nothing has, too many tracers, or the kernel's.
 pub fn run(args: &TraceArgs) -> anyhow::Result<()> {
     block_on(follow(args))
-}
-
-#[cfg(test)]
-mod tests {
-    use shunt_common::trace::TraceKind;
-
-    use super::*;
-
-    #[test]
-    fn a_line_fits_a_hundred_columns() {
-        let socket = |text: &str| Some(text.parse().unwrap());
-        let line = Line {
-            time: "2026-11-28T05:47:01.123Z".to_owned(),
-            kind: TraceKind::Refused.name(),
-            protocol: "TCP".to_owned(),
-            source: socket("203.0.113.10:40000"),
-            destination: "10.96.0.1:80".parse().unwrap(),
-            service: Some("default/kubia".to_owned()),
-            backend: None,
-            translated_source: None,
-            hook: "tc",
-            device: Some("eth0".to_owned()),
-            events: vec![Event::NoBackend.name()],
-        };
-        assert_eq!(
-            line.text(),
-            "05:47:01.123 refused TCP  203.0.113.10:40000 > 10.96.0.1:80 default/kubia  tc eth0  no_backend"
-        );
-        assert!(line.text().len() <= 100);
-    }
 }

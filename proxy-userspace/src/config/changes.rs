@@ -31,6 +31,7 @@ impl Settings {
             socket_lb,
             fast_path,
             count_traffic,
+            datapath_log,
             service_cidrs,
             answer_ping,
             load_balancer_cidrs,
@@ -91,6 +92,7 @@ impl Settings {
             ("socketLB", *socket_lb != new.socket_lb),
             ("fastPath", *fast_path != new.fast_path),
             ("countTraffic", *count_traffic != new.count_traffic),
+            ("datapathLog", *datapath_log != new.datapath_log),
             (
                 "serviceCIDRs",
                 !self.takes_service_cidrs() && *service_cidrs != new.service_cidrs,

@@ -10,7 +10,9 @@ use std::{
     time::Duration,
 };
 
+use clap::ValueEnum;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use serde::{Deserialize, Serialize};
 
 use self::{conntrack::Conntrack, dns::Dns};
 use crate::{
@@ -125,6 +127,27 @@ pub struct Settings {
     pub netfilter: Option<Netfilter>,
     /// `logging`, `--logging-format` and `-v`.
     pub logging: Logging,
+    /// `--datapath-log`.
+    pub datapath_log: DatapathLog,
+}
+
+/// What of the programs' messages comes into the agent's log; each level has those before it.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize, ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum DatapathLog {
+    /// Nothing.
+    #[default]
+    Off,
+    /// What can only be when something is broken.
+    Error,
+    /// Maps without room, no source port or address, no route.
+    Warn,
+    /// What is refused, dropped, reset or tried again.
+    Info,
+    /// New flows and closes too.
+    Debug,
 }
 
 /// How the agent logs; the environment's `RUST_LOG` stands over the verbosity.
@@ -174,6 +197,7 @@ impl Default for Settings {
             bind_address_hard_fail: false,
             netfilter: None,
             logging: Logging::default(),
+            datapath_log: DatapathLog::default(),
         }
     }
 }

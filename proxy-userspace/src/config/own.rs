@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Duration};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    HEALTHZ_PORT, METRICS_PORT, Settings,
+    DatapathLog, HEALTHZ_PORT, METRICS_PORT, Settings,
     dns::DnsConfiguration,
     flags::{set, set_list},
     values::{
@@ -31,6 +31,7 @@ pub(super) struct ShuntConfiguration {
     #[serde(with = "or_empty")]
     cgroup_root: Option<String>,
     count_traffic: Option<bool>,
+    datapath_log: Option<DatapathLog>,
     #[serde(deserialize_with = "or_null")]
     devices: Vec<String>,
     #[serde(deserialize_with = "or_null")]
@@ -107,6 +108,7 @@ impl ShuntConfiguration {
         set(&mut to.external_ips, self.external_ips);
         set(&mut to.fast_path, self.fast_path);
         set(&mut to.count_traffic, self.count_traffic);
+        set(&mut to.datapath_log, self.datapath_log);
         set(
             &mut to.healthz_bind_address,
             self.healthz_bind_address.map(|text| text.0.0),
@@ -197,6 +199,7 @@ impl From<&Settings> for ShuntConfiguration {
             external_ips: Some(settings.external_ips),
             fast_path: Some(settings.fast_path),
             count_traffic: Some(settings.count_traffic),
+            datapath_log: Some(settings.datapath_log),
             healthz_bind_address: settings
                 .healthz_bind_address
                 .is_none()

@@ -44,9 +44,10 @@ fn the_help_tells_the_defaults() {
             told.push(flag);
         }
     }
-    assert_eq!(told.len(), 28, "{told:?}");
+    assert_eq!(told.len(), 29, "{told:?}");
     for (flag, other) in [
         ("xdp", "off"),
+        ("datapath-log", "warn"),
         ("snat-ports", "1-2"),
         ("max-flows", "7"),
         ("bpf-root", "/x"),
@@ -216,6 +217,7 @@ fn every_field_arrives_and_ours_stands_over_theirs() {
         socket_lb: false,
         fast_path: true,
         count_traffic: true,
+        datapath_log: DatapathLog::Info,
         service_cidrs: networks(&["10.96.0.0/12", "fd00:10:96::/112"]),
         answer_ping: false,
         load_balancer_cidrs: networks(&["198.51.100.0/24"]),

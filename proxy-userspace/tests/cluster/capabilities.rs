@@ -45,6 +45,8 @@ fn options(manifests: &Path, capabilities: &[String]) -> AgentOptions {
             "4096",
             "--max-snat",
             "32768",
+            "--datapath-log",
+            "debug",
         ])
         .capabilities(&names)
 }
@@ -141,6 +143,11 @@ fn the_daemonsets_capabilities_are_enough() {
     agents[0].restart().unwrap();
     serves("web-2");
 
+    let output = agents[0].output();
+    assert!(
+        output.contains("DEBUG shunt::programs: socket_flow: TCP 10.96.0.1:80 default/web > "),
+        "the programs say nothing: {output}"
+    );
     // `kubectl exec` runs the other verbs with the same rights.
     let status = agents[0].json(&["status"]).unwrap();
     let links = status["links"].as_array().unwrap();

@@ -10,7 +10,7 @@ use std::{
 
 use shunt::{
     datapath::{
-        bpf::{self, MappedArray},
+        bpf::{self, MappedArray, map},
         maps::{Maps, maps_dir},
         trace::{LEASE, TraceError, Tracer},
     },
@@ -21,8 +21,8 @@ use shunt_common::{
     event::Event,
     layout::{
         FLOW_SEEN_REPLY, FRONTEND_DROP, FRONTEND_SOURCE_RANGES, MAX_TRACERS, Octets, SnatSlot,
-        TRACE_AT_TC, TRACE_AT_XDP, TRACE_BACKEND_CLOSES, TRACE_CLIENT_CLOSES, TRACE_HAS_SERVICE,
-        TraceFilter, TraceRecord, UDP, names,
+        TAIL_CALLS, TRACE_AT_TC, TRACE_AT_XDP, TRACE_BACKEND_CLOSES, TRACE_CLIENT_CLOSES,
+        TRACE_HAS_SERVICE, TraceFilter, TraceRecord, UDP, names,
     },
     trace::{DROPPED, REFUSED, TraceKind},
 };
@@ -368,6 +368,37 @@ fn take_all<A: Octets + Default>(loaded: &Loaded, v6: usize, client: Option<A>) 
         ..used
     };
     (0..slots.len()).for_each(|index| slots.set(index, other));
+}
+
+/// A packet whose program somebody has taken out of `tail_calls` goes on as it is; that is counted, and
+/// told.
+#[test]
+fn a_program_that_is_missing_is_told() {
+    let loaded = Loaded::new("missing");
+    let mut tracer = Tracer::start(&loaded.root, everything()).unwrap();
+    let tail_calls = bpf::open(&maps_dir(&loaded.root).join(names::TAIL_CALLS)).unwrap();
+    for place in 0..TAIL_CALLS as u32 {
+        map::delete(tail_calls.as_fd(), &place).unwrap();
+    }
+    for v6 in [0, 1] {
+        for (n, program) in ["tc_node_in", "tc_pod_in"].into_iter().enumerate() {
+            let sent = packet(CLIENT[v6], 47_000 + n as u16, WEB[v6], 80, false);
+            let (_, after) = loaded.run(program, &sent);
+            assert_eq!(after, sent, "{program}");
+            let records = told(&mut tracer);
+            assert!(!records.is_empty(), "{program}");
+            for record in records {
+                assert_eq!(record.events, Event::ProgramMissing.bit());
+                assert_eq!(record.kind(), TraceKind::Other);
+                assert_ne!(record.device, 0);
+            }
+        }
+    }
+    let events = Maps::open(&loaded.root).unwrap().events().unwrap();
+    let missing = events
+        .iter()
+        .find(|(event, _)| *event == Event::ProgramMissing);
+    assert!(missing.is_some_and(|&(_, count)| count >= 4), "{events:?}");
 }
 
 /// A8: filters run in the kernel, one for each tracer, and none takes another's records.

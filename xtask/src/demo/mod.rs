@@ -68,7 +68,8 @@ pub(crate) fn live(network: Network) -> Result<()> {
         if let Err(error) = demo.round(FLOWS_LIVE) {
             demo.notes.push(format!("{error:#}"));
         }
-        let notes: Vec<_> = std::mem::take(&mut demo.notes);
+        let mut notes: Vec<_> = std::mem::take(&mut demo.notes);
+        notes.extend(demo.said());
         screen.show(&format!("{}\n{}\n{hints}", demo.table(), notes.join("\n")));
         let until = Instant::now() + PAUSE;
         while !stop::requested() && Instant::now() < until {
@@ -128,7 +129,7 @@ impl Demo {
         let options = AgentOptions::manifests(&folder)
             .finds_devices()
             .shunt(shunt())
-            .args(&["--dns", "0.0.0.0"]);
+            .args(&["--dns", "0.0.0.0", "--datapath-log", "info"]);
         let mut agents = Vec::new();
         for node in lab.nodes() {
             let agent = lab.start_agent(node, &options)?;
@@ -221,6 +222,18 @@ impl Demo {
 
     fn table(&self) -> String {
         table::render(&self.rows)
+    }
+
+    /// What the datapath of each node said last (`--datapath-log`).
+    fn said(&self) -> Vec<String> {
+        let last = |agent: &Agent| {
+            let output = agent.output();
+            let line = output
+                .lines()
+                .rfind(|line| line.contains("shunt::programs"))?;
+            Some(line.to_owned())
+        };
+        self.agents.iter().filter_map(last).collect()
     }
 
     /// Frontends, with those of their backends that did not answer, and dials that failed.

@@ -2,6 +2,7 @@
 //! line know of the kernel.
 
 use std::{
+    collections::HashMap,
     fs, io,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
@@ -365,6 +366,25 @@ impl Maps {
         let shared: u64 = shared.into_iter().sum();
         shared + self.v4.writes() + self.v6.writes()
     }
+}
+
+/// The namespace and name of every Service number.
+///
+/// # Errors
+/// `MapError::Kernel` when a map cannot be listed: `EPERM` without `CAP_BPF`, `ENOMEM` without
+/// memory for a batch. Nothing has changed: try again.
+pub fn service_names(maps: &Maps) -> Result<HashMap<u32, (String, String)>> {
+    let entries = maps.services.entries()?;
+    Ok(entries
+        .into_iter()
+        .map(|(number, info)| (number, (name_str(&info.namespace), name_str(&info.name))))
+        .collect())
+}
+
+/// The Service of a number; `?` for one that has no name in the maps.
+pub fn service_name(names: &HashMap<u32, (String, String)>, number: u32) -> (String, String) {
+    let unknown = || (String::from("?"), format!("#{number}"));
+    names.get(&number).cloned().unwrap_or_else(unknown)
 }
 
 /// What all CPUs counted.

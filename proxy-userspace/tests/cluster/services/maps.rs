@@ -8,10 +8,12 @@ use shunt_common::layout::LAYOUT_VERSION;
 use super::*;
 
 /// What connected sockets dialled is remembered while they are open, and not longer; when there is
-/// no room for it, they connect all the same.
+/// no room for it, they connect all the same, and the agent's log says so (A15), not for each of
+/// many.
 #[test]
 fn connected_sockets_are_remembered_until_they_close() {
-    let cluster = Cluster::start("off", &["--max-sockets", "16"]);
+    let log = ["--max-sockets", "16", "--datapath-log", "warn"];
+    let mut cluster = Cluster::start("off", &log);
     let maps = Maps::open(cluster.agents[0].bpf_root()).unwrap();
     let client = cluster.client("hooked");
     let dial = Dial {
@@ -44,7 +46,45 @@ fn connected_sockets_are_remembered_until_they_close() {
     assert_eq!(maps.sockets.count(|_| true).unwrap(), 16);
     let status = cluster.agents[0].json(&["status"]).unwrap();
     assert_eq!(status["events"]["sockets_full"], 4, "{status}");
+    let said = |agent: &Agent| -> Vec<String> {
+        let output = agent.output();
+        let lines = output
+            .lines()
+            .filter(|line| line.contains("shunt::programs"));
+        lines.map(str::to_owned).collect()
+    };
+    let agent = &cluster.agents[0];
+    wait_until("the log says so", || said(agent).len() == 4);
+    for line in said(agent) {
+        assert!(
+            line.contains("WARN shunt::programs: sockets_full: TCP 10.96.0.1:80 default/web > "),
+            "{line}"
+        );
+    }
+    let before = said(agent).len();
+    for _ in 0..100 {
+        drop(client.open_tcp(at("fd96::1", 80)).unwrap());
+    }
+    let is_v6 = |line: &&String| line.contains("sockets_full: TCP [fd96::1]:80 default/web > ");
+    wait_until("of IPv6 too", || {
+        said(agent).iter().any(|line| is_v6(&line))
+    });
+    let began = Instant::now();
+    wait_until("what was left out is counted", || {
+        drop(client.open_tcp(at("fd96::1", 80)).unwrap());
+        let lines = said(agent);
+        lines
+            .iter()
+            .any(|line| line.contains(" more like it since the last line)"))
+    });
+    // Ten at once, and one a second.
+    let most = 10 + 60 + began.elapsed().as_secs() as usize;
+    assert!(said(agent).len() - before < most, "{:#?}", said(agent));
     drop(open);
+    // An agent that ends takes its tracer away.
+    assert_eq!(agent.json(&["status"]).unwrap()["tracers"], 1);
+    cluster.agents[0].stop().unwrap();
+    assert_eq!(cluster.agents[0].json(&["status"]).unwrap()["tracers"], 0);
 }
 
 /// A4: everything is pinned, named, and printed with field names by `bpftool`.
