@@ -11,8 +11,8 @@ use super::{
     HEALTHZ_PORT, Logging as LoggingSettings, METRICS_PORT, Settings, conntrack,
     flags::{set, set_list, set_option},
     values::{
-        Address, Listen, Networks, NodePortAddress, Text, Timeout, duration, or_empty, or_null,
-        or_zero,
+        Address, JoinedNodePortAddresses, Listen, Networks, Text, Timeout, duration, or_empty,
+        or_null, or_zero,
     },
 };
 
@@ -57,7 +57,7 @@ pub(super) struct KubeProxyConfiguration {
     #[serde(deserialize_with = "or_null", skip_serializing)]
     nftables: Nftables,
     #[serde(deserialize_with = "or_null")]
-    node_port_addresses: Vec<Text<NodePortAddress>>,
+    node_port_addresses: Vec<Text<JoinedNodePortAddresses>>,
 }
 
 #[derive(Debug, Default, Deserialize, Serialize)]
@@ -293,7 +293,7 @@ impl KubeProxyConfiguration {
             &mut to.nodeport_addresses,
             self.node_port_addresses
                 .into_iter()
-                .map(|text| text.0.0)
+                .flat_map(|text| text.0.0)
                 .collect(),
         );
         let mode = self.mode.unwrap_or_default();
@@ -469,7 +469,7 @@ impl From<&Settings> for KubeProxyConfiguration {
                 .nodeport_addresses
                 .iter()
                 .cloned()
-                .map(|text| Text(NodePortAddress(text)))
+                .map(|text| Text(JoinedNodePortAddresses(vec![text])))
                 .collect(),
         }
     }

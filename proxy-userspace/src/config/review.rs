@@ -264,14 +264,16 @@ fn local_pods(document: &Value, said: &mut Vec<(String, String)>) {
 
 fn node_ports(document: &Value, said: &mut Vec<(String, String)>) {
     let given = at(document, "nodePortAddresses").and_then(Value::as_array);
-    let given: Vec<&str> = given
-        .into_iter()
-        .flatten()
-        .filter_map(Value::as_str)
-        .collect();
-    for (n, text) in given.iter().enumerate() {
+    let entries = given.into_iter().flatten().filter_map(Value::as_str);
+    let split = |(n, text): (usize, &'_ str)| -> Vec<(usize, String)> {
+        let parts = text.split(',').map(|part| (n, part.trim().to_owned()));
+        parts.collect()
+    };
+    let given: Vec<_> = entries.enumerate().flat_map(split).collect();
+    for (i, (n, text)) in given.iter().enumerate() {
         let field = format!("nodePortAddresses[{n}]");
-        if KEYWORDS.contains(text) && given[..n].contains(text) {
+        let before = given[..i].iter().any(|(_, other)| other == text);
+        if KEYWORDS.contains(&text.as_str()) && before {
             said.push((
                 field,
                 format!("`{text}`: kube-proxy refuses a word twice; it means no more than once"),

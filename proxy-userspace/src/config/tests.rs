@@ -451,6 +451,16 @@ fn node_ports_answer_where_the_mode_has_them() {
             "primary localhost",
             0,
         ),
+        (
+            "nodePortAddresses: ['primary,localhost']",
+            "primary localhost",
+            0,
+        ),
+        (
+            "nodePortAddresses: ['primary, 10.0.0.0/8', primary]",
+            "primary 10.0.0.0/8 primary",
+            1,
+        ),
         ("mode: userspace", "", 1),
         (
             "nodePortAddresses: [010.000.0.0/08, all, all]",

@@ -181,6 +181,25 @@ impl fmt::Display for NodePortAddress {
     }
 }
 
+/// Such networks and words with commas between them, as in the flag.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct JoinedNodePortAddresses(pub Vec<String>);
+
+impl FromStr for JoinedNodePortAddresses {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let one = |text: &str| text.trim().parse().map(|NodePortAddress(text)| text);
+        text.split(',').map(one).collect::<Result<_, _>>().map(Self)
+    }
+}
+
+impl fmt::Display for JoinedNodePortAddresses {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.join(","))
+    }
+}
+
 /// A duration as Go writes it (`24h0m0s`): `metav1.Duration`.
 pub(super) fn duration(text: &str) -> Option<Duration> {
     match text {
