@@ -586,6 +586,10 @@ pub const CONFIG_NODEPORT_LOOPBACK6: u32 = 1 << 2;
 /// [`Config::flags`]: echo requests to addresses with [`ADDRESS_READY`] are answered.
 pub const CONFIG_ANSWER_PING: u32 = 1 << 1;
 
+/// [`Config::flags`]: the socket hook serves only sockets in the node's own network namespace
+/// (`--socket-lb host`).
+pub const CONFIG_SOCKETS_OF_NODE: u32 = 1 << 3;
+
 /// Most networks per family in [`FamilyConfig::service_cidrs`].
 pub const MAX_SERVICE_CIDRS: usize = 4;
 

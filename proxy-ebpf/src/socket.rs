@@ -6,6 +6,9 @@
 //! backend does not serve any more, the packets are translated from there on
 //! ([`shunt_common::balance::Maps::hooked`]).
 //!
+//! With `--socket-lb host` pods' sockets are left to packets too, but for what they were led to before.
+//! Those hooks that only show who a peer is stay with `--socket-lb off` as long as such sockets are open.
+//!
 //! What a connected socket dialled is remembered under its cookie ([`SOCKETS`]) until it closes;
 //! what an unconnected one sent to, with the socket itself ([`UDP_PEERS`]).
 
@@ -144,7 +147,7 @@ fn choose<F: Peer>(
     let Some(frontend) = socket_frontend::<F, _>(&maps, addr, port, proto, || {
         means_this_node::<F>(ctx, &maps, addr)
     }) else {
-        return if is_refused::<F>(ctx, addr, call) {
+        return if !is_left_out::<F>(ctx, &maps) && is_refused::<F>(ctx, addr, call) {
             let peer = || asked_for::<F>(addr, port);
             tell_call(ctx, Event::UnknownPort, None, peer);
             Err(())
@@ -175,6 +178,10 @@ fn choose<F: Peer>(
         if by_packets && is_host::<F>(ctx, &maps) {
             return Ok((addr, port));
         }
+    }
+    // What it was led to before goes on.
+    if is_left_out::<F>(ctx, &maps) {
+        return Ok((addr, port));
     }
     // From a source port of its own choice it may dial the backend itself by another socket: only
     // packets can be given another port.
@@ -412,6 +419,13 @@ fn is_host<F: Peer>(ctx: &SockAddrContext, maps: &KernelMaps<Socket>) -> bool {
     // SAFETY: the helper takes the program's own context.
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     Maps::<F>::config(maps).is_some_and(|config| config.host_netns == netns)
+}
+
+/// Whether the socket's packets are translated instead, by `--socket-lb host`.
+#[inline(always)]
+fn is_left_out<F: Peer>(ctx: &SockAddrContext, maps: &KernelMaps<Socket>) -> bool {
+    Maps::<F>::config(maps).is_some_and(|config| config.flags & CONFIG_SOCKETS_OF_NODE != 0)
+        && !is_host::<F>(ctx, maps)
 }
 
 /// [`affinity::slot_index`] for a socket: all sockets of a network namespace are one client.

@@ -8,7 +8,9 @@ use anyhow::Context;
 use crate::{
     config::Settings,
     datapath::{
-        devices, local_ports,
+        devices,
+        load::SocketLb,
+        local_ports,
         netns::{self, NodePortAddresses},
     },
     object::NodeFacts,
@@ -44,6 +46,7 @@ pub(super) fn settings(settings: &Settings, addresses: &[IpAddr]) -> NodeSetting
         loopback: [false, true]
             .map(|v6| settings.localhost_node_ports && node_ports.admits_loopback(v6)),
         host_netns: netns::cookie(),
+        sockets_of_node: settings.socket_lb == SocketLb::Host,
     }
 }
 

@@ -16,7 +16,7 @@ use super::{
     values::{Listen, Network, NodePortAddress, Timeout},
 };
 use crate::{
-    datapath::{attach::XdpMode, netfilter::Netfilter, netns::NodePortAddresses},
+    datapath::{attach::XdpMode, load::SocketLb, netfilter::Netfilter, netns::NodePortAddresses},
     dns::PORT as DNS_PORT,
 };
 
@@ -69,10 +69,11 @@ pub struct RunArgs {
     /// XDP on node devices [default: auto].
     #[arg(long, value_enum)]
     xdp: Option<XdpMode>,
-    /// Translate at connect and sendmsg, before there is a packet [default: on]. Off, packets are
-    /// translated, those of the node's own processes too: for meshes, VMs and kind inside pods.
+    /// Translate at connect and sendmsg, before there is a packet [default: on]. Where pods need to
+    /// see their own packets to Services (meshes, VMs, gVisor, kind or Docker in pods) take host,
+    /// which does it for sockets of the node itself only; off translates all by packets.
     #[arg(long, value_enum)]
-    socket_lb: Option<Switch>,
+    socket_lb: Option<SocketLb>,
     /// At tc, hand packets of Services straight to the pod or to the next hop. Faster, but they
     /// then skip this node's netfilter (network policies in iptables or nftables, its conntrack and
     /// counters), its IPsec, and the tc programs of others on the way to a pod [default: off].
@@ -278,7 +279,7 @@ impl RunArgs {
         set_option(&mut to.cgroup_root, self.cgroup_root);
         set(&mut to.bpf_root, self.bpf_root);
         set(&mut to.xdp, self.xdp);
-        set(&mut to.socket_lb, is_on(self.socket_lb));
+        set(&mut to.socket_lb, self.socket_lb);
         set(&mut to.fast_path, is_on(self.fast_path));
         set(&mut to.count_traffic, is_on(self.count_traffic));
         set(&mut to.datapath_log, self.datapath_log);

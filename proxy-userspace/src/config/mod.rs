@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use self::{conntrack::Conntrack, dns::Dns};
 use crate::{
-    datapath::{Capacities, attach::XdpMode, netfilter::Netfilter},
+    datapath::{Capacities, attach::XdpMode, load::SocketLb, netfilter::Netfilter},
     sync::node::SNAT_PORTS,
 };
 
@@ -77,7 +77,7 @@ pub struct Settings {
     /// `--xdp`.
     pub xdp: XdpMode,
     /// `--socket-lb`.
-    pub socket_lb: bool,
+    pub socket_lb: SocketLb,
     /// `--fast-path`.
     pub fast_path: bool,
     /// `--count-traffic`.
@@ -174,7 +174,7 @@ impl Default for Settings {
             cgroup_root: None,
             bpf_root: DEFAULT_BPF_ROOT.into(),
             xdp: XdpMode::Auto,
-            socket_lb: true,
+            socket_lb: SocketLb::On,
             fast_path: false,
             count_traffic: false,
             service_cidrs: Vec::new(),

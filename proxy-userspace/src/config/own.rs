@@ -12,7 +12,7 @@ use super::{
         Address, Listen, Network, PortRange, Text, from_one_on, or_empty, or_null, up_to_a_minute,
     },
 };
-use crate::datapath::{Capacities as Entries, attach::XdpMode};
+use crate::datapath::{Capacities as Entries, attach::XdpMode, load::SocketLb};
 
 pub(super) const API_VERSION: &str = "shunt.dev/v1alpha1";
 pub(super) const KIND: &str = "ShuntConfiguration";
@@ -67,7 +67,7 @@ pub(super) struct ShuntConfiguration {
     #[serde(with = "or_empty")]
     snat_ports: Option<PortRange>,
     #[serde(rename = "socketLB")]
-    socket_lb: Option<bool>,
+    socket_lb: Option<SocketLb>,
     xdp: Option<XdpMode>,
 }
 

@@ -214,7 +214,7 @@ fn every_field_arrives_and_ours_stands_over_theirs() {
         cgroup_root: Some("/run/cgroup".into()),
         bpf_root: "/sys/fs/bpf/other".into(),
         xdp: XdpMode::Off,
-        socket_lb: false,
+        socket_lb: SocketLb::Off,
         fast_path: true,
         count_traffic: true,
         datapath_log: DatapathLog::Info,
@@ -341,6 +341,16 @@ fn flags_stand_over_the_file() {
     let config = format!("--config={}", path.display());
     let (file, _) = parse(EVERY_FIELD).unwrap();
     assert_eq!(with_flags(&[&config]), file);
+    for (word, mode) in [
+        ("on", SocketLb::On),
+        ("true", SocketLb::On),
+        ("host", SocketLb::Host),
+        ("'off'", SocketLb::Off),
+        ("false", SocketLb::Off),
+    ] {
+        let (settings, _) = parse(&format!("{OURS}socketLB: {word}\n")).unwrap();
+        assert_eq!(settings.socket_lb, mode, "{word}");
+    }
 
     let flags = with_flags(&[
         &config,
@@ -354,7 +364,7 @@ fn flags_stand_over_the_file() {
     ]);
     let expected = Settings {
         xdp: XdpMode::Native,
-        socket_lb: true,
+        socket_lb: SocketLb::On,
         cluster_cidrs: vec!["10.0.0.0/8".parse().unwrap()],
         node_name: Some("b".into()),
         capacities: Capacities {
@@ -870,6 +880,7 @@ fn mistakes_are_one_line_with_file_line_and_field() {
                 .into(),
         ),
         (OURS, "serviceCIDRs: [10.0.0.0/8,\n 10/9]", format!("4: ShuntConfiguration: serviceCIDRs[1]: `10/9`: {network}")),
+        (OURS, "socketLB: hosts", "3: ShuntConfiguration: socketLB: `hosts`: give on, host or off".into()),
         (OURS, "snatPorts: 9", "3: ShuntConfiguration: snatPorts: `9`: give FIRST-LAST, both from 1 to 65535, FIRST not above LAST".into()),
         (
             THEIRS,

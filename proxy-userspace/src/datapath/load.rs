@@ -8,7 +8,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs, io,
+    fmt, fs, io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
@@ -20,13 +20,18 @@ use aya::{
     maps::{MapData, MapError},
     programs::{Program, ProgramError},
 };
+use clap::ValueEnum;
 use rustix::fs::{FlockOperation, flock, statfs};
+use serde::{
+    Deserialize, Deserializer, Serialize,
+    de::{self, Visitor},
+};
 use shunt_common::layout::names;
 use tracing::{info, warn};
 
 pub use super::object::object;
 use super::{
-    CGROUP_PROGRAMS, Capacities, NODE_PROGRAMS, POD_PROGRAMS, Paths, RUN_MEMORY,
+    CGROUP_PROGRAMS, Capacities, NAMING_PROGRAMS, NODE_PROGRAMS, POD_PROGRAMS, Paths, RUN_MEMORY,
     TAIL_CALLED_PROGRAMS, XDP_PROGRAM,
     bpf::{self, map::MapInfo, probe, program},
     layer3::Layer3,
@@ -50,6 +55,42 @@ const HALF_OPEN_SHARE: u32 = 128;
 /// Lines of the verifier's log that an error quotes; the reason is in the last ones.
 const VERIFIER_LINES: usize = 12;
 
+/// `--socket-lb`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum SocketLb {
+    /// Sockets of the node and of pods.
+    On,
+    /// Sockets of the node's own network namespace only.
+    Host,
+    /// None; those that were served before keep their names.
+    Off,
+}
+
+impl<'de> Deserialize<'de> for SocketLb {
+    /// A word, or `true` and `false` for `on` and `off`.
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Word;
+        impl Visitor<'_> for Word {
+            type Value = SocketLb;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("on, host or off")
+            }
+
+            fn visit_bool<E>(self, on: bool) -> Result<SocketLb, E> {
+                Ok(if on { SocketLb::On } else { SocketLb::Off })
+            }
+
+            fn visit_str<E: de::Error>(self, word: &str) -> Result<SocketLb, E> {
+                SocketLb::from_str(word, false)
+                    .map_err(|_| E::custom(format_args!("`{word}`: give on, host or off")))
+            }
+        }
+        deserializer.deserialize_any(Word)
+    }
+}
+
 /// What to load.
 #[derive(Clone, Debug)]
 pub struct LoadConfig {
@@ -58,7 +99,7 @@ pub struct LoadConfig {
     /// `--max-*`.
     pub capacities: Capacities,
     /// `--socket-lb`: with the socket programs.
-    pub socket_lb: bool,
+    pub socket_lb: SocketLb,
     /// `--xdp` is not `off`: with the XDP program.
     pub xdp: bool,
     /// `--fast-path`: tc programs send packets on by themselves.
@@ -293,7 +334,8 @@ pub fn load_object(
         capacities,
         globals: build.globals.to_vec(),
     };
-    let wanted_programs: Vec<&'static str> = program_names(config)
+    let remembers = remembers_sockets(&paths);
+    let wanted_programs: Vec<&'static str> = program_names(config, remembers)
         // Another build's object may not have it.
         .filter(|&name| !TAIL_CALLED_PROGRAMS.contains(&name) || object.programs.contains_key(name))
         .collect();
@@ -616,11 +658,25 @@ fn all_programs() -> impl Iterator<Item = &'static str> {
         .chain([XDP_PROGRAM])
 }
 
-fn program_names(config: &LoadConfig) -> impl Iterator<Item = &'static str> {
-    all_programs().filter(|name| {
-        (config.socket_lb || !CGROUP_PROGRAMS.iter().any(|(n, _)| n == name))
+/// `remembers`: there are sockets that the hook has connected.
+fn program_names(config: &LoadConfig, remembers: bool) -> impl Iterator<Item = &'static str> {
+    let is_wanted = move |name: &&'static str| match config.socket_lb {
+        SocketLb::On | SocketLb::Host => true,
+        SocketLb::Off => remembers && NAMING_PROGRAMS.contains(name),
+    };
+    all_programs().filter(move |name| {
+        (!CGROUP_PROGRAMS.iter().any(|(n, _)| n == name) || is_wanted(name))
             && (config.xdp || *name != XDP_PROGRAM)
     })
+}
+
+/// Whether the pinned maps say that sockets are open which the hook has connected.
+fn remembers_sockets(paths: &Paths) -> bool {
+    let open = || -> io::Result<bool> {
+        let sockets = bpf::open(&paths.map(names::SOCKETS))?;
+        Ok(!bpf::map::is_empty(sockets.as_fd())?)
+    };
+    open().unwrap_or(false)
 }
 
 /// Settles what becomes of maps that are pinned from before: used again where they fit, made anew

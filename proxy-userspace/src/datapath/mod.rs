@@ -84,6 +84,14 @@ pub const CGROUP_PROGRAMS: [(&str, Hook); 9] = [
     ("sock_getpeer4", Hook::Getpeername4),
     ("sock_getpeer6", Hook::Getpeername6),
 ];
+/// Of them, those that only show a socket's peer under the name that it was dialled by, or forget it.
+pub(crate) const NAMING_PROGRAMS: [&str; 5] = [
+    "sock_release",
+    "sock_recvmsg4",
+    "sock_recvmsg6",
+    "sock_getpeer4",
+    "sock_getpeer6",
+];
 /// The tc programs of node devices.
 pub const NODE_PROGRAMS: [(&str, Hook); 2] = [
     ("tc_node_in", Hook::TcxIngress),

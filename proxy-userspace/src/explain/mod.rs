@@ -398,6 +398,11 @@ impl<'m, F: CopiedFamily> Walk<'m, F> {
             return Ok(false);
         };
         let config = self.pinned.maps.config()?;
+        if config.flags & CONFIG_SOCKETS_OF_NODE != 0 && !from_node {
+            let why = "--socket-lb host: packets of pods are translated";
+            self.step(name, None, "pass", why.to_owned());
+            return Ok(false);
+        }
         let loopback = [CONFIG_NODEPORT_LOOPBACK4, CONFIG_NODEPORT_LOOPBACK6][F::INDEX];
         let means_node = || {
             if dst.is_loopback() {

@@ -6,7 +6,8 @@ use ipnet::IpNet;
 use shunt_common::{
     layout::{
         AFFINITY_TICK_NS, CONFIG_ANSWER_PING, CONFIG_NODEPORT_LOOPBACK4, CONFIG_NODEPORT_LOOPBACK6,
-        Config, MAX_CLUSTER_CIDRS, MAX_SERVICE_CIDRS, Octets, Prefix, Timeouts,
+        CONFIG_SOCKETS_OF_NODE, Config, MAX_CLUSTER_CIDRS, MAX_SERVICE_CIDRS, Octets, Prefix,
+        Timeouts,
     },
     snat,
 };
@@ -49,6 +50,8 @@ pub struct NodeSettings {
     pub loopback: [bool; 2],
     /// `SO_NETNS_COOKIE` of the node's network namespace.
     pub host_netns: u64,
+    /// `--socket-lb host`.
+    pub sockets_of_node: bool,
 }
 
 /// A setting that cannot be.
@@ -129,6 +132,7 @@ fn flags(settings: &NodeSettings) -> u32 {
         (v4, CONFIG_NODEPORT_LOOPBACK4),
         (v6, CONFIG_NODEPORT_LOOPBACK6),
         (settings.answer_ping, CONFIG_ANSWER_PING),
+        (settings.sockets_of_node, CONFIG_SOCKETS_OF_NODE),
     ]
     .iter()
     .fold(
@@ -247,6 +251,7 @@ mod tests {
             timeouts: Timeouts::default(),
             loopback: [false, true],
             host_netns: 7,
+            sockets_of_node: false,
         }
     }
 

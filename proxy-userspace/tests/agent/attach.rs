@@ -21,7 +21,7 @@ use shunt::{
         attach::{Attacher, PinnedLink, TcMode, XdpMode, pinned_links},
         bpf,
         devices::{Device, DevicePatterns, DeviceWatcher, Glob, LinkHeader, Role},
-        load::{Datapath, LoadConfig, LoadError, load},
+        load::{Datapath, LoadConfig, LoadError, SocketLb, load},
         lock::LockError,
         netns::{self, NodePortAddresses},
         xdp,
@@ -79,7 +79,7 @@ impl Place {
         LoadConfig {
             bpf_root: self.bpf_root.clone(),
             capacities: small(),
-            socket_lb: true,
+            socket_lb: SocketLb::On,
             xdp: true,
             fast_path: false,
             count_traffic,
@@ -327,7 +327,7 @@ fn programs_are_taken_over_and_where_one_is_missing_all_are_loaded() {
     in_namespace(move || {
         let start = |xdp| {
             load(&LoadConfig {
-                socket_lb: false,
+                socket_lb: SocketLb::Off,
                 xdp,
                 ..place.config(false)
             })
@@ -770,9 +770,9 @@ fn hooks_that_are_off_leave_nothing_behind() {
                 let _watcher = DeviceWatcher::spawn(attacher, patterns()).unwrap();
             });
         };
-        run(true, XdpMode::Generic);
+        run(SocketLb::On, XdpMode::Generic);
         assert_eq!(place.pins().len(), CGROUP.len() + 3);
-        run(false, XdpMode::Off);
+        run(SocketLb::Off, XdpMode::Off);
         assert_eq!(
             place.pins(),
             set(&["node0-tc_node_in", "node0-tc_node_out"])
@@ -832,7 +832,7 @@ fn a_bpf_root_of_its_own_is_mounted_and_unmounted() {
         let config = LoadConfig {
             bpf_root: bpf_root.clone(),
             capacities: small(),
-            socket_lb: false,
+            socket_lb: SocketLb::Off,
             xdp: false,
             fast_path: false,
             count_traffic: false,

@@ -18,6 +18,7 @@ mod retry;
 mod sctp;
 mod services;
 mod snat;
+mod socket_lb;
 mod sockets;
 mod source_ports;
 mod upgrade;

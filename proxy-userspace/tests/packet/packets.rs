@@ -24,7 +24,7 @@ use etherparse::{
 
 use shunt::datapath::{
     bpf::{self, MappedArray},
-    load::{self, LoadConfig},
+    load::{self, LoadConfig, SocketLb},
     maps::Maps,
 };
 use shunt_common::layout::{
@@ -154,7 +154,7 @@ fn programs_load_with_every_setting() {
     for (fast_path, count_traffic) in [(false, false), (false, true), (true, false), (true, true)] {
         let loaded = Loaded::with("settings", |config| {
             (config.socket_lb, config.fast_path, config.count_traffic) =
-                (true, fast_path, count_traffic);
+                (SocketLb::On, fast_path, count_traffic);
         });
         assert_far_from_the_verifiers_limit(&loaded);
         let maps = Maps::open(&loaded.root).unwrap();

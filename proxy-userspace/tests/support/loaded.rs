@@ -11,7 +11,7 @@ use std::{
 use shunt::{
     datapath::{
         Capacities,
-        load::{Datapath, LoadConfig, load},
+        load::{Datapath, LoadConfig, SocketLb, load},
         maps::Maps,
     },
     object::{ObjectName, Protocol},
@@ -89,7 +89,7 @@ impl Loaded {
         let mut config = LoadConfig {
             bpf_root: root.clone(),
             capacities,
-            socket_lb: false,
+            socket_lb: SocketLb::Off,
             xdp: true,
             fast_path: false,
             count_traffic: false,
@@ -110,6 +110,7 @@ impl Loaded {
             timeouts: Default::default(),
             loopback: [false; 2],
             host_netns: 0,
+            sockets_of_node: false,
         };
         maps.set_config(&node::config(&settings, 20_000).unwrap())
             .unwrap();

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use shunt::{
     datapath::{
         Capacities, bpf,
-        load::{self, Datapath, LoadConfig},
+        load::{self, Datapath, LoadConfig, SocketLb},
         maps::Maps,
         object,
         start::Stopwatch,
@@ -94,6 +94,7 @@ pub(crate) fn node_settings(addresses: &[IpAddr]) -> NodeSettings {
         timeouts: Default::default(),
         loopback: [false; 2],
         host_netns: 0,
+        sockets_of_node: false,
     }
 }
 
@@ -172,7 +173,7 @@ impl World {
         let config = LoadConfig {
             bpf_root: bpf_root.clone(),
             capacities,
-            socket_lb: true,
+            socket_lb: SocketLb::On,
             xdp: true,
             fast_path: false,
             count_traffic: false,

@@ -7,7 +7,7 @@ use anyhow::Result;
 use rustix::time::{ClockId, clock_gettime};
 use shunt::{
     datapath::{
-        load::{LoadConfig, load},
+        load::{LoadConfig, SocketLb, load},
         maps::Maps,
     },
     model::Model,
@@ -36,7 +36,7 @@ fn in_namespace(lab: &Lab, services: u32, changes: u32) -> Result<Vec<Line>> {
     let _datapath = load(&LoadConfig {
         bpf_root: bpf_root.clone(),
         capacities,
-        socket_lb: true,
+        socket_lb: SocketLb::On,
         xdp: false,
         fast_path: false,
         count_traffic: false,
