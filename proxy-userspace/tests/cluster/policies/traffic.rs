@@ -37,8 +37,8 @@ fn external_policy_local(source: Source, xdp: &str) {
             cluster.ip("client", v6),
             "{proto} {to}"
         );
-        // A pod that dials the other node's port is an external client there.
-        for client in &inside[..2] {
+        // Who dials another node's port is an external client there, pods and the node's processes.
+        for client in &inside {
             reaches(client, proto, to, &["web-b"]);
             assert_eq!(
                 dial(client, proto, to).seen_peer.ip(),
@@ -87,10 +87,10 @@ fn external_policy_local(source: Source, xdp: &str) {
         reaches(&outside, proto, at_node("node-b", v6), &["web-b"]);
     });
 
-    // No endpoint on the other node: its port drops what pods send there, its load balancer and external addresses do not.
+    // No endpoint on the other node: its port drops what is sent there, its load balancer and external addresses do not.
     cluster.apply(&cluster.documents("web", 1, LOCAL, &ready(&["web-a"])));
     each_case(|v6, proto| {
-        for client in inside[..2].iter().chain([&outside]) {
+        for client in inside.iter().chain([&outside]) {
             silence(client, proto, at_node("node-b", v6));
         }
         for client in &inside {
