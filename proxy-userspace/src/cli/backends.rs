@@ -331,6 +331,6 @@ fn read(args: &BackendsArgs) -> anyhow::Result<Vec<BackendRow>> {
 pub fn run(args: &BackendsArgs) -> anyhow::Result<()> {
     match args.watch {
         true => rows::watch(args.common.output, COLUMNS, || read(args)),
-        false => print_rows(args.common.output, &read(args)?, COLUMNS),
+        false => print_rows(args.common.output, read(args)?, COLUMNS),
     }
 }

@@ -282,5 +282,5 @@ const COLUMNS: &[Column<FlowRow>] = &[
 
 fn print_flows(common: &Common, filter: &Filter) -> anyhow::Result<()> {
     let rows = list(&open(&common.bpf_root)?, filter)?;
-    print_rows(common.output, &rows, COLUMNS)
+    print_rows(common.output, rows, COLUMNS)
 }

@@ -233,6 +233,6 @@ pub fn run(args: &ServicesArgs) -> anyhow::Result<()> {
     };
     match args.watch {
         true => rows::watch(args.common.output, COLUMNS, read),
-        false => print_rows(args.common.output, &read()?, COLUMNS),
+        false => print_rows(args.common.output, read()?, COLUMNS),
     }
 }

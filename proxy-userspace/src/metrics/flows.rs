@@ -164,17 +164,19 @@ impl Totals {
     /// memory for a batch. Nothing has changed: try again.
     pub fn read(&mut self, maps: &Maps) -> Result<()> {
         let (mut seen, mut silent) = (Vec::new(), Vec::new());
-        maps.backends.for_each_batch(|ids, states| {
-            for (&id, state) in ids.iter().zip(states) {
-                // Whoever had a packet has had a flow.
-                if Counts::new(state, Traffic::default()) != Counts::default() {
-                    seen.push((id, Counts::new(state, maps.traffic(id)?)));
-                }
-                if state.failures != 0 {
-                    silent.push(id);
-                }
+        let mut carried = HashMap::new();
+        maps.for_each_traffic(|id, traffic| {
+            carried.insert(id, traffic);
+        })?;
+        maps.backend_states().for_each(|id, state| {
+            // Whoever had a packet has had a flow.
+            if Counts::new(state, Traffic::default()) != Counts::default() {
+                let traffic = carried.get(&id).copied().unwrap_or_default();
+                seen.push((id, Counts::new(state, traffic)));
             }
-            Ok(())
+            if state.failures != 0 {
+                silent.push(id);
+            }
         })?;
         let names: HashMap<u32, ObjectName> = maps
             .services

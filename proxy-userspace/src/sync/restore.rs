@@ -113,17 +113,10 @@ impl Syncer {
         // A state that is not all zero and that no slot names belonged to a backend that flows may
         // still name.
         let mut resting = HashSet::new();
-        maps.backends.for_each_batch(|ids, states| {
-            let once_used = ids
-                .iter()
-                .zip(states)
-                .filter(|&(_, state)| *state != BackendState::default());
-            resting.extend(
-                once_used
-                    .map(|(&id, _)| id)
-                    .filter(|id| !used_ids.contains(id)),
-            );
-            Ok(())
+        maps.backend_states().for_each(|id, state| {
+            if *state != BackendState::default() && !used_ids.contains(&id) {
+                resting.insert(id);
+            }
         })?;
         let ids = BackendIds::new(maps.backends.capacity(), used_ids, resting, Instant::now());
         let addresses = Addresses::new(&maps)?;
