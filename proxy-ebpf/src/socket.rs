@@ -147,7 +147,7 @@ fn choose<F: Peer>(
     let Some(frontend) = socket_frontend::<F, _>(&maps, addr, port, proto, || {
         means_this_node::<F>(ctx, &maps, addr)
     }) else {
-        return if !is_left_out::<F>(ctx, &maps) && is_refused::<F>(ctx, addr, call) {
+        return if is_refused::<F>(ctx, addr, call) && !is_left_out::<F>(ctx, &maps) {
             let peer = || asked_for::<F>(addr, port);
             tell_call(ctx, Event::UnknownPort, None, peer);
             Err(())

@@ -13,7 +13,7 @@ use anyhow::Context;
 use clap::Args;
 use serde::Serialize;
 use shunt_common::{
-    layout::{LAYOUT_VERSION, names},
+    layout::{CONFIG_SOCKETS_OF_NODE, Config, LAYOUT_VERSION, names},
     snat,
 };
 
@@ -23,6 +23,7 @@ use crate::{
         Paths, XDP_PROGRAM,
         attach::{TcMode, XdpMode, pinned_links},
         devices::{self, DevicePatterns, LeftOut, Role},
+        load::SocketLb,
         lock::agent_pid,
         maps::{MapFamily, Maps, PerFamily, Usage},
         start::{self, Start},
@@ -77,6 +78,8 @@ pub struct Status {
     pub snat_ports: (u16, u16),
     /// How many of them the kernel gives to no socket: new flows have those first.
     pub snat_ports_of_their_own: u16,
+    /// `--socket-lb`, as it has effect: whose new sockets the hook serves.
+    pub socket_lb: SocketLb,
     /// How full the maps are.
     pub maps: Vec<Usage>,
     /// Links that hold programs to their hooks.
@@ -248,6 +251,7 @@ impl Status {
                     .saturating_add(config.snat_ports.saturating_sub(1)),
             ),
             snat_ports_of_their_own: snat::of_their_own(&config),
+            socket_lb: socket_lb(&links, &config),
             maps: maps.usage()?,
             without_programs: without_programs(&paths, &links, &node_addresses)?,
             links,
@@ -346,6 +350,11 @@ impl Status {
                 .collect::<Vec<_>>()
                 .join(" "),
         };
+        let served = match self.socket_lb {
+            SocketLb::On => "of the node and of pods",
+            SocketLb::Host => "of the node only",
+            SocketLb::Off => "of nobody",
+        };
         let facts = [
             ("agent", agent),
             ("DNS queries on", dns),
@@ -370,6 +379,7 @@ impl Status {
                     self.services, self.frontend_entries
                 ),
             ),
+            ("sockets served", served.to_owned()),
             ("node addresses", join(&self.node_addresses)),
             ("node ports on", join(&self.node_port_addresses)),
             (
@@ -474,6 +484,16 @@ fn start_parts(start: &Start) -> String {
     parts
         .map(|(part, seconds)| format!("{part} {seconds:.2}"))
         .join(" ")
+}
+
+/// Whose new sockets the hook serves.
+fn socket_lb(links: &[Link], config: &Config) -> SocketLb {
+    let connects = |link: &Link| link.attached && link.program.starts_with("sock_connect");
+    match links.iter().any(connects) {
+        false => SocketLb::Off,
+        true if config.flags & CONFIG_SOCKETS_OF_NODE != 0 => SocketLb::Host,
+        true => SocketLb::On,
+    }
 }
 
 fn addresses<F: MapFamily>(maps: &PerFamily<F>) -> anyhow::Result<Vec<IpAddr>> {

@@ -211,6 +211,8 @@ fn changing_it_breaks_no_open_socket() {
         for name in ["pod", "node-a"] {
             all.extend(open(&cluster, name, &when));
         }
+        let status = cluster.agents[0].json(&["status"]).unwrap();
+        assert_eq!(status["socketLb"], socket_lb, "{when}");
         let hooks = cluster.hooks().len();
         assert_eq!(hooks, if socket_lb == "off" { 5 } else { 9 }, "{when}");
     }
