@@ -17,7 +17,8 @@ use crate::{
     datapath::{
         attach::Attacher,
         cgroup,
-        devices::{DevicePatterns, DeviceWatcher, Glob},
+        device_watcher::DeviceWatcher,
+        devices::{DevicePatterns, Glob},
         load::Datapath,
         maps::settings,
         netns::{self, NodePortAddresses},

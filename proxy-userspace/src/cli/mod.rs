@@ -3,29 +3,25 @@
 //! `run` is the agent. All other verbs look at what is pinned under `--bpf-root`, whether an agent
 //! runs or not, and print a table or, with `-o json` or `-o yaml`, an array or object that scripts can rely on.
 
-use std::{
-    io::{self, Write},
-    net::{IpAddr, SocketAddr},
-    path::{Path, PathBuf},
-    process::ExitCode,
-    str::FromStr,
+use std::{io, path::PathBuf, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+
+pub use self::common::{Common, Output, Peer};
+pub(crate) use self::{
+    common::{block_on, open, print},
+    table::table,
 };
-
-use anyhow::Context;
-use clap::{Args, Parser, Subcommand, ValueEnum};
-use serde::Serialize;
-
+pub(crate) use crate::datapath::maps::{service_name, service_names};
 use crate::{
-    config::{DEFAULT_BPF_ROOT, flags::RunArgs, kube_proxy_flags},
-    datapath::{
-        cgroup,
-        maps::{Maps, service_name, service_names},
-    },
+    config::{flags::RunArgs, kube_proxy_flags},
+    datapath::cgroup,
 };
 
 pub mod backends;
 pub mod check;
 pub mod cleanup;
+mod common;
 pub mod conntrack;
 pub mod env;
 pub mod explain;
@@ -36,17 +32,9 @@ pub mod run;
 pub mod services;
 pub mod status;
 pub mod sysdump;
+mod table;
 pub mod top;
 pub mod trace;
-
-/// Waits in this thread for what a verb does asynchronously.
-fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("cannot start a thread")?
-        .block_on(work)
-}
 
 /// An eBPF and XDP load balancer for Kubernetes Services: replaces kube-proxy on a node.
 #[derive(Debug, Parser)]
@@ -95,46 +83,6 @@ enum Verb {
     Cleanup(Common),
 }
 
-/// What all verbs but `run` take.
-#[derive(Clone, Debug, Args)]
-pub struct Common {
-    /// The folder in a bpf file system where the agent pins everything.
-    #[arg(long, global = true, value_name = "DIR", default_value = DEFAULT_BPF_ROOT)]
-    pub bpf_root: PathBuf,
-    /// How to print.
-    #[arg(short, long, global = true, value_enum, default_value_t = Output::Table)]
-    pub output: Output,
-}
-
-/// `-o`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Output {
-    /// For people.
-    Table,
-    /// With more columns, where there are more.
-    Wide,
-    /// For programs.
-    Json,
-    /// The same as YAML.
-    Yaml,
-}
-
-impl Output {
-    /// Whether people read it.
-    fn is_table(self) -> bool {
-        matches!(self, Self::Table | Self::Wide)
-    }
-
-    /// The value for programs; `None`: people want to read it.
-    fn structured(self, value: &impl Serialize) -> anyhow::Result<Option<String>> {
-        Ok(match self {
-            Self::Table | Self::Wide => None,
-            Self::Json => Some(serde_json::to_string_pretty(value)?),
-            Self::Yaml => Some(serde_saphyr::to_string(value)?.trim_end().to_owned()),
-        })
-    }
-}
-
 /// Parses the command line and runs its verb; an error is one line on stderr.
 pub fn main() -> ExitCode {
     let line = kube_proxy_flags::translate(std::env::args_os());
@@ -179,113 +127,6 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error
         .downcast_ref::<io::Error>()
         .is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
-}
-
-/// Prints a line or several to stdout.
-fn print(text: &str) -> anyhow::Result<()> {
-    let mut stdout = io::stdout().lock();
-    writeln!(stdout, "{text}")?;
-    stdout.flush()?;
-    Ok(())
-}
-
-/// Columns without lines, as `kubectl` prints them: of a hundred thousand rows too, for which a
-/// library of tables takes seconds.
-fn table<'a, R: IntoIterator<Item = String>>(
-    titles: impl IntoIterator<Item = &'a str>,
-    rows: impl Iterator<Item = R>,
-) -> String {
-    let mut cells = Cells::default();
-    titles.into_iter().for_each(|title| cells.push(title));
-    let columns = cells.widths.len();
-    for row in rows {
-        row.into_iter()
-            .take(columns)
-            .for_each(|cell| cells.push(&cell));
-    }
-    cells.aligned(columns)
-}
-
-/// Cells one behind the other, of which none has memory of its own.
-#[derive(Default)]
-struct Cells {
-    text: String,
-    /// Bytes and characters of each.
-    widths: Vec<(u32, u32)>,
-}
-
-impl Cells {
-    fn push(&mut self, cell: &str) {
-        self.text.push_str(cell);
-        let characters = match cell.is_ascii() {
-            true => cell.len(),
-            false => cell.chars().count(),
-        };
-        self.widths.push((cell.len() as u32, characters as u32));
-    }
-
-    /// So many a line, each column as wide as its widest cell.
-    fn aligned(&self, columns: usize) -> String {
-        let mut most = vec![0; columns];
-        for row in self.widths.chunks(columns) {
-            for (most, &(_, width)) in most.iter_mut().zip(row) {
-                *most = width.max(*most);
-            }
-        }
-        let mut text = String::with_capacity(self.text.len() * 2);
-        let mut rest = self.text.as_str();
-        for row in self.widths.chunks(columns) {
-            for (most, &(bytes, width)) in most.iter().zip(row) {
-                let (cell, after) = rest.split_at(bytes as usize);
-                rest = after;
-                text.push_str(cell);
-                let padding = (most - width + 2) as usize;
-                text.extend(std::iter::repeat_n(' ', padding));
-            }
-            text.truncate(text.trim_end_matches(' ').len());
-            text.push('\n');
-        }
-        text.truncate(text.trim_end().len());
-        text
-    }
-}
-
-fn open(bpf_root: &Path) -> anyhow::Result<Maps> {
-    Ok(Maps::open(bpf_root)?)
-}
-
-/// An address, with or without a port: what filters on the command line name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Peer {
-    address: IpAddr,
-    port: Option<u16>,
-}
-
-impl Peer {
-    /// Whether an address and port are meant.
-    fn matches(&self, address: IpAddr, port: u16) -> bool {
-        self.address == address && self.port.is_none_or(|wanted| wanted == port)
-    }
-}
-
-impl FromStr for Peer {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        if let Ok(socket) = text.parse::<SocketAddr>() {
-            return Ok(Self {
-                address: socket.ip(),
-                port: Some(socket.port()),
-            });
-        }
-        match text.parse() {
-            Ok(address) => Ok(Self {
-                address,
-                port: None,
-            }),
-            Err(_) => Err("neither an address nor ADDRESS:PORT ([ADDRESS]:PORT for IPv6)".into()),
-        }
-    }
 }
 
 #[cfg(test)]

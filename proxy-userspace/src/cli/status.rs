@@ -21,14 +21,14 @@ use super::{Common, listening, open, print, table};
 use crate::{
     datapath::{
         Paths, XDP_PROGRAM,
-        attach::{TcMode, XdpMode, pinned_links},
+        attach::{TcMode, pinned_links},
         devices::{self, DevicePatterns, LeftOut, Role},
         load::SocketLb,
         lock::agent_pid,
         maps::{MapFamily, Maps, PerFamily, Usage},
         start::{self, Start},
         trace,
-        xdp::{self, Facts},
+        xdp::{self, Facts, XdpMode},
     },
     sync::table::FamilyIndex,
 };

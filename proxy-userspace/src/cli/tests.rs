@@ -1,4 +1,4 @@
-use std::sync::Arc;
+use std::{net::SocketAddr, sync::Arc};
 
 use clap::CommandFactory;
 use shunt_common::{
@@ -13,7 +13,7 @@ use shunt_common::{
 use super::*;
 use crate::{
     datapath::maps::{
-        MapFamily, PerFamily,
+        MapFamily, Maps, PerFamily,
         testing::{Capacities, Root},
     },
     gc,

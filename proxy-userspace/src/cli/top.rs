@@ -23,7 +23,7 @@ use tokio::{
 };
 
 use self::{
-    sample::{Report, Sampler, Wanted},
+    sample::{Report, Sampler, Wanted, rate},
     view::View,
 };
 use super::{Common, Output, block_on, open, print, table};
@@ -54,19 +54,6 @@ fn seconds(text: &str) -> Result<Duration, String> {
     match text.parse::<f64>() {
         Ok(seconds) if (0.1..=60.0).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
         _ => Err("a number from 0.1 to 60".to_owned()),
-    }
-}
-
-/// A rate in few characters.
-fn rate(count: u64, seconds: f64) -> String {
-    let rate = count as f64 / seconds.max(0.001);
-    match rate {
-        0.0 => "0".to_owned(),
-        ..9.95 => format!("{rate:.1}"),
-        ..999.5 => format!("{rate:.0}"),
-        ..999_500.0 => format!("{:.1}k", rate / 1e3),
-        ..999_500_000.0 => format!("{:.1}M", rate / 1e6),
-        _ => format!("{:.1}G", rate / 1e9),
     }
 }
 

@@ -175,7 +175,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::{config::PortRange, datapath::attach::XdpMode};
+    use crate::{config::PortRange, datapath::xdp::XdpMode};
 
     /// Every setting is different, so a live one that [`Settings::with_live`] forgets shows.
     #[test]

@@ -16,7 +16,7 @@ use super::{
     values::{Listen, Network, NodePortAddress, Timeout},
 };
 use crate::{
-    datapath::{attach::XdpMode, load::SocketLb, netfilter::Netfilter, netns::NodePortAddresses},
+    datapath::{load::SocketLb, netfilter::Netfilter, netns::NodePortAddresses, xdp::XdpMode},
     dns::PORT as DNS_PORT,
 };
 

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use self::{conntrack::Conntrack, dns::Dns};
 use crate::{
-    datapath::{Capacities, attach::XdpMode, load::SocketLb, netfilter::Netfilter},
+    datapath::{Capacities, load::SocketLb, netfilter::Netfilter, xdp::XdpMode},
     sync::node::SNAT_PORTS,
 };
 

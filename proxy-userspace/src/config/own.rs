@@ -12,7 +12,7 @@ use super::{
         Address, Listen, Network, PortRange, Text, from_one_on, or_empty, or_null, up_to_a_minute,
     },
 };
-use crate::datapath::{Capacities as Entries, attach::XdpMode, load::SocketLb};
+use crate::datapath::{Capacities as Entries, load::SocketLb, xdp::XdpMode};
 
 pub(super) const API_VERSION: &str = "shunt.dev/v1alpha1";
 pub(super) const KIND: &str = "ShuntConfiguration";

@@ -15,8 +15,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use clap::ValueEnum;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use tracing::{debug, info, warn};
 
 use super::{
@@ -33,27 +32,13 @@ use super::{
     load::Datapath,
     pods::PodDevices,
     rtnl, tc_programs, unescape,
-    xdp::{self, Facts},
+    xdp::{self, Facts, XdpMode},
 };
 
 /// `XDP_FLAGS_SKB_MODE` of linux/if_link.h.
 const XDP_FLAGS_SKB_MODE: u32 = 1 << 1;
 /// `XDP_FLAGS_DRV_MODE` of linux/if_link.h.
 const XDP_FLAGS_DRV_MODE: u32 = 1 << 2;
-
-/// `--xdp`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum XdpMode {
-    /// No XDP; tc does the work.
-    Off,
-    /// In the stack, after the skb is made: slower than tc, for tests.
-    Generic,
-    /// In the driver of every node device, veths included.
-    Native,
-    /// In the driver where it has XDP, and never on a veth: XDP there costs bulk throughput.
-    Auto,
-}
 
 /// How tc programs are attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,4 +1,5 @@
-//! Which network devices get programs, followed as they appear, vanish and are renamed.
+//! Which network devices get programs; [`super::device_watcher`] follows them as they appear, vanish
+//! and are renamed.
 //!
 //! *Node devices* lead out of the node, *pod devices* lead to the pods on it. Without patterns, a
 //! pod device is one end of a pair whose other end is in another network namespace, one that bears
@@ -15,11 +16,8 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt, io,
     net::IpAddr,
-    os::fd::OwnedFd,
-    time::Duration,
 };
 
-use futures::{FutureExt, StreamExt};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     address::AddressMessage,
@@ -29,21 +27,10 @@ use netlink_packet_route::{
     },
     route::{RouteAttribute, RouteHeader, RouteMessage, RouteType},
 };
-use rtnetlink::{MulticastGroup, new_multicast_connection, packet_core::NetlinkPayload};
 use serde::Serialize;
-use tokio::{io::unix::AsyncFd, sync::watch, task::JoinHandle, time::MissedTickBehavior};
-use tracing::{debug, info, warn};
 
-use super::{
-    attach::{AttachError, Attacher, DeviceStatus},
-    netns, rtnl, xdp,
-};
+use super::{netns, rtnl};
 
-/// Devices are read again this often even when the kernel reports no change.
-const RESYNC: Duration = Duration::from_secs(30);
-/// Least time between two passes, so that a node that starts a hundred pods at once does not read
-/// all links each time.
-const PASS_GAP: Duration = Duration::from_millis(20);
 /// Names of pod devices that are not pairs into another namespace (VMs' taps) or whose other end
 /// cannot be seen.
 const POD_NAMES: [&str; 4] = ["cali*", "lxc*", "cni*", "tap*"];
@@ -292,7 +279,7 @@ impl DevicePatterns {
     }
 
     /// Patterns that match none of `devices`, with their settings.
-    fn unmatched(&self, devices: &[Device]) -> BTreeSet<(&'static str, String)> {
+    pub(super) fn unmatched(&self, devices: &[Device]) -> BTreeSet<(&'static str, String)> {
         [
             ("--devices", &self.devices),
             ("--pod-devices", &self.pod_devices),
@@ -395,7 +382,7 @@ fn device_of(link: LinkMessage) -> Option<Device> {
 }
 
 /// The device that a route to one address leads to, without a next hop in between.
-fn host_route_device(route: &RouteMessage) -> Option<u32> {
+pub(super) fn host_route_device(route: &RouteMessage) -> Option<u32> {
     let whole = match route.header.address_family {
         AddressFamily::Inet => 32,
         AddressFamily::Inet6 => 128,
@@ -415,7 +402,7 @@ fn host_route_device(route: &RouteMessage) -> Option<u32> {
     device
 }
 
-fn is_default(route: &RouteMessage) -> bool {
+pub(super) fn is_default(route: &RouteMessage) -> bool {
     let table = route.attributes.iter().find_map(|a| match a {
         RouteAttribute::Table(table) => Some(*table),
         _ => None,
@@ -439,180 +426,6 @@ fn default_route_devices(route: &RouteMessage) -> Vec<u32> {
             _ => Vec::new(),
         })
         .collect()
-}
-
-/// Keeps the programs on the devices while they come and go.
-#[derive(Debug)]
-pub struct DeviceWatcher {
-    /// The devices with programs, after each pass.
-    pub status: watch::Receiver<Vec<DeviceStatus>>,
-    /// Ends when it is aborted; the programs stay attached.
-    pub task: JoinHandle<()>,
-}
-
-impl DeviceWatcher {
-    /// Attaches programs to all devices that are there now, then follows changes in a task.
-    ///
-    /// Works on the network namespace of the calling thread, which all threads of the runtime must
-    /// share.
-    ///
-    /// # Errors
-    /// When the first pass cannot read devices or pins; what goes wrong on one device is in its
-    /// status and the log.
-    pub fn spawn(mut attacher: Attacher, patterns: DevicePatterns) -> Result<Self, WatchError> {
-        // Subscribed before the first pass, so that no device falls between.
-        let (connection, _handle, mut messages) = new_multicast_connection(&[
-            MulticastGroup::Link,
-            MulticastGroup::Ipv4Ifaddr,
-            MulticastGroup::Ipv6Ifaddr,
-            MulticastGroup::Ipv4Route,
-            MulticastGroup::Ipv6Route,
-        ])?;
-        let mut unmatched = BTreeSet::new();
-        let first = pass(&mut attacher, &patterns, &mut unmatched)?;
-        if !first.iter().any(|d| d.role == Role::Node) {
-            warn!(
-                "no device leads out of this node: traffic from outside is not translated until one appears"
-            );
-        }
-        let (sender, status) = watch::channel(first);
-        let task = tokio::spawn(async move {
-            let mut connection = std::pin::pin!(connection.fuse());
-            let mut resync = tokio::time::interval_at(tokio::time::Instant::now() + RESYNC, RESYNC);
-            resync.set_missed_tick_behavior(MissedTickBehavior::Delay);
-            let mut connected = true;
-            // Which devices take frames from XDP changes with their other ends' settings, of which
-            // rtnetlink says nothing.
-            let features = xdp::changes().and_then(|socket| {
-                // SAFETY: the descriptor is the socket's own, and stays open as long as it.
-                unsafe { AsyncFd::register(socket) }.ok()
-            });
-            loop {
-                let changed = tokio::select! {
-                    () = &mut connection, if connected => {
-                        warn!("the subscription to device changes ended; polling every {RESYNC:?}");
-                        connected = false;
-                        true
-                    }
-                    message = messages.next(), if connected => match message {
-                        Some((message, _)) => concerns(&message.payload),
-                        None => {
-                            connected = false;
-                            true
-                        }
-                    },
-                    () = features_changed(features.as_ref()) => true,
-                    _ = resync.tick() => true,
-                };
-                if !changed {
-                    continue;
-                }
-                // Whatever else came at the same time is in the same pass.
-                while let Some(Some(_)) = messages.next().now_or_never() {}
-                match pass(&mut attacher, &patterns, &mut unmatched) {
-                    Ok(now) => {
-                        sender.send_if_modified(|old| {
-                            let changed = *old != now;
-                            if changed {
-                                say(old, &now);
-                                *old = now;
-                            }
-                            changed
-                        });
-                    }
-                    Err(error) => warn!("devices: {error}; trying again within {RESYNC:?}"),
-                }
-                tokio::time::sleep(PASS_GAP).await;
-            }
-        });
-        Ok(Self { status, task })
-    }
-}
-
-/// Waits until the kernel tells of another XDP feature of a device.
-async fn features_changed(socket: Option<&AsyncFd<OwnedFd>>) {
-    let Some(socket) = socket else {
-        return std::future::pending().await;
-    };
-    let Ok(mut ready) = socket.readable().await else {
-        return std::future::pending().await;
-    };
-    // What they say is read anew. An overrun (ENOBUFS) means that some were lost.
-    let mut message = [0; 4096];
-    while rustix::net::recv(socket, &mut message[..], rustix::net::RecvFlags::empty()).is_ok() {}
-    ready.clear_ready();
-}
-
-/// Why a pass over the devices failed.
-#[derive(Debug, thiserror::Error)]
-pub enum WatchError {
-    /// The kernel does not list devices.
-    #[error("rtnetlink: {0}")]
-    Netlink(#[from] io::Error),
-    /// Pins do not work.
-    #[error(transparent)]
-    Attach(#[from] AttachError),
-}
-
-fn pass(
-    attacher: &mut Attacher,
-    patterns: &DevicePatterns,
-    unmatched: &mut BTreeSet<(&'static str, String)>,
-) -> Result<Vec<DeviceStatus>, WatchError> {
-    let devices = list()?;
-    let now = patterns.unmatched(&devices);
-    for (setting, glob) in now.difference(unmatched) {
-        warn!("{setting} {glob}: no device of this name; it gets programs when it appears");
-    }
-    *unmatched = now;
-    let (taken, left_out) = patterns.select(devices);
-    for LeftOut { name, reason } in &left_out {
-        debug!(device = name, "no programs: {reason}");
-    }
-    Ok(attacher.reconcile(&taken)?)
-}
-
-fn concerns(payload: &NetlinkPayload<RouteNetlinkMessage>) -> bool {
-    match payload {
-        // Routes come and go by the thousand where BGP runs; only the default route, and those to
-        // single pods, tell of devices.
-        NetlinkPayload::InnerMessage(
-            RouteNetlinkMessage::NewRoute(r) | RouteNetlinkMessage::DelRoute(r),
-        ) => is_default(r) || host_route_device(r).is_some(),
-        // NetlinkPayload::Overrun (ENOBUFS) is here too: messages were lost.
-        _ => true,
-    }
-}
-
-fn say(old: &[DeviceStatus], now: &[DeviceStatus]) {
-    for device in now {
-        match old.iter().find(|o| o.index == device.index) {
-            None => info!(
-                device = device.name,
-                "{} device: {}",
-                device.role,
-                device.programs.join(", ")
-            ),
-            Some(before) if before.name != device.name => {
-                info!(device = device.name, "was {}", before.name)
-            }
-            Some(before) if before != device => {
-                debug!(
-                    device = device.name,
-                    "{} device: {}",
-                    device.role,
-                    device.programs.join(", ")
-                );
-            }
-            Some(_) => {}
-        }
-    }
-    for device in old
-        .iter()
-        .filter(|o| !now.iter().any(|n| n.index == o.index))
-    {
-        info!(device = device.name, "gone");
-    }
 }
 
 #[cfg(test)]

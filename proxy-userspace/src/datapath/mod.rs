@@ -31,6 +31,7 @@ pub mod cgroup;
 pub mod closed;
 pub(crate) mod clsact;
 pub mod conntrack;
+pub mod device_watcher;
 pub mod devices;
 pub(crate) mod layer3;
 pub mod load;

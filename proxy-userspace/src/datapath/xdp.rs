@@ -8,10 +8,11 @@
 
 use std::{collections::BTreeMap, fs, io, os::fd::OwnedFd};
 
+use clap::ValueEnum;
 use rustix::net::{AddressFamily, SocketType, socket};
+use serde::{Deserialize, Serialize};
 
 use super::{
-    attach::XdpMode,
     devices::{Device, LinkHeader},
     netlink::{Attributes, Generic, dump_netfilter, text_attribute, u16_at, u32_at},
 };
@@ -30,6 +31,20 @@ const CTRL_GROUP_ID: u16 = 2;
 const DEV_GET: u8 = 1;
 const DEV_IFINDEX: u16 = 1;
 const DEV_XDP_FEATURES: u16 = 3;
+
+/// `--xdp`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum XdpMode {
+    /// No XDP; tc does the work.
+    Off,
+    /// In the stack, after the skb is made: slower than tc, for tests.
+    Generic,
+    /// In the driver of every node device, veths included.
+    Native,
+    /// In the driver where it has XDP, and never on a veth: XDP there costs bulk throughput.
+    Auto,
+}
 
 /// What [`refusal`] looks at, read once for all devices.
 #[derive(Clone, Debug, Default)]

@@ -18,7 +18,8 @@ mod service;
 pub use self::{
     endpoints::{LABEL_SERVICE, endpoints, slice, triggered},
     nodes::{LABEL_ZONE, PodFacts, TAINT_TO_BE_DELETED, node, pod},
-    service::{ANNOTATION_RETRY, DEFAULT_AFFINITY_SECS, service},
+    report::ANNOTATION_RETRY,
+    service::{DEFAULT_AFFINITY_SECS, service},
 };
 
 /// Label of Services and slices that another proxy serves.

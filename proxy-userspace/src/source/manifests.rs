@@ -10,17 +10,18 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    ops::RangeInclusive,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
 use anyhow::Context;
-use ipnet::IpNet;
 use tokio::sync::mpsc;
 
-pub use self::snapshot::{Snapshot, snapshot};
+pub use self::{
+    config::Config,
+    snapshot::{Snapshot, snapshot},
+};
 use self::{
     numbers::Numbers,
     read::{Content, Key, KnownFile, read_file},
@@ -34,6 +35,7 @@ use super::{
 };
 use crate::object::{EndpointSlice, Event, NodeFacts, ObjectName, Problem, Service};
 
+mod config;
 mod numbers;
 mod read;
 mod select;
@@ -50,24 +52,6 @@ const MOST_QUIET: Duration = Duration::from_secs(1);
 /// A file of no bytes is most often one that is being written: it is looked at once more after so
 /// long.
 const EMPTY_FILE: Duration = Duration::from_millis(200);
-
-/// Where manifests are and what missing numbers are allocated from.
-#[derive(Clone, Debug)]
-pub struct Config {
-    /// Files and folders; of folders all `*.yaml`, `*.yml` and `*.json` below, hidden ones left
-    /// out. Where an object stands twice the first in this order counts.
-    pub paths: Vec<PathBuf>,
-    /// Where missing cluster IPs come from; the first decides the default family.
-    pub service_cidrs: Vec<IpNet>,
-    /// Where missing node ports come from.
-    pub node_ports: RangeInclusive<u16>,
-    /// Where missing load balancer IPs come from; without one of its family a Service stays
-    /// `<pending>`.
-    pub load_balancer_cidrs: Vec<IpNet>,
-    /// The own Node: a manifest of kind `Node` with this name tells its zone and addresses; others
-    /// tell their Pods' zones.
-    pub node_name: String,
-}
 
 /// The manifests source.
 #[derive(Debug)]

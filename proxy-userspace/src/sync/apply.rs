@@ -2,18 +2,18 @@
 
 use std::{collections::HashSet, time::Instant};
 
-use shunt_common::layout::{self, BACKEND_GONE, BACKEND_SERVING, BackendState, FRONTEND_AFFINITY};
+use shunt_common::layout::{self, BACKEND_GONE, BACKEND_SERVING, FRONTEND_AFFINITY};
 
 use super::{
     Applied, Cause, Syncer,
-    ranges::group,
+    ranges::{group, set_flags},
     restore::claim_ids,
     slots::SlotRange,
     state::{BackendKey, ServiceState},
     table::{self, FamilyIndex},
 };
 use crate::{
-    datapath::maps::{MapError, Maps},
+    datapath::maps::MapError,
     object::ObjectName,
     plan::{FrontendId, ServicePlan},
 };
@@ -333,14 +333,4 @@ impl Syncer {
         }
         Ok(())
     }
-}
-
-/// Writes a backend's flags if they differ. A flow that is counted in between may be lost to the
-/// count.
-pub(super) fn set_flags(maps: &Maps, id: u32, flags: u16) -> Result<(), MapError> {
-    let state = maps.backends.get(&id)?.unwrap_or_default();
-    if state.flags != flags {
-        maps.backends.set(&id, &BackendState { flags, ..state })?;
-    }
-    Ok(())
 }

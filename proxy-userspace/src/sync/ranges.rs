@@ -15,13 +15,12 @@ use shunt_common::{
 
 use super::{
     Applied, Cause, Syncer,
-    apply::set_flags,
     slots::SlotRange,
     state::ServiceState,
     table::{Choice, FamilyIndex, FrontendTable},
 };
 use crate::{
-    datapath::maps::{MapError, settings},
+    datapath::maps::{MapError, Maps, settings},
     plan::{Backend, BackendSet, Frontend, Table},
 };
 
@@ -245,4 +244,14 @@ fn identity(address: IpAddr, port: u16) -> u32 {
         IpAddr::V4(ip) => hash::backend::<V4>(V4::words(ip.octets()), port),
         IpAddr::V6(ip) => hash::backend::<V6>(V6::words(ip.octets()), port),
     }
+}
+
+/// Writes a backend's flags if they differ. A flow that is counted in between may be lost to the
+/// count.
+pub(super) fn set_flags(maps: &Maps, id: u32, flags: u16) -> Result<(), MapError> {
+    let state = maps.backends.get(&id)?.unwrap_or_default();
+    if state.flags != flags {
+        maps.backends.set(&id, &BackendState { flags, ..state })?;
+    }
+    Ok(())
 }

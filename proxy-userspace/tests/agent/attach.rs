@@ -18,13 +18,14 @@ use shunt::{
     },
     datapath::{
         Capacities, Paths,
-        attach::{Attacher, PinnedLink, TcMode, XdpMode, pinned_links},
+        attach::{Attacher, PinnedLink, TcMode, pinned_links},
         bpf,
-        devices::{Device, DevicePatterns, DeviceWatcher, Glob, LinkHeader, Role},
+        device_watcher::DeviceWatcher,
+        devices::{Device, DevicePatterns, Glob, LinkHeader, Role},
         load::{Datapath, LoadConfig, LoadError, SocketLb, load},
         lock::LockError,
         netns::{self, NodePortAddresses},
-        xdp,
+        xdp::{self, XdpMode},
     },
 };
 use shunt_common::layout::{Frontend, FrontendKey, SCOPE_INTERNAL, TAIL_CALLS, TCP, names};

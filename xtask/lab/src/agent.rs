@@ -3,7 +3,7 @@
 use std::{
     env, fs,
     io::{BufRead, BufReader, Read},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Output, Stdio},
@@ -17,7 +17,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::{
     capabilities,
-    lab::{Lab, POD_CIDRS, SERVICE_CIDRS},
+    lab::{POD_CIDRS, SERVICE_CIDRS},
     mounts::mount_at,
     netns::NetNs,
     registry,
@@ -42,6 +42,20 @@ const SMALL_MAPS: [(&str, &str); 8] = [
 ];
 /// How long an agent may take to end at SIGTERM.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The node that an agent runs on.
+#[derive(Debug)]
+pub(crate) struct AgentPlace {
+    /// `--node-name`.
+    pub(crate) node: String,
+    pub(crate) ns: NetNs,
+    /// `--node-ip`.
+    pub(crate) addresses: [IpAddr; 2],
+    /// `--cgroup-root`.
+    pub(crate) cgroup: PathBuf,
+    /// `--bpf-root`.
+    pub(crate) bpf_root: PathBuf,
+}
 
 /// Settings of an agent.
 #[derive(Clone, Debug)]
@@ -220,26 +234,25 @@ pub struct Agent {
 }
 
 impl Agent {
-    pub(crate) fn start(lab: &Lab, node: &str, options: &AgentOptions) -> Result<Self> {
-        let mut agent = Self::new(lab, node, options)?;
+    pub(crate) fn start(place: &AgentPlace, options: &AgentOptions) -> Result<Self> {
+        let mut agent = Self::new(place, options)?;
         agent.spawn()?;
         agent.wait_ready()?;
         Ok(agent)
     }
 
     /// One that does not run yet.
-    pub(crate) fn new(lab: &Lab, node: &str, options: &AgentOptions) -> Result<Self> {
+    pub(crate) fn new(place: &AgentPlace, options: &AgentOptions) -> Result<Self> {
         mount_bpffs()?;
-        let bpf_root = lab.bpf_root(node);
         let shunt = options.shunt.clone().map_or_else(find_shunt, Ok)?;
         let mut args = vec!["run".to_owned()];
         let mut set = |name: &str, value: &str| args.extend([name.to_owned(), value.to_owned()]);
         if let Some(manifests) = &options.manifests {
             set("--manifests", &manifests.to_string_lossy());
         }
-        set("--node-name", node);
+        set("--node-name", &place.node);
         if !options.finds_addresses {
-            for ip in lab.node_ips(node)? {
+            for ip in place.addresses {
                 set("--node-ip", &ip.to_string());
             }
         }
@@ -247,8 +260,8 @@ impl Agent {
             set("--devices", "eth0");
             set("--pod-devices", "veth*");
         }
-        set("--cgroup-root", &lab.node_cgroup(node).to_string_lossy());
-        set("--bpf-root", &bpf_root.to_string_lossy());
+        set("--cgroup-root", &place.cgroup.to_string_lossy());
+        set("--bpf-root", &place.bpf_root.to_string_lossy());
         for cidr in POD_CIDRS {
             set("--cluster-cidr", cidr);
         }
@@ -272,10 +285,10 @@ impl Agent {
         }
         args.extend(options.extra.iter().cloned());
         Ok(Self {
-            node: node.to_owned(),
-            ns: lab.ns(node)?,
-            cgroup: lab.node_cgroup(node).join("host"),
-            bpf_root,
+            node: place.node.clone(),
+            ns: place.ns.clone(),
+            cgroup: place.cgroup.join("host"),
+            bpf_root: place.bpf_root.clone(),
             shunt,
             capabilities: options.capabilities.clone(),
             pod: options.pod.clone(),
@@ -582,7 +595,7 @@ impl Drop for Agent {
         // Cleans the node's devices too; that matters only to a lab that goes on without this
         // agent.
         let _ = self.cli(&["cleanup"]);
-        remove_pins(&self.bpf_root);
+        registry::remove_pins(&self.bpf_root);
     }
 }
 
@@ -614,11 +627,4 @@ pub fn mount_bpffs() -> Result<()> {
             registry::BPFFS
         )
     })
-}
-
-/// Unlinks everything below a folder of pins, and the folder; what nothing else holds is unloaded
-/// by the kernel.
-pub fn remove_pins(path: &Path) {
-    // bpffs is gone or never was: nothing to remove.
-    let _ = fs::remove_dir_all(path);
 }

@@ -37,7 +37,7 @@ mod skip;
 mod tunnel;
 pub mod worker;
 
-pub use agent::{Agent, AgentOptions, find_shunt, mount_bpffs, remove_pins};
+pub use agent::{Agent, AgentOptions, find_shunt, mount_bpffs};
 pub use cgroup::mount_point as cgroup_mount_point;
 pub use client::{Client, Conn, Many};
 pub use kubelet::Kubelet;
@@ -47,6 +47,6 @@ pub use lab::{
 };
 pub use netns::NetNs;
 pub use protocol::{Answer, Dial, DialError, Proto, Stage};
-pub use registry::{Owner, RUN_VARIABLE, UniqueName, owner};
+pub use registry::{Owner, RUN_VARIABLE, UniqueName, owner, remove_pins};
 pub use skip::{SKIPPED, peer, peer_variable};
 pub use worker::has_sctp;

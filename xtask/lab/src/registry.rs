@@ -19,7 +19,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use rustix::fs::{FlockOperation, flock};
 
-use crate::{agent, cgroup, netns};
+use crate::{cgroup, netns};
 
 /// One file per lab, locked while its owner lives. Its text is for readers: the owner's process id
 /// and the run of tests it belongs to.
@@ -187,7 +187,7 @@ fn sweep(number: &str) -> bool {
     }
     let mut left = cgroup.is_ok_and(|cgroup| cgroup.exists());
     for (dir, remove) in [
-        (BPFFS, agent::remove_pins as fn(&Path)),
+        (BPFFS, remove_pins as fn(&Path)),
         (netns::NETNS_DIR, netns::remove),
     ] {
         for entry in fs::read_dir(dir)
@@ -252,4 +252,11 @@ pub fn owner(name: &str) -> Owner {
         },
         None => Owner::Unknown,
     }
+}
+
+/// Unlinks everything below a folder of pins, and the folder; what nothing else holds is unloaded
+/// by the kernel.
+pub fn remove_pins(path: &Path) {
+    // bpffs is gone or never was: nothing to remove.
+    let _ = fs::remove_dir_all(path);
 }

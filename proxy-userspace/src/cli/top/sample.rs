@@ -633,3 +633,16 @@ fn events_since(before: &[(Event, u64)], now: &[(Event, u64)]) -> BTreeMap<&'sta
     };
     now.iter().zip(before).map(more).collect()
 }
+
+/// A rate in few characters.
+pub(super) fn rate(count: u64, seconds: f64) -> String {
+    let rate = count as f64 / seconds.max(0.001);
+    match rate {
+        0.0 => "0".to_owned(),
+        ..9.95 => format!("{rate:.1}"),
+        ..999.5 => format!("{rate:.0}"),
+        ..999_500.0 => format!("{:.1}k", rate / 1e3),
+        ..999_500_000.0 => format!("{:.1}M", rate / 1e6),
+        _ => format!("{:.1}G", rate / 1e9),
+    }
+}

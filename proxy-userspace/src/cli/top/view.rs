@@ -8,10 +8,7 @@ use ratatui::{
     widgets::{Block, Borders, Cell, Paragraph, Row, Sparkline, Table, TableState},
 };
 
-use super::{
-    rate,
-    sample::{BackendLine, HISTORY, Report, ServiceLine},
-};
+use super::sample::{BackendLine, HISTORY, Report, ServiceLine, rate};
 
 /// Rows of the sparkline.
 const SPARKLINE_ROWS: u16 = 3;

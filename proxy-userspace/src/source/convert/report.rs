@@ -9,8 +9,12 @@ use std::{
 
 use ipnet::IpNet;
 
-use super::{decimal, service::ANNOTATION_RETRY};
+use super::decimal;
 use crate::object::{ObjectName, Problem, Protocol, Retry, TrafficPolicy};
+
+/// Annotation of a Service: `false`, and no connection tries another backend; `true`, and those of
+/// pods' sockets do too ([`Retry`]).
+pub const ANNOTATION_RETRY: &str = "shunt.dev/retry";
 
 /// Collects the problems of one object.
 pub(super) struct Report<'a> {

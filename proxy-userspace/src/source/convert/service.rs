@@ -9,10 +9,6 @@ use crate::{
 };
 use ipnet::IpNet;
 
-/// Annotation of a Service: `false`, and no connection tries another backend; `true`, and those of
-/// pods' sockets do too ([`Retry`]).
-pub const ANNOTATION_RETRY: &str = "shunt.dev/retry";
-
 /// Seconds that `sessionAffinity: ClientIP` lasts unless said otherwise (API reference,
 /// `ClientIPConfig`).
 pub const DEFAULT_AFFINITY_SECS: u32 = 10_800;

@@ -11,7 +11,7 @@ use ipnet::IpNet;
 
 use super::{
     super::allocate::{Pool, Range, to_ip, to_number},
-    Config,
+    config::Config,
     service::{DualStack, ServiceManifest},
 };
 use crate::object::{Exposure, ObjectName, Problem, Service};

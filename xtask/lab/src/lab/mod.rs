@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::{
-    agent::{Agent, AgentOptions},
+    agent::{Agent, AgentOptions, AgentPlace},
     cgroup,
     client::{self, Client},
     netns::NetNs,
@@ -25,16 +25,13 @@ mod pods;
 mod spec;
 
 pub use network::{NETWORKS, Network, Overlay, PLAIN, PodLink};
+pub(crate) use network::{POD_CIDRS, SERVICE_CIDRS};
 pub use spec::{Cni, LabBuilder, PodSpec, Port, Sockets};
 
 /// The nodes' LAN; the fabric has `.1`, nodes have `.11` and up.
 pub const NODE_LAN_V4: &str = "192.168.50.0/24";
 /// The nodes' LAN; the fabric has `::1`, nodes have `::11` and up.
 pub const NODE_LAN_V6: &str = "fd50::/64";
-/// The cluster's pods; each node has a part ([`pod_cidrs`]).
-pub(crate) const POD_CIDRS: [&str; 2] = ["10.44.0.0/16", "fd44::/48"];
-/// ClusterIPs.
-pub(crate) const SERVICE_CIDRS: [&str; 2] = ["10.96.0.0/12", "fd96::/108"];
 /// Load balancer and external IPs.
 const EXTERNAL_CIDRS: [&str; 2] = ["198.51.100.0/24", "2001:db8:198::/64"];
 /// The fabric on the outside network.
@@ -102,6 +99,17 @@ fn pod_address_v4(node: usize, host: u16) -> IpAddr {
 
 fn pod_address_v6(node: usize, host: u16) -> IpAddr {
     Ipv6Addr::new(0xfd44, 0, 0, 0xa + node as u16, 0, 0, 0, host).into()
+}
+
+impl LabBuilder {
+    /// Makes the fabric, the nodes and an outside host `client`.
+    ///
+    /// # Errors
+    ///
+    /// When a namespace, device, route or cgroup cannot be made; what was made is removed again.
+    pub fn build(self) -> Result<Lab> {
+        Lab::build(self)
+    }
 }
 
 impl Lab {
@@ -207,16 +215,6 @@ impl Lab {
             .addresses)
     }
 
-    /// The addresses of a node's second NIC ([`Network::second_nic`]).
-    ///
-    /// # Errors
-    ///
-    /// When the lab has no such node.
-    pub fn second_node_ips(&self, node: &str) -> Result<[IpAddr; 2]> {
-        let index = self.state().nodes.get(node).map(|node| node.index);
-        nodes::second_addresses(index.with_context(|| format!("the lab has no node {node}"))?)
-    }
-
     /// The addresses of a node, pod or outside host.
     ///
     /// # Errors
@@ -256,6 +254,16 @@ impl Lab {
             return Ok(self.fabric.clone());
         }
         self.place(name, |place| place.ns.clone())
+    }
+
+    fn agent_place(&self, node: &str) -> Result<AgentPlace> {
+        Ok(AgentPlace {
+            node: node.to_owned(),
+            ns: self.ns(node)?,
+            addresses: self.node_ips(node)?,
+            cgroup: self.node_cgroup(node),
+            bpf_root: self.bpf_root(node),
+        })
     }
 
     fn place<T>(&self, name: &str, f: impl FnOnce(&Place) -> T) -> Result<T> {
@@ -332,7 +340,7 @@ impl Lab {
     ///
     /// With what the agent printed, when it ends or is not ready in time.
     pub fn start_agent(&self, node: &str, options: &AgentOptions) -> Result<Agent> {
-        Agent::start(self, node, options)
+        Agent::start(&self.agent_place(node)?, options)
     }
 
     /// An agent of a node that does not run yet: for those that are not to become ready.
@@ -341,7 +349,7 @@ impl Lab {
     ///
     /// When the lab has no such node, or there is no binary.
     pub fn agent(&self, node: &str, options: &AgentOptions) -> Result<Agent> {
-        Agent::new(self, node, options)
+        Agent::new(&self.agent_place(node)?, options)
     }
 
     /// The PIDs of every process in the lab's cgroups: pods, clients and agents.

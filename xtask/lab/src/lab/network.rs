@@ -1,6 +1,10 @@
 //! Networks that clusters have, as data: how nodes and pods are joined, and what the network lets
 //! pass.
 
+/// The cluster's pods; each node has a part (`pod_cidrs`).
+pub(crate) const POD_CIDRS: [&str; 2] = ["10.44.0.0/16", "fd44::/48"];
+/// ClusterIPs.
+pub(crate) const SERVICE_CIDRS: [&str; 2] = ["10.96.0.0/12", "fd96::/108"];
 /// How packets get from a pod to another node's pods.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Overlay {

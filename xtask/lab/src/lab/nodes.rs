@@ -16,6 +16,16 @@ const SECOND_TABLE: u32 = 60;
 const VXLAN: &str = "id 1 dstport 8472";
 
 impl Lab {
+    /// The addresses of a node's second NIC ([`super::Network::second_nic`]).
+    ///
+    /// # Errors
+    ///
+    /// When the lab has no such node.
+    pub fn second_node_ips(&self, node: &str) -> Result<[IpAddr; 2]> {
+        let index = self.state().nodes.get(node).map(|node| node.index);
+        second_addresses(index.with_context(|| format!("the lab has no node {node}"))?)
+    }
+
     /// Makes a namespace in which addresses are usable at once and packets are forwarded if it is a
     /// router.
     pub(super) fn make_ns(&self, name: &str, router: bool) -> Result<NetNs> {
@@ -327,7 +337,7 @@ impl Lab {
 }
 
 /// The addresses of a node's second NIC.
-pub(super) fn second_addresses(index: usize) -> Result<[IpAddr; 2]> {
+fn second_addresses(index: usize) -> Result<[IpAddr; 2]> {
     let host = 11 + index;
     Ok([
         format!("192.168.60.{host}").parse()?,

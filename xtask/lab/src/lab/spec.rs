@@ -2,9 +2,7 @@
 
 use std::net::IpAddr;
 
-use anyhow::Result;
-
-use super::{Lab, network::Network};
+use super::network::Network;
 use crate::protocol::Proto;
 
 /// How pods are joined to their node.
@@ -138,14 +136,5 @@ impl LabBuilder {
     pub fn checksum_offload(mut self) -> Self {
         self.checksum_offload = true;
         self
-    }
-
-    /// Makes the fabric, the nodes and an outside host `client`.
-    ///
-    /// # Errors
-    ///
-    /// When a namespace, device, route or cgroup cannot be made; what was made is removed again.
-    pub fn build(self) -> Result<Lab> {
-        Lab::build(self)
     }
 }
