@@ -4,10 +4,7 @@ use std::{fmt, net::SocketAddr, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
-use super::{
-    flags::{set, set_option},
-    values::{Listen, Text, or_null},
-};
+use super::values::{Listen, Text, or_null, set, set_option};
 use crate::dns::PORT;
 
 /// The zone, unless said otherwise: the kubelet's `clusterDomain`.

@@ -237,25 +237,28 @@ fn unknown(
     fields.iter().map(warning).collect()
 }
 
-/// Settings as a file that says the same.
-///
-/// # Errors
-/// A path that is no UTF-8 cannot be told.
-pub(super) fn dump(settings: &Settings) -> anyhow::Result<String> {
-    let theirs = serde_saphyr::to_string(&KubeProxyConfiguration::from(settings))?;
-    let ours = serde_saphyr::to_string(&ShuntConfiguration::from(settings))?;
-    Ok(format!("{}\n---\n{}", theirs.trim_end(), ours.trim_end()))
-}
+impl Settings {
+    /// These settings as a file of `--config` that says the same.
+    ///
+    /// # Errors
+    /// A path that is no UTF-8 cannot be told.
+    pub fn dump(&self) -> anyhow::Result<String> {
+        let theirs = serde_saphyr::to_string(&KubeProxyConfiguration::from(self))?;
+        let ours = serde_saphyr::to_string(&ShuntConfiguration::from(self))?;
+        Ok(format!("{}\n---\n{}", theirs.trim_end(), ours.trim_end()))
+    }
 
-/// Settings as JSON: under kube-proxy's name what its document says, and under ours the rest.
-///
-/// # Errors
-/// A path that is no UTF-8 cannot be told.
-pub(super) fn configz(settings: &Settings) -> anyhow::Result<String> {
-    let group = |version: &'static str| version.split('/').next().unwrap_or(version);
-    let documents = serde_json::json!({
-        group(kube_proxy::API_VERSION): KubeProxyConfiguration::from(settings),
-        group(own::API_VERSION): ShuntConfiguration::from(settings),
-    });
-    Ok(documents.to_string())
+    /// The same as JSON (`/configz`): under kube-proxy's name what its document says, and under
+    /// ours the rest.
+    ///
+    /// # Errors
+    /// A path that is no UTF-8 cannot be told.
+    pub fn configz(&self) -> anyhow::Result<String> {
+        let group = |version: &'static str| version.split('/').next().unwrap_or(version);
+        let documents = serde_json::json!({
+            group(kube_proxy::API_VERSION): KubeProxyConfiguration::from(self),
+            group(own::API_VERSION): ShuntConfiguration::from(self),
+        });
+        Ok(documents.to_string())
+    }
 }

@@ -13,7 +13,7 @@ use ipnet::IpNet;
 use super::{
     DatapathLog, HEALTHZ_PORT, METRICS_PORT, PortRange, Settings, dns, file,
     kube_proxy_flags::KubeProxyArgs,
-    values::{Listen, Network, NodePortAddress, Timeout},
+    values::{Listen, Network, NodePortAddress, Timeout, set, set_list, set_option},
 };
 use crate::{
     datapath::{load::SocketLb, netfilter::Netfilter, netns::NodePortAddresses, xdp::XdpMode},
@@ -381,26 +381,5 @@ impl RunArgs {
         set(&mut to.capacities.snat, self.capacities.max_snat);
         set(&mut to.capacities.affinity, self.capacities.max_affinity);
         set(&mut to.capacities.sockets, self.capacities.max_sockets);
-    }
-}
-
-/// Takes a value over that was given.
-pub(super) fn set<T>(to: &mut T, given: Option<T>) {
-    if let Some(value) = given {
-        *to = value;
-    }
-}
-
-/// The same for a setting that may be none.
-pub(super) fn set_option<T>(to: &mut Option<T>, given: Option<T>) {
-    if given.is_some() {
-        *to = given;
-    }
-}
-
-/// The same for a list, where none given is none at all.
-pub(super) fn set_list<T>(to: &mut Vec<T>, given: Vec<T>) {
-    if !given.is_empty() {
-        *to = given;
     }
 }

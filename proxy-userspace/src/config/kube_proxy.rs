@@ -9,10 +9,9 @@ use serde_json::Value;
 
 use super::{
     HEALTHZ_PORT, Logging as LoggingSettings, METRICS_PORT, Settings, conntrack,
-    flags::{set, set_list, set_option},
     values::{
         Address, JoinedNodePortAddresses, Listen, Networks, Text, Timeout, duration, or_empty,
-        or_null, or_zero,
+        or_null, or_zero, set, set_list, set_option,
     },
 };
 

@@ -11,9 +11,8 @@ use clap::Args;
 
 use super::{
     Settings,
-    flags::{set, set_option},
     kube_proxy::{self, DetectLocalMode},
-    values::Address,
+    values::{Address, set, set_option},
 };
 
 /// Arguments of kube-proxy's that shunt has under another name, or does not tell of.

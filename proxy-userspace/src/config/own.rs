@@ -7,9 +7,9 @@ use serde::{Deserialize, Serialize};
 use super::{
     DatapathLog, HEALTHZ_PORT, METRICS_PORT, Settings,
     dns::DnsConfiguration,
-    flags::{set, set_list},
     values::{
-        Address, Listen, Network, PortRange, Text, from_one_on, or_empty, or_null, up_to_a_minute,
+        Address, Listen, Network, PortRange, Text, from_one_on, or_empty, or_null, set, set_list,
+        up_to_a_minute,
     },
 };
 use crate::datapath::{Capacities as Entries, load::SocketLb, xdp::XdpMode};

@@ -1,9 +1,10 @@
 use std::time::Duration;
 
 use clap::{CommandFactory, Parser};
+use ipnet::IpNet;
 
-use super::{flags::RunArgs, values::Listen, *};
-use crate::datapath::netfilter::Netfilter;
+use super::{conntrack::Conntrack, dns::Dns, flags::RunArgs, values::Listen, *};
+use crate::datapath::{Capacities, load::SocketLb, netfilter::Netfilter, xdp::XdpMode};
 
 #[derive(Debug, Parser)]
 struct Cli {

@@ -316,3 +316,24 @@ pub(super) fn from_one_on<'de, D: Deserializer<'de>>(
         number => Ok(number),
     }
 }
+
+/// Takes a value over that was given.
+pub(super) fn set<T>(to: &mut T, given: Option<T>) {
+    if let Some(value) = given {
+        *to = value;
+    }
+}
+
+/// The same for a setting that may be none.
+pub(super) fn set_option<T>(to: &mut Option<T>, given: Option<T>) {
+    if given.is_some() {
+        *to = given;
+    }
+}
+
+/// The same for a list, where none given is none at all.
+pub(super) fn set_list<T>(to: &mut Vec<T>, given: Vec<T>) {
+    if !given.is_empty() {
+        *to = given;
+    }
+}
