@@ -6,11 +6,11 @@ use shunt_common::{
     packet::Tuple,
 };
 
-/// Whether the packet bears its socket's own port and, if that is connected, the address and port that
-/// it is connected to.
+/// Whether the packet bears its socket's own port, the address that it is bound to, if any, and the
+/// address and port that it is connected to, if it is.
 ///
-/// What was translated does not: either its destination is not the socket's any more, or its source
-/// port, for none is taken that an unconnected socket has.
+/// What was translated does not: either its destination is not the socket's any more, or its source,
+/// for no port is taken that an unconnected socket has at the address that is put in place of its own.
 ///
 /// # Safety
 /// `skb` must be the running program's context.
@@ -24,17 +24,26 @@ pub(crate) unsafe fn sends<F: Family>(skb: *mut __sk_buff, packet: &Tuple<F::Wor
     if source != packet.src_port || peer != 0 && peer != packet.dst_port {
         return false;
     }
-    if peer == 0 {
-        return true;
-    }
     if size_of::<F::Words>() == 4 {
-        // SAFETY: the caller's promise; the address is of one word.
-        unsafe { peer4(skb) == core::mem::transmute_copy(&packet.dst) }
-    } else {
-        // SAFETY: the caller's promise; the address is of two words.
+        // SAFETY: the caller's promise; addresses are of one word.
         unsafe {
-            let Words6 { high, low } = core::mem::transmute_copy(&packet.dst);
-            peer6::<0>(skb) == high && peer6::<2>(skb) == low
+            let bound = bound4(skb);
+            (bound == 0 || bound == core::mem::transmute_copy(&packet.src))
+                && (peer == 0 || peer4(skb) == core::mem::transmute_copy(&packet.dst))
+        }
+    } else {
+        // SAFETY: the caller's promise; addresses are of two words.
+        unsafe {
+            let bound = Words6 {
+                high: bound6::<0>(skb),
+                low: bound6::<2>(skb),
+            };
+            let (src, dst): (Words6, Words6) = (
+                core::mem::transmute_copy(&packet.src),
+                core::mem::transmute_copy(&packet.dst),
+            );
+            (bound == Words6 { high: 0, low: 0 } || bound == src)
+                && (peer == 0 || peer6::<0>(skb) == dst.high && peer6::<2>(skb) == dst.low)
         }
     }
 }
@@ -51,6 +60,34 @@ unsafe fn ports(skb: *mut __sk_buff) -> u32 {
         let source = (&raw const (*socket).src_port).read_volatile();
         let peer = (&raw const (*socket).dst_port).read_volatile();
         source << 16 | u32::from(u16::from_be(peer))
+    }
+}
+
+/// The address of IPv4 that the socket is bound to, as it stands in packets; 0: none.
+#[inline(never)]
+unsafe fn bound4(skb: *mut __sk_buff) -> u32 {
+    // SAFETY: as above.
+    unsafe {
+        let socket = socket(skb);
+        if socket.is_null() {
+            return 0;
+        }
+        (&raw const (*socket).src_ip4).read_volatile()
+    }
+}
+
+/// Two words of the address of IPv6 that the socket is bound to, from the `I`th on.
+#[inline(never)]
+unsafe fn bound6<const I: usize>(skb: *mut __sk_buff) -> u64 {
+    // SAFETY: as above.
+    unsafe {
+        let socket = socket(skb);
+        if socket.is_null() {
+            return 0;
+        }
+        let low = (&raw const (*socket).src_ip6[I]).read_volatile();
+        let high = (&raw const (*socket).src_ip6[I + 1]).read_volatile();
+        u64::from(low) | u64::from(high) << 32
     }
 }
 

@@ -4,6 +4,7 @@
 use std::{
     net::SocketAddr,
     ops::RangeInclusive,
+    process::Command,
     time::{Duration, Instant},
 };
 
@@ -127,6 +128,35 @@ fn processes_share_no_port_with_flows_without_xdp() {
 #[test]
 fn processes_share_no_port_with_flows_to_pods_of_their_node() {
     processes_share_no_port_with_flows("off", "node-a");
+}
+
+/// A socket with an address of its own, where the way to the pod has another, keeps its port: what was
+/// translated, and is seen once more where it leaves, is not taken for what the socket sends.
+#[test]
+fn what_leaves_by_another_address_is_translated_once() {
+    let (lab, _agent, _manifests) = start("off", "node-b");
+    let port = *PORTS.start();
+    for (v6, own, len) in [(false, "192.0.2.77", "32"), (true, "2001:db8::77", "128")] {
+        let add = ["address", "add", &format!("{own}/{len}"), "dev", "lo"];
+        let node = lab.ns("node-a").unwrap();
+        let status = node.run(|| Command::new("ip").args(add).status()).unwrap();
+        assert!(status.success(), "ip {add:?}: {status}");
+        let node_ip = lab.node_ips("node-a").unwrap()[usize::from(v6)];
+        let to = SocketAddr::new(web::CLUSTER_IPS[usize::from(v6)].parse().unwrap(), 80);
+        let process = lab.client("node-a", Sockets::Unhooked).unwrap();
+        for (proto, connected) in [(Proto::Tcp, true), (Proto::Udp, true), (Proto::Udp, false)] {
+            let case = format!("{proto} from {own}, connected {connected}");
+            let dial = Dial {
+                connected,
+                ..Dial::from(SocketAddr::new(own.parse().unwrap(), port))
+            };
+            let conn = process.open(proto, to, &dial).unwrap();
+            for round in 0..3 {
+                let seen = asks(&conn, &format!("round {round}"), &case);
+                assert_eq!(seen, SocketAddr::new(node_ip, port), "{case}");
+            }
+        }
+    }
 }
 
 /// What `shunt status` says: how many ports no socket is given.
