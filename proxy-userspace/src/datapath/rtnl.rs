@@ -141,6 +141,10 @@ where
                 Ok(message) => {
                     interrupted |= message.header.flags & NLM_F_DUMP_INTR != 0;
                     match message.payload {
+                        // A list may end so before it has begun.
+                        NetlinkPayload::Done(done) if done.code < 0 => {
+                            return Err(io::Error::from_raw_os_error(-done.code));
+                        }
                         NetlinkPayload::Done(_) => return Ok((messages, interrupted)),
                         NetlinkPayload::Error(e) if e.code.is_none() => {
                             return Ok((messages, interrupted));
@@ -155,5 +159,31 @@ where
                 Err(error) => tracing::debug!("netlink: skipping a message: {error}"),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use netlink_packet_sock_diag::{
+        SockDiagMessage,
+        inet::{ExtensionFlags, InetRequest, SocketId, StateFlags},
+    };
+    use rtnetlink::sys::protocols::NETLINK_SOCK_DIAG;
+
+    use super::*;
+
+    /// As `tcp_diag`, where the kernel has no such module: it says so where the list ends.
+    #[test]
+    fn what_the_kernel_cannot_list_is_not_an_empty_list() {
+        let request = SockDiagMessage::InetRequest(InetRequest {
+            family: libc::AF_INET as u8,
+            protocol: 254,
+            extensions: ExtensionFlags::empty(),
+            states: StateFlags::all(),
+            socket_id: SocketId::new_v4(),
+        });
+        let answer = exchange(NETLINK_SOCK_DIAG, request, NLM_F_REQUEST | NLM_F_DUMP);
+        let error = answer.map(|(list, _)| list.len()).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENOENT));
     }
 }
