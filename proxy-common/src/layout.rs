@@ -118,6 +118,9 @@ pub mod names {
     /// `SK_STORAGE` → [`SocketPeers`](super::SocketPeers): which frontends an unconnected UDP
     /// socket sent to.
     pub const UDP_PEERS: &str = "udp_peers";
+    /// `HASH` cgroup id → `u32`: pods that the socket hook leaves to packets, looked at with
+    /// [`CONFIG_PODS_LEFT_OUT`](super::CONFIG_PODS_LEFT_OUT) only.
+    pub const LEFT_OUT: &str = "left_out";
     /// `ARRAY` of one, memory-mappable, of [`Tracers`](super::Tracers): who traces what.
     pub const TRACERS: &str = "tracers";
     /// `ARRAY_OF_MAPS` of [`MAX_TRACERS`](super::MAX_TRACERS) ring buffers of
@@ -589,6 +592,12 @@ pub const CONFIG_ANSWER_PING: u32 = 1 << 1;
 /// [`Config::flags`]: the socket hook serves only sockets in the node's own network namespace
 /// (`--socket-lb host`).
 pub const CONFIG_SOCKETS_OF_NODE: u32 = 1 << 3;
+
+/// [`Config::flags`]: the socket hook leaves out sockets of processes below the cgroups in
+/// [`names::LEFT_OUT`] (`--socket-lb-labels`).
+pub const CONFIG_PODS_LEFT_OUT: u32 = 1 << 4;
+/// Entries of [`names::LEFT_OUT`]: several times what a node can run.
+pub const MAX_PODS_LEFT_OUT: u32 = 8192;
 
 /// Most networks per family in [`FamilyConfig::service_cidrs`].
 pub const MAX_SERVICE_CIDRS: usize = 4;

@@ -170,6 +170,14 @@ pub(crate) static SOCKETS: HashMap<u64, SocketPeer, 131_072> = HashMap::new();
 #[btf_map(name = "udp_peers")]
 pub(crate) static UDP_PEERS: SkStorage<SocketPeers> = SkStorage::new();
 
+#[btf_map(name = "left_out")]
+pub(crate) static LEFT_OUT: HashMap<
+    u64,
+    u32,
+    { MAX_PODS_LEFT_OUT as usize },
+    { BPF_F_NO_PREALLOC as usize },
+> = HashMap::new();
+
 /// Most flows of a family that may wait in `flows` for both sides to speak: set when the programs
 /// are loaded.
 #[unsafe(no_mangle)]

@@ -6,7 +6,8 @@
 //! backend does not serve any more, the packets are translated from there on
 //! ([`shunt_common::balance::Maps::hooked`]).
 //!
-//! With `--socket-lb host` pods' sockets are left to packets too, but for what they were led to before.
+//! With `--socket-lb host` pods' sockets are left to packets too, and with `--socket-lb-labels` those of
+//! labelled pods, but for what they were led to before.
 //! Those hooks that only show who a peer is stay with `--socket-lb off` as long as such sockets are open.
 //!
 //! What a connected socket dialled is remembered under its cookie ([`SOCKETS`]) until it closes;
@@ -17,7 +18,10 @@ use core::ffi::c_void;
 use aya_ebpf::{
     EbpfContext,
     bindings::{BPF_ANY, bpf_sock_addr},
-    helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval},
+    helpers::{
+        bpf_get_current_ancestor_cgroup_id, bpf_get_netns_cookie, bpf_get_socket_cookie,
+        bpf_set_retval,
+    },
     macros::{cgroup_sock, cgroup_sock_addr},
     programs::{SockAddrContext, SockContext},
 };
@@ -33,7 +37,9 @@ use shunt_common::{
 };
 
 use crate::{
-    maps::{BACKENDS, KernelFamily, KernelMaps, SOCKETS, Socket, UDP_PEERS, count, words},
+    maps::{
+        BACKENDS, KernelFamily, KernelMaps, LEFT_OUT, SOCKETS, Socket, UDP_PEERS, count, words,
+    },
     trace,
 };
 
@@ -421,11 +427,36 @@ fn is_host<F: Peer>(ctx: &SockAddrContext, maps: &KernelMaps<Socket>) -> bool {
     Maps::<F>::config(maps).is_some_and(|config| config.host_netns == netns)
 }
 
-/// Whether the socket's packets are translated instead, by `--socket-lb host`.
+/// Whether the socket's packets are translated instead, by `--socket-lb host` or its pod's label.
 #[inline(always)]
 fn is_left_out<F: Peer>(ctx: &SockAddrContext, maps: &KernelMaps<Socket>) -> bool {
-    Maps::<F>::config(maps).is_some_and(|config| config.flags & CONFIG_SOCKETS_OF_NODE != 0)
+    let flags = Maps::<F>::config(maps).map_or(0, |config| config.flags);
+    flags & (CONFIG_SOCKETS_OF_NODE | CONFIG_PODS_LEFT_OUT) != 0
         && !is_host::<F>(ctx, maps)
+        && (flags & CONFIG_SOCKETS_OF_NODE != 0 || is_of_pod_left_out(ctx) != 0)
+}
+
+/// Levels of cgroups that are looked at: a pod's is the third or fourth, of a node in a container some
+/// more.
+const CGROUP_LEVELS: i32 = 16;
+
+/// Whether the process that calls is in a pod of [`LEFT_OUT`].
+// How deep pods' cgroups lie is nothing that the agent could know: what it takes for the root may be a
+// part of the machine's tree.
+#[inline(never)]
+fn is_of_pod_left_out(_ctx: &SockAddrContext) -> u32 {
+    for level in 1..=CGROUP_LEVELS {
+        // SAFETY: the helper takes any number.
+        let cgroup = unsafe { bpf_get_current_ancestor_cgroup_id(level) };
+        // Below the process's own.
+        if cgroup == 0 {
+            break;
+        }
+        if LEFT_OUT.get_ptr(cgroup).is_some() {
+            return 1;
+        }
+    }
+    0
 }
 
 /// [`affinity::slot_index`] for a socket: all sockets of a network namespace are one client.

@@ -141,7 +141,7 @@ impl Model {
             }
             Event::Node(facts) => self.set_node(facts, &mut touched),
             Event::NodeGone => self.node.leaves = true,
-            Event::Triggered(_) => {}
+            Event::Triggered(_) | Event::LeftOut(_) => {}
             Event::Complete => {
                 self.complete = true;
                 self.report_lost_claims();

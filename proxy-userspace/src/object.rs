@@ -240,6 +240,8 @@ pub enum Event {
     /// The cluster has no such Node (any more). Its other facts stay: the machine is still there,
     /// and so are its addresses.
     NodeGone,
+    /// The UIDs of all Pods of this node that are to be left out of the socket hook.
+    LeftOut(BTreeSet<Arc<str>>),
     /// Of a change in this batch the cluster says that it happened then.
     Triggered(SystemTime),
     /// The source has now yielded everything there is: what was not named since its start (or since

@@ -37,6 +37,7 @@ use crate::{
     connections::Connections,
     datapath::{
         capability,
+        left_out::LeftOut,
         load::{self, LoadConfig},
         maps::Maps,
         sockets::StaleSockets,
@@ -197,12 +198,19 @@ async fn serve(settings: Settings, args: RunArgs, mut watch: Stopwatch) -> anyho
         .context("cannot start a thread")?;
     let stale_sockets = StaleSockets::spawn(maps).context("cannot start a thread")?;
 
+    let left_out = settings
+        .socket_lb_labels
+        .then(|| LeftOut::spawn(&datapath, node::cgroup_root(&settings)))
+        .transpose()
+        .context("cannot follow which pods are left out of the socket hook")?;
+
     let mut reads = reload::follow(args, settings.clone());
     let mut agent = Agent {
         model: Model::new(configured),
         syncer,
         pending: BTreeSet::new(),
         errors: HashMap::new(),
+        left_out,
         live: None,
         lack_local: Default::default(),
         unaddressed: [false; 2],
@@ -331,6 +339,7 @@ fn spawn_source(settings: &Settings, node_name: &str, tx: Queue) -> JoinHandle<a
             node_name,
             proxy_name: settings.service_proxy_name.clone(),
             names: !settings.dns.addresses.is_empty(),
+            socket_lb_labels: settings.socket_lb_labels,
         };
         tokio::spawn(kubernetes::Kubernetes::new(config).run(tx))
     } else {
@@ -340,6 +349,7 @@ fn spawn_source(settings: &Settings, node_name: &str, tx: Queue) -> JoinHandle<a
             node_ports: settings.service_node_port_range.0.clone(),
             load_balancer_cidrs: settings.load_balancer_cidrs.clone(),
             node_name,
+            socket_lb_labels: settings.socket_lb_labels,
         };
         tokio::spawn(manifests::Manifests::new(config).run(tx))
     }

@@ -1,14 +1,14 @@
 //! What the settings and the Node object say of this node: its name, its addresses, its entry in
 //! the configuration map.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, path::PathBuf};
 
 use anyhow::Context;
 
 use crate::{
     config::Settings,
     datapath::{
-        devices,
+        cgroup, devices,
         load::SocketLb,
         local_ports,
         netns::{self, NodePortAddresses},
@@ -30,6 +30,12 @@ pub(super) fn name(settings: &Settings) -> anyhow::Result<String> {
     Ok(name.trim().to_lowercase())
 }
 
+/// The cgroup2 directory that pods' cgroups are in, and whose processes the socket hook serves.
+pub(super) fn cgroup_root(settings: &Settings) -> PathBuf {
+    let given = settings.cgroup_root.clone();
+    given.unwrap_or_else(cgroup::default_root)
+}
+
 pub(super) fn settings(settings: &Settings, addresses: &[IpAddr]) -> NodeSettings {
     // What cannot be has ended the agent before.
     let node_ports =
@@ -47,6 +53,7 @@ pub(super) fn settings(settings: &Settings, addresses: &[IpAddr]) -> NodeSetting
             .map(|v6| settings.localhost_node_ports && node_ports.admits_loopback(v6)),
         host_netns: netns::cookie(),
         sockets_of_node: settings.socket_lb == SocketLb::Host,
+        pods_left_out: settings.socket_lb_labels,
     }
 }
 

@@ -16,9 +16,9 @@ use crate::{
     config::Settings,
     datapath::{
         attach::Attacher,
-        cgroup,
         device_watcher::DeviceWatcher,
         devices::{DevicePatterns, Glob},
+        left_out::LeftOut,
         load::Datapath,
         maps::settings,
         netns::{self, NodePortAddresses},
@@ -45,6 +45,8 @@ pub(super) struct Agent {
     pub(super) pending: BTreeSet<ObjectName>,
     /// The last error of every Service that is not wholly in the maps, so that each is said once.
     pub(super) errors: HashMap<ObjectName, String>,
+    /// With `--socket-lb-labels`.
+    pub(super) left_out: Option<LeftOut>,
     /// `None` until the source has told everything.
     pub(super) live: Option<Live>,
     pub(super) metrics: Metrics,
@@ -117,6 +119,9 @@ impl Agent {
                 if !self.settings.external_ips {
                     service.external_ips.clear();
                 }
+            }
+            if let (Event::LeftOut(uids), Some(left_out)) = (&event, &self.left_out) {
+                left_out.set(uids.clone());
             }
             completes |= event == Event::Complete;
             node_changes |= matches!(event, Event::Node(_));
@@ -353,12 +358,7 @@ impl Agent {
         }
         let mut attacher =
             Attacher::new(&self.datapath, self.settings.xdp).context("cannot attach programs")?;
-        let cgroup_root = self
-            .settings
-            .cgroup_root
-            .clone()
-            .unwrap_or_else(cgroup::default_root);
-        attacher.attach_cgroup(&cgroup_root)?;
+        attacher.attach_cgroup(&this_node::cgroup_root(&self.settings))?;
         let globs =
             |patterns: &[String]| patterns.iter().map(|pattern| Glob::new(pattern)).collect();
         let patterns = DevicePatterns {

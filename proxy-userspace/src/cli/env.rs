@@ -156,6 +156,7 @@ async fn read(args: &EnvArgs, warnings: &mut Vec<String>) -> anyhow::Result<Obje
         node_ports: settings.service_node_port_range.0,
         load_balancer_cidrs: Vec::new(),
         node_name: String::new(),
+        socket_lb_labels: false,
     })
     .await?;
     warnings.extend(snapshot.problems.iter().map(ToString::to_string));

@@ -78,6 +78,7 @@ impl PodSource {
                 node_ports: Settings::default().service_node_port_range.0,
                 load_balancer_cidrs: Vec::new(),
                 node_name: String::new(),
+                socket_lb_labels: false,
             })
             .await?;
             match snapshot.pods.remove(name) {

@@ -74,6 +74,11 @@ pub struct RunArgs {
     /// which does it for sockets of the node itself only; off translates all by packets.
     #[arg(long, value_enum)]
     socket_lb: Option<SocketLb>,
+    /// Leave pods out of --socket-lb by the label `shunt.dev/socket-lb: "off"`, theirs or their
+    /// namespace's; needs the right to watch Pods and Namespaces. A connect that comes before the
+    /// label is known is translated there, and stays so until the socket closes [default: off].
+    #[arg(long, value_enum)]
+    socket_lb_labels: Option<Switch>,
     /// At tc, hand packets of Services straight to the pod or to the next hop. Faster, but they
     /// then skip this node's netfilter (network policies in iptables or nftables, its conntrack and
     /// counters), its IPsec, and the tc programs of others on the way to a pod [default: off].
@@ -280,6 +285,7 @@ impl RunArgs {
         set(&mut to.bpf_root, self.bpf_root);
         set(&mut to.xdp, self.xdp);
         set(&mut to.socket_lb, self.socket_lb);
+        set(&mut to.socket_lb_labels, is_on(self.socket_lb_labels));
         set(&mut to.fast_path, is_on(self.fast_path));
         set(&mut to.count_traffic, is_on(self.count_traffic));
         set(&mut to.datapath_log, self.datapath_log);

@@ -68,6 +68,8 @@ pub(super) struct ShuntConfiguration {
     snat_ports: Option<PortRange>,
     #[serde(rename = "socketLB")]
     socket_lb: Option<SocketLb>,
+    #[serde(rename = "socketLBLabels")]
+    socket_lb_labels: Option<bool>,
     xdp: Option<XdpMode>,
 }
 
@@ -156,6 +158,7 @@ impl ShuntConfiguration {
         );
         set(&mut to.snat_ports, self.snat_ports);
         set(&mut to.socket_lb, self.socket_lb);
+        set(&mut to.socket_lb_labels, self.socket_lb_labels);
         set(&mut to.xdp, self.xdp);
     }
 }
@@ -225,6 +228,7 @@ impl From<&Settings> for ShuntConfiguration {
             service_proxy_name: settings.service_proxy_name.clone(),
             snat_ports: Some(settings.snat_ports.clone()),
             socket_lb: Some(settings.socket_lb),
+            socket_lb_labels: Some(settings.socket_lb_labels),
             xdp: Some(settings.xdp),
         }
     }

@@ -60,6 +60,8 @@ pub struct Settings {
     pub xdp: XdpMode,
     /// `--socket-lb`.
     pub socket_lb: SocketLb,
+    /// `--socket-lb-labels`.
+    pub socket_lb_labels: bool,
     /// `--fast-path`.
     pub fast_path: bool,
     /// `--count-traffic`.
@@ -157,6 +159,7 @@ impl Default for Settings {
             bpf_root: DEFAULT_BPF_ROOT.into(),
             xdp: XdpMode::Auto,
             socket_lb: SocketLb::On,
+            socket_lb_labels: false,
             fast_path: false,
             count_traffic: false,
             service_cidrs: Vec::new(),

@@ -45,7 +45,7 @@ fn the_help_tells_the_defaults() {
             told.push(flag);
         }
     }
-    assert_eq!(told.len(), 29, "{told:?}");
+    assert_eq!(told.len(), 30, "{told:?}");
     for (flag, other) in [
         ("xdp", "off"),
         ("datapath-log", "warn"),
@@ -216,6 +216,7 @@ fn every_field_arrives_and_ours_stands_over_theirs() {
         bpf_root: "/sys/fs/bpf/other".into(),
         xdp: XdpMode::Off,
         socket_lb: SocketLb::Off,
+        socket_lb_labels: true,
         fast_path: true,
         count_traffic: true,
         datapath_log: DatapathLog::Info,

@@ -34,6 +34,7 @@ pub mod conntrack;
 pub mod device_watcher;
 pub mod devices;
 pub(crate) mod layer3;
+pub(crate) mod left_out;
 pub mod load;
 pub mod local_ports;
 pub mod lock;

@@ -47,6 +47,8 @@ macro_rules! kind {
 kind!(Service, "/api/v1/services");
 kind!(EndpointSlice, "/apis/discovery.k8s.io/v1/endpointslices");
 kind!(Node, "/api/v1/nodes");
+kind!(Pod, "/api/v1/pods");
+kind!(Namespace, "/api/v1/namespaces");
 
 /// Declares objects and their parts: every field may be absent or `null`, and every other field is
 /// skipped.
@@ -67,6 +69,7 @@ parts! {
     Meta {
         name: Option<String>,
         namespace: Option<String>,
+        uid: Option<String>,
         labels: Strings,
         annotations: Annotations,
         creation_timestamp: Time,
@@ -76,6 +79,7 @@ parts! {
     /// The annotations that mean something here; others may be as long as they like.
     Annotations {
         #[serde(rename = "shunt.dev/retry")] retry: Option<String>,
+        #[serde(rename = "kubernetes.io/config.mirror")] config_mirror: Option<String>,
         #[serde(rename = "endpoints.kubernetes.io/last-change-trigger-time")] trigger_time: Option<String>,
     }
 
@@ -236,6 +240,11 @@ parts! {
     PodCondition {
         #[serde(rename = "type")] type_: String,
         status: String,
+    }
+
+    /// `v1 Namespace`.
+    Namespace {
+        metadata: Meta,
     }
 
     /// `v1 Node`.

@@ -38,7 +38,8 @@ use follow::{Follower, Selection, WatchEvent};
 
 use super::{
     convert,
-    kinds::{EndpointSlice, Kind, Meta, Node, Service},
+    kinds::{EndpointSlice, Kind, Meta, Namespace, Node, Pod, Service},
+    left_out::{self, LeftOut, PodLabel},
     queue::Queue,
 };
 use crate::object::{self, Event, NodeFacts, ObjectName, Problem};
@@ -65,6 +66,9 @@ pub struct Config {
     /// Whether names of Services are asked for: then those that others serve, and those without
     /// addresses, are followed too.
     pub names: bool,
+    /// Whether Pods of this node and labelled Namespaces are followed, for what the socket hook leaves
+    /// out.
+    pub socket_lb_labels: bool,
 }
 
 /// The Kubernetes source.
@@ -91,6 +95,7 @@ impl Kubernetes {
             node_name,
             proxy_name,
             names,
+            socket_lb_labels,
         } = self.config;
         anyhow::ensure!(
             !node_name.is_empty(),
@@ -136,7 +141,21 @@ impl Kubernetes {
             .run(),
         );
         followers.spawn(Follower::new(connection.clone(), by_label, slice, sender.clone()).run());
-        followers.spawn(Follower::new(connection.clone(), by_name, node, sender).run());
+        followers.spawn(Follower::new(connection.clone(), by_name, node, sender.clone()).run());
+        if socket_lb_labels {
+            let pod = |raw: Pod| slim(raw, None, |raw, _| left_out::pod(raw));
+            let of_node = Selection {
+                labels: None,
+                fields: Some(format!("spec.nodeName={node_name}")),
+            };
+            let namespace = |raw: Namespace| slim(raw, None, |raw, _| left_out::namespace(raw));
+            let off = Selection {
+                labels: Some(format!("{}={}", left_out::LABEL, left_out::OFF)),
+                fields: None,
+            };
+            followers.spawn(Follower::new(connection.clone(), of_node, pod, sender.clone()).run());
+            followers.spawn(Follower::new(connection.clone(), off, namespace, sender).run());
+        }
         followers.spawn(events::publish(
             connection.clone(),
             tx.reports().clone(),
@@ -229,6 +248,21 @@ enum Change {
     Service(WatchEvent<Slim<object::Service>>),
     Slice(WatchEvent<Slim<object::EndpointSlice>>),
     Node(WatchEvent<Slim<NodeFacts>>),
+    Pod(WatchEvent<Slim<PodLabel>>),
+    /// With the label.
+    Namespace(WatchEvent<Slim<Arc<str>>>),
+}
+
+impl From<WatchEvent<Slim<PodLabel>>> for Change {
+    fn from(event: WatchEvent<Slim<PodLabel>>) -> Self {
+        Self::Pod(event)
+    }
+}
+
+impl From<WatchEvent<Slim<Arc<str>>>> for Change {
+    fn from(event: WatchEvent<Slim<Arc<str>>>) -> Self {
+        Self::Namespace(event)
+    }
 }
 
 impl From<WatchEvent<Slim<object::Service>>> for Change {
@@ -255,6 +289,9 @@ struct State {
     services: Known,
     slices: Known,
     nodes: Known,
+    pods: Known,
+    namespaces: Known,
+    left_out: LeftOut,
     complete: bool,
     problems: Vec<Problem>,
     /// Set when a complete list has no such Node.
@@ -270,6 +307,9 @@ impl Default for State {
             services: Known::new("Service", "services"),
             slices: Known::new("EndpointSlice", "endpointslices"),
             nodes: Known::new("Node", "nodes"),
+            pods: Known::new("Pod", "pods"),
+            namespaces: Known::new("Namespace", "namespaces"),
+            left_out: LeftOut::default(),
             complete: false,
             problems: Vec::new(),
             node_is_missing: false,
@@ -383,6 +423,16 @@ impl State {
                 };
                 self.nodes.apply(event, yields, problems);
             }
+            Change::Pod(event) => {
+                let left_out = &mut self.left_out;
+                self.pods
+                    .apply(event, |pod| left_out.set_pod(pod), problems);
+            }
+            Change::Namespace(event) => {
+                let left_out = &mut self.left_out;
+                let yields = |name| left_out.set_namespace(name);
+                self.namespaces.apply(event, yields, problems);
+            }
         }
         if !self.complete && self.services.complete && self.slices.complete && self.nodes.complete {
             self.complete = true;
@@ -403,6 +453,10 @@ impl State {
     /// Services and their slices change together; a kind that cannot be read does not hold up the
     /// others for long.
     fn take_events(&mut self) -> Vec<Event> {
+        // Services do not wait for these, which the server may refuse.
+        if self.pods.complete && self.namespaces.complete {
+            self.events.extend(self.left_out.changed());
+        }
         let all_current = [&self.services, &self.slices, &self.nodes]
             .iter()
             .all(|known| known.current);

@@ -31,6 +31,7 @@ use self::{
 use super::{
     convert::PodFacts,
     files::{self, Files},
+    left_out::LeftOut,
     queue::Queue,
 };
 use crate::object::{EndpointSlice, Event, NodeFacts, ObjectName, Problem, Service};
@@ -145,6 +146,7 @@ struct State {
     services: BTreeMap<ObjectName, Service>,
     slices: BTreeMap<ObjectName, EndpointSlice>,
     node: Option<NodeFacts>,
+    left_out: LeftOut,
     complete: bool,
     problems: HashSet<Problem>,
     numbers: Numbers,
@@ -158,6 +160,7 @@ impl State {
             services: BTreeMap::new(),
             slices: BTreeMap::new(),
             node: None,
+            left_out: LeftOut::default(),
             complete: false,
             problems: HashSet::new(),
             numbers: Numbers::default(),
@@ -231,6 +234,9 @@ impl State {
             };
             events.push(Event::Node(node.clone().unwrap_or_else(nothing)));
         }
+        if self.config.socket_lb_labels {
+            events.extend(self.left_out.changed());
+        }
         if !self.complete {
             events.push(Event::Complete);
         }
@@ -264,6 +270,7 @@ impl State {
         let mut endpoints: Vec<(ObjectName, Arc<Vec<EndpointSlice>>)> = Vec::new();
         let mut pods: BTreeMap<Arc<str>, Vec<Arc<PodFacts>>> = BTreeMap::new();
         let mut node = None;
+        self.left_out.clear();
         let mut zones: HashMap<Arc<str>, Arc<str>> = HashMap::new();
         for path in order {
             for known in &self.files[path].objects {
@@ -302,10 +309,19 @@ impl State {
                         drop(slices.insert(name.clone(), EndpointSlice::clone(slice)))
                     }
                     Content::Endpoints(of) => endpoints.push((name.clone(), of.clone())),
-                    Content::Pod(pod) => pods
-                        .entry(name.namespace.clone())
-                        .or_default()
-                        .push(pod.clone()),
+                    Content::Pod { facts, label } => {
+                        if let Some(label) = label
+                            && label.is_on(&self.config.node_name)
+                        {
+                            self.left_out.set_pod(Ok(label.clone()));
+                        }
+                        pods.entry(name.namespace.clone())
+                            .or_default()
+                            .push(facts.clone());
+                    }
+                    Content::NamespaceOff => {
+                        self.left_out.set_namespace(Ok(name.name.clone()));
+                    }
                     Content::Node(facts) if *facts.name == *self.config.node_name => {
                         node = Some(facts.clone())
                     }

@@ -9,6 +9,7 @@ pub mod convert;
 pub(crate) mod files;
 pub mod kinds;
 pub mod kubernetes;
+mod left_out;
 pub mod manifests;
 pub mod queue;
 mod yaml;

@@ -12,7 +12,7 @@ use serde::{
 };
 use serde_saphyr::Spanned;
 
-use super::kinds::{EndpointSlice, Endpoints, Meta, Node, Pod, Service};
+use super::kinds::{EndpointSlice, Endpoints, Meta, Namespace, Node, Pod, Service};
 use crate::yaml::{Document, Mistake, documents, join, mistake, options};
 
 /// An object as the manifest has it.
@@ -23,6 +23,7 @@ pub(super) enum Object {
     Endpoints(Box<Endpoints>),
     Pod(Box<Pod>),
     Node(Box<Node>),
+    Namespace(Box<Namespace>),
     /// A kind that does not matter here.
     Other,
 }
@@ -36,6 +37,7 @@ impl Object {
             Self::Endpoints(object) => &object.metadata,
             Self::Pod(object) => &object.metadata,
             Self::Node(object) => &object.metadata,
+            Self::Namespace(object) => &object.metadata,
             Self::Other => return None,
         })
     }
@@ -211,7 +213,7 @@ fn parse_document(document: Document<'_>) -> Vec<Parsed<'_>> {
     let known = |of: &&str| {
         matches!(
             *of,
-            "" | "Service" | "EndpointSlice" | "Endpoints" | "Pod" | "Node"
+            "" | "Service" | "EndpointSlice" | "Endpoints" | "Pod" | "Node" | "Namespace"
         )
     };
     let Some(list_of) = kind.strip_suffix("List").filter(known) else {
@@ -330,6 +332,7 @@ impl<'de> DeserializeSeed<'de> for ObjectSeed<'_> {
             "Endpoints" => Object::Endpoints(Deserialize::deserialize(deserializer)?),
             "Pod" => Object::Pod(Deserialize::deserialize(deserializer)?),
             "Node" => Object::Node(Deserialize::deserialize(deserializer)?),
+            "Namespace" => Object::Namespace(Deserialize::deserialize(deserializer)?),
             _ => {
                 IgnoredAny::deserialize(deserializer)?;
                 Object::Other

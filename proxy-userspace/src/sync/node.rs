@@ -6,8 +6,8 @@ use ipnet::IpNet;
 use shunt_common::{
     layout::{
         AFFINITY_TICK_NS, CONFIG_ANSWER_PING, CONFIG_NODEPORT_LOOPBACK4, CONFIG_NODEPORT_LOOPBACK6,
-        CONFIG_SOCKETS_OF_NODE, Config, MAX_CLUSTER_CIDRS, MAX_SERVICE_CIDRS, Octets, Prefix,
-        Timeouts,
+        CONFIG_PODS_LEFT_OUT, CONFIG_SOCKETS_OF_NODE, Config, MAX_CLUSTER_CIDRS, MAX_SERVICE_CIDRS,
+        Octets, Prefix, Timeouts,
     },
     snat,
 };
@@ -52,6 +52,8 @@ pub struct NodeSettings {
     pub host_netns: u64,
     /// `--socket-lb host`.
     pub sockets_of_node: bool,
+    /// Whether the socket hook leaves out pods by their label.
+    pub pods_left_out: bool,
 }
 
 /// A setting that cannot be.
@@ -133,6 +135,7 @@ fn flags(settings: &NodeSettings) -> u32 {
         (v6, CONFIG_NODEPORT_LOOPBACK6),
         (settings.answer_ping, CONFIG_ANSWER_PING),
         (settings.sockets_of_node, CONFIG_SOCKETS_OF_NODE),
+        (settings.pods_left_out, CONFIG_PODS_LEFT_OUT),
     ]
     .iter()
     .fold(
@@ -252,6 +255,7 @@ mod tests {
             loopback: [false, true],
             host_netns: 7,
             sockets_of_node: false,
+            pods_left_out: false,
         }
     }
 

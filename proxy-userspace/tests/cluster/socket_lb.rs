@@ -1,6 +1,9 @@
 //! `--socket-lb`: whose sockets the hook serves (SPEC N7), and that changing it breaks none. Needs root.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::{Duration, Instant},
+};
 
 use crate::web::{self, APP};
 use shunt_lab::{Agent, AgentOptions, Client, Conn, Dial, Lab, PodSpec, Port, Proto, Sockets};
@@ -9,11 +12,13 @@ use tempfile::TempDir;
 /// Services of a pod on this node, and of one on another.
 const SERVICES: [(u8, &str, &str); 2] = [(1, "near", "node-a"), (2, "far", "node-b")];
 const SOON: Duration = Duration::from_secs(2);
+/// A label is read and its pod's cgroup found long before.
+const LABEL_TIMEOUT: Duration = Duration::from_secs(10);
 
 struct Cluster {
     agents: Vec<Agent>,
     lab: Lab,
-    _manifests: TempDir,
+    manifests: TempDir,
 }
 
 fn manifest(lab: &Lab, number: u8, pod: &str, node: &str) -> String {
@@ -41,6 +46,10 @@ fn manifest(lab: &Lab, number: u8, pod: &str, node: &str) -> String {
 
 impl Cluster {
     fn start(socket_lb: &str) -> Self {
+        Self::start_with(&["--socket-lb", socket_lb])
+    }
+
+    fn start_with(args: &[&str]) -> Self {
         let lab = Lab::builder().strict_rp_filter().build().unwrap();
         let ports = [Port::tcp(APP), Port::udp(APP)];
         for (_, pod, node) in SERVICES {
@@ -51,7 +60,7 @@ impl Cluster {
         let objects = SERVICES.map(|(number, pod, node)| manifest(&lab, number, pod, node));
         web::write(manifests.path(), "all.yaml", &objects.join("---\n"));
         let options = AgentOptions::manifests(manifests.path())
-            .args(&["--socket-lb", socket_lb])
+            .args(args)
             .shunt(env!("CARGO_BIN_EXE_shunt"))
             .small_maps();
         let agents = ["node-a", "node-b"]
@@ -60,7 +69,7 @@ impl Cluster {
         Self {
             agents,
             lab,
-            _manifests: manifests,
+            manifests,
         }
     }
 
@@ -109,7 +118,11 @@ fn dials() -> [(Proto, bool); 3] {
 
 /// Opens a socket of each kind to each Service, and asks once.
 fn open(cluster: &Cluster, name: &'static str, when: &str) -> Vec<Open> {
-    let client = cluster.client(name);
+    open_from(&cluster.client(name), when)
+}
+
+fn open_from(client: &Client, when: &str) -> Vec<Open> {
+    let name = client.name().to_owned();
     let mut open = Vec::new();
     for (to, pod) in Cluster::frontends() {
         for (proto, connected) in dials() {
@@ -223,4 +236,126 @@ fn changing_it_breaks_no_open_socket() {
     assert_eq!(sockets["entries"], 0, "they are forgotten while it is off");
     cluster.restart("off");
     assert_eq!(cluster.hooks(), Vec::<String>::new());
+}
+
+/// Pods' cgroups, as a kubelet with the systemd and with the cgroupfs driver names them.
+const PODS: [(&str, &str); 2] = [
+    (
+        "uid-1",
+        "kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-poduid_1.slice/cri-containerd-1.scope",
+    ),
+    ("uid-2", "kubepods/poduid-2/2"),
+];
+
+/// Writes the Pods that the clients run in, and their Namespace, with these labels.
+fn write_pods(cluster: &Cluster, pods: Option<&str>, namespace: Option<&str>) {
+    let labels = |label: Option<&str>| {
+        label.map_or_else(String::new, |label| {
+            format!("labels: {{ shunt.dev/socket-lb: '{label}' }}, ")
+        })
+    };
+    let ip = cluster.lab.ips("pod").unwrap()[0];
+    let pod = |(uid, _): (&str, &str)| {
+        format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{ {}name: client-{uid}, uid: {uid} }}\n\
+             spec: {{ nodeName: node-a, containers: [{{ name: app }}] }}\nstatus: {{ podIP: '{ip}' }}\n---\n",
+            labels(pods)
+        )
+    };
+    let of_namespace = format!(
+        "apiVersion: v1\nkind: Namespace\nmetadata: {{ {}name: default }}\n",
+        labels(namespace)
+    );
+    let text = PODS.map(pod).concat() + &of_namespace;
+    web::write(cluster.manifests.path(), "pods.yaml", &text);
+}
+
+/// Whether the socket's peer is what was dialled to the kernel too, as `ss` would show; `getpeername` says so
+/// in any case.
+fn kernel_shows(client: &Client, proto: Proto, conn: &Conn, to: SocketAddr) -> bool {
+    let word = |bytes: &[u8]| format!("{:08X}", u32::from_ne_bytes(bytes.try_into().unwrap()));
+    let (octets, six) = match to.ip() {
+        IpAddr::V4(ip) => (ip.octets().to_vec(), ""),
+        IpAddr::V6(ip) => (ip.octets().to_vec(), "6"),
+    };
+    let address: String = octets.chunks(4).map(word).collect();
+    let peer = format!("{address}:{:04X}", to.port());
+    let local = format!(":{:04X}", conn.local.port());
+    let name = proto.to_string().to_lowercase();
+    let table = format!("/proc/{}/net/{name}{six}", client.pid());
+    let table = std::fs::read_to_string(&table).unwrap_or_else(|error| panic!("{table}: {error}"));
+    let mut addresses = table.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        Some((words.nth(1)?, words.next()?))
+    });
+    let found = addresses.find(|(at, _)| at.ends_with(&local));
+    let (_, found) = found.unwrap_or_else(|| panic!("{local} is not in\n{table}"));
+    found == peer
+}
+
+/// Opens a socket of each kind when the hook leaves the client out, or serves it: as soon as it does.
+fn open_once(client: &Client, is_left_out: bool, when: &str) -> Vec<Open> {
+    let connected = Dial {
+        connected: true,
+        timeout: SOON,
+        ..Dial::default()
+    };
+    let (probe, _) = Cluster::frontends()[0];
+    let deadline = Instant::now() + LABEL_TIMEOUT;
+    loop {
+        let conn = client.open(Proto::Tcp, probe, &connected).unwrap();
+        let shows = kernel_shows(client, Proto::Tcp, &conn, probe);
+        drop(conn);
+        if shows == is_left_out {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{when}: left out: {shows}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    for (to, _) in Cluster::frontends() {
+        for proto in [Proto::Tcp, Proto::Udp] {
+            // Connected UDP of the node goes by packets always.
+            if proto == Proto::Udp && client.name() == "node-a" {
+                continue;
+            }
+            let conn = client.open(proto, to, &connected).unwrap();
+            let shows = kernel_shows(client, proto, &conn, to);
+            assert_eq!(shows, is_left_out, "{when}: {proto} to {to}");
+            drop(conn);
+        }
+    }
+    open_from(client, when)
+}
+
+/// The labelled pod's sockets are connected to the Service, others' to a backend; labels come and go, on
+/// the Pod and on its Namespace, and whatever was open before goes on.
+#[test]
+fn pods_are_left_out_by_label() {
+    let cluster = Cluster::start_with(&["--socket-lb-labels", "on"]);
+    let clients = PODS.map(|(_, cgroup)| cluster.lab.client_in("pod", cgroup).unwrap());
+    for (n, client) in clients.iter().enumerate() {
+        let mut all: Vec<Open> = Vec::new();
+        for (pods, namespace, is_left_out) in [
+            (None, None, false),
+            (Some("off"), None, true),
+            (None, None, false),
+            (None, Some("off"), true),
+            (Some("on"), Some("off"), false),
+            (Some("off"), Some("off"), true),
+            (None, None, false),
+        ] {
+            write_pods(&cluster, pods, namespace);
+            let when = format!("client {n}, Pod {pods:?}, Namespace {namespace:?}");
+            let opened = open_once(client, is_left_out, &when);
+            for open in &all {
+                open.goes_on(&when);
+            }
+            all.extend(opened);
+            // The node itself and what is in no pod's cgroup are served as before.
+            for name in ["pod", "node-a"] {
+                let client = cluster.client(name);
+                drop(open_once(&client, false, &when));
+            }
+        }
+    }
 }

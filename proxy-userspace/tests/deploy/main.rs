@@ -384,6 +384,33 @@ fn the_role_has_the_least_verbs() {
     );
 }
 
+/// It gives the flag and the right to follow the labels, and nothing else.
+#[test]
+fn the_component_for_labels_of_the_socket_hook_lets_the_agent_see_them() {
+    for folder in ["overlays/instead-of-kube-proxy", "overlays/node-by-node"] {
+        let mut with = with_component(folder, "components/socket-lb-labels");
+        for object in &mut with {
+            let added = match object["kind"].as_str().unwrap() {
+                "DaemonSet" => {
+                    let spec = &mut object["spec"]["template"]["spec"];
+                    let args = spec["containers"][0]["args"].as_array_mut();
+                    args.unwrap().pop().unwrap() == "--socket-lb-labels=on"
+                }
+                "ClusterRole" => {
+                    let rule = object["rules"].as_array_mut().unwrap().pop().unwrap();
+                    let verbs = &rule["verbs"];
+                    let resources = &rule["resources"];
+                    *verbs == json!(["list", "watch"])
+                        && *resources == json!(["pods", "namespaces"])
+                }
+                _ => true,
+            };
+            assert!(added, "{folder}: {object}");
+        }
+        assert_eq!(with, objects(folder));
+    }
+}
+
 /// With node-by-node, every node has kube-proxy or shunt, and none has both.
 #[test]
 fn nodes_have_one_proxy_each() {

@@ -111,6 +111,7 @@ impl Loaded {
             loopback: [false; 2],
             host_netns: 0,
             sockets_of_node: false,
+            pods_left_out: false,
         };
         maps.set_config(&node::config(&settings, 20_000).unwrap())
             .unwrap();

@@ -22,6 +22,8 @@ pub enum Kind {
     EndpointSlices,
     /// `/api/v1/nodes`
     Nodes,
+    /// `/api/v1/pods`
+    Pods,
     /// `/api/v1/namespaces`
     Namespaces,
     /// `/api/v1/events` and `/apis/events.k8s.io/v1/events`
@@ -30,10 +32,11 @@ pub enum Kind {
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Services,
         Self::EndpointSlices,
         Self::Nodes,
+        Self::Pods,
         Self::Namespaces,
         Self::Events,
     ];
@@ -45,6 +48,7 @@ impl Kind {
             Self::Services => "services",
             Self::EndpointSlices => "endpointslices",
             Self::Nodes => "nodes",
+            Self::Pods => "pods",
             Self::Namespaces => "namespaces",
             Self::Events => "events",
         }
@@ -57,6 +61,7 @@ impl Kind {
             Self::Services => "Service",
             Self::EndpointSlices => "EndpointSlice",
             Self::Nodes => "Node",
+            Self::Pods => "Pod",
             Self::Namespaces => "Namespace",
             Self::Events => "Event",
         }
@@ -66,7 +71,7 @@ impl Kind {
     #[must_use]
     pub fn api_version(self) -> &'static str {
         match self {
-            Self::Services | Self::Nodes | Self::Namespaces | Self::Events => "v1",
+            Self::Services | Self::Nodes | Self::Pods | Self::Namespaces | Self::Events => "v1",
             Self::EndpointSlices => "discovery.k8s.io/v1",
         }
     }
@@ -95,6 +100,8 @@ pub(crate) struct Object {
     /// With `metadata.resourceVersion`.
     pub(crate) json: Bytes,
     labels: BTreeMap<String, String>,
+    /// `spec.nodeName` of a Pod.
+    node_name: String,
 }
 
 /// What a request wants to see.
@@ -111,6 +118,7 @@ impl Wanted {
         let fields = BTreeMap::from([
             ("metadata.namespace".to_owned(), namespace.clone()),
             ("metadata.name".to_owned(), name.clone()),
+            ("spec.nodeName".to_owned(), object.node_name.clone()),
         ]);
         self.namespace
             .as_ref()
@@ -344,6 +352,10 @@ fn object(key: Key, value: &Value) -> Object {
         labels: labels
             .filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned())))
             .collect(),
+        node_name: value["spec"]["nodeName"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned(),
         json: value.to_string().into(),
     }
 }

@@ -95,6 +95,7 @@ pub(crate) fn node_settings(addresses: &[IpAddr]) -> NodeSettings {
         loopback: [false; 2],
         host_netns: 0,
         sockets_of_node: false,
+        pods_left_out: false,
     }
 }
 

@@ -73,12 +73,15 @@ impl Agent {
     }
 
     fn start_reporting(kubeconfig: PathBuf, proxy_name: Option<&str>, reports: Reports) -> Self {
-        let source = Kubernetes::new(Config {
-            kubeconfig: Some(kubeconfig),
-            node_name: "node-a".to_owned(),
+        let config = Config {
             proxy_name: proxy_name.map(str::to_owned),
-            names: false,
-        });
+            ..config(kubeconfig)
+        };
+        Self::start_with(config, reports)
+    }
+
+    fn start_with(config: Config, reports: Reports) -> Self {
+        let source = Kubernetes::new(config);
         let (tx, events) = mpsc::channel(16);
         let queue = Queue::new(tx, Health::default(), reports);
         tokio::spawn(async move { source.run(queue).await.unwrap() });
@@ -121,6 +124,16 @@ impl Agent {
             assert!(batch.is_err(), "nothing changed, but there came {batch:?}");
         }
         self.silence().await;
+    }
+}
+
+fn config(kubeconfig: PathBuf) -> Config {
+    Config {
+        kubeconfig: Some(kubeconfig),
+        node_name: "node-a".to_owned(),
+        proxy_name: None,
+        names: false,
+        socket_lb_labels: false,
     }
 }
 
@@ -721,6 +734,7 @@ async fn error_of(kubeconfig: Option<PathBuf>, node_name: &str) -> String {
         node_name: node_name.to_owned(),
         proxy_name: None,
         names: false,
+        socket_lb_labels: false,
     });
     let error = source.run(mpsc::channel(1).0).await.unwrap_err();
     format!("{error:#}")
@@ -814,4 +828,64 @@ async fn a_foreign_certificate_is_named() {
     let (what, advice) = answer.unwrap_err().explain("services");
     assert!(what.contains("certificate"), "{what}");
     assert_eq!(advice, "check the certificate authority in the kubeconfig");
+}
+
+fn labelled(kind: &str, name: &str, node: &str, label: Option<&str>) -> Value {
+    let labels: serde_json::Map<String, Value> = label
+        .map(|label| (left_out::LABEL.to_owned(), label.into()))
+        .into_iter()
+        .collect();
+    json!({
+        "kind": kind,
+        "metadata": { "name": name, "labels": labels },
+        "spec": { "nodeName": node },
+    })
+}
+
+/// Pods of this node only, by their own label or their Namespace's, as it comes and goes.
+#[tokio::test]
+async fn pods_that_are_left_out_of_the_socket_hook_follow_their_labels() {
+    let server = server();
+    server.apply_all([
+        labelled("Pod", "p", "node-a", Some("off")),
+        labelled("Pod", "q", "node-a", None),
+        labelled("Pod", "r", "node-a", Some("on")),
+        labelled("Pod", "elsewhere", "node-z", Some("off")),
+    ]);
+    let config = Config {
+        socket_lb_labels: true,
+        ..config(server.kubeconfig())
+    };
+    let mut agent = Agent::start_with(config, Reports::default());
+    expect(&server, &mut agent, &["p"]).await;
+    server.apply(labelled("Namespace", "default", "", Some("off")));
+    expect(&server, &mut agent, &["p", "q"]).await;
+    server.apply(labelled("Pod", "p", "node-a", Some("on")));
+    expect(&server, &mut agent, &["q"]).await;
+    server.apply(labelled("Pod", "r", "node-a", None));
+    expect(&server, &mut agent, &["q", "r"]).await;
+    server.delete(Kind::Pods, "default", "r");
+    expect(&server, &mut agent, &["q"]).await;
+    server.apply(labelled("Namespace", "default", "", None));
+    expect(&server, &mut agent, &[]).await;
+    server.apply(labelled("Pod", "q", "node-a", None));
+    agent.silence().await;
+}
+
+/// Waits until the source says that these Pods are left out, and says nothing else of it before.
+async fn expect(server: &ApiServer, agent: &mut Agent, pods: &[&str]) {
+    let uid = |pod: &&str| {
+        let pod = server.get(Kind::Pods, "default", pod).unwrap();
+        pod["metadata"]["uid"].as_str().unwrap().into()
+    };
+    let pods: BTreeSet<Arc<str>> = pods.iter().map(uid).collect();
+    loop {
+        let batch = tokio::time::timeout(LONG, agent.events.recv()).await;
+        for event in batch.unwrap().unwrap() {
+            if let Event::LeftOut(uids) = event {
+                assert_eq!(uids, pods);
+                return;
+            }
+        }
+    }
 }

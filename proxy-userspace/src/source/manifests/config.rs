@@ -20,4 +20,6 @@ pub struct Config {
     /// The own Node: a manifest of kind `Node` with this name tells its zone and addresses; others
     /// tell their Pods' zones.
     pub node_name: String,
+    /// Whether the labels of Pods and Namespaces matter that leave Pods out of the socket hook.
+    pub socket_lb_labels: bool,
 }

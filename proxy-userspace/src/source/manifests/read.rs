@@ -10,6 +10,7 @@ use std::{
 use super::{
     super::{
         convert::{self, PodFacts},
+        left_out::{self, PodLabel},
         yaml::{self, Object},
     },
     service::{ServiceManifest, service_manifest},
@@ -34,7 +35,12 @@ pub(super) enum Content {
     Service(Arc<ServiceManifest>),
     Slice(Arc<EndpointSlice>),
     Endpoints(Arc<Vec<EndpointSlice>>),
-    Pod(Arc<PodFacts>),
+    Pod {
+        facts: Arc<PodFacts>,
+        label: Option<PodLabel>,
+    },
+    /// A Namespace whose Pods are left out of the socket hook.
+    NamespaceOff,
     Node(NodeFacts),
 }
 
@@ -167,8 +173,16 @@ fn check(object: &Object, problems: &mut Vec<Problem>) -> Option<(Key, Content)>
             Some((("Endpoints", name), Content::Endpoints(Arc::new(slices))))
         }
         Object::Pod(raw) => {
-            let pod = convert::pod(raw, problems)?;
-            Some((("Pod", pod.name.clone()), Content::Pod(Arc::new(pod))))
+            let facts = Arc::new(convert::pod(raw, problems)?);
+            let label = left_out::pod(raw);
+            Some((("Pod", facts.name.clone()), Content::Pod { facts, label }))
+        }
+        Object::Namespace(raw) => {
+            let name = left_out::namespace(raw)?;
+            Some((
+                ("Namespace", ObjectName::new("", &name)),
+                Content::NamespaceOff,
+            ))
         }
         Object::Node(raw) => {
             let facts = convert::node(raw);

@@ -36,6 +36,7 @@ impl Cluster {
             node_ports: 30_000..=32_767,
             load_balancer_cidrs: Vec::new(),
             node_name: "node-a".to_owned(),
+            socket_lb_labels: false,
         };
         change(&mut config);
         Self {

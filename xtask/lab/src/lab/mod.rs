@@ -309,6 +309,20 @@ impl Lab {
         Client::start(name, &self.ns(name)?, &self.cgroup_of(name, sockets)?)
     }
 
+    /// A client process in a cgroup of its own below its node's, which is made if it is not there: for
+    /// those who ask what a pod's cgroup is called.
+    ///
+    /// # Errors
+    ///
+    /// When the lab has none of that name, or it is on no node.
+    pub fn client_in(&self, name: &str, cgroup: &str) -> Result<Client> {
+        let node = self.place(name, |place| place.node.clone())?;
+        let node = node.with_context(|| format!("{name} is outside of the cluster"))?;
+        let cgroup = self.node_cgroup(&node).join(cgroup);
+        cgroup::create(&cgroup)?;
+        Client::start(name, &self.ns(name)?, &cgroup)
+    }
+
     /// A program to be started on a node, in a pod or on an outside host.
     ///
     /// # Errors
