@@ -143,11 +143,17 @@ fn the_daemonsets_capabilities_are_enough() {
     agents[0].restart().unwrap();
     serves("web-2");
 
-    let output = agents[0].output();
-    assert!(
-        output.contains("DEBUG shunt::programs: socket_flow: TCP 10.96.0.1:80 default/web > "),
-        "the programs say nothing: {output}"
-    );
+    // The agent serves before it listens to what the programs say.
+    let told = "DEBUG shunt::programs: socket_flow: TCP 10.96.0.1:80 default/web > ";
+    let began = Instant::now();
+    while !agents[0].output().contains(told) {
+        let output = agents[0].output();
+        assert!(
+            began.elapsed() < Duration::from_secs(10),
+            "the programs say nothing: {output}"
+        );
+        answer(&hooked, "10.96.0.1".parse().unwrap(), 80);
+    }
     // `kubectl exec` runs the other verbs with the same rights.
     let status = agents[0].json(&["status"]).unwrap();
     let links = status["links"].as_array().unwrap();
