@@ -270,27 +270,39 @@ fn write_pods(cluster: &Cluster, pods: Option<&str>, namespace: Option<&str>) {
     web::write(cluster.manifests.path(), "pods.yaml", &text);
 }
 
-/// Whether the socket's peer is what was dialled to the kernel too, as `ss` would show; `getpeername` says so
-/// in any case.
-fn kernel_shows(client: &Client, proto: Proto, conn: &Conn, to: SocketAddr) -> bool {
+/// Local address, peer and inode of the client's sockets, as `ss` would show them.
+fn sockets_of(client: &Client, proto: Proto, to: SocketAddr) -> Vec<[String; 3]> {
+    let name = proto.to_string().to_lowercase();
+    let six = if to.is_ipv6() { "6" } else { "" };
+    let table = format!("/proc/{}/net/{name}{six}", client.pid());
+    let text = std::fs::read_to_string(&table).unwrap_or_else(|error| panic!("{table}: {error}"));
+    let lines = text.lines().map(|line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        [1, 2, 9].map(|n| words.get(n).copied().unwrap_or_default().to_owned())
+    });
+    lines.collect()
+}
+
+/// Opens a socket, and whether its peer is what was dialled to the kernel too; `getpeername` says so in any
+/// case. Others, open or closed, may have its port towards another peer.
+fn open_shown(client: &Client, proto: Proto, to: SocketAddr, dial: &Dial) -> bool {
+    let before = sockets_of(client, proto, to);
+    let conn = client.open(proto, to, dial).unwrap();
     let word = |bytes: &[u8]| format!("{:08X}", u32::from_ne_bytes(bytes.try_into().unwrap()));
-    let (octets, six) = match to.ip() {
-        IpAddr::V4(ip) => (ip.octets().to_vec(), ""),
-        IpAddr::V6(ip) => (ip.octets().to_vec(), "6"),
+    let octets = match to.ip() {
+        IpAddr::V4(ip) => ip.octets().to_vec(),
+        IpAddr::V6(ip) => ip.octets().to_vec(),
     };
     let address: String = octets.chunks(4).map(word).collect();
     let peer = format!("{address}:{:04X}", to.port());
     let local = format!(":{:04X}", conn.local.port());
-    let name = proto.to_string().to_lowercase();
-    let table = format!("/proc/{}/net/{name}{six}", client.pid());
-    let table = std::fs::read_to_string(&table).unwrap_or_else(|error| panic!("{table}: {error}"));
-    let mut addresses = table.lines().filter_map(|line| {
-        let mut words = line.split_whitespace();
-        Some((words.nth(1)?, words.next()?))
-    });
-    let found = addresses.find(|(at, _)| at.ends_with(&local));
-    let (_, found) = found.unwrap_or_else(|| panic!("{local} is not in\n{table}"));
-    found == peer
+    let now = sockets_of(client, proto, to);
+    let is_new = |[at, _, inode]: &&[String; 3]| {
+        at.ends_with(&local) && inode != "0" && !before.iter().any(|old| old[2] == *inode)
+    };
+    let found = now.iter().find(is_new);
+    let found = found.unwrap_or_else(|| panic!("{local} is not new in {now:?}"));
+    found[1] == peer
 }
 
 /// Opens a socket of each kind when the hook leaves the client out, or serves it: as soon as it does.
@@ -303,9 +315,7 @@ fn open_once(client: &Client, is_left_out: bool, when: &str) -> Vec<Open> {
     let (probe, _) = Cluster::frontends()[0];
     let deadline = Instant::now() + LABEL_TIMEOUT;
     loop {
-        let conn = client.open(Proto::Tcp, probe, &connected).unwrap();
-        let shows = kernel_shows(client, Proto::Tcp, &conn, probe);
-        drop(conn);
+        let shows = open_shown(client, Proto::Tcp, probe, &connected);
         if shows == is_left_out {
             break;
         }
@@ -318,10 +328,8 @@ fn open_once(client: &Client, is_left_out: bool, when: &str) -> Vec<Open> {
             if proto == Proto::Udp && client.name() == "node-a" {
                 continue;
             }
-            let conn = client.open(proto, to, &connected).unwrap();
-            let shows = kernel_shows(client, proto, &conn, to);
+            let shows = open_shown(client, proto, to, &connected);
             assert_eq!(shows, is_left_out, "{when}: {proto} to {to}");
-            drop(conn);
         }
     }
     open_from(client, when)
