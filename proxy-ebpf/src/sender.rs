@@ -51,76 +51,77 @@ pub(crate) unsafe fn sends<F: Family>(skb: *mut __sk_buff, packet: &Tuple<F::Wor
 /// Source and destination port, host order; 0: none.
 #[inline(never)]
 unsafe fn ports(skb: *mut __sk_buff) -> u32 {
-    // SAFETY: the caller's promise; the kernel keeps the socket while the packet is under way.
-    unsafe {
-        let socket = socket(skb);
-        if socket.is_null() {
-            return 0;
-        }
-        let source = (&raw const (*socket).src_port).read_volatile();
-        let peer = (&raw const (*socket).dst_port).read_volatile();
+    let read = |socket: *const bpf_sock| {
+        // SAFETY: `of_socket` gives the packet's.
+        let (source, peer) = unsafe {
+            (
+                (&raw const (*socket).src_port).read_volatile(),
+                (&raw const (*socket).dst_port).read_volatile(),
+            )
+        };
         source << 16 | u32::from(u16::from_be(peer))
-    }
+    };
+    // SAFETY: the caller's promise.
+    unsafe { of_socket(skb, read) }
 }
 
 /// The address of IPv4 that the socket is bound to, as it stands in packets; 0: none.
 #[inline(never)]
 unsafe fn bound4(skb: *mut __sk_buff) -> u32 {
-    // SAFETY: as above.
-    unsafe {
-        let socket = socket(skb);
-        if socket.is_null() {
-            return 0;
-        }
-        (&raw const (*socket).src_ip4).read_volatile()
-    }
+    // SAFETY: the caller's promise, and as above.
+    unsafe { of_socket(skb, |socket| (&raw const (*socket).src_ip4).read_volatile()) }
 }
 
 /// Two words of the address of IPv6 that the socket is bound to, from the `I`th on.
 #[inline(never)]
 unsafe fn bound6<const I: usize>(skb: *mut __sk_buff) -> u64 {
-    // SAFETY: as above.
-    unsafe {
-        let socket = socket(skb);
-        if socket.is_null() {
-            return 0;
-        }
-        let low = (&raw const (*socket).src_ip6[I]).read_volatile();
-        let high = (&raw const (*socket).src_ip6[I + 1]).read_volatile();
-        u64::from(low) | u64::from(high) << 32
-    }
+    // SAFETY: the caller's promise, and as above.
+    unsafe { of_socket(skb, |socket| half::<I>(&raw const (*socket).src_ip6)) }
 }
 
 /// The address of IPv4 that the socket is connected to, as it stands in packets.
 #[inline(never)]
 unsafe fn peer4(skb: *mut __sk_buff) -> u32 {
-    // SAFETY: as above.
-    unsafe {
-        let socket = socket(skb);
-        if socket.is_null() {
-            return 0;
-        }
-        (&raw const (*socket).dst_ip4).read_volatile()
-    }
+    // SAFETY: the caller's promise, and as above.
+    unsafe { of_socket(skb, |socket| (&raw const (*socket).dst_ip4).read_volatile()) }
 }
 
-/// Two words of the address of IPv6, from the `I`th on.
+/// Two words of the address of IPv6 that it is connected to, from the `I`th on.
 #[inline(never)]
 unsafe fn peer6<const I: usize>(skb: *mut __sk_buff) -> u64 {
-    // SAFETY: as above.
-    unsafe {
-        let socket = socket(skb);
-        if socket.is_null() {
-            return 0;
-        }
-        let low = (&raw const (*socket).dst_ip6[I]).read_volatile();
-        let high = (&raw const (*socket).dst_ip6[I + 1]).read_volatile();
-        u64::from(low) | u64::from(high) << 32
+    // SAFETY: the caller's promise, and as above.
+    unsafe { of_socket(skb, |socket| half::<I>(&raw const (*socket).dst_ip6)) }
+}
+
+/// What `read` finds in the packet's socket, which the kernel keeps while the packet is under way; zero
+/// where it has none.
+///
+/// # Safety
+/// `skb` must be the running program's context.
+#[inline(always)]
+unsafe fn of_socket<T: Default>(skb: *mut __sk_buff, read: impl FnOnce(*const bpf_sock) -> T) -> T {
+    // SAFETY: the caller's promise.
+    let socket = unsafe { (&raw const (*skb).__bindgen_anon_2.sk).read_volatile() };
+    if socket.is_null() {
+        T::default()
+    } else {
+        read(socket)
     }
 }
 
+/// Two words of an address of IPv6, from the `I`th on.
+///
+/// # Safety
+/// `I` must be 0 to 2.
 #[inline(always)]
-unsafe fn socket(skb: *mut __sk_buff) -> *mut bpf_sock {
-    // SAFETY: the caller's promise.
-    unsafe { (&raw const (*skb).__bindgen_anon_2.sk).read_volatile() }
+unsafe fn half<const I: usize>(address: *const [u32; 4]) -> u64 {
+    // SAFETY: within the array, by the caller's promise.
+    let [low, high] = unsafe {
+        let words = address.cast::<u32>();
+        [
+            words.add(I).read_volatile(),
+            words.add(I + 1).read_volatile(),
+        ]
+    };
+    u64::from(low) | u64::from(high) << 32
 }

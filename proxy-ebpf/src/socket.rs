@@ -340,7 +340,8 @@ fn has_port(ctx: &SockAddrContext) -> bool {
     state(ctx) & PORT != 0
 }
 
-/// The socket asks somebody himself: what is remembered of it must not give him another name.
+/// The socket asks a peer itself, and not a Service: what is remembered of the socket must not give that
+/// peer a Service's name.
 #[inline(always)]
 fn forget<F: Peer>(ctx: &SockAddrContext, addr: F::Words, port: u16, call: Call) {
     if may_be_backend(ctx.as_ptr(), port) || call == Call::Connect && is_connected(ctx) {
@@ -371,7 +372,7 @@ fn forget_peer(ctx: &SockAddrContext, addr: Words6, port: u16, call: Call) -> i3
     0
 }
 
-/// Whether the socket is connected, and sends to an address beside.
+/// Whether the socket is connected already.
 #[inline(always)]
 fn is_connected(ctx: &SockAddrContext) -> bool {
     state(ctx) & PEER != 0

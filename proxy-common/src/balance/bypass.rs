@@ -7,7 +7,7 @@
 //! ([`find_bypass`]).
 //!
 //! A process of the node is asked for its socket instead of a note: a source port that one has is given
-//! to no flow, and one that a flow has may be bound, or given to a socket, later ([`is_lent`]).
+//! to no flow, and one that a flow has may be bound, or given to a socket, later ([`port_collides`]).
 
 use super::{
     Entry, Maps, Scratch,
@@ -75,14 +75,18 @@ fn bypass_key<A: Copy>(tuple: &Tuple<A>) -> DirectKey<A> {
 /// of ours to the same backend, or may have got another for that. Asked after `answering`: a backend
 /// may be a process of this node.
 #[inline(always)]
-pub fn is_lent<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>, tcp_flags: u8) -> bool {
+pub fn port_collides<F: Family, M: Maps<F>>(
+    maps: &M,
+    tuple: &Tuple<F::Words>,
+    tcp_flags: u8,
+) -> bool {
     maps.filter(filter::backend_port(tuple.dst_port))
         && snat::may_be(maps, tuple.src)
         && (maps.port_is_shared(shared_port_bit::<F>(tuple))
             || may_begin(tuple.proto, tcp_flags)
                 && maps.filter(filter::backend::<F>(tuple.dst, tuple.dst_port, tuple.proto))
                 && maps.is_senders_own(tuple)
-                && lent(maps, tuple) != NONE)
+                && colliding(maps, tuple) != NONE)
 }
 
 /// The packet in `scratch.arrival`, which no frontend has: it goes on if it is to be translated, to
@@ -167,15 +171,15 @@ fn port_leads<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>) -> u64 {
         }
     }
     if snat::may_be(maps, tuple.src) {
-        lent(maps, tuple)
+        colliding(maps, tuple)
     } else {
         NONE
     }
 }
 
-/// The same of the flow that has the packet's source as a translated one.
+/// The backend, as in [`port_leads`], of the flow whose translated source the packet bears.
 #[inline(always)]
-fn lent<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>) -> u64 {
+fn colliding<F: Family, M: Maps<F>>(maps: &M, tuple: &Tuple<F::Words>) -> u64 {
     let Some(config) = maps.config() else {
         return NONE;
     };

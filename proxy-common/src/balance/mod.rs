@@ -42,7 +42,7 @@ mod subprogram;
 mod translated;
 
 pub use self::{
-    bypass::is_lent,
+    bypass::port_collides,
     choose::socket_frontend,
     clock::Clock,
     decide::undecided,
@@ -102,7 +102,7 @@ pub fn arriving<F: Family, M: Subprograms<F>>(
     let lookup = match established(maps, arrival) {
         Lookup::Unmatched
             if arrival.origin == Origin::Process
-                && is_lent(maps, &arrival.tuple, arrival.tcp_flags) =>
+                && port_collides(maps, &arrival.tuple, arrival.tcp_flags) =>
         {
             Lookup::Undecided
         }

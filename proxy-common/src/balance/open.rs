@@ -83,7 +83,7 @@ pub(super) fn open<F: Family, M: Maps<F>>(maps: &M, scratch: &mut Scratch<F::Wor
         PortUse::Over => EntryOwner::Over,
         PortUse::Unclear => entry_owner(maps, &config.timeouts, key, tuple, slot, now),
     };
-    if (in_use && flow.state & FLOW_SNAT == 0) || port_is_lent(maps, config, tuple, slot) {
+    if (in_use && flow.state & FLOW_SNAT == 0) || port_is_translated(maps, config, tuple, slot) {
         if let EntryOwner::Over = owner {
             remove_over(maps, key);
         }
@@ -148,10 +148,10 @@ fn entry_owner<F: Family, M: Maps<F>>(
     }
 }
 
-/// Whether the backend already sees this client's address and port: lent to another flow of the
-/// client by [`translate_source`](super::source_port::translate_source).
+/// Whether the backend already sees this client's address and port, as the source of another flow of the
+/// client that [`translate_source`](super::source_port::translate_source) has translated.
 #[inline(always)]
-fn port_is_lent<F: Family, M: Maps<F>>(
+fn port_is_translated<F: Family, M: Maps<F>>(
     maps: &M,
     config: &Config,
     tuple: &Tuple<F::Words>,

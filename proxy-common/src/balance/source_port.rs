@@ -50,7 +50,7 @@ enum Pool {
     /// Those that the kernel gives to no socket of the node by itself.
     Outside,
     /// Those that it does: what a socket that is given one later sends to the same backend has to get
-    /// another ([`bypass::is_lent`]).
+    /// another ([`bypass::port_collides`]).
     Local,
     /// Those kept back, of both.
     Reserve,

@@ -21,7 +21,7 @@ mod undecided;
 
 use aya_ebpf::{EbpfContext, bindings::TC_ACT_UNSPEC, macros::classifier, programs::TcContext};
 use shunt_common::{
-    balance::{departing, established, is_lent},
+    balance::{departing, established, port_collides},
     family::{Family, V4, V6},
     packet::Headers,
     verdict::{Direction, Lookup, Origin},
@@ -145,7 +145,7 @@ fn leave<F: RoutingFamily>(ctx: &TcContext, headers: &Headers<F::Words>) -> Step
     match departing::<F, _>(&maps, &headers.tuple, headers.tcp_flags) {
         Lookup::Unmatched
             if loopback::is_sender(ctx)
-                && is_lent::<F, _>(&maps, &headers.tuple, headers.tcp_flags) =>
+                && port_collides::<F, _>(&maps, &headers.tuple, headers.tcp_flags) =>
         {
             Step::Dialled
         }

@@ -14,7 +14,7 @@ use super::{
     sockets::sockets,
 };
 
-/// The node's sockets are listed at every so manieth look.
+/// The node's sockets are listed at one look in so many.
 const LOOKS: u32 = 3;
 /// A socket that is in none of so many lists is gone.
 const LISTS: u32 = 2;

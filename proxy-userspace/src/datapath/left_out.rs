@@ -1,7 +1,7 @@
 //! Pods that the socket hook leaves to packets (`--socket-lb-labels`): their cgroups' ids in `left_out`.
 //!
 //! The kubelet names a pod's cgroup by its UID and makes it before any container, later than the label is
-//! known as a rule. So a thread looks for cgroups that are missing until they are there.
+//! known as a rule. So a thread looks for cgroups that are missing: often at first, then now and then.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     thread::{self, Thread},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use aya::maps::{HashMap, Map, MapData, MapError};
@@ -20,9 +20,12 @@ use tracing::warn;
 use super::load::Datapath;
 
 /// Between two looks for a cgroup that is missing: containers start later than that.
-const MISSING: Duration = Duration::from_millis(200);
-/// Between two looks when all are there: one may be made anew.
-const FOUND: Duration = Duration::from_secs(10);
+const SOON: Duration = Duration::from_millis(200);
+/// So long after pods were named a missing cgroup is looked for: the kubelet makes it before it mounts
+/// volumes or pulls images, and with `cgroupsPerQOS: false` never.
+const EAGER: Duration = Duration::from_secs(60);
+/// Between two looks otherwise: one may be made late, or anew.
+const LATER: Duration = Duration::from_secs(10);
 /// So deep below `--cgroup-root` pods' cgroups lie at most.
 const DEPTH: u32 = 6;
 
@@ -46,6 +49,7 @@ impl LeftOut {
                 map,
                 held,
                 wanted: None,
+                named: Instant::now(),
                 cgroup_root,
                 failed: None,
             })
@@ -65,6 +69,7 @@ impl LeftOut {
     pub(crate) fn set(&self, uids: BTreeSet<Arc<str>>) {
         let mut state = lock(&self.state);
         state.wanted = Some(uids);
+        state.named = Instant::now();
         state.look();
         self.thread.unpark();
     }
@@ -75,13 +80,16 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 }
 
 fn follow(state: &Weak<Mutex<State>>) {
-    let mut pause = FOUND;
+    let mut pause = LATER;
     loop {
         thread::park_timeout(pause);
         let Some(state) = state.upgrade() else { return };
-        pause = match lock(&state).look() {
-            true => FOUND,
-            false => MISSING,
+        let mut state = lock(&state);
+        let all = state.look();
+        pause = if all || state.named.elapsed() > EAGER {
+            LATER
+        } else {
+            SOON
         };
     }
 }
@@ -93,6 +101,8 @@ struct State {
     held: BTreeSet<u64>,
     /// UIDs of pods; `None`: nobody has said yet.
     wanted: Option<BTreeSet<Arc<str>>>,
+    /// When they were named.
+    named: Instant,
     cgroup_root: PathBuf,
     /// The last error, so that each is said once.
     failed: Option<String>,

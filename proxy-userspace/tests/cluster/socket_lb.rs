@@ -339,8 +339,13 @@ fn open_once(client: &Client, is_left_out: bool, when: &str) -> Vec<Open> {
 /// the Pod and on its Namespace, and whatever was open before goes on.
 #[test]
 fn pods_are_left_out_by_label() {
-    let cluster = Cluster::start_with(&["--socket-lb-labels", "on"]);
+    let mut cluster = Cluster::start_with(&["--socket-lb-labels", "on"]);
+    write_pods(&cluster, Some("off"), None);
+    std::thread::sleep(Duration::from_secs(1));
     let clients = PODS.map(|(_, cgroup)| cluster.lab.client_in("pod", cgroup).unwrap());
+    for client in &clients {
+        drop(open_once(client, true, "its cgroup comes after its label"));
+    }
     for (n, client) in clients.iter().enumerate() {
         let mut all: Vec<Open> = Vec::new();
         for (pods, namespace, is_left_out) in [
@@ -359,6 +364,14 @@ fn pods_are_left_out_by_label() {
                 open.goes_on(&when);
             }
             all.extend(opened);
+            if namespace.is_some() {
+                cluster.agents[0].restart().unwrap();
+                all.extend(open_once(
+                    client,
+                    is_left_out,
+                    &format!("{when}, restarted"),
+                ));
+            }
             // The node itself and what is in no pod's cgroup are served as before.
             for name in ["pod", "node-a"] {
                 let client = cluster.client(name);

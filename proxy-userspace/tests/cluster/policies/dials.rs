@@ -56,17 +56,22 @@ pub(super) fn silence(client: &Client, proto: Proto, to: SocketAddr) {
         connected: true,
         ..how(proto, to)
     };
-    match client.once(proto, to, &dial) {
+    let error = unanswered(client, proto, to, &dial);
+    assert!(
+        error.is_timeout(),
+        "{proto} {to} from {}: {error}",
+        client.name()
+    );
+}
+
+fn unanswered(client: &Client, proto: Proto, to: SocketAddr, dial: &Dial) -> DialError {
+    match client.once(proto, to, dial) {
         Ok(answer) => panic!(
             "{proto} {to} from {}: answered by {}",
             client.name(),
             answer.server
         ),
-        Err(error) => assert!(
-            error.is_timeout(),
-            "{proto} {to} from {}: {error}",
-            client.name()
-        ),
+        Err(error) => error,
     }
 }
 
@@ -107,22 +112,14 @@ pub(super) fn is_refused(client: &Client, proto: Proto, to: SocketAddr) {
         connected: true,
         ..how(proto, to)
     };
-    match client.once(proto, to, &dial) {
-        Ok(answer) => panic!(
-            "{proto} {to} from {}: answered by {}",
-            client.name(),
-            answer.server
-        ),
-        // IPv6 keeps an early error until the first retransmission: see `services`.
-        Err(error) => {
-            let quick = error
-                .after()
-                .is_some_and(|after| after < Duration::from_millis(1500));
-            assert!(
-                error.is_refused() && quick,
-                "{proto} {to} from {}: {error}",
-                client.name()
-            );
-        }
-    }
+    let error = unanswered(client, proto, to, &dial);
+    // IPv6 keeps an early error until the first retransmission: see `services`.
+    let quick = error
+        .after()
+        .is_some_and(|after| after < Duration::from_millis(1500));
+    assert!(
+        error.is_refused() && quick,
+        "{proto} {to} from {}: {error}",
+        client.name()
+    );
 }

@@ -21,7 +21,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use shunt_lab::{Agent, Answer, Client, Dial, Lab, PodSpec, Port, Proto, Sockets};
+use shunt_lab::{Agent, Answer, Client, Dial, DialError, Lab, PodSpec, Port, Proto, Sockets};
 
 use dials::{dial, how, is_refused, one_server, reaches, servers, silence};
 use objects::{Objects, Source};
